@@ -1,0 +1,99 @@
+"""The application: which commands there are, and what the user sees when one fails."""
+
+from __future__ import annotations
+
+import traceback
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+from typer.exceptions import TyperException
+
+from gdetkd_cli import __version__
+from gdetkd_cli.cli.demo import demo
+from gdetkd_cli.cli.distill import distill
+from gdetkd_cli.cli.evaluate import evaluate
+from gdetkd_cli.cli.export import export
+from gdetkd_cli.cli.probe import probe
+from gdetkd_cli.cli.recipe import app as recipe_app
+from gdetkd_cli.cli.train import train
+from gdetkd_cli.errors import GDetKDError
+
+_INTERRUPTED = 130
+_INTERNAL_ERROR = 70
+
+
+class _ErrorBoundary(TyperGroup):
+    """The one place where an exception becomes a line on stderr and an exit code."""
+
+    def invoke(self, ctx: Any) -> Any:  # Any: the type that typer declares here is private
+        """Runs the command that was parsed."""
+        try:
+            return super().invoke(ctx)
+        except (TyperException, typer.Exit, typer.Abort, BrokenPipeError):
+            raise  # Typer's own endings: usage errors, --help, a reader of stdout that went away.
+        except (Exception, KeyboardInterrupt) as error:
+            if ctx.params["debug"]:
+                typer.echo("".join(traceback.format_exception(error)), err=True)
+            sentence, code = _ending(error)
+            typer.echo(sentence, err=True)
+            raise typer.Exit(code) from error
+
+
+def _ending(error: BaseException) -> tuple[str, int]:
+    """What the user reads, and the exit code."""
+    match error:
+        case GDetKDError():
+            return f"{typer.style('Error:', fg=typer.colors.RED, bold=True)} {error}", error.exit_code
+        case KeyboardInterrupt():
+            # Whoever knows how the interrupted work can go on has said so with add_note.
+            return "; ".join(["interrupted", *getattr(error, "__notes__", ())]), _INTERRUPTED
+        case _:
+            problem = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            return f"internal error: {problem}; run again with --debug to see where", _INTERNAL_ERROR
+
+
+app = typer.Typer(
+    cls=_ErrorBoundary,
+    name="gdetkd",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"gdetkd {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _everywhere(
+    debug: Annotated[
+        bool, typer.Option("--debug", envvar="GDETKD_DEBUG", help="Show the traceback when something fails.")
+    ] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Distill large object detectors into small ones with G-DetKD.
+
+    See it work: gdetkd demo. Use your own pictures: gdetkd recipe init.
+    """
+
+
+app.command("demo")(demo)
+app.command("probe")(probe)
+app.command("train")(train)
+app.command("distill")(distill)
+app.command("eval")(evaluate)
+app.command("export")(export)
+app.add_typer(recipe_app, name="recipe")
+
+
+def main() -> None:
+    """Runs ``gdetkd``."""
+    app(prog_name="gdetkd")

@@ -1,0 +1,47 @@
+"""``gdetkd distill``."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Annotated
+
+import typer
+
+from gdetkd_cli.cli import options
+
+
+def distill(
+    recipe: options.RecipeOption = None,
+    overrides: options.SetOption = None,
+    output: options.OutputOption = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Build everything, run one step, and show the plan; write nothing.")
+    ] = False,
+    profile: Annotated[
+        int | None, typer.Option("--profile", metavar="N", min=1, help="Time N steps by phase; write nothing.")
+    ] = None,
+    resume: options.ResumeOption = None,
+    as_json: options.JsonOption = False,
+) -> None:
+    """Train a recipe's student with its teacher's help."""
+    from gdetkd_cli.cli import render
+    from gdetkd_cli.cli.output import perform
+
+    if resume is not None:
+        others = {"--recipe": recipe, "--set": overrides, "--output": output}
+        options.alone("--resume", {**others, "--dry-run": dry_run, "--profile": profile})
+        from gdetkd_cli.runs import resume_run
+
+        perform(partial(resume_run, resume), render.trained, as_json=as_json)
+        return
+    if dry_run:
+        options.alone("--dry-run", {"--profile": profile})
+    loaded = options.recipe_to_start(recipe, overrides)
+    from gdetkd_cli.runs import plan_distill, profile_distill, run_distill
+
+    if dry_run:
+        perform(partial(plan_distill, loaded), render.planned, as_json=as_json)
+    elif profile is not None:
+        perform(partial(profile_distill, loaded, steps=profile), render.profiled, as_json=as_json)
+    else:
+        perform(partial(run_distill, loaded, output=output, resume=None), render.trained, as_json=as_json)

@@ -1,0 +1,36 @@
+"""``gdetkd export``."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from gdetkd_cli.cli import options
+
+
+def export(
+    target: options.TargetArgument,
+    onnx: Annotated[bool, typer.Option("--onnx", help="Write an ONNX file.")] = False,
+    torchscript: Annotated[bool, typer.Option("--torchscript", help="Write a TorchScript file.")] = False,
+    output: Annotated[
+        Path | None, typer.Option("--output", metavar="PATH", help="Where to write. Default: beside the detector.")
+    ] = None,
+    as_json: options.JsonOption = False,
+) -> None:
+    """Write a trained student as ONNX or TorchScript.
+
+    Every file is compared with the detector it came from, on real pictures.
+    """
+    if not (onnx or torchscript):
+        raise options.UsageError("give --onnx, --torchscript, or both")
+
+    from gdetkd_cli.cli import render
+    from gdetkd_cli.cli.output import perform
+    from gdetkd_cli.runs import run_export
+
+    perform(
+        partial(run_export, target, onnx=onnx, torchscript=torchscript, output=output), render.exported, as_json=as_json
+    )

@@ -1,0 +1,81 @@
+"""What a command says on stderr while it works: a bar on a terminal, one plain line for each event elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import assert_never
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+
+from gdetkd_cli.cli.render import duration, headline
+from gdetkd_cli.cli.terminal import console, is_first_process
+from gdetkd_cli.training.events import Evaluated, Event, Note, Observer, Phase, StepDone, silent
+
+
+@contextmanager
+def narration(terminal: Console | None = None) -> Iterator[Observer]:
+    """The observer of this process, for as long as the command works.
+
+    Args:
+        terminal: where to speak; stderr by default.
+    """
+    terminal = terminal or console(stderr=True)
+    if not is_first_process():
+        yield silent
+    elif terminal.is_terminal:
+        with Progress(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=20),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[numbers]}", markup=False),
+            console=terminal,
+            refresh_per_second=2,
+        ) as progress:
+            yield _Bar(progress)
+    else:
+        yield lambda event: terminal.print(_line(event), soft_wrap=True)
+
+
+class _Bar:
+    """Draws the steps of the current phase as a bar; everything else is printed above it."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._title = "training"
+        self._task: TaskID | None = None
+
+    def __call__(self, event: Event) -> None:
+        match event:
+            case StepDone() if self._task is None:
+                self._task = self._progress.add_task(
+                    self._title, total=event.steps, completed=event.step, numbers=_numbers(event)
+                )
+            case StepDone():
+                self._progress.update(self._task, completed=event.step, numbers=_numbers(event))
+            case _:
+                self._progress.console.print(_line(event), soft_wrap=True)
+        if isinstance(event, Phase):
+            self._title, self._task = event.title, None
+
+
+def _line(event: Event) -> str:
+    """One event as one line."""
+    match event:
+        case Note():
+            return event.text
+        case Phase():
+            return f"== {event.title}"
+        case StepDone():
+            return f"step {event.step}/{event.steps}  {_numbers(event)}  lr {event.lr:.2g}"
+        case Evaluated():
+            return f"step {event.step}: {headline(event.metrics)}"
+        case _:
+            assert_never(event)
+
+
+def _numbers(event: StepDone) -> str:
+    """Speed, time left, and the losses; the last are cut off first in a narrow terminal."""
+    losses = "  ".join(f"{name} {value:.3g}" for name, value in {"loss": event.loss, **event.parts}.items())
+    return f"{event.images_per_second:.1f} images/s  {duration(event.eta_seconds)} left  {losses}"

@@ -1,0 +1,17 @@
+"""Which process speaks, and how text is printed."""
+
+from __future__ import annotations
+
+import os
+
+from rich.console import Console
+
+
+def is_first_process() -> bool:
+    """Whether this is the only process or rank 0, by what torchrun and accelerate set."""
+    return int(os.environ.get("RANK") or os.environ.get("LOCAL_RANK") or 0) == 0
+
+
+def console(*, stderr: bool = False) -> Console:
+    """A console that prints text as it is: no markup and no colouring of numbers."""
+    return Console(stderr=stderr, markup=False, emoji=False, highlight=False)

@@ -1,0 +1,38 @@
+"""``gdetkd train``."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Annotated, Literal
+
+import typer
+
+from gdetkd_cli.cli import options
+
+
+def train(
+    recipe: options.RecipeOption = None,
+    detector: Annotated[
+        Literal["student", "teacher"] | None,
+        typer.Option("--detector", help="Which detector of the recipe to train. Default: student."),
+    ] = None,
+    overrides: options.SetOption = None,
+    output: options.OutputOption = None,
+    resume: options.ResumeOption = None,
+    as_json: options.JsonOption = False,
+) -> None:
+    """Train a recipe's student or teacher on its own."""
+    from gdetkd_cli.cli import render
+    from gdetkd_cli.cli.output import perform
+
+    if resume is not None:
+        options.alone("--resume", {"--recipe": recipe, "--detector": detector, "--set": overrides, "--output": output})
+        from gdetkd_cli.runs import resume_run
+
+        perform(partial(resume_run, resume), render.trained, as_json=as_json)
+        return
+    loaded = options.recipe_to_start(recipe, overrides)
+    from gdetkd_cli.runs import run_train
+
+    work = partial(run_train, loaded, detector=detector or "student", output=output, resume=None)
+    perform(work, render.trained, as_json=as_json)

@@ -1,0 +1,242 @@
+"""COCO detection JSON to a split."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeGuard
+
+import torch
+
+from gdetkd_cli.data.pictures import Pictures, picture_size
+from gdetkd_cli.data.split import Record, Split
+from gdetkd_cli.errors import DataError
+
+_TABLES = ("images", "annotations", "categories")
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+_ROUNDING = 0.01  # pixels: less than this is rounding in the file, neither a box over the edge nor a side
+
+# What can be found and changed on reading, in the order it is told.
+_NEGATIVE = "{n} picture{s} without objects kept as negatives."
+_CROWD = "{n} crowd annotation{s} left out of training and kept for evaluation."
+_CLIPPED = "{n} annotation{s} with a box over the picture's edge clipped."
+_NO_BOX = "{n} annotation{s} dropped: the box is not four finite numbers."
+_NO_AREA = "{n} annotation{s} dropped: the box has no area inside the picture."
+_NO_IMAGE = "{n} annotation{s} dropped: image_id is not among the images."
+_NO_CATEGORY = "{n} annotation{s} dropped: category_id is not among the categories."
+_LEFT_OUT = "{n} annotation{s} dropped: the category is not among the chosen classes."
+_NOTES = (_NEGATIVE, _CROWD, _CLIPPED, _NO_BOX, _NO_AREA, _NO_IMAGE, _NO_CATEGORY, _LEFT_OUT)
+
+
+def read_coco(*, annotations: Path, images: Path, classes: Sequence[str] | None = None) -> Split:
+    """Reads one annotation file. Pictures are only looked for here; they are decoded when the split is read.
+
+    Args:
+        annotations: the JSON file.
+        images: the folder that ``file_name`` starts from.
+        classes: category names to use, label k for the k-th; by default all, in the order of their ids.
+
+    Raises:
+        DataError: the file or pictures are missing, the file is not COCO detection JSON, or ``classes`` does not
+            fit its categories.
+    """
+    tables = _load(annotations)
+    names = _category_names(tables["categories"], file=annotations)
+    class_names = _choose(classes, names=names, file=annotations)
+    ids, pictures = _find_pictures(tables["images"], folder=images, file=annotations)
+
+    counts: Counter[str] = Counter()
+    sizes = dict(zip(ids, pictures.sizes, strict=True))
+    labels = {name: label for label, name in enumerate(class_names, start=1)}
+    truth: dict[int, list[dict[str, object]]] = {image_id: [] for image_id in ids}
+    for annotation in tables["annotations"]:
+        image_id, name = annotation.get("image_id"), names.get(annotation.get("category_id"))
+        if image_id not in sizes:
+            counts[_NO_IMAGE] += 1
+        elif name is None:
+            counts[_NO_CATEGORY] += 1
+        elif name not in labels:
+            counts[_LEFT_OUT] += 1
+        else:
+            item = _truth(annotation, label=labels[name], size=sizes[image_id], counts=counts)
+            if item is not None:
+                truth[image_id].append(item)
+
+    records = [_record(image_id, sizes[image_id], truth[image_id]) for image_id in ids]
+    counts[_NEGATIVE] = sum(len(record.labels) == 0 for record in records)
+    return Split(
+        name="/".join(annotations.absolute().parts[-2:]),
+        class_names=class_names,
+        records=records,
+        read=pictures,
+        notes=tuple(note.format(n=counts[note], s="" if counts[note] == 1 else "s") for note in _NOTES if counts[note]),
+    )
+
+
+def align_classes(split: Split, class_names: tuple[str, ...]) -> Split:
+    """The same split with its labels counted in another class list, matched by name.
+
+    Args:
+        split: any split.
+        class_names: K' names; those that the split does not have are fine.
+
+    Raises:
+        DataError: a class of the split is not in ``class_names``.
+    """
+    if split.class_names == class_names:
+        return split
+    missing = [name for name in split.class_names if name not in class_names]
+    if missing:
+        raise DataError(
+            f"{split.name} has the classes {', '.join(missing)}, which are not among {', '.join(class_names)}: "
+            "choose the data's classes to match."
+        )
+    new_label: dict[object, int] = {
+        label: class_names.index(name) + 1 for label, name in enumerate(split.class_names, start=1)
+    }
+    table = torch.tensor([0, *new_label.values()])
+
+    def relabel(record: Record) -> Record:
+        truth = [{**item, "category_id": new_label[item["category_id"]]} for item in record.truth]
+        return replace(record, labels=table[record.labels], truth=truth)
+
+    return replace(split, class_names=class_names, records=[relabel(record) for record in split.records])
+
+
+def _load(file: Path) -> dict[str, list[dict[str, Any]]]:
+    """The three tables of a COCO detection file, each a list of objects."""
+    if not file.is_file():
+        raise DataError(f"There is no annotation file {file}: give the path of a COCO detection JSON.")
+    content = file.read_bytes()
+    if content.startswith(_LFS_POINTER):
+        raise DataError(f"{file} is a git-LFS pointer, not the annotations: run `git lfs pull` where it came from.")
+    try:
+        parsed = json.loads(content)
+    except ValueError as error:
+        raise DataError(f"{file} should be COCO detection JSON, but it is not JSON ({error}).") from error
+    tables = parsed if isinstance(parsed, dict) else {}
+    missing = [key for key in _TABLES if not _is_table(tables.get(key))]
+    if missing:
+        raise DataError(
+            f"{file} should be COCO detection JSON with the lists {', '.join(_TABLES)}, but it has no list of objects "
+            f"named {' or '.join(missing)}: give another file, or convert it."
+        )
+    return tables
+
+
+def _is_table(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(entry, dict) for entry in value)
+
+
+def _repeated(values: Iterable[object]) -> list[object]:
+    """The values that occur more than once."""
+    return [value for value, times in Counter(values).items() if times > 1]
+
+
+def _category_names(categories: Sequence[Mapping[str, Any]], *, file: Path) -> dict[object, str]:
+    """Names by category id, in the order of the ids."""
+    if not all(isinstance(c.get("id"), int) and isinstance(c.get("name"), str) for c in categories):
+        raise DataError(f"{file} has a category without a whole-number id and a name: correct its categories.")
+    for key in ("id", "name"):
+        twice = _repeated(category[key] for category in categories)
+        if twice:
+            raise DataError(f"{file} has more than one category with the {key} {twice[0]!r}: give each its own.")
+    return {category["id"]: category["name"] for category in sorted(categories, key=lambda category: category["id"])}
+
+
+def _choose(classes: Sequence[str] | None, *, names: Mapping[object, str], file: Path) -> tuple[str, ...]:
+    """The class list: all the file's names, or the chosen ones."""
+    chosen = tuple(names.values()) if classes is None else tuple(classes)
+    there = ", ".join(names.values()) or "none"
+    unknown = [name for name in chosen if name not in names.values()]
+    if unknown:
+        raise DataError(f"{file} has no class {', '.join(unknown)}; its classes are: {there}.")
+    if not chosen or _repeated(chosen):
+        raise DataError(f"Expected different class names, at least one, got {list(chosen)}; {file} has: {there}.")
+    return chosen
+
+
+def _find_pictures(entries: Sequence[Mapping[str, Any]], *, folder: Path, file: Path) -> tuple[list[int], Pictures]:
+    """The images' ids and files, all of which exist."""
+    if not entries:
+        raise DataError(f"{file} lists no images: give a file with at least one.")
+    if not all(isinstance(e.get("id"), int) and isinstance(e.get("file_name"), str) for e in entries):
+        raise DataError(f"{file} has an image without a whole-number id and a file_name: correct its images.")
+    twice = _repeated(entry["id"] for entry in entries)
+    if twice:
+        raise DataError(f"{file} has more than one image with the id {twice[0]}: give each its own.")
+    if not folder.is_dir():
+        raise DataError(f"There is no folder {folder} for the pictures of {file}: give the folder they are in.")
+    paths = [folder / entry["file_name"] for entry in entries]
+    missing = [path for path in paths if not path.is_file()]
+    if missing:
+        raise DataError(
+            f"{len(missing)} of the {len(paths)} pictures that {file} names are missing, {missing[0]} first: "
+            "give the folder they are in, or complete it."
+        )
+    sizes = [_size(entry) or picture_size(path) for entry, path in zip(entries, paths, strict=True)]
+    return [entry["id"] for entry in entries], Pictures(paths=paths, sizes=sizes)
+
+
+def _size(entry: Mapping[str, Any]) -> tuple[int, int] | None:
+    """(height, width) pixels as the JSON has them, None where it has none of use."""
+    height, width = entry.get("height"), entry.get("width")
+    if isinstance(height, int) and isinstance(width, int) and height > 0 and width > 0:
+        return height, width
+    return None
+
+
+def _truth(
+    annotation: Mapping[str, Any], *, label: int, size: tuple[int, int], counts: Counter[str]
+) -> dict[str, object] | None:
+    """The annotation as ``Record.truth`` holds it, or None (and counted) where its box is of no use.
+
+    Args:
+        label: 1..K.
+        size: (height, width) pixels of the picture.
+        counts: how often each note applies; added to.
+    """
+    box = annotation.get("bbox")
+    if not (isinstance(box, list) and len(box) == 4 and all(_is_finite(number) for number in box)):
+        counts[_NO_BOX] += 1
+        return None
+    left, top, width, height = box
+    corners = (left, top, left + width, top + height)
+    x1, y1, x2, y2 = clipped = tuple(
+        min(max(float(corner), 0.0), float(edge)) for corner, edge in zip(corners, (size[1], size[0]) * 2, strict=True)
+    )
+    if x2 - x1 < _ROUNDING or y2 - y1 < _ROUNDING:
+        counts[_NO_AREA] += 1
+        return None
+    counts[_CLIPPED] += any(abs(a - b) >= _ROUNDING for a, b in zip(corners, clipped, strict=True))
+    crowd = bool(annotation.get("iscrowd", 0))
+    counts[_CROWD] += crowd
+    area = annotation.get("area")
+    return {
+        "bbox": [x1, y1, x2 - x1, y2 - y1],
+        "area": float(area) if _is_finite(area) else (x2 - x1) * (y2 - y1),
+        "category_id": label,
+        "iscrowd": int(crowd),
+    }
+
+
+def _is_finite(value: object) -> TypeGuard[float]:
+    return isinstance(value, (int, float)) and math.isfinite(value)
+
+
+def _record(image_id: int, size: tuple[int, int], truth: list[dict[str, object]]) -> Record:
+    """A record whose training boxes are the truth without its crowds."""
+    objects = [item for item in truth if not item["iscrowd"]]
+    boxes = torch.tensor([item["bbox"] for item in objects], dtype=torch.float64).reshape(-1, 4)
+    boxes[:, 2:] += boxes[:, :2]  # xywh -> xyxy
+    return Record(
+        image_id=image_id,
+        size=size,
+        boxes=boxes.to(torch.float32),
+        labels=torch.tensor([item["category_id"] for item in objects], dtype=torch.int64),
+        truth=truth,
+    )

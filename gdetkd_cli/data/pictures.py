@@ -1,0 +1,76 @@
+"""Picture files to tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from gdetkd_cli.errors import DataError
+
+# What Pillow raises for a file that is no picture, is cut short, or is absurdly large.
+_UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """The picture files of a split, decoded on demand; a class, not a closure, so that loader processes can get a copy.
+
+    Attributes:
+        paths: one per record.
+        sizes: (height, width) pixels that the annotations speak of, one per record.
+    """
+
+    paths: Sequence[Path]
+    sizes: Sequence[tuple[int, int]]
+
+    def __call__(self, index: int) -> Tensor:
+        """Decodes one picture, as stored: EXIF orientation is ignored, as COCO's own tools ignore it.
+
+        Returns:
+            (3, H, W) uint8 RGB.
+
+        Raises:
+            DataError: the file cannot be decoded, or its size is not the one that the annotations speak of.
+        """
+        path, (height, width) = self.paths[index], self.sizes[index]
+        try:
+            with Image.open(path) as picture:
+                pixels = _rgb(picture)
+        except _UNREADABLE as error:
+            raise DataError(f"The picture {path} cannot be decoded ({error}): replace the file.") from error
+        if pixels.shape[:2] != (height, width):
+            raise DataError(
+                f"The picture {path} should be {width} x {height} pixels as its annotations say, but it is "
+                f"{pixels.shape[1]} x {pixels.shape[0]}: it was resized or rotated after it was annotated; "
+                "restore it, or correct the annotations."
+            )
+        return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+
+
+def picture_size(path: Path) -> tuple[int, int]:
+    """(height, width) pixels from the file's header, without decoding the picture.
+
+    Raises:
+        DataError: the file is no picture.
+    """
+    try:
+        with Image.open(path) as picture:
+            return picture.height, picture.width
+    except _UNREADABLE as error:
+        raise DataError(f"The picture {path} cannot be read ({error}): replace the file.") from error
+
+
+def _rgb(picture: Image.Image) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
+    """(H, W, 3) uint8. Pillow would clip more than 8 bits of grey to white, so that conversion is made here."""
+    if picture.mode in ("I", "F"):
+        raise ValueError("32 bits per channel have no known white point; save it with 8 or 16 bits")
+    if picture.mode.startswith("I;16"):
+        grey = (np.asarray(picture) >> 8).astype(np.uint8)
+        return np.repeat(grey[:, :, None], 3, axis=2)
+    return np.array(picture.convert("RGB"))

@@ -1,0 +1,50 @@
+"""One split of a data set: records of what is in each picture, and a way to read the picture."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Record:
+    """One picture and its truth. M boxes for training, G annotations for evaluation (crowds included).
+
+    Attributes:
+        image_id: the data set's own id.
+        size: (height, width) pixels.
+        boxes: (M, 4) float32 xyxy, pixels of the picture, clipped to it, every side > 0, no crowds.
+        labels: (M,) int64 in 1..K.
+        truth: COCO-style annotations for evaluation: dictionaries with ``bbox`` (xywh, pixels), ``area``
+            (square pixels), ``category_id`` (the label 1..K) and ``iscrowd``.
+    """
+
+    image_id: int
+    size: tuple[int, int]
+    boxes: Tensor
+    labels: Tensor
+    truth: list[dict[str, object]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Split:
+    """A split held in memory as records; pictures are read on demand.
+
+    Attributes:
+        name: for messages, for example ``bccd/train.json``.
+        class_names: K names, label k is ``class_names[k - 1]``.
+        records: one per picture.
+        read: record index -> (3, H, W) uint8 RGB.
+        notes: what was found and changed on reading, for people ("3 boxes clipped to the picture").
+    """
+
+    name: str
+    class_names: tuple[str, ...]
+    records: Sequence[Record]
+    read: Callable[[int], Tensor]
+    notes: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.records)

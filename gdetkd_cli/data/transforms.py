@@ -1,0 +1,51 @@
+"""Random changes to training pictures and their boxes.
+
+Shapes: M boxes, H x W pixels before the change, H' x W' after it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+from torch import Tensor
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+
+# (3, H, W) uint8, (M, 4) xyxy pixels, (M,) labels -> the same of the changed picture.
+Augmentation = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+
+
+def build_augmentation(
+    *, flip: float, photometric: bool, multi_scale: Sequence[int] | None, max_size: int
+) -> Augmentation:
+    """Random changes, drawn from torch's global CPU generator; the identity where nothing is asked for.
+
+    Args:
+        flip: probability of a horizontal flip.
+        photometric: jitter brightness, contrast, saturation and hue, and permute the channels (as in SSD).
+        multi_scale: short sides in pixels to choose from; None keeps the size.
+        max_size: longest side in pixels that ``multi_scale`` may give.
+    """
+    changes: list[Callable[..., object]] = []
+    if photometric:
+        changes.append(v2.RandomPhotometricDistort())
+    if flip > 0:
+        changes.append(v2.RandomHorizontalFlip(p=flip))
+    if multi_scale is not None:
+        # Not antialiased: so do torchvision's detectors resize at inference.
+        changes.append(v2.RandomShortestSize(min_size=list(multi_scale), max_size=max_size, antialias=False))
+    return partial(_apply, v2.Compose([*changes, v2.ClampBoundingBoxes()])) if changes else _keep
+
+
+def _keep(image: Tensor, boxes: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return image, boxes, labels
+
+
+def _apply(change: v2.Transform, image: Tensor, boxes: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Changes picture and boxes alike; boxes with a side under 1 pixel afterwards go, with their labels."""
+    boxed = tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=tuple(image.shape[-2:]))
+    new_image, new_boxes = change(tv_tensors.Image(image), boxed)
+    corners = new_boxes.as_subclass(Tensor)
+    keep = (corners[:, 2:] - corners[:, :2] >= 1).all(dim=1)
+    return new_image.as_subclass(Tensor), corners[keep], labels[keep]

@@ -1,0 +1,184 @@
+"""torchvision's dense detectors: RetinaNet, FCOS, SSD and SSDlite.
+
+Shapes: N images, L levels, A anchors per cell, R regions, C channels; boxes xyxy.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchvision.models.detection.fcos import FCOS
+from torchvision.models.detection.ssd import SSD
+from torchvision.ops import clip_boxes_to_image
+
+from gdetkd_cli.detectors import torchvision_common as common
+from gdetkd_cli.detectors.pooling import assign_levels, cells, pool_all_levels, pool_assigned
+from gdetkd_cli.detectors.protocol import Candidates, Family, Observation, RegionView, View
+from gdetkd_cli.detectors.tap import Tap
+from gdetkd_cli.structures import Batch, Detections, LevelSpec, Pyramid, Regions
+
+_TOWER = "head.classification_head.conv"
+# Dense heads give a level the objects whose sides are 4 to 8 of its cells (RetinaNet's anchors, FCOS's ranges).
+_CELLS_PER_SIDE = 4 * 2**0.5
+_CANDIDATES_PER_IMAGE = 1000
+
+
+@dataclass(frozen=True)
+class DenseObservation(Observation):
+    """Adds what a region embedding is read from.
+
+    Attributes:
+        tower: L maps (N, C, H_l, W_l), the classification branch's last features; None where it has none (SSD) or
+            where the detector was only looked at.
+        cell: (K, 3) int64, the (level, y, x) that predicted each candidate; None when it was only looked at.
+    """
+
+    tower: tuple[Tensor, ...] | None
+    cell: Tensor | None
+
+
+class DenseDetector:
+    """A ``torchvision.models.detection`` RetinaNet, FCOS or SSD."""
+
+    family: Family = "dense"
+
+    def __init__(self, *, module: nn.Module, class_names: tuple[str, ...]) -> None:
+        self.module: Any = module
+        self.class_names = class_names
+        self._has_tower = hasattr(self.module.head.classification_head, "conv")
+
+    @cached_property
+    def levels(self) -> tuple[LevelSpec, ...]:
+        return common.measure_backbone(self.module)
+
+    @property
+    def embedding_channels(self) -> int:
+        # Without a tower the embedding is the region's mean over every level, side by side.
+        return self.levels[0].channels if self._has_tower else sum(level.channels for level in self.levels)
+
+    def observe(self, batch: Batch) -> DenseObservation:
+        names = ["transform", "backbone", "head", "anchor_generator"] + ([_TOWER] if self._has_tower else [])
+        with Tap(self.module, names) as tap:
+            losses = self.module(batch.images, common.targets_for(batch))
+        images, _ = tap.output("transform")
+        features = common.features_by_name(tap.output("backbone"))
+        pyramid = Pyramid(
+            maps=tuple(features.values()), levels=self.levels, frame=common.frame_of(batch.images, images)
+        )
+        candidates, cell = self._candidates(tap.output("head"), tap.output("anchor_generator"), pyramid, images)
+        return DenseObservation(
+            losses=losses,
+            pyramid=pyramid,
+            candidates=candidates,
+            tower=tuple(tap.outputs(_TOWER)) if self._has_tower else None,
+            cell=cell,
+        )
+
+    def look(self, batch: Batch) -> DenseObservation:
+        with common.evaluating(self.module):
+            images, _ = self.module.transform(batch.images)
+            features = common.features_by_name(self.module.backbone(images.tensors))
+        pyramid = Pyramid(
+            maps=tuple(features.values()), levels=self.levels, frame=common.frame_of(batch.images, images)
+        )
+        return DenseObservation(losses={}, pyramid=pyramid, candidates=None, tower=None, cell=None)
+
+    def view_regions(self, seen: Observation, regions: Regions, needs: frozenset[View]) -> RegionView:
+        assert isinstance(seen, DenseObservation), "an observation of another detector"
+        assignment = assign_levels(seen.pyramid, regions, cells_per_side=_CELLS_PER_SIDE)
+        pooled, pooled_channels = None, None
+        if "pooled" in needs:
+            pooled = pool_assigned(seen.pyramid, regions, assignment, size=7, sampling_ratio=2)
+            channels = torch.tensor([level.channels for level in self.levels], device=assignment.device)
+            if len(channels.unique()) > 1:
+                pooled_channels = channels[assignment]
+        embedding = self._embed(seen, regions, assignment) if "embedding" in needs else None
+        return RegionView(pooled=pooled, pooled_channels=pooled_channels, embedding=embedding)
+
+    def predict(self, images: list[Tensor]) -> list[Detections]:
+        return common.predict(self.module, images)
+
+    def _embed(self, seen: DenseObservation, regions: Regions, assignment: Tensor) -> Tensor:
+        if not self._has_tower:
+            levels = pool_all_levels(seen.pyramid, regions, size=1, sampling_ratio=2)
+            return torch.cat([level.flatten(1) for level in levels], dim=1)
+        cell = self._central_cells(seen.pyramid, regions, assignment)
+        if seen.cell is not None:
+            own = regions.candidate >= 0
+            cell = torch.where(own[:, None], seen.cell[regions.candidate.clamp(min=0)], cell) if len(seen.cell) else cell
+        tower = seen.tower
+        if tower is None:
+            with common.evaluating(self.module):
+                tower = tuple(self.module.head.classification_head.conv(m) for m in seen.pyramid.maps)
+        embedding = tower[0].new_zeros(len(regions), tower[0].shape[1])
+        for level, features in enumerate(tower):
+            rows = (cell[:, 0] == level).nonzero().squeeze(1)
+            if rows.numel():
+                _, y, x = cell[rows].unbind(dim=1)
+                embedding = embedding.index_copy(0, rows, features[regions.image_index[rows], :, y, x])
+        return embedding
+
+    def _central_cells(self, pyramid: Pyramid, regions: Regions, assignment: Tensor) -> Tensor:
+        """(R, 3) int64: each region's level, and the cell of it that the region's centre falls into."""
+        pixels = pyramid.frame.to_model(regions.boxes, regions.image_index)
+        found = torch.zeros(len(regions), 3, dtype=torch.int64, device=pixels.device)
+        found[:, 0] = assignment
+        for level, (spec, features) in enumerate(zip(pyramid.levels, pyramid.maps, strict=True)):
+            rows = (assignment == level).nonzero().squeeze(1)
+            x0, y0, x1, y1 = cells(pixels[rows], spec).unbind(dim=1)
+            found[rows, 1] = ((y0 + y1) / 2).floor().long().clamp(0, features.shape[-2] - 1)
+            found[rows, 2] = ((x0 + x1) / 2).floor().long().clamp(0, features.shape[-1] - 1)
+        return found
+
+    @torch.no_grad()
+    def _candidates(
+        self, head: dict[str, Tensor], anchors: list[Tensor], pyramid: Pyramid, images: Any
+    ) -> tuple[Candidates, Tensor]:
+        """Each image's best-scored predictions before NMS, and the cells that made them."""
+        scores = self._scores(head).float()  # (N, HWA)
+        cell_of = self._cell_of_prediction(pyramid, scores.shape[1])
+        count = min(_CANDIDATES_PER_IMAGE, scores.shape[1])
+        best = scores.topk(count, dim=1).indices  # (N, count)
+        boxes, image_index = [], []
+        for i, (rows, image_size) in enumerate(zip(best, images.image_sizes, strict=True)):
+            decoded = self._decode(head["bbox_regression"][i, rows].float(), anchors[i][rows])
+            boxes.append(clip_boxes_to_image(decoded, image_size))
+            image_index.append(torch.full((count,), i, device=rows.device))
+        index = torch.cat(image_index)
+        all_boxes = torch.cat(boxes)
+        # A clipped box without an inside cannot be pooled from.
+        inside = ((all_boxes[:, 2:] - all_boxes[:, :2]) >= 1).all(dim=1) & torch.isfinite(all_boxes).all(dim=1)
+        index, all_boxes = index[inside], all_boxes[inside]
+        cell = cell_of[best.flatten()[inside]]
+        return Candidates(boxes=pyramid.frame.to_image(all_boxes, index), image_index=index, sampled=False), cell
+
+    def _scores(self, head: dict[str, Tensor]) -> Tensor:
+        logits = head["cls_logits"]
+        if isinstance(self.module, SSD):
+            return logits.softmax(dim=-1)[..., 1:].amax(dim=-1)
+        scores = logits.sigmoid().amax(dim=-1)
+        if isinstance(self.module, FCOS):
+            scores = (scores * head["bbox_ctrness"].squeeze(-1).sigmoid()).sqrt()
+        return scores
+
+    def _decode(self, deltas: Tensor, anchors: Tensor) -> Tensor:
+        if isinstance(self.module, FCOS):
+            return self.module.box_coder.decode(deltas, anchors)
+        decoded: Tensor = self.module.box_coder.decode_single(deltas, anchors)
+        return decoded
+
+    def _cell_of_prediction(self, pyramid: Pyramid, predictions: int) -> Tensor:
+        """(HWA, 3) int64: (level, y, x) of each prediction, in the heads' order (level, y, x, anchor)."""
+        per_cell = self.module.anchor_generator.num_anchors_per_location()
+        parts = []
+        for level, (features, anchors) in enumerate(zip(pyramid.maps, per_cell, strict=True)):
+            height, width = features.shape[-2:]
+            position = torch.arange(height * width, device=features.device).repeat_interleave(anchors)
+            parts.append(torch.stack([torch.full_like(position, level), position // width, position % width], dim=1))
+        cell = torch.cat(parts)
+        assert len(cell) == predictions, f"{len(cell)} cells x anchors, but {predictions} predictions"
+        return cell

@@ -1,0 +1,99 @@
+"""What the rest of the program knows of a detector. A new family is one file that satisfies ``Detector``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from torch import Tensor, nn
+
+from gdetkd_cli.structures import Batch, Detections, LevelSpec, Pyramid, Regions
+
+Family = Literal["two-stage", "dense"]
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Boxes that a student offers as regions, detached.
+
+    Attributes:
+        boxes: (K, 4) batch-image pixels.
+        image_index: (K,) int64, non-decreasing.
+        sampled: True where the detector's own head already sampled them (a two-stage head's training proposals);
+            False for a dense head's every prediction.
+    """
+
+    boxes: Tensor
+    image_index: Tensor
+    sampled: bool
+
+
+@dataclass(frozen=True)
+class Observation:
+    """One forward of a detector.
+
+    Attributes:
+        losses: the detector's own losses; empty when it was only looked at.
+        pyramid: the feature maps its heads read.
+        candidates: boxes to choose regions from; None when it was only looked at.
+    """
+
+    losses: dict[str, Tensor]
+    pyramid: Pyramid
+    candidates: Candidates | None
+
+
+@dataclass(frozen=True)
+class RegionView:
+    """What a detector says of R regions. A field is None when it was not asked for or the family has none.
+
+    Attributes:
+        pooled: (R, C, 7, 7) from the one level that the detector's own assignment picks.
+        pooled_channels: (R,) how many of the C channels a region has, where levels differ in channels; else None.
+        embedding: (R, D) the region embedding.
+        class_logits: (R, K + 1), background first.
+        box_deltas: (R, K + 1, 4) in the detector's box coding.
+    """
+
+    pooled: Tensor | None = None
+    pooled_channels: Tensor | None = None
+    embedding: Tensor | None = None
+    class_logits: Tensor | None = None
+    box_deltas: Tensor | None = None
+
+
+View = Literal["pooled", "embedding", "predictions"]
+
+
+class Detector(Protocol):
+    """A detector of one family, around an nn.Module.
+
+    Attributes:
+        module: the network; it alone is trained, saved and exported.
+        family: ``two-stage`` or ``dense``.
+        class_names: K names, label k is ``class_names[k - 1]``.
+        levels: the pyramid, fine to coarse.
+        embedding_channels: D of the region embedding.
+    """
+
+    module: nn.Module
+    family: Family
+    class_names: tuple[str, ...]
+    levels: tuple[LevelSpec, ...]
+    embedding_channels: int
+
+    def observe(self, batch: Batch) -> Observation:
+        """A training forward: the detector's own losses, its pyramid, and the boxes it offers."""
+        ...
+
+    def look(self, batch: Batch) -> Observation:
+        """Backbone and pyramid only: no heads, no NMS."""
+        ...
+
+    def view_regions(self, seen: Observation, regions: Regions, needs: frozenset[View]) -> RegionView:
+        """Reads what ``needs`` names of each region from a forward that ``observe`` or ``look`` made."""
+        ...
+
+    def predict(self, images: list[Tensor]) -> list[Detections]:
+        """Inference on images (3, H, W) in 0..1; boxes in each image's own pixels."""
+        ...

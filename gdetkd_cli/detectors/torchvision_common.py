@@ -1,0 +1,70 @@
+"""What torchvision's detectors share: how they take their input, their pyramid, and their predictions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gdetkd_cli.detectors.geometry import measure_levels
+from gdetkd_cli.structures import Batch, Detections, Frame, LevelSpec
+
+
+def features_by_name(features: Tensor | dict[str, Tensor]) -> dict[str, Tensor]:
+    """A backbone's output as torchvision's detectors read it: one map counts as a pyramid of one level."""
+    return {"0": features} if isinstance(features, Tensor) else dict(features)
+
+
+def measure_backbone(module: Any) -> tuple[LevelSpec, ...]:
+    """Measures the pyramid of a torchvision detector; the levels are named ``backbone.KEY``."""
+    backbone = module.backbone
+    device = next(backbone.parameters()).device
+
+    def forward(images: Tensor) -> list[Tensor]:
+        return list(features_by_name(backbone(images)).values())
+
+    with evaluating(backbone):
+        with torch.no_grad():
+            keys = features_by_name(backbone(torch.zeros(1, 3, 64, 64, device=device)))
+        return measure_levels(forward, [f"backbone.{key}" for key in keys], device=device)
+
+
+def targets_for(batch: Batch) -> list[dict[str, Tensor]]:
+    """The batch's truth as torchvision's detectors take it."""
+    return [{"boxes": t.boxes, "labels": t.labels} for t in batch.targets]
+
+
+def frame_of(images: Sequence[Tensor], resized: Any) -> Frame:
+    """How GeneralizedRCNNTransform mapped the images: resized from the corner, then padded on the far sides.
+
+    Args:
+        images: N tensors (3, H_i, W_i) as they were given.
+        resized: the transform's ImageList.
+    """
+    device = resized.tensors.device
+    before = torch.tensor([[i.shape[-1], i.shape[-2]] for i in images], dtype=torch.float32, device=device)
+    after = torch.tensor([[w, h] for h, w in resized.image_sizes], dtype=torch.float32, device=device)
+    height, width = resized.tensors.shape[-2:]
+    return Frame(scale=after / before, shift=torch.zeros_like(before), size=(height, width))
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside, the module's former mode after."""
+    training = module.training
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train(training)
+
+
+@torch.no_grad()
+def predict(module: nn.Module, images: list[Tensor]) -> list[Detections]:
+    """Runs a torchvision detector; boxes in each image's own pixels, by falling score."""
+    with evaluating(module):
+        outputs = module(images)
+    return [Detections(boxes=o["boxes"], scores=o["scores"], labels=o["labels"]) for o in outputs]

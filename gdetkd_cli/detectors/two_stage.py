@@ -1,0 +1,125 @@
+"""torchvision's two-stage detectors: Faster R-CNN, and Mask R-CNN used as a box detector.
+
+Shapes: N images, R regions, D embedding channels, K classes; boxes xyxy.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gdetkd_cli.detectors import torchvision_common as common
+from gdetkd_cli.detectors.protocol import Candidates, Family, Observation, RegionView, View
+from gdetkd_cli.detectors.tap import Tap
+from gdetkd_cli.structures import Batch, Detections, LevelSpec, Pyramid, Regions
+
+_POOL, _HEAD, _PREDICTOR = "roi_heads.box_roi_pool", "roi_heads.box_head", "roi_heads.box_predictor"
+
+
+@dataclass(frozen=True)
+class TwoStageObservation(Observation):
+    """Adds what the RoI head reads, and what it said of its own training proposals (the candidates).
+
+    Attributes:
+        features: the backbone's output by key.
+        image_sizes: N (height, width) model pixels without padding.
+        sampled: the head's view of the candidates, row by row; None when the detector was only looked at.
+    """
+
+    features: dict[str, Tensor]
+    image_sizes: list[tuple[int, int]]
+    sampled: RegionView | None
+
+
+class TwoStageDetector:
+    """A ``torchvision.models.detection.FasterRCNN`` (or a Mask R-CNN without its mask branch)."""
+
+    family: Family = "two-stage"
+
+    def __init__(self, *, module: nn.Module, class_names: tuple[str, ...]) -> None:
+        self.module: Any = module
+        self.class_names = class_names
+
+    @cached_property
+    def levels(self) -> tuple[LevelSpec, ...]:
+        return common.measure_backbone(self.module)
+
+    @property
+    def embedding_channels(self) -> int:
+        return int(self.module.roi_heads.box_predictor.cls_score.in_features)
+
+    @property
+    def box_weights(self) -> tuple[float, ...]:
+        """Weights of the box coder: two heads' deltas compare only when these agree."""
+        return tuple(self.module.roi_heads.box_coder.weights)
+
+    def observe(self, batch: Batch) -> TwoStageObservation:
+        with Tap(self.module, ["transform", "backbone", _POOL, _HEAD, _PREDICTOR]) as tap:
+            losses = self.module(batch.images, common.targets_for(batch))
+        images, _ = tap.output("transform")
+        features = common.features_by_name(tap.output("backbone"))
+        frame = common.frame_of(batch.images, images)
+        proposals: list[Tensor] = tap.inputs(_POOL)[1]
+        image_index = torch.cat([torch.full((len(p),), i, device=p.device) for i, p in enumerate(proposals)])
+        with torch.no_grad():
+            boxes = frame.to_image(torch.cat(proposals), image_index)
+        class_logits, box_deltas = tap.output(_PREDICTOR)
+        return TwoStageObservation(
+            losses=losses,
+            pyramid=Pyramid(maps=tuple(features.values()), levels=self.levels, frame=frame),
+            candidates=Candidates(boxes=boxes, image_index=image_index, sampled=True),
+            features=features,
+            image_sizes=images.image_sizes,
+            sampled=RegionView(
+                embedding=tap.output(_HEAD),
+                class_logits=class_logits,
+                box_deltas=box_deltas.unflatten(1, (-1, 4)),
+            ),
+        )
+
+    def look(self, batch: Batch) -> TwoStageObservation:
+        with common.evaluating(self.module):
+            images, _ = self.module.transform(batch.images)
+            features = common.features_by_name(self.module.backbone(images.tensors))
+        return TwoStageObservation(
+            losses={},
+            pyramid=Pyramid(
+                maps=tuple(features.values()), levels=self.levels, frame=common.frame_of(batch.images, images)
+            ),
+            candidates=None,
+            features=features,
+            image_sizes=images.image_sizes,
+            sampled=None,
+        )
+
+    def view_regions(self, seen: Observation, regions: Regions, needs: frozenset[View]) -> RegionView:
+        assert isinstance(seen, TwoStageObservation), "an observation of another detector"
+        if seen.sampled is not None and "pooled" not in needs and bool((regions.candidate >= 0).all()):
+            rows = regions.candidate  # the head ran on these boxes already
+            return RegionView(
+                embedding=_rows(seen.sampled.embedding, rows),
+                class_logits=_rows(seen.sampled.class_logits, rows),
+                box_deltas=_rows(seen.sampled.box_deltas, rows),
+            )
+        heads = self.module.roi_heads
+        boxes = seen.pyramid.frame.to_model(regions.boxes, regions.image_index)
+        per_image = list(boxes.split(torch.bincount(regions.image_index, minlength=len(seen.image_sizes)).tolist()))
+        pooled = heads.box_roi_pool(seen.features, per_image, seen.image_sizes)
+        embedding = heads.box_head(pooled) if needs & {"embedding", "predictions"} else None
+        if embedding is None or "predictions" not in needs:
+            return RegionView(pooled=pooled, embedding=embedding)
+        class_logits, box_deltas = heads.box_predictor(embedding)
+        return RegionView(
+            pooled=pooled, embedding=embedding, class_logits=class_logits, box_deltas=box_deltas.unflatten(1, (-1, 4))
+        )
+
+    def predict(self, images: list[Tensor]) -> list[Detections]:
+        return common.predict(self.module, images)
+
+
+def _rows(values: Tensor | None, rows: Tensor) -> Tensor | None:
+    return None if values is None else values[rows]

@@ -1,0 +1,133 @@
+"""Student, frozen teacher and weighted terms: one step's forward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from time import perf_counter
+
+import torch
+from torch import Tensor, nn
+
+from gdetkd_cli.detectors.protocol import Detector, Observation
+from gdetkd_cli.distill.terms import ObservedPair, Term, needs_of
+from gdetkd_cli.errors import TermNotComputedError
+from gdetkd_cli.structures import Batch, LossReport, Regions
+
+ChooseRegions = Callable[[Observation, Batch, int], Regions]
+
+
+@dataclass(frozen=True)
+class WeightedTerm:
+    """A term, its weight, and the steps over which the weight rises linearly from 0."""
+
+    term: nn.Module
+    weight: float
+    warmup_steps: int = 0
+
+    def weight_at(self, step: int) -> float:
+        """The weight in the step number ``step``, counted from 0."""
+        if step >= self.warmup_steps:
+            return self.weight
+        return self.weight * (step + 1) / (self.warmup_steps + 1)
+
+
+class Distiller(nn.Module):
+    """Supervised training of a student, plus what a teacher adds.
+
+    Without a teacher it is plain supervised training: both kinds of run go through this one module. The teacher is not
+    a submodule: it has no place in the optimizer, in ``train()``, in the checkpoint, or in DDP.
+
+    Args:
+        student: the detector that is trained.
+        teacher: the detector that is imitated; its module must be in evaluation mode and frozen.
+        terms: distillation terms by name.
+        choose_regions: (the student's observation, the batch, the step) -> regions.
+    """
+
+    def __init__(
+        self,
+        *,
+        student: Detector,
+        teacher: Detector | None = None,
+        terms: Mapping[str, WeightedTerm] | None = None,
+        choose_regions: ChooseRegions | None = None,
+    ) -> None:
+        super().__init__()
+        self.student = student.module
+        self.terms = nn.ModuleDict({name: weighted.term for name, weighted in (terms or {}).items()})
+        self._detector = student
+        self._teacher = [teacher]  # in a list, so that nn.Module does not look into it
+        self._weights = dict(terms or {})
+        self._choose_regions = choose_regions
+        self.step = 0  # set by the loop; regions and weights depend on it
+        self.profile = False  # fill LossReport.seconds
+
+    @property
+    def teacher(self) -> Detector | None:
+        return self._teacher[0]
+
+    def added_parameters(self) -> Iterable[nn.Parameter]:
+        """Parameters that distillation adds: adapters, projections, tau."""
+        return self.terms.parameters()
+
+    def forward(self, batch: Batch) -> LossReport:
+        """One training forward; the student must be in training mode.
+
+        Raises:
+            TermNotComputedError: a configured term gave nothing that can be back-propagated.
+        """
+        seconds: dict[str, float] = {}
+        with self._timed("student forward", seconds, batch):
+            seen = self._detector.observe(batch)
+        parts = {name: loss.detach() for name, loss in seen.losses.items()}
+        total: Tensor = torch.stack(list(seen.losses.values())).sum()
+        weights: dict[str, float] = {}
+        if self._weights:
+            pair = self._observe_pair(batch, seen, seconds)
+            for name, weighted in self._weights.items():
+                with self._timed(f"term {name}", seconds, batch):
+                    value: Tensor = self.terms[name](pair)
+                if torch.is_grad_enabled() and not value.requires_grad:
+                    raise TermNotComputedError(f"the term {name!r} was configured but has no gradient to give")
+                weights[name] = weighted.weight_at(self.step)
+                total = total + weights[name] * value
+                parts[name] = value.detach()
+        return LossReport(total=total, parts=parts, weights=weights, seconds=seconds)
+
+    def _observe_pair(self, batch: Batch, seen: Observation, seconds: dict[str, float]) -> ObservedPair:
+        assert self.teacher is not None and self._choose_regions is not None, "terms need a teacher and regions"
+        terms: list[Term] = [self.terms[name] for name in self._weights]  # type: ignore[misc]  # modules are Terms
+        student_needs, teacher_needs = needs_of(terms)
+        with self._timed("regions", seconds, batch):
+            regions = self._choose_regions(seen, batch, self.step)
+            student_view = self._detector.view_regions(seen, regions, student_needs)
+        # no_grad, not inference_mode: the adapters' graphs need these tensors.
+        with self._timed("teacher", seconds, batch), torch.no_grad():
+            teacher_view = self.teacher.view_regions(self.teacher.look(batch), regions, teacher_needs)
+        return ObservedPair(
+            regions=regions,
+            image_ids=batch.image_ids[regions.image_index],
+            student_seen=seen,
+            student_view=student_view,
+            teacher_view=teacher_view,
+        )
+
+    @contextmanager
+    def _timed(self, name: str, seconds: dict[str, float], batch: Batch) -> Iterator[None]:
+        if not self.profile:
+            yield
+            return
+        device = batch.image_ids.device
+        synchronize(device)
+        start = perf_counter()
+        yield
+        synchronize(device)
+        seconds[name] = perf_counter() - start
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits for a CUDA device, so that a wall clock read next is true; nothing to do on a CPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,113 @@
+"""The trainable parts that distillation adds beside the student. None of them is ever exported.
+
+Shapes: R regions, L levels, C_s and C_t channels of student and teacher, E embedding channels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import conv2d
+
+from gdetkd_cli.losses.sgfi import level_attention
+
+
+class LevelMatcher(nn.Module):
+    """f_adapt, f_embed and tau of SGFI: aggregates a student's levels into what the teacher's feature should be.
+
+    f_adapt is linear and 1x1, so it commutes with the weighted sum over levels (whose weights sum to 1) and folds into
+    the embedding's first convolution: it runs once per region, not once per level, and that convolution reads C_s
+    channels. The result is the same as adapting every level first.
+
+    Args:
+        student_channels: C_s of each level; levels with equal channels share one adapter.
+        teacher_channels: C_t.
+        embed_channels: E.
+    """
+
+    def __init__(self, *, student_channels: Sequence[int], teacher_channels: int, embed_channels: int) -> None:
+        super().__init__()
+        self.shared = len(set(student_channels)) == 1
+        adapters = [student_channels[0]] if self.shared else list(student_channels)
+        self.adapters = nn.ModuleList(nn.Conv2d(channels, teacher_channels, 1) for channels in adapters)
+        self.embed_in = nn.Conv2d(teacher_channels, embed_channels, 3, stride=2)  # 7 -> 3
+        self.embed_out = nn.Conv2d(embed_channels, embed_channels, 3, stride=2)  # 3 -> 1
+        # tau is learnt as its logarithm, so that it stays positive; <k, q> of E-channel embeddings grows as sqrt(E).
+        self.log_tau = nn.Parameter(torch.tensor(0.5 * math.log(embed_channels)))
+
+    def forward(self, levels: Sequence[Tensor], target: Tensor) -> tuple[Tensor, Tensor]:
+        """Aggregates.
+
+        Args:
+            levels: L tensors (R, C_s, 7, 7), the student's features of each region on every level.
+            target: (R, C_t, 7, 7), the teacher's.
+
+        Returns:
+            The aggregate (R, C_t, 7, 7) and the weights of the levels (R, L).
+        """
+        query = self.embed_out(self.embed_in(target).relu()).flatten(1)  # (R, E)
+        if self.shared:
+            stacked = torch.stack(list(levels), dim=1)  # (R, L, C_s, 7, 7)
+            keys = self._keys(stacked.flatten(0, 1), self.adapters[0]).unflatten(0, stacked.shape[:2])
+            weights = level_attention(keys, query, self.log_tau.exp())
+            return self.adapters[0]((stacked * weights[:, :, None, None, None]).sum(dim=1)), weights
+        keys = torch.stack([self._keys(s, f) for s, f in zip(levels, self.adapters, strict=True)], dim=1)
+        weights = level_attention(keys, query, self.log_tau.exp())
+        adapted = torch.stack([f(s) for s, f in zip(levels, self.adapters, strict=True)], dim=1)
+        return (adapted * weights[:, :, None, None, None]).sum(dim=1), weights
+
+    def _keys(self, features: Tensor, adapter: nn.Module) -> Tensor:
+        """f_embed(f_adapt(features)) with the two first convolutions composed: (M, C_s, 7, 7) -> (M, E)."""
+        assert isinstance(adapter, nn.Conv2d) and adapter.bias is not None and self.embed_in.bias is not None
+        kernel = torch.einsum("etij,ts->esij", self.embed_in.weight, adapter.weight[:, :, 0, 0])
+        bias = self.embed_in.bias + torch.einsum("etij,t->e", self.embed_in.weight, adapter.bias)
+        hidden = conv2d(features, kernel, bias, stride=2).relu()
+        keys: Tensor = self.embed_out(hidden).flatten(1)
+        return keys
+
+
+class Standardizer(nn.Module):
+    """Brings teacher features to mean 0 and standard deviation 1, with statistics that are learnt while running.
+
+    The scale of features differs by orders of magnitude between teachers; standardised, one default weight fits all.
+    The statistics average every batch alike at first, and move slowly later; they are saved with the run.
+
+    Args:
+        channels: C_t.
+        per_channel: one mean and deviation for each channel, or one for all.
+    """
+
+    mean: Tensor
+    square: Tensor
+    updates: Tensor
+
+    def __init__(self, *, channels: int, per_channel: bool) -> None:
+        super().__init__()
+        size = channels if per_channel else 1
+        self.per_channel = per_channel
+        self.register_buffer("mean", torch.zeros(size))
+        self.register_buffer("square", torch.ones(size))  # mean of the squares
+        self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
+
+    @torch.no_grad()
+    def update(self, features: Tensor) -> None:
+        """Takes (R, C, h, w) into the statistics; nothing happens for R = 0."""
+        if not len(features):
+            return
+        values = features.float().transpose(0, 1).flatten(1)  # (C, R h w)
+        if not self.per_channel:
+            values = values.reshape(1, -1)
+        self.updates += 1
+        rate = (1.0 / self.updates).clamp(min=0.002)
+        self.mean.lerp_(values.mean(dim=1), rate)
+        self.square.lerp_(values.square().mean(dim=1), rate)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(R, C, h, w) -> the same, standardised."""
+        deviation = (self.square - self.mean.square()).clamp(min=0).sqrt()
+        # A channel that is silent in this teacher carries nothing; dividing by its deviation would amplify noise.
+        floor = 1e-3 * self.square.mean().sqrt() + 1e-12
+        return (features - self.mean[:, None, None]) / deviation.clamp(min=floor)[:, None, None]

@@ -1,0 +1,76 @@
+"""What a pair of detectors allows: its kind, prediction distillation, head transfer."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from gdetkd_cli.detectors.protocol import Detector
+from gdetkd_cli.detectors.two_stage import TwoStageDetector
+from gdetkd_cli.errors import PairError
+
+PairKind = Literal["homogeneous", "heterogeneous"]
+
+
+def pair_kind(student: Detector, teacher: Detector) -> PairKind:
+    """``homogeneous`` when both are two-stage: only then do both have RoI heads to compare (METHOD, section 1)."""
+    both = student.family == teacher.family == "two-stage"
+    return "homogeneous" if both else "heterogeneous"
+
+
+def class_columns(student: Detector, teacher: Detector) -> Tensor:
+    """(K + 1,) int64: the teacher's output column for each of the student's, by class name; background is 0.
+
+    Raises:
+        PairError: the class lists hold different names.
+    """
+    missing = sorted(set(student.class_names) - set(teacher.class_names))
+    extra = sorted(set(teacher.class_names) - set(student.class_names))
+    if missing or extra:
+        only = [f"only the student has {missing[:3]}"] * bool(missing) + [f"only the teacher has {extra[:3]}"] * bool(extra)
+        raise PairError(f"the class lists differ: {'; '.join(only)}")
+    return torch.tensor([0] + [teacher.class_names.index(name) + 1 for name in student.class_names])
+
+
+def prediction_columns(student: Detector, teacher: Detector) -> Tensor:
+    """Checks that the two RoI heads' predictions can be compared; returns ``class_columns``.
+
+    Raises:
+        PairError: a detector without a RoI head, different class lists, or different box coders.
+    """
+    if not (isinstance(student, TwoStageDetector) and isinstance(teacher, TwoStageDetector)):
+        raise PairError(
+            f"predictions of the RoI heads can be compared between two-stage detectors only; "
+            f"this pair is {teacher.family} -> {student.family}"
+        )
+    if student.box_weights != teacher.box_weights:
+        raise PairError(f"the box coders differ: weights {teacher.box_weights} -> {student.box_weights}")
+    return class_columns(student, teacher)
+
+
+def transfer_head(student: Detector, teacher: Detector) -> list[str]:
+    """Copies the teacher's RoI head into the student's; returns the names of the copied parameters.
+
+    The predictor's rows are put in the student's class order.
+
+    Raises:
+        PairError: a detector without a RoI head, or any shape or class list that differs; nothing is copied then.
+    """
+    columns = prediction_columns(student, teacher)
+    assert isinstance(student, TwoStageDetector) and isinstance(teacher, TwoStageDetector)
+    copies: dict[str, Tensor] = {}
+    for part in ("box_head", "box_predictor"):
+        source = getattr(teacher.module.roi_heads, part).state_dict()
+        target = getattr(student.module.roi_heads, part).state_dict()
+        for name in sorted(source.keys() | target.keys()):
+            shapes = [tuple(state[name].shape) if name in state else None for state in (source, target)]
+            if shapes[0] != shapes[1]:
+                raise PairError(f"{part}.{name} is {shapes[0]} in the teacher and {shapes[1]} in the student")
+            value = source[name]
+            if part == "box_predictor":  # rows: K + 1 classes, or K + 1 classes x 4 coordinates
+                value = value.unflatten(0, (len(columns), -1))[columns.to(value.device)].flatten(0, 1)
+            copies[f"{part}.{name}"] = value
+    student.module.roi_heads.load_state_dict(copies, strict=False)
+    return sorted(copies)

@@ -1,0 +1,206 @@
+"""The distillation terms: each turns an observed pair into one unweighted scalar and owns its trainable parts.
+
+Shapes: R regions, L levels, C channels, D embedding channels, K classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torchvision.ops import box_iou
+
+from gdetkd_cli.detectors.pooling import pool_all_levels
+from gdetkd_cli.detectors.protocol import Observation, RegionView, View
+from gdetkd_cli.distill.heads import LevelMatcher, Standardizer
+from gdetkd_cli.distill.queue import RegionQueue
+from gdetkd_cli.losses.ckd import contrastive_loss, overlap_negatives
+from gdetkd_cli.losses.prediction import box_loss, class_loss
+from gdetkd_cli.losses.sgfi import imitation_loss
+from gdetkd_cli.structures import Regions
+
+
+@dataclass(frozen=True)
+class ObservedPair:
+    """One step as both detectors saw it.
+
+    Attributes:
+        regions: R regions.
+        image_ids: (R,) the data set's id of each region's picture.
+        student_seen: the student's forward.
+        student_view, teacher_view: what each says of the regions; the teacher's without gradient.
+    """
+
+    regions: Regions
+    image_ids: Tensor
+    student_seen: Observation
+    student_view: RegionView
+    teacher_view: RegionView
+
+
+class Term(Protocol):
+    """One distillation loss. Implementations are nn.Modules.
+
+    Attributes:
+        student_needs, teacher_needs: what must be read of each region for it.
+    """
+
+    student_needs: frozenset[View]
+    teacher_needs: frozenset[View]
+
+    def __call__(self, pair: ObservedPair) -> Tensor: ...
+
+
+class SGFITerm(nn.Module):
+    """Semantic-guided feature imitation.
+
+    Args:
+        student_channels: channels of each student level.
+        teacher_channels: C of the teacher's pooled features.
+        embed_channels: channels of the embedding that levels are matched in.
+        normalize: standardise the target ``channel`` by channel, as one ``scalar``, or not at all (``none``).
+        sampling_ratio: RoIAlign samples per bin and axis on the student's levels.
+    """
+
+    student_needs: frozenset[View] = frozenset()
+    teacher_needs: frozenset[View] = frozenset({"pooled"})
+
+    def __init__(
+        self,
+        *,
+        student_channels: Sequence[int],
+        teacher_channels: int,
+        embed_channels: int,
+        normalize: str,
+        sampling_ratio: int,
+    ) -> None:
+        super().__init__()
+        self.matcher = LevelMatcher(
+            student_channels=student_channels, teacher_channels=teacher_channels, embed_channels=embed_channels
+        )
+        self.standardizer = (
+            None
+            if normalize == "none"
+            else Standardizer(channels=teacher_channels, per_channel=normalize == "channel")
+        )
+        self.sampling_ratio = sampling_ratio
+
+    def forward(self, pair: ObservedPair) -> Tensor:
+        target = pair.teacher_view.pooled
+        assert target is not None
+        if self.standardizer is not None:
+            self.standardizer.update(target)
+            target = self.standardizer(target.float())
+        levels = pool_all_levels(
+            pair.student_seen.pyramid, pair.regions, size=target.shape[-1], sampling_ratio=self.sampling_ratio
+        )
+        imitation, _ = self.matcher(levels, target)
+        return imitation_loss(imitation.float(), target.float(), pair.teacher_view.pooled_channels)
+
+
+class CKDTerm(nn.Module):
+    """Contrastive distillation over regions.
+
+    f_s and f_t are one linear layer each into the common space: embeddings of unequal width cannot share one.
+
+    Args:
+        student_channels, teacher_channels: D of the two region embeddings.
+        project_channels: channels of the common space.
+        gamma: temperature.
+        negative_iou: regions of one picture that overlap more are not negatives.
+        queue: teacher embeddings remembered.
+    """
+
+    student_needs: frozenset[View] = frozenset({"embedding"})
+    teacher_needs: frozenset[View] = frozenset({"embedding"})
+
+    def __init__(
+        self,
+        *,
+        student_channels: int,
+        teacher_channels: int,
+        project_channels: int,
+        gamma: float,
+        negative_iou: float,
+        queue: int,
+    ) -> None:
+        super().__init__()
+        self.project_student = nn.Linear(student_channels, project_channels)
+        self.project_teacher = nn.Linear(teacher_channels, project_channels)
+        self.queue = RegionQueue(size=queue, channels=teacher_channels)
+        self.gamma = gamma
+        self.negative_iou = negative_iou
+
+    def forward(self, pair: ObservedPair) -> Tensor:
+        student, teacher = pair.student_view.embedding, pair.teacher_view.embedding
+        assert student is not None and teacher is not None
+        remembered, remembered_ids = self.queue.rows()
+        regions = pair.regions
+        loss = contrastive_loss(
+            self.project_student(student.float()),
+            self.project_teacher(teacher.float()),
+            gamma=self.gamma,
+            negatives=overlap_negatives(box_iou(regions.boxes, regions.boxes), regions.image_index, self.negative_iou),
+            memory=self.project_teacher(remembered),
+            # A picture seen before was flipped or resized differently, so its boxes cannot be compared with this
+            # step's: nothing of the same picture is a negative.
+            memory_negatives=pair.image_ids[:, None] != remembered_ids[None, :],
+        )
+        self.queue.add(teacher, pair.image_ids)
+        return loss
+
+
+class ClassTerm(nn.Module):
+    """L_cls: the teacher's class distribution on each region.
+
+    Args:
+        columns: (K + 1,) int64, the teacher's column for each of the student's.
+    """
+
+    student_needs: frozenset[View] = frozenset({"predictions"})
+    teacher_needs: frozenset[View] = frozenset({"predictions"})
+    columns: Tensor
+
+    def __init__(self, *, columns: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("columns", columns)
+
+    def forward(self, pair: ObservedPair) -> Tensor:
+        student, teacher = pair.student_view.class_logits, pair.teacher_view.class_logits
+        assert student is not None and teacher is not None
+        return class_loss(student, teacher[:, self.columns])
+
+
+class BoxTerm(nn.Module):
+    """L_reg: the teacher's boxes on each region, class by class.
+
+    Args:
+        columns: (K + 1,) int64, the teacher's column for each of the student's.
+    """
+
+    student_needs: frozenset[View] = frozenset({"predictions"})
+    teacher_needs: frozenset[View] = frozenset({"predictions"})
+    columns: Tensor
+
+    def __init__(self, *, columns: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("columns", columns)
+
+    def forward(self, pair: ObservedPair) -> Tensor:
+        student, teacher = pair.student_view, pair.teacher_view
+        assert student.box_deltas is not None and teacher.box_deltas is not None and teacher.class_logits is not None
+        return box_loss(
+            student.box_deltas, teacher.box_deltas[:, self.columns], teacher.class_logits[:, self.columns]
+        )
+
+
+def needs_of(terms: Sequence[Term]) -> tuple[frozenset[View], frozenset[View]]:
+    """What the terms together need of the student and of the teacher."""
+    student: frozenset[View] = frozenset().union(*(term.student_needs for term in terms))
+    teacher: frozenset[View] = frozenset().union(*(term.teacher_needs for term in terms))
+    return student, teacher
+
+

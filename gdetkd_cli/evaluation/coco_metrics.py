@@ -1,0 +1,147 @@
+"""COCO box metrics through pycocotools."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from gdetkd_cli.errors import DataError
+
+if TYPE_CHECKING:  # torch stays out: the command line imports CocoMetrics and must start at once
+    from gdetkd_cli.data.split import Record
+    from gdetkd_cli.structures import Detections
+
+
+@dataclass(frozen=True)
+class CocoMetrics:
+    """COCO box metrics, AP and AR in 0-100; None where the split has no such object.
+
+    Attributes:
+        ap: mean over IoU 0.50:0.95, all areas, 100 detections a picture.
+        ap50, ap75: at one IoU.
+        ap_small, ap_medium, ap_large: by object area in the annotations (32 x 32 and 96 x 96 pixels).
+        ar: average recall with 100 detections a picture.
+        per_class: AP by class name.
+        images: pictures evaluated.
+        detections: boxes handed in.
+    """
+
+    ap: float | None
+    ap50: float | None
+    ap75: float | None
+    ap_small: float | None
+    ap_medium: float | None
+    ap_large: float | None
+    ar: float | None
+    per_class: dict[str, float | None]
+    images: int
+    detections: int
+
+    def to_json(self) -> dict[str, object]:
+        """The metrics under the names that tables of detection results use."""
+        return {
+            "AP": self.ap,
+            "AP50": self.ap50,
+            "AP75": self.ap75,
+            "AP_S": self.ap_small,
+            "AP_M": self.ap_medium,
+            "AP_L": self.ap_large,
+            "AR": self.ar,
+            "per_class": self.per_class,
+            "images": self.images,
+            "detections": self.detections,
+        }
+
+
+def evaluate_coco(
+    records: Sequence[Record], class_names: Sequence[str], predictions: Mapping[int, Detections]
+) -> CocoMetrics:
+    """Compares predictions with the truth, as the COCO benchmark does (crowds are neither hits nor misses).
+
+    Args:
+        records: the pictures and their truth.
+        class_names: K names, label k is ``class_names[k - 1]``.
+        predictions: by image id, boxes in pixels of the picture as stored; a picture left out has no detections.
+
+    Raises:
+        DataError: predictions for a picture that is not among the records, or a label that is not in 1..K.
+    """
+    # Here and not above: see TYPE_CHECKING.
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
+    strangers = sorted(set(predictions) - {record.image_id for record in records})
+    if strangers:
+        raise DataError(
+            f"Expected predictions for the {len(records)} pictures of the split, got some for {len(strangers)} others "
+            f"(image id {strangers[0]} first): evaluate on the split that they were made on."
+        )
+    classes = len(class_names)
+    detections = [item for image_id, found in predictions.items() for item in _items(image_id, found, classes=classes)]
+    truth = [{**item, "image_id": record.image_id} for record in records for item in record.truth]
+
+    def indexed(annotations: list[dict[str, object]]) -> COCO:
+        coco = COCO()
+        coco.dataset = {
+            "images": [{"id": record.image_id} for record in records],
+            "categories": [{"id": label, "name": name} for label, name in enumerate(class_names, start=1)],
+            # From 1: pycocotools takes a match with annotation 0 for no match.
+            "annotations": [{**item, "id": number} for number, item in enumerate(annotations, start=1)],
+        }
+        coco.createIndex()
+        return coco
+
+    with contextlib.redirect_stdout(io.StringIO()):
+        evaluation = COCOeval(indexed(truth), indexed(detections), "bbox")
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+
+    ap, ap50, ap75, ap_small, ap_medium, ap_large, _, _, ar, *_ = (_percent(value) for value in evaluation.stats)
+    # (IoU, recall, class, area, detections a picture): all areas are the first, 100 detections the last.
+    precision = evaluation.eval["precision"][:, :, :, 0, -1]
+    return CocoMetrics(
+        ap=ap,
+        ap50=ap50,
+        ap75=ap75,
+        ap_small=ap_small,
+        ap_medium=ap_medium,
+        ap_large=ap_large,
+        ar=ar,
+        per_class={name: _percent(precision[:, :, k].mean()) for k, name in enumerate(class_names)},
+        images=len(records),
+        detections=len(detections),
+    )
+
+
+def _items(image_id: int, detections: Detections, *, classes: int) -> Iterator[dict[str, object]]:
+    """One picture's detections as COCO annotations.
+
+    Args:
+        image_id: the data set's own id.
+        detections: xyxy, pixels of the picture as stored.
+        classes: K.
+    """
+    rows = zip(detections.boxes.tolist(), detections.scores.tolist(), detections.labels.tolist(), strict=True)
+    for (x1, y1, x2, y2), score, label in rows:
+        if not 1 <= label <= classes:
+            raise DataError(
+                f"Expected labels 1 to {classes}, got {label} for the picture with image id {image_id}: "
+                "evaluate with the class list that the detector was trained on."
+            )
+        yield {
+            "image_id": image_id,
+            "category_id": label,
+            "bbox": [x1, y1, x2 - x1, y2 - y1],
+            "area": (x2 - x1) * (y2 - y1),
+            "score": score,
+            "iscrowd": 0,
+        }
+
+
+def _percent(value: float) -> float | None:
+    """0..1 to 0-100; pycocotools says -1 where there is nothing to find."""
+    return None if value < 0 else 100.0 * float(value)

@@ -1,0 +1,41 @@
+"""Semantic-guided feature imitation: the equations (METHOD, section 2).
+
+Shapes: R regions, L levels, C channels of the teacher, D embedding channels.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def level_attention(keys: Tensor, queries: Tensor, tau: Tensor) -> Tensor:
+    """a_i = softmax over levels of <k_il, q_i> / tau.
+
+    Args:
+        keys: (R, L, D) embeddings of the student's region features on each level.
+        queries: (R, D) embeddings of the teacher's region features.
+        tau: positive scalar.
+
+    Returns:
+        (R, L); the weights of a region sum to 1.
+    """
+    return ((keys * queries[:, None]).sum(dim=2) / tau).softmax(dim=1)
+
+
+def imitation_loss(imitation: Tensor, target: Tensor, channels: Tensor | None = None) -> Tensor:
+    """L_sgfi = mean_i MSE(sum_l a_il A_il, T_i), 0 with a gradient path where there is no region.
+
+    Args:
+        imitation: (R, C, 7, 7) the student's aggregate.
+        target: (R, C, 7, 7) the teacher's features.
+        channels: (R,) how many of the C channels a region's target has (a pyramid whose levels differ in channels is
+            padded with zeros); None: all.
+    """
+    error = (imitation - target.detach()).square()
+    if channels is None:
+        return error.mean() if len(error) else imitation.sum() * 0.0
+    valid = (torch.arange(error.shape[1], device=error.device) < channels[:, None])[:, :, None, None]
+    cells = error.shape[2] * error.shape[3]
+    per_region = (error * valid).sum(dim=(1, 2, 3)) / (channels * cells)
+    return per_region.mean() if len(error) else imitation.sum() * 0.0

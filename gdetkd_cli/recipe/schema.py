@@ -1,0 +1,222 @@
+"""The recipe: what to do, validated. Knows nothing of tensors (pydantic only, no torch).
+
+Units stand in each field's description; steps are optimizer steps, sizes are pixels, AP is in 0-100.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class Strict(BaseModel):
+    """Every block: immutable, and an unknown field is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+# ----------------------------------------------------------------------------------------------------------- data
+
+
+class SyntheticData(Strict):
+    """The built-in scenes, drawn in code: nothing to download."""
+
+    format: Literal["synthetic"] = "synthetic"
+    train_images: PositiveInt = Field(1200, description="scenes in the training split")
+    val_images: PositiveInt = Field(200, description="scenes in the validation split")
+    size: Annotated[int, Field(ge=64)] = Field(128, description="side of a scene in pixels")
+    seed: int = Field(0, description="another seed draws another data set")
+
+
+class CocoData(Strict):
+    """COCO JSON annotations. Relative paths are relative to ``root``."""
+
+    format: Literal["coco"]
+    root: Path = Field(Path("."), description="folder that the other paths start from")
+    train: Path = Field(Path("train.json"), description="annotations of the training split")
+    val: Path = Field(Path("val.json"), description="annotations of the validation split")
+    train_images: Path = Field(Path("images"), description="folder of the training pictures")
+    val_images: Path = Field(Path("images"), description="folder of the validation pictures")
+    classes: list[str] | None = Field(None, description="category names to use, in this order; default: all")
+
+
+class Augment(Strict):
+    """Changes made to training pictures; validation pictures are never changed."""
+
+    flip: Fraction = Field(0.5, description="probability of a horizontal flip")
+    multi_scale: list[PositiveInt] | None = Field(
+        None, description="short sides in pixels to choose from; default: the student's own image size"
+    )
+    max_size: PositiveInt = Field(1333, description="longest side in pixels that multi_scale may give")
+    photometric: bool = Field(False, description="jitter brightness, contrast, saturation and hue")
+
+
+# ------------------------------------------------------------------------------------------------------ detectors
+
+
+class TorchvisionDetector(Strict):
+    """A torchvision detector by name."""
+
+    arch: Literal["torchvision"]
+    name: str = Field(description="for example fasterrcnn_resnet50_fpn")
+    arguments: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of torchvision's function")
+    norm: Literal["auto", "batch", "frozen"] = Field(
+        "auto", description="batch normalisation: trained, or frozen; auto: frozen where the weights were made so"
+    )
+    weights: str | None = Field(None, description="file, torchvision weights name, or nothing")
+    backbone_weights: str | None = Field(None, description="file or torchvision weights name of the backbone alone")
+
+
+class ComposedDetector(Strict):
+    """Any torchvision ResNet, ResNeXt or MobileNet under a feature pyramid and one of three heads."""
+
+    arch: Literal["composed"]
+    backbone: str = Field(description="for example resnet18, resnext101_32x8d, mobilenet_v3_small")
+    head: Literal["faster-rcnn", "retinanet", "fcos"]
+    width: PositiveFloat | None = Field(
+        None, description="ResNet: channels after the stem (64 in the original); MobileNet: width multiplier"
+    )
+    blocks: list[PositiveInt] | None = Field(None, min_length=4, max_length=4, description="ResNet blocks per stage")
+    pyramid_channels: PositiveInt = Field(256, description="channels of each pyramid level")
+    pyramid_levels: tuple[int, int] | None = Field(
+        None, description="first and last level; level l has stride 2**l; default 2-6 for faster-rcnn, else 3-7"
+    )
+    image_size: tuple[PositiveInt, PositiveInt] = Field(
+        (800, 1333), description="short side, and the most the long side may have, in pixels, inside the detector"
+    )
+    arguments: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of the torchvision class")
+    norm: Literal["auto", "batch", "frozen"] = "auto"
+    weights: str | None = Field(None, description="file of weights, or nothing")
+    backbone_weights: str | None = Field(None, description="file or torchvision weights name of the backbone alone")
+
+    @model_validator(mode="after")
+    def _levels_in_order(self) -> ComposedDetector:
+        if self.pyramid_levels is not None:
+            first, last = self.pyramid_levels
+            if not (2 <= first <= 5 and 5 <= last <= 7):
+                raise ValueError(
+                    f"pyramid_levels must be [first, last], first in 2-5 and last in 5-7; got {[first, last]}"
+                )
+        return self
+
+
+class CheckpointDetector(Strict):
+    """A detector that this tool trained: architecture, classes and weights come from the file."""
+
+    arch: Literal["checkpoint"]
+    path: str = Field(description="run folder, student.pt, or builtin:NAME for a detector that ships with gdetkd")
+
+
+Detector = Annotated[TorchvisionDetector | ComposedDetector | CheckpointDetector, Field(discriminator="arch")]
+
+
+# --------------------------------------------------------------------------------------------------- distillation
+
+
+class RegionChoice(Strict):
+    """Which boxes student and teacher are compared on."""
+
+    per_image: PositiveInt = Field(64, description="regions per image at most")
+    positive_iou: Fraction = Field(0.5, description="dense students: overlap with the truth that makes a positive")
+    negatives_per_positive: NonNegativeFloat = Field(3.0, description="dense students: negatives per positive")
+    jitter: NonNegativeFloat = Field(
+        0.1, description="students without boxes: jitter of the truth, as a fraction of its sides"
+    )
+
+
+class SGFI(Strict):
+    """Semantic-guided feature imitation (METHOD, section 2)."""
+
+    weight: NonNegativeFloat = 1.0
+    normalize: Literal["channel", "scalar", "none"] = Field(
+        "channel", description="teacher features are standardised per channel, as a whole, or (as in the paper) not"
+    )
+    embed_channels: PositiveInt = Field(64, description="channels of the embedding that levels are matched in")
+    sampling_ratio: PositiveInt = Field(2, description="RoIAlign samples per bin and axis")
+    warmup_steps: int = Field(0, ge=0, description="steps over which the weight rises linearly from 0")
+
+
+class CKD(Strict):
+    """Contrastive distillation over regions (METHOD, section 3)."""
+
+    weight: NonNegativeFloat = 1.0
+    gamma: PositiveFloat = Field(0.07, description="temperature of the contrast")
+    negative_iou: Fraction = Field(0.5, description="regions of one image that overlap more are not negatives")
+    queue: int = Field(4096, ge=0, description="teacher embeddings remembered as further negatives")
+    project_channels: PositiveInt = Field(128, description="channels of the space that regions are compared in")
+    warmup_steps: int = Field(0, ge=0, description="steps over which the weight rises linearly from 0")
+
+
+class PredictionKD(Strict):
+    """Class or box predictions of the teacher's RoI head as targets (METHOD, section 4)."""
+
+    weight: NonNegativeFloat = 1.0
+    warmup_steps: int = Field(0, ge=0, description="steps over which the weight rises linearly from 0")
+
+
+class Distill(Strict):
+    """The distillation terms. ``null`` leaves a term out; ``auto`` adds it where the pair allows it."""
+
+    pair: Literal["auto", "homogeneous", "heterogeneous"] = "auto"
+    regions: RegionChoice = RegionChoice()
+    sgfi: SGFI | None = SGFI()
+    ckd: CKD | None = CKD()
+    class_kd: PredictionKD | Literal["auto"] | None = "auto"
+    box_kd: PredictionKD | Literal["auto"] | None = "auto"
+    head_transfer: bool | Literal["auto"] = Field("auto", description="start the student's RoI head from the teacher's")
+
+
+# ------------------------------------------------------------------------------------------------------- training
+
+
+class Optimizer(Strict):
+    name: Literal["adamw", "sgd"] = "adamw"
+    lr: PositiveFloat = Field(1e-3, description="peak learning rate")
+    weight_decay: NonNegativeFloat = 1e-4
+    momentum: Fraction = Field(0.9, description="sgd only")
+
+
+class Schedule(Strict):
+    name: Literal["cosine", "multistep", "constant"] = "cosine"
+    warmup_steps: int = Field(50, ge=0, description="steps of linear warm-up")
+    milestones: list[Fraction] = Field([0.667, 0.917], description="multistep: fractions of the run where lr drops")
+    gamma: PositiveFloat = Field(0.1, description="multistep: factor at each milestone")
+
+
+class Train(Strict):
+    steps: PositiveInt = Field(description="optimizer steps")
+    batch_size: PositiveInt = Field(8, description="images per step and process")
+    optimizer: Optimizer = Optimizer()
+    schedule: Schedule = Schedule()
+    clip_norm: PositiveFloat | None = Field(10.0, description="largest gradient norm; null: no clipping")
+    log_every: PositiveInt = Field(20, description="steps between lines of metrics.jsonl")
+    evaluate_every: PositiveInt | None = Field(None, description="steps between evaluations; null: only at the end")
+    checkpoint_every: PositiveInt = Field(200, description="steps between resume checkpoints")
+
+
+class Runtime(Strict):
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field("auto", description="auto: bf16 on CUDA, fp32 on CPU")
+    channels_last: bool | Literal["auto"] = Field("auto", description="auto: on CUDA")
+    compile: bool = Field(False, description="torch.compile the backbones")
+    threads: PositiveInt | Literal["auto"] = Field("auto", description="CPU threads; auto: measured at the start")
+    workers: Annotated[int, Field(ge=0)] | Literal["auto"] = Field("auto", description="loader processes")
+    cache_mb: Annotated[int, Field(ge=0)] = Field(1024, description="decoded pictures kept in memory, MiB per process")
+
+
+class Recipe(Strict):
+    """A whole run. ``gdetkd train`` needs a student; ``gdetkd distill`` a teacher and ``distill`` as well."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="also the default run folder's name")
+    seed: int = Field(0, ge=0)
+    data: Annotated[SyntheticData | CocoData, Field(discriminator="format")]
+    augment: Augment = Augment()
+    student: Detector
+    teacher: Detector | None = None
+    distill: Distill | None = None
+    train: Train
+    runtime: Runtime = Runtime()

@@ -1,0 +1,207 @@
+"""What each ``run_*`` returns. Plain data: the command line renders it, ``--json`` prints it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from gdetkd_cli.evaluation.coco_metrics import CocoMetrics
+
+
+@dataclass(frozen=True)
+class LevelReport:
+    """One pyramid level. ``stride`` and ``offset`` are (y, x) in pixels; ``shape`` is (H, W) cells."""
+
+    name: str
+    channels: int
+    shape: tuple[int, int]
+    stride: tuple[float, float]
+    offset: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class PyramidReport:
+    """What probing found.
+
+    Attributes:
+        source: what was probed, as the user named it.
+        format: ``torchvision`` or ``run``.
+        call: how the model takes its input.
+        family: ``two-stage`` or ``dense``.
+        levels: fine to coarse.
+        region_embedding: channels of the region embedding, and where it is read.
+        size: (height, width) pixels of the probe image.
+        classes: class names; empty where they are unknown.
+        parameters: number of parameters.
+    """
+
+    source: str
+    format: str
+    call: str
+    family: str
+    levels: tuple[LevelReport, ...]
+    region_embedding: dict[str, object] | None
+    size: tuple[int, int]
+    classes: tuple[str, ...]
+    parameters: int
+
+
+@dataclass(frozen=True)
+class TermPlan:
+    """One distillation term of a plan: computed with this weight, or left out and why."""
+
+    name: str
+    weight: float | None
+    reason: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a distillation would do, after everything was built and one step was run.
+
+    Attributes:
+        pair: ``homogeneous`` or ``heterogeneous``, with the families: "two-stage -> dense".
+        student, teacher: the pyramids.
+        terms: each term, its weight or why it is left out.
+        head_transfer: parameter names copied from the teacher's RoI head, as one sentence.
+        losses: the one step's losses by name.
+        device, precision: as resolved. threads: CPU threads.
+        peak_memory_mb: of the process (CPU) or the device (CUDA).
+        seconds_per_step: the median of the few steps that were timed.
+        estimated_seconds: seconds_per_step times the recipe's steps.
+        notes: what was said while building.
+    """
+
+    recipe: str
+    pair: str
+    student: PyramidReport
+    teacher: PyramidReport
+    terms: tuple[TermPlan, ...]
+    head_transfer: str
+    losses: dict[str, float]
+    device: str
+    precision: str
+    threads: int
+    steps: int
+    batch_size: int
+    train_images: int
+    val_images: int
+    peak_memory_mb: float
+    seconds_per_step: float
+    estimated_seconds: float
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Where the time of a distillation step goes.
+
+    Attributes:
+        steps: steps measured, after a warm-up.
+        seconds: median seconds per step and phase: data, teacher, student forward, each term, backward, optimizer.
+        step: median seconds of the whole distillation step, data included.
+        floor: median seconds of teacher features plus a plain supervised student step, measured in the same run,
+            alternating with the distillation steps.
+        ratio: step / floor, both without data.
+    """
+
+    steps: int
+    seconds: dict[str, float]
+    step: float
+    floor: float
+    ratio: float
+    device: str
+    threads: int
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """A finished run. ``metrics`` is the student's last evaluation; ``seconds`` the whole run's wall time."""
+
+    run: Path
+    steps: int
+    metrics: CocoMetrics
+    seconds: float
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """An evaluated detector file. ``format`` is ``run``, ``checkpoint`` or ``onnx``."""
+
+    source: str
+    format: str
+    data: str
+    metrics: CocoMetrics
+    parameters: int | None
+    size_mb: float
+    ms_per_image: float
+
+
+@dataclass(frozen=True)
+class Parity:
+    """An exported file against the eager detector.
+
+    Attributes:
+        images: pictures compared, of different sizes. empty: how many of them had no detection.
+        detections: boxes compared in all.
+        max_box_error: largest difference of a box coordinate, pixels.
+        max_score_error: largest difference of a score.
+        passed: within tolerance, same number of boxes and same labels on every picture.
+    """
+
+    images: int
+    empty: int
+    detections: int
+    max_box_error: float
+    max_score_error: float
+    passed: bool
+
+
+@dataclass(frozen=True)
+class ExportedFile:
+    """One written file. ``exporter`` names the path used, for example ``torch.onnx TorchScript, opset 17``."""
+
+    path: Path
+    format: str
+    exporter: str
+    size_mb: float
+    parity: Parity
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """What ``gdetkd export`` wrote."""
+
+    source: str
+    files: tuple[ExportedFile, ...]
+
+
+@dataclass(frozen=True)
+class DemoRow:
+    """One detector of the demo's table."""
+
+    metrics: CocoMetrics
+    parameters: int
+    size_mb: float
+    ms_per_image: float
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """The demo's outcome. ``gain`` is distilled AP minus plain AP; ``steps`` of each student training.
+
+    ``verdict`` says in one or two sentences what the table shows: faster at a short budget, or better in the end.
+    """
+
+    teacher: DemoRow
+    student: DemoRow
+    distilled: DemoRow
+    gain: float
+    onnx_parity: bool
+    seconds: float
+    steps: int
+    seed: int
+    output: Path
+    picture: Path
+    verdict: str
+    notes: tuple[str, ...] = field(default=())

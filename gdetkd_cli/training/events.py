@@ -1,0 +1,61 @@
+"""What a run tells its observer while it goes on. Data only; the command line decides how it looks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from gdetkd_cli.evaluation.coco_metrics import CocoMetrics
+
+
+@dataclass(frozen=True)
+class Note:
+    """Something to say once: what was copied, re-initialised, counted, chosen."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A part of a longer job begins ("teacher", "student alone", "student distilled", "export")."""
+
+    title: str
+
+
+@dataclass(frozen=True)
+class StepDone:
+    """One log step.
+
+    Attributes:
+        step: optimizer steps done.
+        steps: optimizer steps in all.
+        loss: the total that was back-propagated.
+        parts: unweighted losses by name.
+        lr: learning rate.
+        images_per_second: over the time since the last log step.
+        eta_seconds: until the last step, evaluations not counted.
+    """
+
+    step: int
+    steps: int
+    loss: float
+    parts: dict[str, float]
+    lr: float
+    images_per_second: float
+    eta_seconds: float
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """The student was evaluated after ``step`` optimizer steps."""
+
+    step: int
+    metrics: CocoMetrics
+
+
+Event = Note | Phase | StepDone | Evaluated
+Observer = Callable[[Event], None]
+
+
+def silent(event: Event) -> None:
+    """The observer that says nothing."""

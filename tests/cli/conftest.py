@@ -1,0 +1,156 @@
+"""A stand-in for ``gdetkd_cli.runs`` that remembers how it was called, and results to return."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from gdetkd_cli import results
+from gdetkd_cli.evaluation.coco_metrics import CocoMetrics
+from gdetkd_cli.training.events import Evaluated, Note, Observer, Phase, StepDone
+
+METRICS = CocoMetrics(
+    ap=31.24,
+    ap50=50.1,
+    ap75=33.0,
+    ap_small=None,
+    ap_medium=30.0,
+    ap_large=40.5,
+    ar=45.0,
+    per_class={"disc": 40.0, "[bold]box": None},
+    images=200,
+    detections=1234,
+)
+ROW = results.DemoRow(metrics=METRICS, parameters=1_230_000, size_mb=4.9, ms_per_image=12.34)
+PARITY = results.Parity(
+    images=8, empty=1, detections=57, max_box_error=0.0004, max_score_error=2e-6, passed=True
+)
+
+
+def pyramid(source: str = "teacher.pt") -> results.PyramidReport:
+    level = results.LevelReport(name="p2", channels=256, shape=(120, 160), stride=(4.0, 4.0), offset=(2.0, 2.5))
+    return results.PyramidReport(
+        source=source,
+        format="torchvision",
+        call="list of images",
+        family="two-stage",
+        levels=(level, results.LevelReport("p3", 256, (60, 80), (8.0, 8.0), (4.0, 4.0))),
+        region_embedding={"channels": 1024, "name": "roi_heads.box_head"},
+        size=(480, 640),
+        classes=("disc", "box"),
+        parameters=41_000_000,
+    )
+
+
+def plan() -> results.Plan:
+    return results.Plan(
+        recipe="tiny",
+        pair="homogeneous: two-stage -> two-stage",
+        student=pyramid("student"),
+        teacher=pyramid("teacher"),
+        terms=(
+            results.TermPlan("sgfi", 1.0, "configured"),
+            results.TermPlan("class_kd", None, "the class lists differ"),
+        ),
+        head_transfer="nothing: shapes differ",
+        losses={"loss": 3.21, "sgfi": 0.5},
+        device="cpu",
+        precision="fp32",
+        threads=2,
+        steps=600,
+        batch_size=8,
+        train_images=1200,
+        val_images=200,
+        peak_memory_mb=812.0,
+        seconds_per_step=0.53,
+        estimated_seconds=318.0,
+        notes=("teacher: 91 classes",),
+    )
+
+
+TRAINED = results.TrainResult(run=Path("runs/tiny"), steps=600, metrics=METRICS, seconds=318.2)
+EVALUATED = results.EvalResult(
+    source="runs/tiny",
+    format="run",
+    data="synthetic",
+    metrics=METRICS,
+    parameters=1_230_000,
+    size_mb=4.9,
+    ms_per_image=12.34,
+)
+PROFILED = results.Profile(
+    steps=20, seconds={"data": 0.01, "backward": 0.2}, step=0.4, floor=0.3, ratio=1.3, device="cpu", threads=2
+)
+EXPORTED = results.ExportResult(
+    source="runs/tiny",
+    files=(results.ExportedFile(Path("runs/tiny/student.onnx"), "onnx", "torch.onnx, opset 17", 4.9, PARITY),),
+)
+DEMONSTRATED = results.DemoResult(
+    teacher=ROW,
+    student=ROW,
+    distilled=ROW,
+    gain=2.5,
+    onnx_parity=True,
+    seconds=181.0,
+    steps=300,
+    seed=0,
+    output=Path("demo"),
+    picture=Path("demo/picture.png"),
+    verdict="Distillation helped.",
+)
+
+
+@dataclass
+class FakeRuns:
+    """What was called with what; ``fails`` is raised in place of a result."""
+
+    calls: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
+    fails: BaseException | None = None
+    returns: dict[str, Any] = field(default_factory=dict)
+
+    def function(self, name: str, result: Any) -> Callable[..., Any]:
+        def run(*args: Any, observer: Observer, **options: Any) -> Any:
+            self.calls.append((name, args, options))
+            observer(Phase("student"))
+            observer(Note("wrote [bold]nothing"))
+            observer(StepDone(20, 600, 1.234, {"sgfi": 0.5}, 1e-3, 35.25, 80.0))
+            observer(Evaluated(20, METRICS))
+            if self.fails is not None:
+                raise self.fails
+            return self.returns.get(name, result)
+
+        return run
+
+    @property
+    def call(self) -> tuple[str, tuple[Any, ...], dict[str, Any]]:
+        """The only call."""
+        (only,) = self.calls
+        return only
+
+
+@pytest.fixture
+def runs(monkeypatch: pytest.MonkeyPatch) -> FakeRuns:
+    for variable in ("RANK", "LOCAL_RANK", "GDETKD_DEBUG"):
+        monkeypatch.delenv(variable, raising=False)
+    fake = FakeRuns()
+    module = ModuleType("gdetkd_cli.runs")
+    for name, result in {
+        "run_train": TRAINED,
+        "run_distill": TRAINED,
+        "resume_run": TRAINED,
+        "plan_distill": plan(),
+        "profile_distill": PROFILED,
+        "run_eval": EVALUATED,
+        "run_export": EXPORTED,
+        "run_probe": pyramid(),
+        "run_demo": DEMONSTRATED,
+    }.items():
+        setattr(module, name, fake.function(name, result))
+    monkeypatch.setitem(sys.modules, "gdetkd_cli.runs", module)
+    return fake

@@ -1,0 +1,240 @@
+"""Examples and batches: what comes is a function of the seed and the step, whoever asks and however."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from gdetkd_cli.data.dataset import DetectionDataset, mix_seed
+from gdetkd_cli.data.loader import training_batches, validation_batches
+from gdetkd_cli.data.split import Record, Split
+from gdetkd_cli.data.transforms import build_augmentation
+from gdetkd_cli.errors import DataError
+from gdetkd_cli.structures import Batch
+
+
+class Noise:
+    """Pictures of different sizes, the second without objects; counts how often each was read."""
+
+    def __init__(self) -> None:
+        self.reads: list[int] = []
+
+    def __call__(self, index: int) -> Tensor:
+        self.reads.append(index)
+        generator = torch.Generator().manual_seed(index)
+        return torch.randint(0, 256, (3, 16, 20 + index), generator=generator, dtype=torch.uint8)
+
+
+def make_split(pictures: int, read: Noise | None = None) -> Split:
+    records = [
+        Record(
+            image_id=100 + index,
+            size=(16, 20 + index),
+            boxes=torch.tensor([[1.0, 2.0, 9.0, 11.0]])[: 0 if index == 1 else 1],
+            labels=torch.tensor([1])[: 0 if index == 1 else 1],
+        )
+        for index in range(pictures)
+    ]
+    return Split(name="noise", class_names=("thing",), records=records, read=read or Noise())
+
+
+def make_dataset(pictures: int = 5, *, augmented: bool = True, seed: int = 0, cache_mb: int = 0) -> DetectionDataset:
+    change = build_augmentation(flip=0.5, photometric=True, multi_scale=[16, 24, 32], max_size=100)
+    return DetectionDataset(
+        split=make_split(pictures), augmentation=change if augmented else None, seed=seed, cache_mb=cache_mb
+    )
+
+
+def ids(batches: Iterable[Batch]) -> list[list[int]]:
+    return [batch.image_ids.tolist() for batch in batches]
+
+
+def assert_same(first: Iterable[Batch], second: Iterable[Batch]) -> None:
+    """Equal to the last bit."""
+    for a, b in zip(first, second, strict=True):
+        assert torch.equal(a.image_ids, b.image_ids)
+        assert all(torch.equal(x, y) for x, y in zip(a.images, b.images, strict=True))
+        for x, y in zip(a.targets, b.targets, strict=True):
+            assert torch.equal(x.boxes, y.boxes)
+            assert torch.equal(x.labels, y.labels)
+
+
+# -------------------------------------------------------------------------------------------------------- examples
+
+
+def test_unaugmented_example() -> None:
+    dataset = make_dataset(augmented=False)
+    image, target, image_id = dataset[0, 2]
+
+    assert (image.shape, image.dtype) == ((3, 16, 22), torch.float32)
+    assert torch.equal(image, Noise()(2).float() / 255)
+    assert target.boxes.tolist() == [[1, 2, 9, 11]]
+    assert target.labels.tolist() == [1]
+    assert image_id == 102
+    assert len(dataset) == 5
+
+
+def test_example_is_a_function_of_seed_draw_and_index() -> None:
+    def image(seed: int, draw: int) -> Tensor:
+        return make_dataset(seed=seed)[draw, 0][0]
+
+    first = image(0, 0)
+    torch.rand(3)  # whatever was drawn before
+    random.seed(9)
+    assert torch.equal(image(0, 0), first)
+    assert not torch.equal(image(0, 1), first)
+    assert not torch.equal(image(1, 0), first)
+
+
+def test_augmentation_leaves_the_main_generator_alone() -> None:
+    torch.manual_seed(5)
+    expected = torch.rand(4)
+
+    torch.manual_seed(5)
+    assert len(list(training_batches(dataset=make_dataset(), batch_size=2, steps=3, seed=0))) == 3
+    assert torch.equal(torch.rand(4), expected)
+
+
+def test_mixed_seeds_differ() -> None:
+    assert mix_seed(1, 2, 3) == mix_seed(1, 2, 3)
+    assert len({mix_seed(a, b, c) for a in range(5) for b in range(5) for c in range(5)}) == 125
+
+
+def test_cache_is_bounded() -> None:
+    noise = Noise()
+    half_a_mib = torch.zeros(1, 2**10, 2**9, dtype=torch.uint8)
+    split = make_split(3)
+    split = Split(
+        name="big",
+        class_names=split.class_names,
+        records=split.records,
+        read=lambda index: half_a_mib + (0 * noise(index).sum()).to(torch.uint8),
+    )
+    dataset = DetectionDataset(split=split, augmentation=None, seed=0, cache_mb=1)
+    for _ in range(2):
+        for index in range(3):
+            assert dataset[0, index][0].shape == (1, 2**10, 2**9)
+
+    assert noise.reads == [0, 1, 2, 2]  # the first two fill the cache
+
+
+def test_cached_pictures_do_not_change() -> None:
+    dataset = make_dataset(augmented=False, cache_mb=1)
+    dataset[0, 0][0].zero_()
+
+    assert torch.equal(dataset[0, 0][0], Noise()(0).float() / 255)
+
+
+# ------------------------------------------------------------------------------------------------- training batches
+
+
+def test_every_pass_takes_every_picture_once() -> None:
+    batches = ids(training_batches(dataset=make_dataset(6), batch_size=2, steps=9, seed=0))
+    passes = [[*batches[start], *batches[start + 1], *batches[start + 2]] for start in (0, 3, 6)]
+
+    assert [sorted(one) for one in passes] == [list(range(100, 106))] * 3
+    assert len({tuple(one) for one in passes}) == 3
+    assert ids(training_batches(dataset=make_dataset(6), batch_size=2, steps=9, seed=1)) != batches
+
+
+def test_batches_hold_lists_of_unlike_pictures() -> None:
+    batch = next(training_batches(dataset=make_dataset(augmented=False), batch_size=5, steps=1, seed=0))
+
+    assert len(batch) == 5
+    assert batch.image_ids.dtype == torch.int64
+    widths = [image.shape[2] for image in batch.images]
+    assert widths == [20 + image_id - 100 for image_id in batch.image_ids.tolist()]
+    empty = batch.image_ids.tolist().index(101)
+    assert [target.boxes.shape for target in batch.targets] == [(0 if i == empty else 1, 4) for i in range(5)]
+
+
+def test_batches_larger_than_the_data() -> None:
+    (batch,) = ids(training_batches(dataset=make_dataset(2), batch_size=5, steps=1, seed=0))
+
+    assert sorted(batch[:2]) == sorted(batch[2:4]) == [100, 101]
+
+
+@pytest.mark.parametrize("start_step", [0, 3, 7, 8])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_resumed_run_gets_the_same_batches(start_step: int, workers: int) -> None:
+    whole = list(training_batches(dataset=make_dataset(), batch_size=2, steps=8, seed=3))
+    rest = training_batches(
+        dataset=make_dataset(), batch_size=2, steps=8, start_step=start_step, seed=3, workers=workers
+    )
+
+    assert_same(whole[start_step:], rest)
+
+
+def test_augmentation_differs_between_passes() -> None:
+    first, second = training_batches(dataset=make_dataset(1), batch_size=1, steps=2, seed=0)
+
+    assert not torch.equal(first.images[0], second.images[0])
+
+
+def test_processes_share_the_global_batch() -> None:
+    def shares(rank: int, world_size: int, batch_size: int) -> Iterator[Batch]:
+        return training_batches(
+            dataset=make_dataset(), batch_size=batch_size, steps=4, seed=0, rank=rank, world_size=world_size
+        )
+
+    both = [
+        Batch(
+            images=a.images + b.images,
+            targets=a.targets + b.targets,
+            image_ids=torch.cat((a.image_ids, b.image_ids)),
+        )
+        for a, b in zip(shares(0, 2, 2), shares(1, 2, 2), strict=True)
+    ]
+    assert_same(shares(0, 1, 4), both)
+
+
+def test_no_pictures() -> None:
+    with pytest.raises(DataError, match="noise has no pictures"):
+        training_batches(dataset=make_dataset(0), batch_size=1, steps=1, seed=0)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_unreadable_picture_is_one_sentence(workers: int) -> None:
+    """Also out of a loader process, where torch would add a traceback to the message."""
+
+    def refuse(index: int) -> Tensor:
+        raise DataError("The picture a.png cannot be decoded.")
+
+    split = Split(name="bad", class_names=("thing",), records=make_split(1).records, read=refuse)
+    with pytest.raises(DataError) as caught:
+        next(iter(validation_batches(split=split, batch_size=1, workers=workers)))
+    assert str(caught.value) == "The picture a.png cannot be decoded."
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="page-locked memory needs CUDA")
+def test_pinned_batches() -> None:
+    batch = next(training_batches(dataset=make_dataset(), batch_size=2, steps=1, seed=0, pin_memory=True))
+
+    assert all(image.is_pinned() for image in batch.images)
+    assert batch.image_ids.is_pinned()
+
+
+# ----------------------------------------------------------------------------------------------- validation batches
+
+
+def test_validation_is_in_order_and_unchanged() -> None:
+    batches = list(validation_batches(split=make_split(5), batch_size=2))
+
+    assert ids(batches) == [[100, 101], [102, 103], [104]]
+    assert torch.equal(batches[1].images[0], Noise()(2).float() / 255)
+    assert batches[0].targets[1].boxes.shape == (0, 4)
+    assert_same(batches, validation_batches(split=make_split(5), batch_size=2, workers=2))
+
+
+def test_validation_is_shared_without_repetition() -> None:
+    shares = [ids(validation_batches(split=make_split(5), batch_size=2, rank=rank, world_size=3)) for rank in range(3)]
+
+    assert shares == [[[100, 103]], [[101, 104]], [[102]]]
+
+
+def test_validation_of_less_than_one_picture_a_process() -> None:
+    assert ids(validation_batches(split=make_split(1), batch_size=2, rank=1, world_size=2)) == []

@@ -1,0 +1,399 @@
+"""Recipes from YAML and ``--set``: what is read, and what each mistake says."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from gdetkd_cli.errors import RecipeError
+from gdetkd_cli.recipe import builtin
+from gdetkd_cli.recipe.load import dump_recipe, json_schema, load_data, load_recipe
+from gdetkd_cli.recipe.schema import CocoData, PredictionKD, SyntheticData
+from gdetkd_cli.recipe.starter import starter_recipe
+
+MINIMAL = """\
+# gdetkd train --recipe tiny
+# A tiny recipe
+name: tiny
+data:
+  format: synthetic
+student:
+  arch: composed
+  backbone: resnet18
+  head: fcos
+train:
+  steps: 10
+  optimizer: {lr: 3e-4}
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    path = tmp_path / "tiny.yaml"
+    path.write_text(MINIMAL)
+    return path
+
+
+@pytest.fixture
+def shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of built-in recipes with one recipe, ``shapes/tiny``."""
+    folder = tmp_path / "recipes"
+    (folder / "shapes").mkdir(parents=True)
+    (folder / "shapes" / "tiny.yaml").write_text(MINIMAL)
+    (folder / "README.md").write_text("not a recipe")
+    monkeypatch.setattr(builtin, "recipes_folder", lambda: folder)
+    return folder
+
+
+def refusal(path: Path | str, *overrides: str) -> str:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(path, overrides)
+    return str(caught.value)
+
+
+def written(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "r.yaml"
+    path.write_text(text)
+    return path
+
+
+# ------------------------------------------------------------------------------------------------------- reading
+
+
+def test_reads_a_file_with_defaults(recipe: Path) -> None:
+    read = load_recipe(recipe)
+    assert (read.name, read.train.steps, read.train.batch_size) == ("tiny", 10, 8)
+
+
+@pytest.mark.parametrize("text", ["3e-4", "3E-4", "3.0e-4", ".3e-3", "0.0003"])
+def test_reads_every_spelling_of_a_number(recipe: Path, text: str) -> None:
+    assert load_recipe(recipe, [f"train.optimizer.lr={text}"]).train.optimizer.lr == pytest.approx(3e-4)
+
+
+def test_reads_anchors_and_merges(tmp_path: Path) -> None:
+    text = MINIMAL.replace("student:", "teacher: &net\n  arch: composed\n  backbone: resnet50\n  head: fcos\nstudent:")
+    text = text.replace("  arch: composed\n  backbone: resnet18\n  head: fcos\ntrain", "  <<: *net\n  width: 16\ntrain")
+    read = load_recipe(written(tmp_path, text))
+    assert read.teacher is not None
+    assert read.student == read.teacher.model_copy(update={"width": 16})
+
+
+def test_an_override_below_an_anchor_changes_one_field_only(tmp_path: Path) -> None:
+    text = MINIMAL.replace("student:", "student: &net").replace("train:", "teacher: *net\ntrain:")
+    read = load_recipe(written(tmp_path, text), ["student.head=retinanet"])
+    assert read.teacher is not None
+    assert (read.student.model_dump()["head"], read.teacher.model_dump()["head"]) == ("retinanet", "fcos")
+
+
+def test_dates_and_byte_order_marks_do_no_harm(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(MINIMAL.replace("name: tiny", "name: 2026-01-31"), encoding="utf-8-sig")
+    assert load_recipe(path).name == "2026-01-31"
+
+
+def test_a_builtin_recipe_is_known_by_name(shipped: Path) -> None:
+    assert load_recipe("shapes/tiny").name == "tiny"
+    assert builtin.list_builtin() == [
+        builtin.BuiltinRecipe("shapes/tiny", shipped / "shapes" / "tiny.yaml", "A tiny recipe")
+    ]
+
+
+def test_a_recipe_without_comments_has_no_title(shipped: Path) -> None:
+    (shipped / "bare.yaml").write_text("name: x\n")
+    assert [r.title for r in builtin.list_builtin() if r.name == "bare"] == [""]
+
+
+def test_recipes_folder_is_the_checkout_or_the_installed_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(builtin, "_PACKAGE", tmp_path / "gdetkd_cli")
+    assert builtin.recipes_folder() == tmp_path / "recipes"
+    (tmp_path / "gdetkd_cli" / "builtin_recipes").mkdir(parents=True)
+    assert builtin.recipes_folder() == tmp_path / "gdetkd_cli" / "builtin_recipes"
+
+
+# ----------------------------------------------------------------------------------------------------- overrides
+
+
+def test_overrides_are_yaml_and_apply_in_order(recipe: Path) -> None:
+    read = load_recipe(recipe, ["train.steps=5", "train.steps=7", "train.clip_norm=null", "augment.flip=0"])
+    assert (read.train.steps, read.train.clip_norm, read.augment.flip) == (7, None, 0.0)
+
+
+def test_an_override_reaches_into_a_list(recipe: Path) -> None:
+    read = load_recipe(recipe, ["train.schedule={milestones: [0.1, 0.9]}", "train.schedule.milestones.0=0.5"])
+    assert read.train.schedule.milestones == [0.5, 0.9]
+
+
+def test_an_override_below_null_makes_the_mapping(recipe: Path) -> None:
+    read = load_recipe(recipe, ["distill=null", "distill.class_kd.weight=2"])
+    assert read.distill is not None
+    assert read.distill.class_kd == PredictionKD(weight=2.0)
+
+
+def test_nothing_after_the_sign_is_null(recipe: Path) -> None:
+    assert load_recipe(recipe, ["student.weights="]).student.weights is None  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("train.steps", "--set train.steps: expected field=value, for example --set train.steps=2000"),
+        (".x=1", "--set .x=1: expected field=value, for example --set train.steps=2000"),
+        ("name=[", "--set name=[: the value is not valid YAML: expected the node content, but found '<stream end>'"),
+        (
+            "train.steps.x=1",
+            "--set train.steps.x=1: train.steps is 10, which has no fields; set it whole: --set 'train.steps={x: ...}'",
+        ),
+        (
+            "train.schedule.milestones.0=1",
+            (
+                "--set train.schedule.milestones.0=1: the recipe does not spell out the list train.schedule.milestones; "
+                "set it whole: --set 'train.schedule.milestones=[...]'"
+            ),
+        ),
+        ("train.steps=0", "--set train.steps=0: train.steps: input should be greater than 0 (got 0)"),
+        ("train.step=9", "--set train.step=9: train.step: unknown field; did you mean steps?"),
+        ("train={}", "--set train={}: train.steps: missing; this field is required"),
+        (
+            "foo.bar=1",
+            (
+                "--set foo.bar=1: foo: unknown field; known here: "
+                "name, seed, data, augment, student, teacher, distill, train, runtime"
+            ),
+        ),
+    ],
+)
+def test_mistakes_in_an_override_name_it(recipe: Path, override: str, sentence: str) -> None:
+    assert refusal(recipe, override) == sentence
+
+
+@pytest.mark.parametrize(
+    ("whole", "override", "expected"),
+    [
+        ("[0.5]", "1", "train.schedule.milestones is a list of 1; expected an index from 0 to 0, got 1"),
+        ("[0.5]", "x", "train.schedule.milestones is a list of 1; expected an index from 0 to 0, got x"),
+        ("[]", "0", "train.schedule.milestones is a list of 0; expected no index, for it is empty, got 0"),
+    ],
+)
+def test_a_list_has_only_its_own_indices(recipe: Path, whole: str, override: str, expected: str) -> None:
+    element = f"train.schedule.milestones.{override}=1"
+    assert refusal(recipe, f"train.schedule.milestones={whole}", element) == f"--set {element}: {expected}"
+
+
+# ------------------------------------------------------------------------------------------------ what can go wrong
+
+
+def test_each_problem_has_its_line_and_the_path_that_was_typed(tmp_path: Path) -> None:
+    path = written(
+        tmp_path,
+        """\
+# comment
+name: a b
+data: {format: cocoo}
+student:
+  arch: composed
+  hed: fcos
+  backbone: resnet18
+  blocks:
+    - 1
+    - 0
+    - 1
+    - 1
+distill:
+  class_kd:
+    weight: -1
+  box_kd: maybe
+  head_transfer: maybe
+  sgfi: 3
+  ckd: {queue: many, gamma: 0.1, queeu: 2}
+train:
+  batch_size: 1.5
+  lr: 3
+""",
+    )
+    expected = [
+        "2: name: string should match pattern '^[A-Za-z0-9][A-Za-z0-9._-]*$' (got 'a b')",
+        "3: data.format: input should be one of 'synthetic', 'coco' (got 'cocoo')",
+        "4: student.head: missing; this field is required",
+        "6: student.hed: unknown field; did you mean head?",
+        "10: student.blocks.1: input should be greater than 0 (got 0)",
+        "15: distill.class_kd.weight: input should be greater than or equal to 0 (got -1)",
+        "16: distill.box_kd: input should be a mapping of fields or 'auto' (got 'maybe')",
+        "17: distill.head_transfer: input should be a valid boolean or 'auto' (got 'maybe')",
+        "18: distill.sgfi: input should be a mapping of fields (got 3)",
+        "19: distill.ckd.queeu: unknown field; did you mean queue?",
+        "19: distill.ckd.queue: input should be a valid integer (got 'many')",
+        "20: train.steps: missing; this field is required",
+        "21: train.batch_size: input should be a valid integer (got 1.5)",
+        (
+            "22: train.lr: unknown field; known here: steps, batch_size, optimizer, schedule, clip_norm, log_every, "
+            "evaluate_every, checkpoint_every"
+        ),
+    ]
+    assert set(refusal(path).splitlines()) == {f"{path}:{line}" for line in expected}
+
+
+@pytest.mark.parametrize(
+    ("block", "sentence"),
+    [
+        ("3", "student: input should be a mapping of fields (got 3)"),
+        ("{name: x}", "student.arch: missing; this field is required"),
+        (
+            "{arch: torchvision, name: x, argumnts: {}}",
+            "student.argumnts: unknown field; did you mean arguments?",
+        ),
+        (
+            "{arch: composed, backbone: resnet18, head: fcos, pyramid_levels: [1, 9]}",
+            "student: pyramid_levels must be [first, last], first in 2-5 and last in 5-7; got [1, 9]",
+        ),
+    ],
+)
+def test_problems_of_a_detector_block(recipe: Path, block: str, sentence: str) -> None:
+    assert refusal(recipe, f"student={block}") == f"--set student={block}: {sentence}"
+
+
+def test_a_long_value_is_cut(recipe: Path) -> None:
+    message = refusal(recipe, f"train.steps={'x' * 200}")
+    assert message.endswith("(got '" + "x" * 56 + "...)")
+
+
+def test_a_wrong_value_behind_a_merge_has_the_anchors_line(tmp_path: Path) -> None:
+    text = MINIMAL.replace("  head: fcos\n", "  head: fcos\n  pyramid_channels: 0\n")
+    text = text.replace("student:", "student: &net").replace("train:", "teacher: {<<: *net}\ntrain:")
+    path = written(tmp_path, text)
+    problem = "input should be greater than 0 (got 0)"
+    assert refusal(path).splitlines() == [
+        f"{path}:10: student.pyramid_channels: {problem}",
+        f"{path}:10: teacher.pyramid_channels: {problem}",
+    ]
+
+
+def test_a_missing_recipe_names_close_ones(shipped: Path) -> None:
+    assert refusal("shapes/tinny") == (
+        "there is no recipe file shapes/tinny, and no built-in recipe of that name; did you mean shapes/tiny?"
+    )
+    assert refusal("nowhere.yaml") == (
+        "there is no recipe file nowhere.yaml, and no built-in recipe of that name; "
+        "to see the built-in ones: gdetkd recipe list"
+    )
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (b"", "{path} is empty; to start a recipe: gdetkd recipe init"),
+        (b"# only a comment\n", "{path} is empty; to start a recipe: gdetkd recipe init"),
+        (b"- a\n", "{path}: a recipe is a mapping of fields (name: ..., data: ...), got a list"),
+        (b"hello\n", "{path}: a recipe is a mapping of fields (name: ..., data: ...), got a single value"),
+        (b"name: \xff\n", "{path} is not UTF-8 text (byte 6); a recipe is a YAML file"),
+        (b"name: x\ndata: [\n", "{path}:3: not valid YAML: expected the node content, but found '<stream end>'"),
+        (b"name: x\nname: y\n", "{path}:2: not valid YAML: the key 'name' stands here a second time"),
+        (b"a: {b: 1, c: 2,\n  b: 3}\n", "{path}:2: not valid YAML: the key 'b' stands here a second time"),
+        (
+            b"name: !!python/name:os.system\n",
+            (
+                "{path}:1: not valid YAML: could not determine a constructor for the tag "
+                "'tag:yaml.org,2002:python/name:os.system'"
+            ),
+        ),
+        (b"a: 1\n--- \nb: 2\n", "{path}:2: not valid YAML: but found another document"),
+        (b"a: \x07\n", "{path}: not valid YAML: unacceptable character #x0007: special characters are not allowed"),
+        (b"a: 0b_\n", "{path}: not valid YAML: invalid literal for int() with base 2: ''"),
+    ],
+)
+def test_an_unreadable_recipe_is_one_sentence(tmp_path: Path, content: bytes, sentence: str) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_bytes(content)
+    assert refusal(path) == sentence.format(path=path)
+
+
+def test_a_folder_is_no_recipe(tmp_path: Path, shipped: Path) -> None:
+    assert refusal(tmp_path) == (
+        f"{tmp_path} is a folder; expected a recipe file (YAML), or a name from: gdetkd recipe list"
+    )
+
+
+def test_a_file_that_cannot_be_opened(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def denied(*args: object, **kwargs: object) -> str:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "read_text", denied)
+    assert refusal(recipe) == f"cannot read {recipe}: Permission denied"
+
+
+# --------------------------------------------------------------------------------------------------------- --data
+
+
+def test_data_from_a_recipe_or_a_folder(recipe: Path, tmp_path: Path) -> None:
+    assert load_data(str(recipe)) == SyntheticData()
+    (tmp_path / "val.json").write_text("{}")
+    assert load_data(str(tmp_path)) == CocoData(format="coco", root=tmp_path)
+
+
+def test_data_from_a_folder_without_annotations(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load_data(str(tmp_path))
+    assert str(caught.value) == (
+        f"the folder {tmp_path} has no val.json; expected COCO annotations, "
+        "or a recipe whose data block names the files"
+    )
+
+
+# ------------------------------------------------------------------------------------------ writing, schema, starter
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["name='3e4'"],
+        ["name=2026-01-31", "train.optimizer.lr=1e-5"],
+        ["data={format: coco, root: ../data/bccd, classes: ['yes', '3e4', Größe]}"],
+        ["student={arch: torchvision, name: fcos_resnet50_fpn, arguments: {score_thresh: 1e-3, anchors: [[1, 2]]}}"],
+        ["distill={class_kd: {weight: 0.5}, sgfi: null}", "teacher={arch: checkpoint, path: 'builtin:x'}"],
+    ],
+)
+def test_a_dumped_recipe_reads_back_equal(recipe: Path, tmp_path: Path, overrides: list[str]) -> None:
+    first = load_recipe(recipe, overrides)
+    assert load_recipe(written(tmp_path, dump_recipe(first))) == first
+
+
+def test_the_schema_is_closed_and_its_references_resolve() -> None:
+    schema = json_schema()
+    assert schema["$schema"] == "https://json-schema.org/draft/2020-12/schema"
+    assert (schema["type"], schema["additionalProperties"]) == ("object", False)
+    assert {"name", "data", "student", "train"} == set(schema["required"])
+    references = set(re.findall(r"#/\$defs/(\w+)", str(schema)))
+    assert references == set(schema["$defs"])
+
+
+def test_the_starter_validates_as_it_is(tmp_path: Path) -> None:
+    read = load_recipe(written(tmp_path, starter_recipe()))
+    assert isinstance(read.data, CocoData)
+    assert read.teacher is not None
+    assert read.distill is not None
+    assert starter_recipe("my.yaml").startswith("# gdetkd distill --recipe my.yaml\n# ")
+
+
+def test_the_starters_options_exist_and_show_their_defaults(tmp_path: Path) -> None:
+    starter = starter_recipe()
+    plain = load_recipe(written(tmp_path, starter))
+    option = re.compile(r"^( *)# ( *(?!arch|path)[a-z_]+:( .*)?)$", re.MULTILINE)
+    assert len(option.findall(starter)) > 25
+    full = load_recipe(written(tmp_path, option.sub(r"\1\2", starter)))
+    shown = {"classes": ["cat", "dog"], "multi_scale": [640, 672, 704]}  # examples: the default is "all", "none"
+    explained = {"blocks": [2, 2, 2, 2], "width": 64.0, "pyramid_levels": (2, 6)}  # spelled-out meaning of null
+    assert full.data == plain.data.model_copy(update={"classes": shown["classes"]})
+    assert full.augment == plain.augment.model_copy(update={"multi_scale": shown["multi_scale"]})
+    assert full.student == plain.student.model_copy(update=explained)
+    assert (full.distill, full.train, full.runtime) == (plain.distill, plain.train, plain.runtime)
+
+
+def test_the_starters_trained_teacher_validates(tmp_path: Path) -> None:
+    read = yaml.safe_load(starter_recipe())
+    read["teacher"] = yaml.safe_load(
+        "\n".join(re.findall(r"^#   ((?:arch|path): .*)$", starter_recipe(), flags=re.MULTILINE))
+    )
+    load_recipe(written(tmp_path, yaml.safe_dump(read)))
