@@ -47,17 +47,19 @@ class _Bar:
         self._task: TaskID | None = None
 
     def __call__(self, event: Event) -> None:
-        match event:
-            case StepDone() if self._task is None:
-                self._task = self._progress.add_task(
-                    self._title, total=event.steps, completed=event.step, numbers=_numbers(event)
-                )
-            case StepDone():
-                self._progress.update(self._task, completed=event.step, numbers=_numbers(event))
-            case _:
-                self._progress.console.print(_line(event), soft_wrap=True)
+        if isinstance(event, StepDone):
+            self._draw(event)
+            return
+        self._progress.console.print(_line(event), soft_wrap=True)
         if isinstance(event, Phase):
             self._title, self._task = event.title, None
+
+    def _draw(self, event: StepDone) -> None:
+        numbers = _numbers(event)
+        if self._task is None:
+            self._task = self._progress.add_task(self._title, total=event.steps, completed=event.step, numbers=numbers)
+        else:
+            self._progress.update(self._task, completed=event.step, numbers=numbers)
 
 
 def _line(event: Event) -> str:

@@ -32,7 +32,7 @@ def show_recipe(recipe: RecipeArgument) -> None:
     """Print a recipe as it stands in its file."""
     from gdetkd_cli.recipe.load import find_recipe
 
-    typer.echo(find_recipe(recipe).read_text(encoding="utf-8"), nl=False)
+    typer.echo(find_recipe(recipe).read_bytes(), nl=False)
 
 
 @app.command("init")
@@ -44,8 +44,11 @@ def init_recipe(
 
     if path.exists():
         raise options.UsageError(f"{path} exists already; name another file: gdetkd recipe init PATH")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(starter_recipe(str(path)), encoding="utf-8")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(starter_recipe(str(path)), encoding="utf-8")
+    except OSError as error:
+        raise options.UsageError(f"cannot write {path}: {error.strerror}") from error
     typer.echo(path)
     typer.echo(f"edit it, then check it: gdetkd recipe validate {path}", err=True)
 

@@ -20,13 +20,13 @@ from torch import Tensor
 
 from gdetkd_cli.data.split import Record, Split
 
-OUTLINES = ("disc", "square", "triangle", "hexagon")
+OUTLINES = ("disc", "square", "triangle")
 MARKS = ("dot", "bar", "ring")
 CLASS_NAMES = tuple(f"{outline}-{mark}" for outline in OUTLINES for mark in MARKS)
 
 _OVERSAMPLING = 2  # drawn twice as large, then averaged: smooth edges
-_SMALLEST, _LARGEST = 0.09, 0.88  # outer diameter of an object, as a fraction of the scene's side
-_MARK_REACH = (0.30, 0.40)  # half the mark's extent, as a fraction of the object's radius
+_SMALLEST, _LARGEST = 0.12, 0.88  # outer diameter of an object, as a fraction of the scene's side
+_MARK_REACH = (0.34, 0.45)  # half the mark's extent, as a fraction of the object's radius
 _MIN_VISIBLE = 0.45  # an object that would leave less of an earlier one to be seen is not drawn
 _MIN_MARK_VISIBLE = 0.75  # the same for the part that tells the class
 _SPLIT_KEYS = {"train": 0, "val": 1}
@@ -158,7 +158,7 @@ def _draw_clutter(draw: ImageDraw.ImageDraw, rng: Generator, side: int) -> None:
 
 def _outline(shape: str, centre: Point, radius: float, angle: float) -> list[Point]:
     """Corners of the outline, inside the circle of ``radius`` around ``centre``."""
-    corners = {"disc": 40, "square": 4, "triangle": 3, "hexagon": 6}[shape]
+    corners = {"disc": 40, "square": 4, "triangle": 3}[shape]
     turns = [angle + 2 * math.pi * i / corners for i in range(corners)]
     return [(centre[0] + radius * math.cos(a), centre[1] + radius * math.sin(a)) for a in turns]
 
@@ -177,7 +177,7 @@ def _draw_mark(
     draw: ImageDraw.ImageDraw, rng: Generator, mark: str, centre: Point, radius: float, fill: tuple[int, int, int]
 ) -> None:
     """The detail that makes the class; lighter or darker than the fill, inside the triangle's inscribed circle."""
-    step = rng.uniform(45, 110) * (1 if sum(fill) < 384 else -1)
+    step = rng.uniform(60, 130) * (1 if sum(fill) < 384 else -1)
     colour = tuple(int(min(max(v + step, 0), 255)) for v in fill)
     x, y = centre
     reach = radius * rng.uniform(*_MARK_REACH)

@@ -60,6 +60,10 @@ class DenseDetector:
         # Without a tower the embedding is the region's mean over every level, side by side.
         return self.levels[0].channels if self._has_tower else sum(level.channels for level in self.levels)
 
+    @property
+    def embedding_source(self) -> str:
+        return _TOWER if self._has_tower else "mean over the region on every level"
+
     def observe(self, batch: Batch) -> DenseObservation:
         names = ["transform", "backbone", "head", "anchor_generator"] + ([_TOWER] if self._has_tower else [])
         with Tap(self.module, names) as tap:

@@ -74,13 +74,19 @@ class Detector(Protocol):
         class_names: K names, label k is ``class_names[k - 1]``.
         levels: the pyramid, fine to coarse.
         embedding_channels: D of the region embedding.
+        embedding_source: where the region embedding is read, for people.
     """
 
     module: nn.Module
     family: Family
     class_names: tuple[str, ...]
-    levels: tuple[LevelSpec, ...]
-    embedding_channels: int
+
+    @property
+    def levels(self) -> tuple[LevelSpec, ...]: ...
+    @property
+    def embedding_channels(self) -> int: ...
+    @property
+    def embedding_source(self) -> str: ...
 
     def observe(self, batch: Batch) -> Observation:
         """A training forward: the detector's own losses, its pyramid, and the boxes it offers."""

@@ -53,6 +53,10 @@ class TwoStageDetector:
         return int(self.module.roi_heads.box_predictor.cls_score.in_features)
 
     @property
+    def embedding_source(self) -> str:
+        return _HEAD
+
+    @property
     def box_weights(self) -> tuple[float, ...]:
         """Weights of the box coder: two heads' deltas compare only when these agree."""
         return tuple(self.module.roi_heads.box_coder.weights)

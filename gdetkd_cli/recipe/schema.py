@@ -123,9 +123,6 @@ class RegionChoice(Strict):
     per_image: PositiveInt = Field(64, description="regions per image at most")
     positive_iou: Fraction = Field(0.5, description="dense students: overlap with the truth that makes a positive")
     negatives_per_positive: NonNegativeFloat = Field(3.0, description="dense students: negatives per positive")
-    jitter: NonNegativeFloat = Field(
-        0.1, description="students without boxes: jitter of the truth, as a fraction of its sides"
-    )
 
 
 class SGFI(Strict):

@@ -1,4 +1,4 @@
-"""A stand-in for ``gdetkd_cli.runs`` that remembers how it was called, and results to return."""
+"""A stand-in for ``gdetkd_cli.runs`` that remembers how it was called, and the results that it returns."""
 
 from __future__ import annotations
 
@@ -13,7 +13,17 @@ import pytest
 
 from gdetkd_cli import results
 from gdetkd_cli.evaluation.coco_metrics import CocoMetrics
+from gdetkd_cli.recipe import builtin
 from gdetkd_cli.training.events import Evaluated, Note, Observer, Phase, StepDone
+
+RECIPE = """\
+# gdetkd distill --recipe tiny
+# A tiny recipe
+name: tiny
+data: {format: synthetic}
+student: {arch: composed, backbone: resnet18, head: fcos}
+train: {steps: 10}
+"""
 
 METRICS = CocoMetrics(
     ap=31.24,
@@ -28,9 +38,7 @@ METRICS = CocoMetrics(
     detections=1234,
 )
 ROW = results.DemoRow(metrics=METRICS, parameters=1_230_000, size_mb=4.9, ms_per_image=12.34)
-PARITY = results.Parity(
-    images=8, empty=1, detections=57, max_box_error=0.0004, max_score_error=2e-6, passed=True
-)
+PARITY = results.Parity(images=8, empty=1, detections=57, max_box_error=0.0004, max_score_error=2e-6, passed=True)
 
 
 def pyramid(source: str = "teacher.pt") -> results.PyramidReport:
@@ -106,15 +114,28 @@ DEMONSTRATED = results.DemoResult(
 )
 
 
+RESULTS: dict[str, Any] = {
+    "run_train": TRAINED,
+    "run_distill": TRAINED,
+    "resume_run": TRAINED,
+    "plan_distill": plan(),
+    "profile_distill": PROFILED,
+    "run_eval": EVALUATED,
+    "run_export": EXPORTED,
+    "run_probe": pyramid(),
+    "run_demo": DEMONSTRATED,
+}
+
+
 @dataclass
 class FakeRuns:
     """What was called with what; ``fails`` is raised in place of a result."""
 
     calls: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
+    results: dict[str, Any] = field(default_factory=RESULTS.copy)
     fails: BaseException | None = None
-    returns: dict[str, Any] = field(default_factory=dict)
 
-    def function(self, name: str, result: Any) -> Callable[..., Any]:
+    def function(self, name: str) -> Callable[..., Any]:
         def run(*args: Any, observer: Observer, **options: Any) -> Any:
             self.calls.append((name, args, options))
             observer(Phase("student"))
@@ -123,7 +144,7 @@ class FakeRuns:
             observer(Evaluated(20, METRICS))
             if self.fails is not None:
                 raise self.fails
-            return self.returns.get(name, result)
+            return self.results[name]
 
         return run
 
@@ -140,17 +161,24 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> FakeRuns:
         monkeypatch.delenv(variable, raising=False)
     fake = FakeRuns()
     module = ModuleType("gdetkd_cli.runs")
-    for name, result in {
-        "run_train": TRAINED,
-        "run_distill": TRAINED,
-        "resume_run": TRAINED,
-        "plan_distill": plan(),
-        "profile_distill": PROFILED,
-        "run_eval": EVALUATED,
-        "run_export": EXPORTED,
-        "run_probe": pyramid(),
-        "run_demo": DEMONSTRATED,
-    }.items():
-        setattr(module, name, fake.function(name, result))
+    for name in RESULTS:
+        setattr(module, name, fake.function(name))
     monkeypatch.setitem(sys.modules, "gdetkd_cli.runs", module)
     return fake
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A recipe in the working directory, and another one that ships with gdetkd as ``shapes/tiny``."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny.yaml").write_text(RECIPE)
+    shipped = tmp_path / "shipped" / "shapes"
+    shipped.mkdir(parents=True)
+    (shipped / "tiny.yaml").write_text(RECIPE)
+    monkeypatch.setattr(builtin, "recipes_folder", lambda: shipped.parent)
+    return "tiny.yaml"
+
+
+@pytest.fixture
+def metrics() -> CocoMetrics:
+    return METRICS

@@ -1,0 +1,145 @@
+"""From a description or a file to a ``Detector``: the one place that knows which family a module belongs to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchvision.models.detection.fcos import FCOS
+from torchvision.models.detection.faster_rcnn import FasterRCNN
+from torchvision.models.detection.retinanet import RetinaNet
+from torchvision.models.detection.ssd import SSD
+
+from gdetkd_cli.detectors import architectures
+from gdetkd_cli.detectors.dense import DenseDetector
+from gdetkd_cli.detectors.protocol import Detector
+from gdetkd_cli.detectors.two_stage import TwoStageDetector
+from gdetkd_cli.detectors.weights import CLASS_LAYERS, read_torch_file
+from gdetkd_cli.errors import ModelError
+
+FILE_VERSION = 1
+BUILTIN = Path(__file__).parent / "builtin"
+
+
+def wrap(module: nn.Module, class_names: Sequence[str]) -> Detector:
+    """The detector of a torchvision module.
+
+    Raises:
+        ModelError: no family here fits the module.
+    """
+    names = tuple(class_names)
+    if isinstance(module, FasterRCNN):
+        return TwoStageDetector(module=module, class_names=names)
+    if isinstance(module, RetinaNet | FCOS | SSD):
+        return DenseDetector(module=module, class_names=names)
+    raise ModelError(
+        f"{type(module).__name__} is not a detector that gdetkd knows; expected torchvision's Faster R-CNN, "
+        "Mask R-CNN, RetinaNet, FCOS or SSD"
+    )
+
+
+def build(description: dict[str, Any], class_names: Sequence[str]) -> Detector:
+    """A detector with fresh weights from a description (see ``architectures``).
+
+    Raises:
+        ModelError: the description cannot be built.
+    """
+    try:
+        module = architectures.build(description, len(class_names))
+    except ValueError as error:
+        raise ModelError(str(error)) from error
+    return wrap(module, class_names)
+
+
+def classes_of(
+    state: dict[str, Tensor], description: dict[str, Any], data: tuple[str, ...], published: tuple[str, ...] | None
+) -> tuple[str, ...]:
+    """Names of the classes that weights were made for.
+
+    Args:
+        state: the weights.
+        description: of the detector they belong to.
+        data: the data's class names: taken where their number fits.
+        published: names that came with the weights.
+
+    Returns:
+        ``published``, or ``data``, or numbered names where nobody knows better.
+    """
+    own = architectures.build(description, 1).state_dict()
+    name = next(n for n in own if n.startswith(CLASS_LAYERS) and n.endswith("weight"))
+    if name not in state:
+        return data  # loading will say what does not fit
+    outputs = state[name].shape[0] * 2 // own[name].shape[0]  # with one class there are two outputs per anchor
+    for names in (published, data):
+        if names is not None and len(names) + 1 == outputs:
+            return names
+    return tuple(f"class {i}" for i in range(1, outputs))
+
+
+def save(path: Path, detector: Detector, description: dict[str, Any]) -> None:
+    """Writes the detector alone: weights, description and class names; no pickled code."""
+    state = {name: value.detach().cpu().contiguous() for name, value in detector.module.state_dict().items()}
+    torch.save(
+        {
+            "gdetkd": FILE_VERSION,
+            "architecture": description,
+            "classes": list(detector.class_names),
+            "model": state,
+        },
+        path,
+    )
+
+
+def load(path: Path) -> tuple[Detector, dict[str, Any]]:
+    """Reads what ``save`` wrote; returns the detector in evaluation mode and its description.
+
+    Raises:
+        ModelError: the file is missing, unreadable, or was not written by this tool.
+    """
+    saved = read_torch_file(path)
+    if not isinstance(saved, dict) or "gdetkd" not in saved:
+        raise ModelError(
+            f"{path} was not written by gdetkd (it holds {_summary(saved)}); expected a run folder's student.pt. "
+            "Weights alone need a recipe that names their architecture"
+        )
+    if saved["gdetkd"] > FILE_VERSION:
+        raise ModelError(f"{path} was written by a newer gdetkd (format {saved['gdetkd']}); this one reads {FILE_VERSION}")
+    detector = build(saved["architecture"], saved["classes"])
+    try:
+        detector.module.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in saved["model"].items()})
+    except RuntimeError as error:
+        raise ModelError(f"{path}: weights do not fit the architecture it names: {error}") from error
+    detector.module.eval()
+    return detector, saved["architecture"]
+
+
+def locate(reference: str) -> Path:
+    """The file that a reference means: ``builtin:NAME``, a run folder, or a file.
+
+    Raises:
+        ModelError: there is no such file.
+    """
+    if reference.startswith("builtin:"):
+        path = BUILTIN / f"{reference.removeprefix('builtin:')}.pt"
+        if not path.exists():
+            known = ", ".join(sorted(f"builtin:{p.stem}" for p in BUILTIN.glob("*.pt"))) or "none"
+            raise ModelError(f"no built-in detector {reference!r}; there are: {known}")
+        return path
+    path = Path(reference)
+    if path.is_dir():
+        if not (path / "student.pt").exists():
+            raise ModelError(f"{path} holds no student.pt; expected the folder of a finished run")
+        return path / "student.pt"
+    if not path.exists():
+        raise ModelError(f"{path} does not exist; expected a run folder, a student.pt, or builtin:NAME")
+    return path
+
+
+def _summary(saved: object) -> str:
+    if isinstance(saved, dict):
+        keys = ", ".join(repr(key) for key in list(saved)[:3])
+        return f"a dictionary with {len(saved)} keys: {keys} ..." if len(saved) > 3 else f"a dictionary with {keys}"
+    return f"a {type(saved).__name__}"

@@ -1,0 +1,156 @@
+"""Loading weights into a detector: files, torchvision's own names, and heads that do not fit."""
+
+from __future__ import annotations
+
+import argparse
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchvision.models import WeightsEnum, get_model_weights, get_weight, list_models
+
+from gdetkd_cli.errors import ModelError
+
+# Parameters whose shape depends on the number of classes, and nothing else.
+CLASS_LAYERS = (
+    "roi_heads.box_predictor.",
+    "head.classification_head.cls_logits.",
+    "head.classification_head.module_list.",
+)
+_NESTING = ("model", "state_dict", "model_state_dict")
+
+
+def read_torch_file(path: Path) -> Any:
+    """Reads a file written by ``torch.save`` without executing anything in it.
+
+    Raises:
+        ModelError: missing, not such a file, cut short, or one that needs pickled code.
+    """
+    if not path.is_file():
+        raise ModelError(f"{path} does not exist or is not a file; expected a file written by torch.save")
+    with path.open("rb") as file:
+        if file.read(32).startswith(b"version https://git-lfs"):
+            raise ModelError(f"{path} is a git-LFS pointer, not the file itself; fetch it with `git lfs pull`")
+    try:
+        # torchvision's reference scripts save their command line's Namespace: a plain record, no code.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = str(error).splitlines()[0]
+        raise ModelError(f"{path} cannot be read without executing code from it, which gdetkd never does ({reason})") from error
+    except (RuntimeError, EOFError, ValueError, KeyError) as error:
+        raise ModelError(f"{path} is not a whole file written by torch.save ({str(error).splitlines()[0]})") from error
+
+
+def state_dict_of(saved: Any, source: str) -> dict[str, Tensor]:
+    """The weights in what a file held: at the top, or nested as reference scripts do it.
+
+    Raises:
+        ModelError: there are none.
+    """
+    for key in _NESTING:
+        if isinstance(saved, dict) and isinstance(saved.get(key), dict):
+            saved = saved[key]
+    if not isinstance(saved, dict) or not saved or not all(isinstance(v, Tensor) for v in saved.values()):
+        raise ModelError(f"{source} holds no state_dict; expected tensors by parameter name, at the top or under 'model'")
+    if all(name.startswith("module.") for name in saved):  # saved from a DDP wrapper
+        saved = {name.removeprefix("module."): value for name, value in saved.items()}
+    return dict(saved)
+
+
+def torchvision_weights(name: str, model: str | None) -> dict[str, Tensor]:
+    """The state_dict of a torchvision weights name; downloads it when it is not on disk.
+
+    Args:
+        name: ``COCO_V1``, ``DEFAULT`` (with ``model``), or a full name such as ``ResNet50_Weights.IMAGENET1K_V2``.
+        model: the torchvision function that a short name belongs to.
+
+    Raises:
+        ModelError: no such weights, or they are not on disk and cannot be downloaded.
+    """
+    weights = _torchvision_entry(name, model)
+    target = Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name
+    try:
+        return dict(weights.get_state_dict(progress=False, check_hash=True))
+    except (OSError, RuntimeError) as error:  # URLError is an OSError; a hash mismatch is a RuntimeError
+        raise ModelError(
+            f"weights {name!r} are not on disk and could not be downloaded ({error}); put the file at {target}, "
+            "or name a file in the recipe"
+        ) from error
+
+
+def torchvision_categories(name: str, model: str | None) -> tuple[str, ...] | None:
+    """The classes a torchvision weights name was trained on, background left out; None where it lists none."""
+    categories = _torchvision_entry(name, model).meta.get("categories")
+    if not categories:
+        return None
+    return tuple(categories[1:] if categories[0] == "__background__" else categories)
+
+
+def _torchvision_entry(name: str, model: str | None) -> WeightsEnum:
+    try:
+        entry: WeightsEnum = get_weight(name) if "." in name else get_model_weights(model or "")[name]  # type: ignore[misc]
+    except (ValueError, KeyError, AttributeError) as error:
+        known = _known_weights(model)
+        raise ModelError(
+            f"no file and no torchvision weights named {name!r}" + (f"; {model} has: {known}" if known else "")
+        ) from error
+    return entry
+
+
+def _known_weights(model: str | None) -> str:
+    if model is None or model not in list_models():
+        return ""
+    return ", ".join(weights.name for weights in get_model_weights(model))
+
+
+def load_state(module: nn.Module, state: dict[str, Tensor], source: str) -> list[str]:
+    """Loads weights; layers made for another number of classes keep their fresh values.
+
+    Returns:
+        What was left out, one sentence each.
+
+    Raises:
+        ModelError: anything else does not fit.
+    """
+    own = module.state_dict()
+    notes: list[str] = []
+    dropped = [name for name in state if ".mask_" in f".{name}" and name not in own]
+    if dropped:
+        notes.append(f"{source}: the mask branch ({len(dropped)} tensors) is not used")
+    wanted = {name: value for name, value in state.items() if name not in dropped}
+    refitted = [
+        name
+        for name, value in wanted.items()
+        if name in own and value.shape != own[name].shape and name.startswith(CLASS_LAYERS)
+    ]
+    if refitted:
+        notes.append(
+            f"{source}: made for another number of classes; these layers start fresh: {', '.join(sorted(refitted))}"
+        )
+    wanted = {name: value for name, value in wanted.items() if name not in refitted}
+    differing = [n for n, v in wanted.items() if n in own and v.shape != own[n].shape]
+    missing = [n for n in own if n not in state and not n.endswith("num_batches_tracked")]
+    unexpected = [n for n in wanted if n not in own]
+    if differing or missing or unexpected:
+        raise ModelError(f"{source} does not fit this detector: {_mismatch(own, wanted, differing, missing, unexpected)}")
+    module.load_state_dict(wanted, strict=False)
+    return notes
+
+
+def _mismatch(
+    own: dict[str, Tensor], state: dict[str, Tensor], differing: list[str], missing: list[str], unexpected: list[str]
+) -> str:
+    parts = []
+    if differing:
+        name = differing[0]
+        parts.append(
+            f"{len(differing)} shapes differ (first {name}: file {tuple(state[name].shape)}, detector {tuple(own[name].shape)})"
+        )
+    if missing:
+        parts.append(f"{len(missing)} tensors are missing (first {missing[0]})")
+    if unexpected:
+        parts.append(f"{len(unexpected)} are unknown (first {unexpected[0]})")
+    return ", ".join(parts)

@@ -1,0 +1,87 @@
+"""Pictures of what detectors see."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from torch import Tensor
+
+from gdetkd_cli.data.split import Split
+from gdetkd_cli.evaluation.predict import Predictor
+from gdetkd_cli.structures import Detections
+
+_MIN_SCORE = 0.5
+
+
+def draw_predictions(
+    *, split: Split, predictors: Mapping[str, Predictor], folder: Path, count: int, device: str
+) -> list[Path]:
+    """Draws the truth and each predictor's boxes (score at least 0.5) side by side, one file per picture.
+
+    Args:
+        split: the first ``count`` pictures are drawn.
+        predictors: by title, left to right after the truth.
+        folder: made where it is missing.
+        count: pictures.
+        device: where the predictors want their input.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    for index in range(min(count, len(split))):
+        path = folder / f"{index:02d}.png"
+        draw_grid(split=split, predictors=predictors, path=path, indices=[index], device=device)
+        written.append(path)
+    return written
+
+
+def draw_grid(
+    *, split: Split, predictors: Mapping[str, Predictor], path: Path, indices: list[int], device: str
+) -> None:
+    """One picture per row; the truth and each predictor's boxes per column."""
+    columns = 1 + len(predictors)
+    figure = Figure(figsize=(3.2 * columns, 3.2 * len(indices)), layout="constrained")
+    axes = figure.subplots(len(indices), columns, squeeze=False)
+    colours = matplotlib.colormaps["tab20"].colors  # type: ignore[attr-defined]  # a ListedColormap
+    for row, index in zip(axes, indices, strict=True):
+        record, pixels = split.records[index], split.read(index)
+        _draw(row[0], pixels, record.boxes, record.labels, None, split.class_names, colours)
+        image = (pixels.float() / 255).to(device)
+        for axis, predictor in zip(row[1:], predictors.values(), strict=True):
+            found: Detections = predictor.predict([image])[0]
+            sure = (found.scores >= _MIN_SCORE).cpu()
+            _draw(
+                axis,
+                pixels,
+                found.boxes.cpu()[sure],
+                found.labels.cpu()[sure],
+                found.scores.cpu()[sure],
+                split.class_names,
+                colours,
+            )
+    for axis, title in zip(axes[0], ["truth", *predictors], strict=True):
+        axis.set_title(title)
+    figure.savefig(path, dpi=100)
+
+
+def _draw(
+    axis: Axes,
+    pixels: Tensor,
+    boxes: Tensor,
+    labels: Tensor,
+    scores: Tensor | None,
+    class_names: tuple[str, ...],
+    colours: list[tuple[float, float, float]],
+) -> None:
+    axis.imshow(pixels.permute(1, 2, 0).numpy())
+    axis.set_axis_off()
+    for i, (box, label) in enumerate(zip(boxes.tolist(), labels.tolist(), strict=True)):
+        x0, y0, x1, y1 = box
+        colour = colours[(label - 1) % len(colours)]
+        axis.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=colour, linewidth=1.5))
+        text = class_names[label - 1] + (f" {scores[i]:.2f}" if scores is not None else "")
+        axis.text(x0, y0 - 1, text, fontsize=5.5, color="black", backgroundcolor=(*colour, 0.7), va="bottom")

@@ -1,0 +1,102 @@
+"""Where a run computes: device, CPU threads, environment."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from time import perf_counter
+
+import torch
+from torch.nn.functional import conv2d
+
+_PACKAGES = ("gdetkd", "torch", "torchvision", "accelerate", "pycocotools", "onnx", "onnxruntime", "numpy", "pillow")
+
+
+@dataclass(frozen=True)
+class ComputeSettings:
+    """How a run computes, every choice made.
+
+    Attributes:
+        device: ``cpu`` or ``cuda``.
+        precision: ``fp32``, ``bf16`` or ``fp16`` (autocast).
+        channels_last: memory format of the networks.
+        compile: torch.compile the backbones.
+        threads: CPU threads of this process.
+        workers: loader processes.
+    """
+
+    device: str
+    precision: str
+    channels_last: bool
+    compile: bool
+    threads: int
+    workers: int
+
+
+def best_thread_count() -> int:
+    """The faster of one CPU thread and one per core, measured on a small convolution.
+
+    When other programs keep the cores busy, threads that wait for one another are slower than one alone.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+    local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    most = max(1, min(16, cores // local_processes))
+    if most == 1:
+        return 1
+    return min((most, 1), key=_seconds_with_threads)
+
+
+def _seconds_with_threads(threads: int) -> float:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    x, weight = torch.ones(8, 48, 32, 32), torch.ones(48, 48, 3, 3)
+    times = []
+    for _ in range(12):
+        start = perf_counter()
+        conv2d(x, weight, padding=1)
+        times.append(perf_counter() - start)
+    torch.set_num_threads(before)
+    return sorted(times)[len(times) // 2]
+
+
+def environment(settings: ComputeSettings, seed: int, processes: int) -> dict[str, object]:
+    """What a result depends on beside the recipe."""
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: found for name in _PACKAGES if (found := _version(name)) is not None},
+        "device": torch.cuda.get_device_name() if settings.device == "cuda" else platform.processor() or "cpu",
+        "precision": settings.precision,
+        "threads": settings.threads,
+        "workers": settings.workers,
+        "processes": processes,
+        "seed": seed,
+        "git_revision": _git_revision(),
+    }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _git_revision() -> str | None:
+    """The revision of the project that this run was started in, ``-dirty`` when it has uncommitted changes."""
+    try:
+        found = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=40"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+            cwd=Path.cwd(),
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return found.stdout.strip()

@@ -1,0 +1,212 @@
+"""The training loop, for plain and distilled students alike."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from time import perf_counter
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from gdetkd_cli.distill.distiller import Distiller
+from gdetkd_cli.errors import NonFiniteLossError
+from gdetkd_cli.evaluation.coco_metrics import CocoMetrics
+from gdetkd_cli.structures import Batch, LossReport
+from gdetkd_cli.training.events import Evaluated, Observer, StepDone
+from gdetkd_cli.training.run_folder import RunFolder, write_text
+
+
+@dataclass(frozen=True)
+class LoopOptions:
+    """How long, and how often. All in optimizer steps; ``clip_norm`` is the largest gradient norm, None: no limit."""
+
+    steps: int
+    clip_norm: float | None
+    log_every: int
+    evaluate_every: int | None
+    checkpoint_every: int
+
+
+@dataclass
+class _Window:
+    """Means over the steps since the last log line."""
+
+    started: float = field(default_factory=perf_counter)
+    steps: int = 0
+    images: int = 0
+    loss: float = 0.0
+    parts: dict[str, float] = field(default_factory=dict)
+
+    def add(self, images: int, loss: float, parts: dict[str, Tensor]) -> None:
+        self.steps += 1
+        self.images += images
+        self.loss += loss
+        for name, value in parts.items():
+            self.parts[name] = self.parts.get(name, 0.0) + float(value)
+
+
+class Loop:
+    """One run's training: steps, logging, evaluation, checkpoints.
+
+    Args:
+        accelerator: devices, precision, processes and trackers.
+        distiller: prepared by nobody yet; the loop wraps it.
+        optimizer, schedule: over the distiller's trainable parameters.
+        batches: start step -> the batches from there to the end.
+        evaluate: metrics of the student as it is; called on every process, a result on the main one only.
+        folder: where everything goes.
+        options: how long and how often.
+        observer: is told of progress, on the main process only.
+    """
+
+    def __init__(
+        self,
+        *,
+        accelerator: Accelerator,
+        distiller: Distiller,
+        optimizer: Optimizer,
+        schedule: LambdaLR,
+        batches: Callable[[int], Iterator[Batch]],
+        evaluate: Callable[[], CocoMetrics | None],
+        folder: RunFolder,
+        options: LoopOptions,
+        observer: Observer,
+    ) -> None:
+        self._accelerator = accelerator
+        self._distiller = distiller
+        self._batches = batches
+        self._evaluate = evaluate
+        self._folder = folder
+        self._options = options
+        self._observer = observer
+        self._schedule = schedule
+        self._forward, self._optimizer = accelerator.prepare(distiller, optimizer)
+        # Not prepared: accelerate would advance it once for each process at every step.
+        accelerator.register_for_checkpointing(schedule)
+
+    def run(self, resume: bool) -> CocoMetrics | None:
+        """Trains to the end; returns the last evaluation (on the main process).
+
+        Raises:
+            NonFiniteLossError: the loss is NaN or infinite; the last checkpoint is left as it is.
+        """
+        start = self._restore() if resume else 0
+        window, metrics, spent = _Window(), None, 0.0
+        self._forward.train()
+        for step, batch in enumerate(self._batches(start), start=start):
+            report, norm = self._step(step, batch)
+            window.add(len(batch), float(report.total.detach()), report.parts)
+            done = step + 1
+            last = done == self._options.steps
+            if done % self._options.log_every == 0 or last:
+                spent += perf_counter() - window.started
+                self._log(done, start, window, report, norm, spent)
+                window = _Window()
+            if done % self._options.checkpoint_every == 0 and not last:
+                self._save(done)
+            if last or (self._options.evaluate_every and done % self._options.evaluate_every == 0):
+                metrics = self._evaluated(done)
+                self._forward.train()
+                window.started = perf_counter()
+        return metrics
+
+    def _step(self, step: int, batch: Batch) -> tuple[LossReport, float]:
+        self._distiller.step = step
+        report: LossReport = self._forward(batch.to(self._accelerator.device))
+        total = float(report.total.detach())
+        if not math.isfinite(total):
+            parts = ", ".join(f"{name} {float(value):.4g}" for name, value in report.parts.items())
+            raise NonFiniteLossError(
+                f"the loss is {total} at step {step} ({parts}). Try a lower train.optimizer.lr, a longer "
+                "train.schedule.warmup_steps, train.clip_norm, or runtime.precision=fp32. The last checkpoint, if there "
+                f"is one, is in {self._folder.resume}"
+            )
+        self._accelerator.backward(report.total)
+        norm = self._clip()
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        self._schedule.step()
+        return report, norm
+
+    def _clip(self) -> float:
+        """Clips the student's gradients and the added parts' apart: adapters must not slow the student down."""
+        self._accelerator.unscale_gradients()
+        limit = self._options.clip_norm or float("inf")
+        norm = clip_grad_norm_(list(self._distiller.student.parameters()), limit)
+        added = list(self._distiller.added_parameters())
+        if added:
+            clip_grad_norm_(added, limit)
+        return float(norm)
+
+    def _log(self, done: int, start: int, window: _Window, report: LossReport, norm: float, spent: float) -> None:
+        if not self._accelerator.is_main_process:
+            return
+        seconds = perf_counter() - window.started
+        rate = window.images * self._accelerator.num_processes / seconds
+        parts = {name: value / window.steps for name, value in window.parts.items()}
+        lr = float(self._schedule.get_last_lr()[0])
+        line = {
+            "step": done,
+            "loss": window.loss / window.steps,
+            **parts,
+            **{f"weight/{name}": weight for name, weight in report.weights.items()},
+            "lr": lr,
+            "gradient_norm": norm,
+            "images_per_second": rate,
+        }
+        self._folder.log(line)
+        self._accelerator.log({k: v for k, v in line.items() if k != "step"}, step=done)
+        eta = spent / (done - start) * (self._options.steps - done)
+        self._observer(
+            StepDone(
+                step=done,
+                steps=self._options.steps,
+                loss=window.loss / window.steps,
+                parts=parts,
+                lr=lr,
+                images_per_second=rate,
+                eta_seconds=eta,
+            )
+        )
+
+    def _evaluated(self, done: int) -> CocoMetrics | None:
+        metrics = self._evaluate()
+        if metrics is not None and self._accelerator.is_main_process:
+            self._folder.log({"step": done, "evaluation": metrics.to_json()})
+            scalars = {f"evaluation/{k}": v for k, v in metrics.to_json().items() if isinstance(v, float)}
+            self._accelerator.log(scalars, step=done)
+            self._observer(Evaluated(step=done, metrics=metrics))
+        return metrics
+
+    def _save(self, done: int) -> None:
+        """Writes the resume checkpoint beside the old one, then swaps them."""
+        fresh = self._folder.path / "resume.new"
+        if self._accelerator.is_main_process:
+            shutil.rmtree(fresh, ignore_errors=True)
+        self._accelerator.wait_for_everyone()
+        self._accelerator.save_state(str(fresh), safe_serialization=False)
+        self._accelerator.wait_for_everyone()
+        if self._accelerator.is_main_process:
+            write_text(fresh / "progress.json", json.dumps({"step": done}))
+            self._folder.replace_resume(fresh)
+        self._accelerator.wait_for_everyone()
+
+    def _restore(self) -> int:
+        step = self._folder.progress()
+        self._accelerator.load_state(str(self._folder.resume))
+        if self._accelerator.is_main_process:
+            self._folder.drop_log_after(step)
+        return step
+
+
+def seed_everything(seed: int, rank: int = 0) -> None:
+    """Seeds torch's generators. Each process draws its own numbers; the data order has its own generator."""
+    torch.manual_seed(seed + 1_000_003 * rank)

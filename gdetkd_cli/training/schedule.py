@@ -1,0 +1,56 @@
+"""Optimizer and learning-rate schedule. Steps are optimizer steps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+
+
+def build_optimizer(
+    *, name: str, modules: Iterable[nn.Module], lr: float, weight_decay: float, momentum: float
+) -> torch.optim.Optimizer:
+    """AdamW or SGD over the trainable parameters; biases and norms are not decayed.
+
+    Raises:
+        ValueError: another name.
+    """
+    decayed: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
+    for module in modules:
+        for parameter in module.parameters():
+            if parameter.requires_grad:
+                (decayed if parameter.dim() > 1 else others).append(parameter)
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+    if name == "adamw":
+        return torch.optim.AdamW(groups, lr=lr)
+    if name == "sgd":
+        return torch.optim.SGD(groups, lr=lr, momentum=momentum)
+    raise ValueError(f"unknown optimizer {name!r}")
+
+
+def build_schedule(
+    optimizer: torch.optim.Optimizer,
+    *,
+    name: str,
+    steps: int,
+    warmup_steps: int,
+    milestones: Sequence[float],
+    gamma: float,
+) -> LambdaLR:
+    """Linear warm-up, then cosine to 0, drops at milestones (fractions of the run), or constant."""
+    drops = [round(fraction * steps) for fraction in milestones]
+
+    def factor(step: int) -> float:
+        warm = min(1.0, (step + 1) / (warmup_steps + 1))
+        if name == "cosine":
+            progress = max(0.0, step - warmup_steps) / max(1, steps - warmup_steps)
+            return warm * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+        if name == "multistep":
+            return warm * gamma ** sum(step >= drop for drop in drops)
+        return warm
+
+    return LambdaLR(optimizer, factor)

@@ -1,0 +1,390 @@
+"""The command line as its users meet it: arguments, streams, exit codes, and one sentence for each mistake."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from gdetkd_cli import __version__
+from gdetkd_cli.cli.app import app
+from gdetkd_cli.errors import ExportError, NonFiniteLossError, RunFolderError
+from gdetkd_cli.recipe.load import load_recipe
+from gdetkd_cli.recipe.schema import CocoData, SyntheticData
+
+
+def gdetkd(*arguments: str) -> Result:
+    return CliRunner().invoke(app, arguments, prog_name="gdetkd")
+
+
+def done(*arguments: str) -> Result:
+    result = gdetkd(*arguments)
+    assert result.exit_code == 0, result.output
+    return result
+
+
+# ----------------------------------------------------------------------------------------- commands and their options
+
+
+def test_train(runs: Any, recipe: str) -> None:
+    shown = done("train", "--recipe", recipe)
+    expected = {"detector": "student", "output": None, "resume": None}
+    assert runs.call == ("run_train", (load_recipe(recipe),), expected)
+    assert "run runs/tiny: 600 steps" in shown.stdout
+    assert shown.stderr.splitlines()[:2] == ["== student", "wrote [bold]nothing"]
+
+
+def test_train_with_every_option(runs: Any, recipe: str) -> None:
+    arguments = ["--detector", "teacher", "--set", "train.steps=5", "--set", "seed=3", "--output", "out"]
+    done("train", "--recipe", "shapes/tiny", *arguments)
+    expected = {"detector": "teacher", "output": Path("out"), "resume": None}
+    assert runs.call == ("run_train", (load_recipe(recipe, ["train.steps=5", "seed=3"]),), expected)
+
+
+def test_distill(runs: Any, recipe: str) -> None:
+    done("distill", "--recipe", recipe, "--output", "out")
+    assert runs.call == ("run_distill", (load_recipe(recipe),), {"output": Path("out"), "resume": None})
+
+
+def test_distill_dry_run(runs: Any, recipe: str) -> None:
+    shown = done("distill", "--recipe", recipe, "--dry-run")
+    assert runs.call == ("plan_distill", (load_recipe(recipe),), {})
+    assert "left out" in shown.stdout
+
+
+def test_distill_profile(runs: Any, recipe: str) -> None:
+    shown = done("distill", "--recipe", recipe, "--profile", "20")
+    assert runs.call == ("profile_distill", (load_recipe(recipe),), {"steps": 20})
+    assert "a distillation step takes" in shown.stdout
+
+
+@pytest.mark.parametrize("command", ["train", "distill"])
+def test_resume(runs: Any, command: str) -> None:
+    done(command, "--resume", "runs/tiny")
+    assert runs.call == ("resume_run", (Path("runs/tiny"),), {})
+
+
+def test_eval(runs: Any, recipe: str, tmp_path: Path) -> None:
+    (tmp_path / "val.json").write_text("{}")
+    done("eval", "runs/tiny")
+    done("eval", "runs/tiny", "--data", recipe)
+    done("eval", "student.onnx", "--data", str(tmp_path))
+    assert runs.calls == [
+        ("run_eval", ("runs/tiny",), {"data": None}),
+        ("run_eval", ("runs/tiny",), {"data": SyntheticData()}),
+        ("run_eval", ("student.onnx",), {"data": CocoData(format="coco", root=tmp_path)}),
+    ]
+
+
+def test_export(runs: Any) -> None:
+    shown = done("export", "runs/tiny", "--onnx", "--output", "x.onnx")
+    assert runs.call == ("run_export", ("runs/tiny",), {"onnx": True, "torchscript": False, "output": Path("x.onnx")})
+    assert "parity ok" in shown.stdout
+
+
+def test_probe(runs: Any) -> None:
+    done("probe", "fasterrcnn_resnet50_fpn", "--size", "320x512")
+    assert runs.call == ("run_probe", ("fasterrcnn_resnet50_fpn",), {"size": (320, 512)})
+
+
+def test_demo(runs: Any) -> None:
+    done("demo", "--seed", "3", "--steps", "40", "--output", "out")
+    assert runs.call == ("run_demo", (), {"seed": 3, "steps": 40, "output": Path("out")})
+
+
+# ------------------------------------------------------------------------------------------------------- JSON, ranks
+
+COMMANDS = [
+    ["train", "--recipe", "tiny.yaml"],
+    ["train", "--resume", "runs/tiny"],
+    ["distill", "--recipe", "tiny.yaml"],
+    ["distill", "--recipe", "tiny.yaml", "--dry-run"],
+    ["distill", "--recipe", "tiny.yaml", "--profile", "3"],
+    ["eval", "runs/tiny"],
+    ["export", "runs/tiny", "--onnx", "--torchscript"],
+    ["probe", "teacher.pt"],
+    ["demo"],
+]
+
+
+@pytest.mark.parametrize("arguments", COMMANDS, ids=" ".join)
+def test_json_is_one_document_and_nothing_else(runs: Any, recipe: str, arguments: list[str]) -> None:
+    shown = done(*arguments, "--json")
+    assert json.loads(shown.stdout)["schema"] == 1
+    assert "step 20/600" in shown.stderr
+
+
+@pytest.mark.parametrize("arguments", COMMANDS, ids=" ".join)
+@pytest.mark.parametrize("extra", [[], ["--json"]], ids=["tables", "json"])
+def test_other_ranks_are_silent(
+    runs: Any, recipe: str, monkeypatch: pytest.MonkeyPatch, arguments: list[str], extra: list[str]
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    assert done(*arguments, *extra).output == ""
+
+
+def test_json_of_a_probe(runs: Any) -> None:
+    document = json.loads(done("probe", "teacher.pt", "--json").stdout)
+    assert list(document) == [
+        "schema",
+        "source",
+        "format",
+        "call",
+        "family",
+        "levels",
+        "region_embedding",
+        "size",
+        "classes",
+        "parameters",
+    ]
+    assert document["levels"][0] == {
+        "name": "p2",
+        "channels": 256,
+        "shape": [120, 160],
+        "stride": [4.0, 4.0],
+        "offset": [2.0, 2.5],
+    }
+    assert (document["size"], document["classes"]) == ([480, 640], ["disc", "box"])
+
+
+def test_json_of_the_demo(runs: Any) -> None:
+    document = json.loads(done("demo", "--json").stdout)
+    row = {"AP", "AP50", "AP_S", "AP_M", "AP_L", "parameters", "size_mb", "ms_per_image"}
+    for name in ("teacher", "student", "distilled"):
+        assert row <= set(document[name])
+    assert document["distilled"]["AP"] == 31.24
+    assert document["distilled"]["AP_S"] is None
+    rest = {"gain", "onnx_parity", "seconds", "steps", "seed", "output", "picture", "verdict"}
+    assert rest <= set(document)
+    assert (document["onnx_parity"], document["picture"]) == (True, "demo/picture.png")
+
+
+# ------------------------------------------------------------------------------------------------------------ recipes
+
+
+def test_recipe_list_and_show(recipe: str) -> None:
+    assert done("recipe", "list").stdout == "shapes/tiny  A tiny recipe\n"
+    assert done("recipe", "show", "shapes/tiny").stdout == Path("shipped/shapes/tiny.yaml").read_text()
+
+
+def test_recipe_list_of_nothing(recipe: str) -> None:
+    Path("shipped/shapes/tiny.yaml").unlink()
+    assert done("recipe", "list").stdout == ""
+
+
+def test_recipe_init_writes_a_valid_recipe_once(recipe: str) -> None:
+    shown = done("recipe", "init")
+    assert shown.stdout == "recipe.yaml\n"
+    assert shown.stderr == "edit it, then check it: gdetkd recipe validate recipe.yaml\n"
+    assert load_recipe("recipe.yaml").name == "my-detector"
+    again = gdetkd("recipe", "init")
+    assert again.exit_code == 2
+    assert again.stderr == "Error: recipe.yaml exists already; name another file: gdetkd recipe init PATH\n"
+
+
+def test_recipe_init_elsewhere(recipe: str) -> None:
+    assert done("recipe", "init", "a/b.yaml").stdout == "a/b.yaml\n"
+    assert Path("a/b.yaml").read_text().startswith("# gdetkd distill --recipe a/b.yaml\n")
+
+
+def test_recipe_init_where_nothing_can_be_written(recipe: str) -> None:
+    shown = gdetkd("recipe", "init", "tiny.yaml/b.yaml")
+    assert (shown.exit_code, shown.stderr) == (2, "Error: cannot write tiny.yaml/b.yaml: File exists\n")
+
+
+def test_recipe_validate_prints_the_recipe_in_full(recipe: str) -> None:
+    shown = done("recipe", "validate", recipe, "--set", "train.steps=99")
+    Path("full.yaml").write_text(shown.stdout)
+    assert load_recipe("full.yaml") == load_recipe(recipe, ["train.steps=99"])
+    assert shown.stderr == "tiny.yaml is valid\n"
+
+
+def test_recipe_validate_lists_every_problem(recipe: str) -> None:
+    Path(recipe).write_text(Path(recipe).read_text().replace("steps: 10", "step: 10"))
+    shown = gdetkd("recipe", "validate", recipe)
+    assert (shown.exit_code, shown.stdout) == (2, "")
+    assert shown.stderr.splitlines() == [
+        "Error: tiny.yaml:6: train.steps: missing; this field is required",
+        "tiny.yaml:6: train.step: unknown field; did you mean steps?",
+    ]
+
+
+def test_recipe_schema_is_json() -> None:
+    assert json.loads(done("recipe", "schema").stdout)["title"] == "Recipe"
+
+
+# ------------------------------------------------------------------------------------------------------------- errors
+
+NO_START = "give --recipe RECIPE to start a run, or --resume RUN to continue one"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["train"], NO_START),
+        (["distill", "--dry-run"], NO_START),
+        (["distill", "--recipe", "r", "--resume", "x"], "--resume excludes --recipe; leave out one side"),
+        (
+            ["train", "--resume", "x", "--detector", "teacher", "--set", "a=b", "--output", "o"],
+            "--resume excludes --detector, --set, --output; leave out one side",
+        ),
+        (["distill", "--resume", "x", "--dry-run"], "--resume excludes --dry-run; leave out one side"),
+        (
+            ["distill", "--recipe", "r", "--dry-run", "--profile", "3"],
+            "--dry-run excludes --profile; leave out one side",
+        ),
+        (["export", "x"], "give --onnx, --torchscript, or both"),
+        (
+            ["train", "--recipe", "nowhere.yaml"],
+            (
+                "there is no recipe file nowhere.yaml, and no built-in recipe of that name; "
+                "to see the built-in ones: gdetkd recipe list"
+            ),
+        ),
+        (
+            ["distill", "--recipe", "tiny.yaml", "--set", "train.steps=-1"],
+            "--set train.steps=-1: train.steps: input should be greater than 0 (got -1)",
+        ),
+        (
+            ["eval", "x", "--data", "shipped"],
+            "the folder shipped has no val.json; expected COCO annotations, or a recipe whose data block names the files",
+        ),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_mistake_is_one_sentence_and_nothing_runs(
+    runs: Any, recipe: str, arguments: list[str], sentence: str
+) -> None:
+    shown = gdetkd(*arguments)
+    assert (shown.exit_code, shown.stdout, shown.stderr) == (2, "", f"Error: {sentence}\n")
+    assert runs.calls == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (["nothing"], "No such command 'nothing'"),
+        (["train", "--nothing"], "No such option: --nothing"),
+        (["eval"], "Missing argument"),
+        (["train", "--detector", "both"], "'both' is not one of 'student', 'teacher'"),
+        (["probe", "x", "--size", "480"], "expected height x width in pixels, for example 480x640; got 480"),
+        (["probe", "x", "--size", "0x640"], "expected height x width in pixels, for example 480x640; got 0x640"),
+        (["distill", "--recipe", "r", "--profile", "0"], "Invalid value for '--profile'"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_typers_own_usage_errors_keep_code_2(runs: Any, arguments: list[str], part: str) -> None:
+    shown = gdetkd(*arguments)
+    assert (shown.exit_code, shown.stdout) == (2, "")
+    assert part in shown.stderr
+    assert runs.calls == []
+
+
+@pytest.mark.parametrize("error", [RunFolderError("no folder"), NonFiniteLossError("NaN"), ExportError("differs")])
+def test_a_known_error_is_a_sentence_and_its_own_code(runs: Any, error: Any) -> None:
+    runs.fails = error
+    shown = gdetkd("demo", "--json")
+    assert (shown.exit_code, shown.stdout) == (error.exit_code, "")
+    assert shown.stderr.splitlines()[-1] == f"Error: {error}"
+    assert "Traceback" not in shown.stderr
+
+
+def test_an_unknown_error_is_one_line(runs: Any) -> None:
+    runs.fails = ValueError("shapes\n  differ")
+    shown = gdetkd("demo")
+    assert (shown.exit_code, shown.stdout) == (70, "")
+    assert shown.stderr.splitlines()[-1] == (
+        "internal error: ValueError: shapes differ; run again with --debug to see where"
+    )
+    assert "Traceback" not in shown.stderr
+
+
+@pytest.mark.parametrize("error", [ValueError("boom"), RunFolderError("boom")])
+@pytest.mark.parametrize("by", ["option", "variable"])
+def test_debug_adds_the_traceback(runs: Any, monkeypatch: pytest.MonkeyPatch, error: Exception, by: str) -> None:
+    runs.fails = error
+    if by == "variable":
+        monkeypatch.setenv("GDETKD_DEBUG", "1")
+    shown = gdetkd(*(["--debug"] if by == "option" else []), "demo")
+    assert shown.exit_code in (2, 70)
+    assert "Traceback (most recent call last)" in shown.stderr
+    assert "boom" in shown.stderr.splitlines()[-1]
+
+
+def test_an_interrupt_is_one_line(runs: Any) -> None:
+    runs.fails = KeyboardInterrupt()
+    shown = gdetkd("demo")
+    assert (shown.exit_code, shown.stdout, shown.stderr.splitlines()[-1]) == (130, "", "interrupted")
+
+
+def test_an_interrupt_says_how_to_go_on_where_that_is_known(runs: Any) -> None:
+    runs.fails = KeyboardInterrupt()
+    runs.fails.add_note("continue with gdetkd distill --resume runs/tiny")
+    shown = gdetkd("demo")
+    assert shown.stderr.splitlines()[-1] == "interrupted; continue with gdetkd distill --resume runs/tiny"
+
+
+# ------------------------------------------------------------------------------------------------ version, help, speed
+
+
+def test_version() -> None:
+    assert done("--version").stdout == f"gdetkd {__version__}\n"
+
+
+def test_nothing_typed_shows_the_help() -> None:
+    shown = gdetkd()
+    assert shown.exit_code == 2
+    assert "Commands:" in shown.output
+
+
+@pytest.mark.parametrize(
+    "command", [[], ["train"], ["distill"], ["eval"], ["export"], ["probe"], ["demo"], ["recipe"], ["recipe", "init"]]
+)
+def test_every_command_explains_itself(command: list[str]) -> None:
+    assert "Usage: gdetkd" in done(*command, "--help").stdout
+
+
+def test_help_is_fast_and_imports_nothing_heavy() -> None:
+    code = """
+import sys
+from gdetkd_cli.cli.app import main
+sys.argv = ["gdetkd", "--help"]
+try:
+    main()
+except SystemExit as ending:
+    assert ending.code == 0
+heavy = {"torch", "torchvision", "matplotlib", "onnx", "accelerate", "pydantic", "numpy", "rich"} & set(sys.modules)
+assert not heavy, heavy
+"""
+    start = time.perf_counter()
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+    assert time.perf_counter() - start < 1.5
+
+
+def test_a_wrong_recipe_needs_no_torch(tmp_path: Path) -> None:
+    code = """
+import sys
+from gdetkd_cli.cli.app import main
+sys.argv = ["gdetkd", "distill", "--recipe", "nowhere.yaml"]
+try:
+    main()
+except SystemExit as ending:
+    assert ending.code == 2
+assert "torch" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_python_dash_m() -> None:
+    environment = {**os.environ, "NO_COLOR": "1"}
+    command = [sys.executable, "-m", "gdetkd_cli", "recipe", "show", "nowhere"]
+    shown = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert (shown.returncode, shown.stdout) == (2, "")
+    assert shown.stderr.startswith("Error: there is no recipe file nowhere")
