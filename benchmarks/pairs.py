@@ -88,7 +88,10 @@ def table(rows: list[dict[str, str]]) -> str:
             }
             values = [found[seed] for seed in sorted(found)]
             spread = f" ± {stdev(values):.1f}" if len(values) > 1 else ""
-            cells += [" / ".join(f"{v:.1f}" for v in values) or "not run", f"{mean(values):.1f}{spread}" if values else ""]
+            cells += [
+                " / ".join(f"{v:.1f}" for v in values) or "not run",
+                f"{mean(values):.1f}{spread}" if values else "",
+            ]
             if values:
                 means[method] = mean(values)
         gain = f"{means['distilled'] - means['plain']:+.1f}" if len(means) == 2 else "not run"

@@ -96,7 +96,9 @@ def relabel(split: Split, detector: Detector) -> Split:
     return split if split.class_names == detector.class_names else align_classes(split, detector.class_names)
 
 
-def build_batches(recipe: Recipe, split: Split, settings: ComputeSettings, *, rank: int, world_size: int) -> Callable[[int], Iterator[Batch]]:
+def build_batches(
+    recipe: Recipe, split: Split, settings: ComputeSettings, *, rank: int, world_size: int
+) -> Callable[[int], Iterator[Batch]]:
     """A function: start step -> the training batches from there to the recipe's last step."""
     augment = recipe.augment
     dataset = DetectionDataset(
@@ -202,7 +204,11 @@ def _weights_of(spec: TorchvisionDetector | ComposedDetector) -> tuple[dict[str,
 
 def weights_classes(spec: TorchvisionDetector | ComposedDetector) -> tuple[str, ...] | None:
     """Class names that torchvision publishes with a weights name; None for files."""
-    if not isinstance(spec, TorchvisionDetector) or spec.weights is None or Path(spec.weights).suffix in (".pt", ".pth"):
+    if (
+        not isinstance(spec, TorchvisionDetector)
+        or spec.weights is None
+        or Path(spec.weights).suffix in (".pt", ".pth")
+    ):
         return None
     return torchvision_categories(spec.weights, spec.name)
 

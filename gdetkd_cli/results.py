@@ -126,7 +126,7 @@ class TrainResult:
 
 @dataclass(frozen=True)
 class EvalResult:
-    """An evaluated detector file. ``format`` is ``run``, ``checkpoint`` or ``onnx``."""
+    """An evaluated detector file. ``format`` is ``run``, ``checkpoint``, ``onnx`` or ``torchscript``."""
 
     source: str
     format: str
@@ -147,6 +147,7 @@ class Parity:
         max_box_error: largest difference of a box coordinate, pixels.
         max_score_error: largest difference of a score.
         passed: within tolerance, same number of boxes and same labels on every picture.
+        unmatched: boxes without a counterpart of the same class on the other side.
     """
 
     images: int
@@ -155,6 +156,7 @@ class Parity:
     max_box_error: float
     max_score_error: float
     passed: bool
+    unmatched: int = 0
 
 
 @dataclass(frozen=True)

@@ -90,7 +90,7 @@ def _draw_scene(rng: Generator, size: int) -> tuple[np.ndarray, list[list[float]
     for _ in range(int(rng.integers(3, 9))):
         _draw_clutter(draw, rng, side)
 
-    # Which part each pixel shows: 0 background, 2 i + 1 the outline of object i, 2 i + 2 the middle that holds its mark.
+    # What each pixel shows: 0 background, 2 i + 1 the outline of object i, 2 i + 2 the middle that holds its mark.
     owner = Image.new("L", (side, side), 0)
     placed: list[_Placed] = []
     for _ in range(int(rng.integers(3, 9))):

@@ -23,13 +23,13 @@ def build_augmentation(
 
     Args:
         flip: probability of a horizontal flip.
-        photometric: jitter brightness, contrast, saturation and hue, and permute the channels (as in SSD).
+        photometric: jitter brightness, contrast, saturation and hue.
         multi_scale: short sides in pixels to choose from; None keeps the size.
         max_size: longest side in pixels that ``multi_scale`` may give.
     """
     changes: list[Callable[..., object]] = []
     if photometric:
-        changes.append(v2.RandomPhotometricDistort())
+        changes.append(v2.ColorJitter(brightness=0.25, contrast=0.25, saturation=0.25, hue=0.04))
     if flip > 0:
         changes.append(v2.RandomHorizontalFlip(p=flip))
     if multi_scale is not None:

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchvision.models.detection.fcos import FCOS
 from torchvision.models.detection.faster_rcnn import FasterRCNN
+from torchvision.models.detection.fcos import FCOS
 from torchvision.models.detection.retinanet import RetinaNet
 from torchvision.models.detection.ssd import SSD
 
@@ -106,10 +106,14 @@ def load(path: Path) -> tuple[Detector, dict[str, Any]]:
             "Weights alone need a recipe that names their architecture"
         )
     if saved["gdetkd"] > FILE_VERSION:
-        raise ModelError(f"{path} was written by a newer gdetkd (format {saved['gdetkd']}); this one reads {FILE_VERSION}")
+        raise ModelError(
+            f"{path} was written by a newer gdetkd (format {saved['gdetkd']}); this one reads {FILE_VERSION}"
+        )
     detector = build(saved["architecture"], saved["classes"])
     try:
-        detector.module.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in saved["model"].items()})
+        detector.module.load_state_dict(
+            {k: v.float() if v.is_floating_point() else v for k, v in saved["model"].items()}
+        )
     except RuntimeError as error:
         raise ModelError(f"{path}: weights do not fit the architecture it names: {error}") from error
     detector.module.eval()

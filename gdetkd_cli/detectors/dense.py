@@ -113,7 +113,9 @@ class DenseDetector:
         cell = self._central_cells(seen.pyramid, regions, assignment)
         if seen.cell is not None:
             own = regions.candidate >= 0
-            cell = torch.where(own[:, None], seen.cell[regions.candidate.clamp(min=0)], cell) if len(seen.cell) else cell
+            cell = (
+                torch.where(own[:, None], seen.cell[regions.candidate.clamp(min=0)], cell) if len(seen.cell) else cell
+            )
         tower = seen.tower
         if tower is None:
             with common.evaluating(self.module):

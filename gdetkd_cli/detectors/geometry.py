@@ -28,7 +28,9 @@ _SHARPEN = 4  # responses are raised to this power: the cell right under the pat
 
 
 @torch.no_grad()
-def measure_levels(forward: Forward, names: Sequence[str], *, device: torch.device | str = "cpu") -> tuple[LevelSpec, ...]:
+def measure_levels(
+    forward: Forward, names: Sequence[str], *, device: torch.device | str = "cpu"
+) -> tuple[LevelSpec, ...]:
     """Measures each level's stride and offset.
 
     Args:
@@ -57,12 +59,8 @@ def measure_levels(forward: Forward, names: Sequence[str], *, device: torch.devi
     maps = [m.double().cpu() for m in forward(images.to(device))]
     small, large = (_shapes(forward, side, device) for side in _GROWTH)
     strides = [_strides(*level) for level in zip(names, small, large, strict=True)]
-    centred = [
-        _centred_offset(map_.shape[-2:], stride) for map_, stride in zip(maps, strides, strict=True)
-    ]
-    first_pixel = [
-        (oy - sy / 2 + 0.5, ox - sx / 2 + 0.5) for (oy, ox), (sy, sx) in zip(centred, strides, strict=True)
-    ]
+    centred = [_centred_offset(map_.shape[-2:], stride) for map_, stride in zip(maps, strides, strict=True)]
+    first_pixel = [(oy - sy / 2 + 0.5, ox - sx / 2 + 0.5) for (oy, ox), (sy, sx) in zip(centred, strides, strict=True)]
     votes = []
     for name, map_, stride, a, b in zip(names, maps, strides, first_pixel, centred, strict=True):
         seen = _response_offset(name, map_, stride, points)
@@ -85,7 +83,7 @@ def _strides(name: str, small: tuple[int, int], large: tuple[int, int]) -> tuple
     gained = (large[0] - small[0], large[1] - small[1])
     if min(gained) <= 0:
         raise ModelError(
-            f"pyramid level {name!r} has {small} cells for an image of {_GROWTH[0]} pixels and {large} for {_GROWTH[1]}; "
+            f"pyramid level {name!r} has {small} cells for {_GROWTH[0]} pixels and {large} for {_GROWTH[1]}; "
             "a feature map that grows with the image was expected"
         )
     growth = _GROWTH[1] - _GROWTH[0]

@@ -59,11 +59,9 @@ def separable_roi_align(
     along_x = _bin_weights(boxes[:, 0], boxes[:, 2], width, size, sampling_ratio)  # (R, size, W)
     rows_first = features.permute(0, 2, 3, 1).flatten(2)  # (N, H, W C)
     counts = torch.bincount(image_index, minlength=images).tolist()
-    pooled = []
-    for i, (y, x) in enumerate(zip(along_y.split(counts), along_x.split(counts), strict=True)):
-        partly = (y.flatten(0, 1) @ rows_first[i]).view(-1, size, width, channels)  # (R_i, bins y, W, C)
-        pooled.append(torch.einsum("rxw,rywc->rcyx", x, partly))
-    return torch.cat(pooled)
+    rows = [y.flatten(0, 1) @ rows_first[i] for i, y in enumerate(along_y.split(counts))]
+    partly = torch.cat(rows).view(-1, size, width, channels)  # (R, bins y, W, C)
+    return (along_x[:, None] @ partly).permute(0, 3, 1, 2)
 
 
 def _bin_weights(low: Tensor, high: Tensor, length: int, size: int, sampling_ratio: int) -> Tensor:

@@ -39,7 +39,9 @@ def read_torch_file(path: Path) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         reason = str(error).splitlines()[0]
-        raise ModelError(f"{path} cannot be read without executing code from it, which gdetkd never does ({reason})") from error
+        raise ModelError(
+            f"{path} cannot be read without executing code from it, which gdetkd never does ({reason})"
+        ) from error
     except (RuntimeError, EOFError, ValueError, KeyError) as error:
         raise ModelError(f"{path} is not a whole file written by torch.save ({str(error).splitlines()[0]})") from error
 
@@ -54,7 +56,9 @@ def state_dict_of(saved: Any, source: str) -> dict[str, Tensor]:
         if isinstance(saved, dict) and isinstance(saved.get(key), dict):
             saved = saved[key]
     if not isinstance(saved, dict) or not saved or not all(isinstance(v, Tensor) for v in saved.values()):
-        raise ModelError(f"{source} holds no state_dict; expected tensors by parameter name, at the top or under 'model'")
+        raise ModelError(
+            f"{source} holds no state_dict; expected tensors by parameter name, at the top or under 'model'"
+        )
     if all(name.startswith("module.") for name in saved):  # saved from a DDP wrapper
         saved = {name.removeprefix("module."): value for name, value in saved.items()}
     return dict(saved)
@@ -135,7 +139,9 @@ def load_state(module: nn.Module, state: dict[str, Tensor], source: str) -> list
     missing = [n for n in own if n not in state and not n.endswith("num_batches_tracked")]
     unexpected = [n for n in wanted if n not in own]
     if differing or missing or unexpected:
-        raise ModelError(f"{source} does not fit this detector: {_mismatch(own, wanted, differing, missing, unexpected)}")
+        raise ModelError(
+            f"{source} does not fit this detector: {_mismatch(own, wanted, differing, missing, unexpected)}"
+        )
     module.load_state_dict(wanted, strict=False)
     return notes
 

@@ -50,10 +50,14 @@ class LevelMatcher(nn.Module):
         """
         query = self.embed_out(self.embed_in(target).relu()).flatten(1)  # (R, E)
         if self.shared:
-            stacked = torch.stack(list(levels), dim=1)  # (R, L, C_s, 7, 7)
-            keys = self._keys(stacked.flatten(0, 1), self.adapters[0]).unflatten(0, stacked.shape[:2])
+            # Channels last: the layout that regions are pooled in, and the faster one for small convolutions on a CPU.
+            stacked = torch.stack([level.permute(0, 2, 3, 1) for level in levels], dim=1)  # (R, L, 7, 7, C_s)
+            keys = self._keys(stacked.flatten(0, 1).permute(0, 3, 1, 2), self.adapters[0]).unflatten(
+                0, stacked.shape[:2]
+            )
             weights = level_attention(keys, query, self.log_tau.exp())
-            return self.adapters[0]((stacked * weights[:, :, None, None, None]).sum(dim=1)), weights
+            aggregate = torch.einsum("rl,rlyxc->ryxc", weights, stacked)
+            return self.adapters[0](aggregate.permute(0, 3, 1, 2)), weights
         keys = torch.stack([self._keys(s, f) for s, f in zip(levels, self.adapters, strict=True)], dim=1)
         weights = level_attention(keys, query, self.log_tau.exp())
         adapted = torch.stack([f(s) for s, f in zip(levels, self.adapters, strict=True)], dim=1)
@@ -90,24 +94,39 @@ class Standardizer(nn.Module):
         self.per_channel = per_channel
         self.register_buffer("mean", torch.zeros(size))
         self.register_buffer("square", torch.ones(size))  # mean of the squares
-        self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
+        # Updates of each, since a batch may have nothing of a channel.
+        self.register_buffer("updates", torch.zeros(size, dtype=torch.int64))
 
     @torch.no_grad()
-    def update(self, features: Tensor) -> None:
-        """Takes (R, C, h, w) into the statistics; nothing happens for R = 0."""
-        if not len(features):
-            return
-        values = features.float().transpose(0, 1).flatten(1)  # (C, R h w)
-        if not self.per_channel:
-            values = values.reshape(1, -1)
-        self.updates += 1
-        rate = (1.0 / self.updates).clamp(min=0.002)
-        self.mean.lerp_(values.mean(dim=1), rate)
-        self.square.lerp_(values.square().mean(dim=1), rate)
+    def update(self, features: Tensor, channels: Tensor | None = None) -> None:
+        """Takes (R, C, h, w) into the statistics; what the batch has nothing of (everything, for R = 0) stays.
 
-    def forward(self, features: Tensor) -> Tensor:
-        """(R, C, h, w) -> the same, standardised."""
+        Args:
+            features: (R, C, h, w).
+            channels: (R,) how many of the C channels a region has; the others are padded with zeros. None: all.
+        """
+        values = features.float()
+        count = _present(features, channels).sum(dim=0) * features.shape[2] * features.shape[3]  # (C,)
+        total, squares = values.sum(dim=(0, 2, 3)), values.square().sum(dim=(0, 2, 3))  # (C,): padding adds nothing
+        if not self.per_channel:
+            count, total, squares = count.sum(0, True), total.sum(0, True), squares.sum(0, True)
+        seen = count > 0
+        self.updates += seen
+        rate = seen * (1.0 / self.updates.clamp(min=1)).clamp(min=0.002)
+        self.mean.lerp_(total / count.clamp(min=1), rate)
+        self.square.lerp_(squares / count.clamp(min=1), rate)
+
+    def forward(self, features: Tensor, channels: Tensor | None = None) -> Tensor:
+        """(R, C, h, w) -> the same, standardised; padded ``channels`` stay 0."""
         deviation = (self.square - self.mean.square()).clamp(min=0).sqrt()
         # A channel that is silent in this teacher carries nothing; dividing by its deviation would amplify noise.
         floor = 1e-3 * self.square.mean().sqrt() + 1e-12
-        return (features - self.mean[:, None, None]) / deviation.clamp(min=floor)[:, None, None]
+        standardised = (features - self.mean[:, None, None]) / deviation.clamp(min=floor)[:, None, None]
+        return standardised if channels is None else standardised * _present(features, channels)[:, :, None, None]
+
+
+def _present(features: Tensor, channels: Tensor | None) -> Tensor:
+    """(R, C) bool: the channels that a region has, and that are not padding."""
+    if channels is None:
+        return torch.ones(features.shape[:2], dtype=torch.bool, device=features.device)
+    return torch.arange(features.shape[1], device=features.device) < channels[:, None]

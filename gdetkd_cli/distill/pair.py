@@ -29,7 +29,9 @@ def class_columns(student: Detector, teacher: Detector) -> Tensor:
     missing = sorted(set(student.class_names) - set(teacher.class_names))
     extra = sorted(set(teacher.class_names) - set(student.class_names))
     if missing or extra:
-        only = [f"only the student has {missing[:3]}"] * bool(missing) + [f"only the teacher has {extra[:3]}"] * bool(extra)
+        only = [f"only the student has {missing[:3]}"] * bool(missing) + [f"only the teacher has {extra[:3]}"] * bool(
+            extra
+        )
         raise PairError(f"the class lists differ: {'; '.join(only)}")
     return torch.tensor([0] + [teacher.class_names.index(name) + 1 for name in student.class_names])
 

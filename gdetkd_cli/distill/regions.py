@@ -39,7 +39,14 @@ def choose_regions(
             truth = target.boxes[_random_rows(torch.arange(len(target.boxes)), per_image, generator)]
             room = max(0, per_image - len(truth))
             chosen = _balanced_rows(
-                rows, candidates.boxes[rows], target.boxes, len(truth), room, positive_iou, negatives_per_positive, generator
+                rows,
+                candidates.boxes[rows],
+                target.boxes,
+                len(truth),
+                room,
+                positive_iou,
+                negatives_per_positive,
+                generator,
             )
         boxes.append(torch.cat([candidates.boxes[chosen], truth]))
         candidate.append(torch.cat([chosen, torch.full((len(truth),), -1, device=chosen.device)]))

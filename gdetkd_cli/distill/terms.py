@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-import torch
 from torch import Tensor, nn
 from torchvision.ops import box_iou
 
@@ -82,23 +81,21 @@ class SGFITerm(nn.Module):
             student_channels=student_channels, teacher_channels=teacher_channels, embed_channels=embed_channels
         )
         self.standardizer = (
-            None
-            if normalize == "none"
-            else Standardizer(channels=teacher_channels, per_channel=normalize == "channel")
+            None if normalize == "none" else Standardizer(channels=teacher_channels, per_channel=normalize == "channel")
         )
         self.sampling_ratio = sampling_ratio
 
     def forward(self, pair: ObservedPair) -> Tensor:
-        target = pair.teacher_view.pooled
+        target, channels = pair.teacher_view.pooled, pair.teacher_view.pooled_channels
         assert target is not None
         if self.standardizer is not None:
-            self.standardizer.update(target)
-            target = self.standardizer(target.float())
+            self.standardizer.update(target, channels)
+            target = self.standardizer(target.float(), channels)
         levels = pool_all_levels(
             pair.student_seen.pyramid, pair.regions, size=target.shape[-1], sampling_ratio=self.sampling_ratio
         )
         imitation, _ = self.matcher(levels, target)
-        return imitation_loss(imitation.float(), target.float(), pair.teacher_view.pooled_channels)
+        return imitation_loss(imitation.float(), target.float(), channels)
 
 
 class CKDTerm(nn.Module):
@@ -192,9 +189,7 @@ class BoxTerm(nn.Module):
     def forward(self, pair: ObservedPair) -> Tensor:
         student, teacher = pair.student_view, pair.teacher_view
         assert student.box_deltas is not None and teacher.box_deltas is not None and teacher.class_logits is not None
-        return box_loss(
-            student.box_deltas, teacher.box_deltas[:, self.columns], teacher.class_logits[:, self.columns]
-        )
+        return box_loss(student.box_deltas, teacher.box_deltas[:, self.columns], teacher.class_logits[:, self.columns])
 
 
 def needs_of(terms: Sequence[Term]) -> tuple[frozenset[View], frozenset[View]]:
@@ -202,5 +197,3 @@ def needs_of(terms: Sequence[Term]) -> tuple[frozenset[View], frozenset[View]]:
     student: frozenset[View] = frozenset().union(*(term.student_needs for term in terms))
     teacher: frozenset[View] = frozenset().union(*(term.teacher_needs for term in terms))
     return student, teacher
-
-

@@ -6,32 +6,33 @@ Shapes: H x W pixels, D detections; boxes xyxy, pixels of the picture as it was 
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.jit import is_scripting  # type: ignore[attr-defined]  # documented, but not in its __all__
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 from gdetkd_cli.detectors.protocol import Detector
 
-EXAMPLE_SIDE = 96  # square: MultiScaleRoIAlign takes the strides of its levels from the first picture it sees
+_EXAMPLE_SIDE = 96
 
 
 class SinglePicture(nn.Module):
-    """A copy of a torchvision detector that takes one picture, and that ``torch.jit`` can trace and script."""
+    """A copy of a torchvision detector, on the CPU, that takes one picture and can be traced and scripted."""
 
     def __init__(self, detector: Detector) -> None:
         super().__init__()
         module: Any = copy.deepcopy(detector.module).cpu().requires_grad_(False).eval()
-        module([example_picture()])  # settles what torchvision decides at the first call
+        module([example_picture()])  # torchvision settles the scales of its RoI pooling at the first call
         module.transform = _ExactTransform(module.transform)
-        module._has_warned = True  # else a scripted detector warns its user of the pair that it returns
+        module._has_warned = True  # else a scripted detector tells its user that it returns a pair
         self.detector = module
         self.eval()
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(3, H, W) in 0..1 -> boxes (D, 4), scores (D,), labels (D,) in 1..K."""
-        if torch.jit.is_scripting():
+        """(3, H, W) in 0..1 -> boxes (D, 4), scores (D,), labels (D,)."""
+        if is_scripting():
             _, found = self.detector([image])
         else:
             found = self.detector([image])
@@ -39,16 +40,19 @@ class SinglePicture(nn.Module):
 
 
 def example_picture() -> Tensor:
-    """(3, H, W): what exporters run the detector on."""
-    generator = torch.Generator().manual_seed(0)
-    return torch.rand(3, EXAMPLE_SIDE, EXAMPLE_SIDE, generator=generator)
+    """(3, H, W): what an exporter runs the detector on.
+
+    It is square. torchvision takes the stride of a level from the height of a picture and the cells of its padded
+    form; of a low, wide picture that gives the wrong one.
+    """
+    return torch.rand(3, _EXAMPLE_SIDE, _EXAMPLE_SIDE, generator=torch.Generator().manual_seed(0))
 
 
 class _ExactTransform(GeneralizedRCNNTransform):
-    """Resizes to the size that torchvision's transform has in eager mode.
+    """Resizes a picture to the same size as torchvision does it in eager mode.
 
-    Traced and scripted, torchvision's own computes the size in single precision, which for a third of all picture
-    sizes is a pixel off. Here it is double precision everywhere.
+    torchvision computes that size in double precision when it runs eagerly, but in single precision when it is traced
+    or scripted: for one picture size in seven, or in two, the result is a pixel less. Here it is double everywhere.
     """
 
     def __init__(self, original: GeneralizedRCNNTransform) -> None:
@@ -61,18 +65,21 @@ class _ExactTransform(GeneralizedRCNNTransform):
             fixed_size=original.fixed_size,
         )
 
-    def resize(
-        self, image: Tensor, target: dict[str, Tensor] | None = None
-    ) -> tuple[Tensor, dict[str, Tensor] | None]:
-        if self.fixed_size is not None:
-            height, width = torch.tensor(self.fixed_size[1]), torch.tensor(self.fixed_size[0])
+    def resize(self, image: Tensor, target: dict[str, Tensor] | None = None) -> tuple[Tensor, dict[str, Tensor] | None]:
+        if self.fixed_size is not None:  # (width, height)
+            size = torch.tensor([self.fixed_size[1], self.fixed_size[0]])
         else:
             given = torch._shape_as_tensor(image)[-2:].to(torch.float64)
-            scale = torch.min(self.min_size[-1] / given.min(), self.max_size / given.max())
-            height, width = torch.floor(given * scale).to(torch.int64).unbind()
-        if torch.jit.is_scripting():
-            size = [int(height), int(width)]
-        else:
-            size = [height, width]  # tensors: tracing would make constants of ints
-        resized = nn.functional.interpolate(image[None], size=size, mode="bilinear", align_corners=False)
+            limits = torch.tensor([self.min_size[-1], self.max_size], dtype=torch.float64)
+            # torch.div: a number divided by a tensor is rounded twice.
+            scale = torch.div(limits, torch.stack([given.min(), given.max()])).min()
+            size = torch.floor(given * scale).to(torch.int64)
+        sides = [int(size[0]), int(size[1])] if is_scripting() else _traceable(size)
+        resized = nn.functional.interpolate(image[None], size=sides, mode="bilinear", align_corners=False)
         return resized[0], target
+
+
+@torch.jit.unused
+def _traceable(size: Tensor) -> list[int]:
+    """The two numbers as tensors, though the type says otherwise: the tracer would take ints for constants."""
+    return cast(list[int], list(size))

@@ -126,8 +126,8 @@ class Loop:
             parts = ", ".join(f"{name} {float(value):.4g}" for name, value in report.parts.items())
             raise NonFiniteLossError(
                 f"the loss is {total} at step {step} ({parts}). Try a lower train.optimizer.lr, a longer "
-                "train.schedule.warmup_steps, train.clip_norm, or runtime.precision=fp32. The last checkpoint, if there "
-                f"is one, is in {self._folder.resume}"
+                "train.schedule.warmup_steps, train.clip_norm, or runtime.precision=fp32. The last checkpoint, if any, "
+                f"is in {self._folder.resume}"
             )
         self._accelerator.backward(report.total)
         norm = self._clip()

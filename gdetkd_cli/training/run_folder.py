@@ -39,6 +39,10 @@ class RunFolder:
         self.metrics = path / "metrics.json"
         self.pictures = path / "pictures"
 
+    def make(self) -> None:
+        """Makes the folder where it is missing."""
+        self.path.mkdir(parents=True, exist_ok=True)
+
     def progress(self) -> int:
         """Optimizer steps that the resume checkpoint has behind it.
 
@@ -85,8 +89,8 @@ class RunFolder:
             os.replace(old, self.resume)
 
 
-def create(path: Path | None, default_name: str) -> RunFolder:
-    """Makes a new, empty run folder.
+def choose(path: Path | None, default_name: str) -> RunFolder:
+    """A new run's folder; it is not made yet, so that a run that cannot start leaves nothing behind.
 
     Args:
         path: where the user wants it; None: ``runs/NAME``, or ``runs/NAME-2``, ... when that exists.
@@ -100,8 +104,9 @@ def create(path: Path | None, default_name: str) -> RunFolder:
         while path.exists():
             path, number = Path("runs") / f"{default_name}-{number}", number + 1
     elif path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise RunFolderError(f"{path} exists already; choose another --output, or continue that run with --resume {path}")
-    path.mkdir(parents=True, exist_ok=True)
+        raise RunFolderError(
+            f"{path} exists already; choose another --output, or continue that run with --resume {path}"
+        )
     return RunFolder(path)
 
 

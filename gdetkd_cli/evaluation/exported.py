@@ -1,0 +1,115 @@
+"""Exported detector files as predictors, and the description that each of them carries."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import onnxruntime
+import torch
+import torchvision  # noqa: F401  # registers the operators that a scripted detector calls
+from torch import Tensor
+
+from gdetkd_cli import __version__
+from gdetkd_cli.detectors.protocol import Detector
+from gdetkd_cli.errors import ModelError
+from gdetkd_cli.structures import Detections
+
+INPUT = "image"
+OUTPUTS = ("boxes", "scores", "labels")
+DESCRIPTION_FILE = "gdetkd.json"  # inside a TorchScript file
+
+_VERSION, _CLASSES, _ARCHITECTURE = "gdetkd", "gdetkd.classes", "gdetkd.architecture"
+_FATAL = 4  # onnxruntime logs errors to stderr as well as raising them; only the latter is wanted
+
+
+def describe(detector: Detector, architecture: dict[str, Any]) -> dict[str, str]:
+    """What an exported file says of itself: gdetkd's version, the class names and the architecture (both JSON)."""
+    return {
+        _VERSION: __version__,
+        _CLASSES: json.dumps(detector.class_names),
+        _ARCHITECTURE: json.dumps(architecture),
+    }
+
+
+class OnnxDetector:
+    """An ONNX file that gdetkd exported, run by onnxruntime.
+
+    Attributes:
+        class_names: K names, label k is ``class_names[k - 1]``.
+    """
+
+    def __init__(self, path: Path, *, device: str = "cpu") -> None:
+        """Reads the file.
+
+        Args:
+            path: the file.
+            device: ``cpu``, or ``cuda`` to use a GPU where this onnxruntime can.
+
+        Raises:
+            ModelError: missing, not a whole ONNX file, or not one that gdetkd exported.
+        """
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = _FATAL
+        options.intra_op_num_threads = torch.get_num_threads()
+        wanted = ["CUDAExecutionProvider"] if device == "cuda" else []
+        providers = [name for name in wanted if name in onnxruntime.get_available_providers()]
+        try:
+            self._session = onnxruntime.InferenceSession(path, options, providers=[*providers, "CPUExecutionProvider"])
+        except Exception as error:  # onnxruntime's errors have no base of their own
+            raise ModelError(f"{path} is not a whole ONNX file ({_first_line(error)})") from error
+        outputs = tuple(output.name for output in self._session.get_outputs())
+        if outputs != OUTPUTS:
+            raise ModelError(
+                f"{path} was not exported by gdetkd: expected the outputs {', '.join(OUTPUTS)}, "
+                f"got {', '.join(outputs)}"
+            )
+        self.class_names = _class_names(path, self._session.get_modelmeta().custom_metadata_map)
+
+    def predict(self, images: list[Tensor]) -> list[Detections]:
+        """Inference on images (3, H, W) in 0..1, one at a time; boxes in each image's own pixels."""
+        return [self._predict(image) for image in images]
+
+    def _predict(self, image: Tensor) -> Detections:
+        found = self._session.run(OUTPUTS, {INPUT: image.cpu().contiguous().numpy()})
+        boxes, scores, labels = (torch.from_numpy(array) for array in found)
+        return Detections(boxes=boxes, scores=scores, labels=labels)
+
+
+class ScriptedDetector:
+    """A TorchScript file that gdetkd exported.
+
+    Attributes:
+        class_names: K names, label k is ``class_names[k - 1]``.
+    """
+
+    def __init__(self, path: Path, *, device: str = "cpu") -> None:
+        """Reads the file.
+
+        Raises:
+            ModelError: missing, not a whole TorchScript file, or not one that gdetkd exported.
+        """
+        files = {DESCRIPTION_FILE: ""}
+        try:
+            with warnings.catch_warnings(action="ignore"):  # torch.jit is deprecated, and says so
+                self._module = torch.jit.load(path, map_location=device, _extra_files=files)
+        except (RuntimeError, ValueError) as error:
+            raise ModelError(f"{path} is not a whole TorchScript file ({_first_line(error)})") from error
+        self.class_names = _class_names(path, json.loads(files[DESCRIPTION_FILE] or "{}"))
+
+    @torch.no_grad()
+    def predict(self, images: list[Tensor]) -> list[Detections]:
+        """Inference on images (3, H, W) in 0..1, one at a time; boxes in each image's own pixels."""
+        return [Detections(*self._module(image)) for image in images]
+
+
+def _class_names(path: Path, description: dict[str, str]) -> tuple[str, ...]:
+    if _CLASSES not in description:
+        raise ModelError(f"{path} was not exported by gdetkd: it does not name its classes")
+    return tuple(json.loads(description[_CLASSES]))
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]

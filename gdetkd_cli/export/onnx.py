@@ -1,0 +1,82 @@
+"""A detector as an ONNX file.
+
+torchvision's detectors go through torch.onnx's TorchScript exporter. The newer one starts from torch.export, which does
+not get through their data-dependent sizes (tried on torch 2.14).
+"""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import onnx
+import torch
+from torch import Tensor
+from torchvision.models.detection._utils import BoxCoder
+
+from gdetkd_cli.detectors.protocol import Detector
+from gdetkd_cli.errors import ExportError
+from gdetkd_cli.evaluation.exported import INPUT, OUTPUTS, describe
+from gdetkd_cli.export.single_picture import SinglePicture, example_picture
+
+OPSET = 17  # 16 brought the RoiAlign that torchvision's is; onnxruntime reads 17 since 1.12
+
+
+def export_onnx(detector: Detector, path: Path, *, architecture: dict[str, Any]) -> str:
+    """Writes the detector as ONNX: ``image`` (3, H, W) in 0..1 -> ``boxes`` (D, 4), ``scores`` (D,), ``labels`` (D,).
+
+    Args:
+        detector: a torchvision detector.
+        path: the file to write.
+        architecture: the description that rebuilds the detector; it is kept in the file, with the class names.
+
+    Returns:
+        The exporter that was used.
+
+    Raises:
+        ExportError: the exporter gave up, or what it wrote is not valid ONNX.
+    """
+    picture = SinglePicture(detector)
+    heads: Any = getattr(picture.detector, "roi_heads", None)
+    if heads is not None:
+        heads.box_coder = _SinglePictureCoder(heads.box_coder.weights, heads.box_coder.bbox_xform_clip)
+    try:
+        # The tracer warns of everything that it might take for a constant; whether it did shows in the parity check.
+        with warnings.catch_warnings(action="ignore"):
+            torch.onnx.export(
+                picture,
+                (example_picture(),),
+                path,
+                dynamo=False,
+                opset_version=OPSET,
+                input_names=[INPUT],
+                output_names=list(OUTPUTS),
+                dynamic_axes={INPUT: {1: "height", 2: "width"}, **{name: {0: "detections"} for name in OUTPUTS}},
+            )
+        model = onnx.load(path)
+        onnx.checker.check_model(model, full_check=True)
+    except (
+        torch.onnx.OnnxExporterError,
+        onnx.checker.ValidationError,
+        onnx.shape_inference.InferenceError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ExportError(f"torch {torch.__version__} cannot write this detector as ONNX: {reason}") from error
+    onnx.helper.set_model_props(model, describe(detector, architecture))
+    onnx.save(model, path)
+    return f"torch.onnx TorchScript, opset {OPSET}"
+
+
+class _SinglePictureCoder(BoxCoder):
+    """The RoI head's box coder, for one picture.
+
+    torchvision's own reshapes to (proposals, -1), which ONNX cannot do where there are no proposals.
+    """
+
+    def decode(self, rel_codes: Tensor, boxes: list[Tensor]) -> Tensor:
+        decoded: Tensor = self.decode_single(rel_codes, boxes[0])
+        return decoded.reshape(-1, rel_codes.shape[1] // 4, 4)

@@ -1,0 +1,134 @@
+"""Does an exported file find what the detector finds?
+
+Shapes: D detections; boxes xyxy, pixels of the picture as it was given.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchvision.ops import box_iou
+
+from gdetkd_cli.evaluation.predict import Predictor
+from gdetkd_cli.results import Parity
+from gdetkd_cli.structures import Detections
+
+BOX_TOLERANCE = 0.05  # pixels
+SCORE_TOLERANCE = 1e-3
+_SAME_OBJECT_IOU = 0.5  # boxes of one class that overlap less are two objects, not one that moved
+_SHADES = (0.0, 0.5, 1.0, math.nan)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Which detections a detector leaves out.
+
+    Attributes:
+        score: it reports scores above this one.
+        count: it reports this many per picture at most, those of the highest scores.
+    """
+
+    score: float
+    count: int
+
+    @classmethod
+    def of(cls, module: nn.Module) -> Cut:
+        """That of a torchvision detector."""
+        head: Any = getattr(module, "roi_heads", module)
+        return cls(score=head.score_thresh, count=head.detections_per_img)
+
+    def lowest(self, *found: Detections) -> float:
+        """The score at which the detections of one picture were cut off, by whichever side cut earlier."""
+        full = [float(one.scores.min()) for one in found if len(one.scores) >= self.count]
+        return max(self.score, *full) if full else self.score
+
+
+def check_parity(
+    reference: Predictor,
+    exported: Predictor,
+    images: Sequence[Tensor],
+    *,
+    cut: Cut,
+    box_tolerance: float = BOX_TOLERANCE,
+    score_tolerance: float = SCORE_TOLERANCE,
+) -> Parity:
+    """Compares detections, picture by picture.
+
+    Each box has to have a counterpart of its class on the other side, whatever its place in the order of scores. The
+    exception are boxes whose score is within tolerance of the one where the detector cuts off: rounding decides
+    whether those are reported, so they may be missing from one side.
+
+    Args:
+        reference: the detector.
+        exported: the file made of it.
+        images: pictures (3, H, W) in 0..1.
+        cut: where the detector cuts off.
+        box_tolerance: pixels that a box coordinate may differ by.
+        score_tolerance: what a score may differ by.
+    """
+    empty, detections, unmatched = 0, 0, 0
+    box_errors, score_errors = [torch.zeros(1)], [torch.zeros(1)]
+    for image in images:
+        (expected,), (got,) = reference.predict([image]), exported.predict([image])
+        rows, columns = _pairs(expected, got, box_tolerance)
+        alone = torch.cat([_without(expected.scores, rows), _without(got.scores, columns)])
+        uncertain = alone <= cut.lowest(expected, got) + score_tolerance
+        empty += len(expected.scores) == 0
+        detections += len(rows)
+        unmatched += int((~uncertain).sum())  # not "above": a score may be NaN
+        box_errors.append((expected.boxes[rows] - got.boxes[columns]).abs().flatten())
+        score_errors.append((expected.scores[rows] - got.scores[columns]).abs())
+    box_error, score_error = float(torch.cat(box_errors).max()), float(torch.cat(score_errors).max())
+    return Parity(
+        images=len(images),
+        empty=empty,
+        detections=detections,
+        max_box_error=box_error,
+        max_score_error=score_error,
+        passed=unmatched == 0 and box_error <= box_tolerance and score_error <= score_tolerance,
+        unmatched=unmatched,
+    )
+
+
+def picture_without_detections(detector: Predictor, size: tuple[int, int]) -> Tensor:
+    """A picture (3, height, width) in which the detector finds nothing.
+
+    One of a single shade where the detector is silent on that; else one of NaN, from which no score passes a threshold.
+    """
+    blank = torch.zeros(3, *size)
+    for shade in _SHADES:
+        blank = torch.full((3, *size), shade)
+        (found,) = detector.predict([blank])
+        if len(found.scores) == 0:
+            break
+    return blank
+
+
+def _pairs(expected: Detections, got: Detections, box_tolerance: float) -> tuple[Tensor, Tensor]:
+    """Rows of both sides that are the same detection: of one class, and near each other.
+
+    Scores do not take part, for near-equal ones may swap places.
+    """
+    distance = (expected.boxes[:, None] - got.boxes[None]).abs().amax(dim=2)
+    near = (box_iou(expected.boxes, got.boxes) >= _SAME_OBJECT_IOU) | (distance <= box_tolerance)
+    distance = distance.where(near & (expected.labels[:, None] == got.labels[None]), torch.inf)
+    rows, columns = [], []
+    for row in range(len(expected.scores)):
+        column = int(distance[row].argmin()) if len(got.scores) else -1
+        if column >= 0 and torch.isfinite(distance[row, column]):
+            rows.append(row)
+            columns.append(column)
+            distance[:, column] = torch.inf
+    return torch.tensor(rows, dtype=torch.int64), torch.tensor(columns, dtype=torch.int64)
+
+
+def _without(values: Tensor, rows: Tensor) -> Tensor:
+    """The values of the other rows."""
+    others = torch.ones(len(values), dtype=torch.bool)
+    others[rows] = False
+    return values[others]

@@ -1,0 +1,41 @@
+"""A detector as a TorchScript file, which ``torch.jit.load`` reads after ``import torchvision`` (for its operators)."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gdetkd_cli.detectors.protocol import Detector
+from gdetkd_cli.errors import ExportError
+from gdetkd_cli.evaluation.exported import DESCRIPTION_FILE, describe
+from gdetkd_cli.export.single_picture import SinglePicture
+
+
+def export_torchscript(detector: Detector, path: Path, *, architecture: dict[str, Any]) -> str:
+    """Writes the detector as TorchScript: ``image`` (3, H, W) in 0..1 -> boxes (D, 4), scores (D,), labels (D,).
+
+    Args:
+        detector: a torchvision detector.
+        path: the file to write.
+        architecture: the description that rebuilds the detector; it is kept in the file, with the class names.
+
+    Returns:
+        The exporter that was used.
+
+    Raises:
+        ExportError: the detector cannot be scripted.
+    """
+    picture = SinglePicture(detector)
+    try:
+        with warnings.catch_warnings(action="ignore"):  # torch.jit is deprecated, and says so in each of its functions
+            scripted = torch.jit.script(picture)
+            description = json.dumps(describe(detector, architecture))
+            torch.jit.save(scripted, path, _extra_files={DESCRIPTION_FILE: description})
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ExportError(f"torch {torch.__version__} cannot script this detector: {reason}") from error
+    return f"torch.jit.script, torch {torch.__version__}"

@@ -1,0 +1,88 @@
+"""Toys that several folders' tests use: detectors that take milliseconds, and a batch for them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from gdetkd_cli.detectors import catalog
+from gdetkd_cli.detectors.protocol import Detector
+from gdetkd_cli.structures import Batch, Target
+
+CLASSES = ("circle", "square", "triangle")
+_ARGUMENTS = {
+    "faster-rcnn": {
+        "representation_size": 32,
+        "anchor_sizes": [[8], [16], [24], [32], [48]],
+        "rpn_pre_nms_top_n_train": 40,
+        "rpn_post_nms_top_n_train": 40,
+        "rpn_pre_nms_top_n_test": 40,
+        "rpn_post_nms_top_n_test": 40,
+        "box_batch_size_per_image": 16,
+    },
+    "retinanet": {},
+    "fcos": {},
+}
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> None:
+    """Tiny tensors: threads would only wait for one another."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tiny_description() -> Callable[..., dict[str, Any]]:
+    """(head, further fields) -> the description of a composed detector; ``arguments`` are added to the toy's own."""
+
+    def describe(head: str, *, arguments: dict[str, Any] | None = None, **fields: Any) -> dict[str, Any]:
+        return {
+            "kind": "composed",
+            "backbone": "resnet18",
+            "width": 8,
+            "blocks": [1, 1, 1, 1],
+            "head": head,
+            "pyramid_channels": 16,
+            "pyramid_levels": None,
+            "image_size": [64, 96],
+            "arguments": _ARGUMENTS[head] | (arguments or {}),
+            "norm": "batch",
+        } | fields
+
+    return describe
+
+
+@pytest.fixture(scope="session")
+def tiny_detector(tiny_description: Callable[..., dict[str, Any]]) -> Callable[..., Detector]:
+    """(head, seed, classes, further fields of the description) -> a detector of its own, in training mode."""
+    built: dict[str, Detector] = {}
+
+    def make(head: str, *, seed: int = 0, classes: tuple[str, ...] = CLASSES, **fields: Any) -> Detector:
+        key = repr((head, seed, classes, fields))
+        if key not in built:
+            with torch.random.fork_rng():
+                torch.manual_seed(seed)
+                built[key] = catalog.build(tiny_description(head, **fields), classes)
+            assert built[key].levels  # measured here, once: the copies share them
+        return copy.deepcopy(built[key])
+
+    return make
+
+
+@pytest.fixture
+def tiny_batch() -> Batch:
+    """Three unlike images with 2, 0 and 1 objects."""
+    generator = torch.Generator().manual_seed(0)
+    return Batch(
+        images=[torch.rand(3, height, width, generator=generator) for height, width in ((48, 64), (64, 40), (56, 56))],
+        targets=[
+            Target(boxes=torch.tensor([[4.0, 6, 30, 38], [28, 10, 60, 44]]), labels=torch.tensor([1, 3])),
+            Target(boxes=torch.zeros(0, 4), labels=torch.zeros(0, dtype=torch.int64)),
+            Target(boxes=torch.tensor([[10.0, 12, 44, 50]]), labels=torch.tensor([2])),
+        ],
+        image_ids=torch.tensor([101, 102, 103]),
+    )

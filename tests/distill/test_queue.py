@@ -1,0 +1,165 @@
+"""CKD's memory: a ring in registered buffers, filled by every process alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, distributed
+from torch import multiprocessing as mp
+
+from gdetkd_cli.distill.queue import RegionQueue, gather_rows
+
+
+def add(queue: RegionQueue, *values: int) -> None:
+    """Adds one row (v, v) of picture 10 v for each value v."""
+    rows = torch.tensor(values, dtype=torch.float32)
+    queue.add(rows[:, None].repeat(1, 2), 10 * torch.tensor(values, dtype=torch.int64))
+
+
+def held(queue: RegionQueue) -> list[float]:
+    """The values of the filled rows, in the order of the buffer."""
+    embeddings, image_ids = queue.rows()
+    assert embeddings.shape == (len(image_ids), 2)
+    assert torch.equal(embeddings[:, 0], embeddings[:, 1])
+    assert torch.equal(10 * embeddings[:, 0].long(), image_ids)
+    return embeddings[:, 0].tolist()
+
+
+# ------------------------------------------------------------------------------------------------------------ ring
+
+
+def test_fills_up_then_overwrites_the_oldest() -> None:
+    queue = RegionQueue(size=4, channels=2)
+    assert held(queue) == []
+    add(queue, 1, 2, 3)
+    assert held(queue) == [1, 2, 3]
+    add(queue, 4, 5, 6)  # 4 fills the ring, 5 and 6 take the places of 1 and 2
+    assert held(queue) == [5, 6, 3, 4]
+    add(queue, 7, 8, 9)
+    assert held(queue) == [9, 6, 7, 8]
+
+
+def test_more_rows_than_there_is_room_for() -> None:
+    queue = RegionQueue(size=3, channels=2)
+    add(queue, 1)
+    add(queue, 2, 3, 4, 5, 6)
+    assert sorted(held(queue)) == [4, 5, 6]  # the last ones
+    add(queue, 7)
+    assert sorted(held(queue)) == [5, 6, 7]
+
+
+def test_every_row_count_keeps_the_latest() -> None:
+    for count in range(1, 8):
+        queue = RegionQueue(size=5, channels=2)
+        latest: list[int] = []
+        for start in range(0, 3 * count, count):
+            values = list(range(start, start + count))
+            add(queue, *values)
+            latest = (latest + values)[-5:]
+            assert sorted(held(queue)) == sorted(latest)
+
+
+def test_no_rows() -> None:
+    queue = RegionQueue(size=3, channels=2)
+    add(queue)
+    assert held(queue) == []
+    add(queue, 1, 2)
+    add(queue)
+    assert held(queue) == [1, 2]
+
+
+def test_size_0_remembers_nothing() -> None:
+    queue = RegionQueue(size=0, channels=2)
+    add(queue, 1, 2)
+
+    assert held(queue) == []
+    assert queue.rows()[0].shape == (0, 2)
+
+
+def test_rows_is_a_copy() -> None:
+    """A step's graph reads the rows in its backward, after ``add`` has written."""
+    queue = RegionQueue(size=2, channels=2)
+    add(queue, 1, 2)
+    embeddings, image_ids = queue.rows()
+    add(queue, 3, 4)
+
+    assert embeddings[:, 0].tolist() == [1, 2]
+    assert image_ids.tolist() == [10, 20]
+
+
+def test_rows_are_kept_in_float32_without_gradient() -> None:
+    queue = RegionQueue(size=2, channels=2)
+    queue.add(torch.ones(1, 2, dtype=torch.bfloat16, requires_grad=True), torch.tensor([1]))
+    embeddings, _ = queue.rows()
+
+    assert embeddings.dtype == torch.float32
+    assert not embeddings.requires_grad
+    assert not list(queue.parameters())
+
+
+def test_is_saved_with_the_run() -> None:
+    queue, restored = RegionQueue(size=4, channels=2), RegionQueue(size=4, channels=2)
+    add(queue, 1, 2, 3, 4, 5)
+    restored.load_state_dict(queue.state_dict())
+    assert held(restored) == held(queue)
+
+    add(queue, 6)
+    add(restored, 6)
+    assert held(restored) == held(queue) == [5, 6, 3, 4]
+
+
+# ------------------------------------------------------------------------------------------------------- processes
+
+
+def in_two_processes(work: Callable[[int], object], folder: Path) -> list[object]:
+    """What ``work(rank)`` gives in each of two processes that are joined by gloo; a hang is an error."""
+
+    def enter(rank: int) -> None:
+        distributed.init_process_group(
+            "gloo",
+            init_method=f"file://{folder / 'rendezvous'}",
+            rank=rank,
+            world_size=2,
+            timeout=timedelta(seconds=30),
+        )
+        torch.save(work(rank), folder / f"{rank}.pt")
+        distributed.destroy_process_group()
+
+    # fork, not spawn: the children need not import torch again.
+    mp.start_processes(enter, nprocs=2, start_method="fork")
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+def test_gather_rows_of_one_process() -> None:
+    rows = torch.ones(2, 3)
+
+    assert gather_rows(rows) is rows
+
+
+@pytest.mark.parametrize("counts", [(0, 3), (2, 1), (0, 0)])
+def test_gather_rows_of_unequal_processes(counts: tuple[int, int], tmp_path: Path) -> None:
+    def work(rank: int) -> tuple[Tensor, Tensor]:
+        rows = torch.arange(counts[rank]) + 10 * rank
+        return gather_rows(rows), gather_rows(rows[:, None].float().repeat(1, 2))
+
+    expected = [*range(counts[0]), *range(10, 10 + counts[1])]
+    for numbers, rows in in_two_processes(work, tmp_path):  # type: ignore[misc]  # pairs, as work gives them
+        assert numbers.dtype == torch.int64
+        assert numbers.tolist() == expected
+        assert rows.tolist() == [[value, value] for value in expected]
+
+
+def test_every_process_remembers_the_same(tmp_path: Path) -> None:
+    def work(rank: int) -> tuple[Tensor, Tensor]:
+        queue = RegionQueue(size=4, channels=2)
+        add(queue, *([] if rank == 0 else [1, 2, 3]))
+        add(queue, *([4] if rank == 0 else [5]))
+        return queue.rows()
+
+    for embeddings, image_ids in in_two_processes(work, tmp_path):  # type: ignore[misc]
+        assert embeddings[:, 0].tolist() == [5, 2, 3, 4]
+        assert image_ids.tolist() == [50, 20, 30, 40]
