@@ -251,7 +251,7 @@ def build_pair(config: Distill, student: Detector, teacher: Detector, seed: int)
             f"distill.pair is {config.pair}, but {teacher.family} -> {student.family} is a {kind} pair; "
             "set distill.pair to auto"
         )
-    head_transfer = _transfer(config, student, teacher)
+    transferred, head_transfer = _transfer(config, student, teacher)
     teacher.module.eval().requires_grad_(False)
     torch.manual_seed(seed)  # the terms' fresh weights
     plans: list[TermPlan] = []
@@ -262,7 +262,12 @@ def build_pair(config: Distill, student: Detector, teacher: Detector, seed: int)
         if block is not None and term is not None:
             terms[name] = WeightedTerm(term, block.weight, block.warmup_steps)
 
-    add("sgfi", config.sgfi, _sgfi(config.sgfi, student, teacher), "" if config.sgfi else "left out by the recipe")
+    add(
+        "sgfi",
+        config.sgfi,
+        _sgfi(config.sgfi, student, teacher, transferred),
+        "" if config.sgfi else "left out by the recipe",
+    )
     add("ckd", config.ckd, _ckd(config.ckd, student, teacher), "" if config.ckd else "left out by the recipe")
     for name, block, term_class in (
         ("class_kd", config.class_kd, ClassTerm),
@@ -291,24 +296,28 @@ def build_pair(config: Distill, student: Detector, teacher: Detector, seed: int)
     return BuiltPair(distiller=distiller, kind=kind, terms=tuple(plans), head_transfer=head_transfer)
 
 
-def _transfer(config: Distill, student: Detector, teacher: Detector) -> str:
+def _transfer(config: Distill, student: Detector, teacher: Detector) -> tuple[bool, str]:
+    """Whether the teacher's RoI head was copied, and what there is to say of it."""
     if config.head_transfer is False:
-        return "left out by the recipe"
+        return False, "left out by the recipe"
     try:
         copied = transfer_head(student, teacher)
     except PairError as error:
         if config.head_transfer is True:
             raise PairError(f"distill.head_transfer: {error}; set it to auto or false") from error
-        return f"nothing copied: {error}"
-    return f"copied from the teacher: {', '.join(copied)}"
+        return False, f"nothing copied: {error}"
+    return True, f"copied from the teacher: {', '.join(copied)}"
 
 
-def _sgfi(block: SGFI | None, student: Detector, teacher: Detector) -> SGFITerm | None:
+def _sgfi(block: SGFI | None, student: Detector, teacher: Detector, transferred: bool) -> SGFITerm | None:
     if block is None:
         return None
+    student_channels = [level.channels for level in student.levels]
+    teacher_channels = max(level.channels for level in teacher.levels)
     return SGFITerm(
-        student_channels=[level.channels for level in student.levels],
-        teacher_channels=max(level.channels for level in teacher.levels),
+        student_channels=student_channels,
+        teacher_channels=teacher_channels,
+        same_space=transferred and set(student_channels) == {teacher_channels},
         embed_channels=block.embed_channels,
         normalize=block.normalize,
         sampling_ratio=block.sampling_ratio,
@@ -376,6 +385,7 @@ def apply_runtime(
         module: Any = detector.module.to(device)
         if settings.channels_last:
             module.to(memory_format=torch.channels_last)
+        _ = detector.levels  # measured now: neither a compiled nor a wrapped network is easy to measure
         if settings.compile:
             module.backbone.compile(dynamic=True)
     if pair is not None:

@@ -12,7 +12,6 @@ A description is a dictionary that JSON can hold:
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -94,12 +93,10 @@ def _named(description: dict[str, Any], num_classes: int) -> nn.Module:
     if name not in TORCHVISION_DETECTORS:
         raise ValueError(f"unknown torchvision detector {name!r}; known: {', '.join(TORCHVISION_DETECTORS)}")
     builder = getattr(detection, name)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="The size of the provided")  # ssd300 at other sizes is allowed
-        try:
-            module: nn.Module = builder(weights=None, weights_backbone=None, num_classes=num_classes + 1, **arguments)
-        except TypeError as error:
-            raise ValueError(f"{name} does not take these arguments: {error}") from error
+    try:
+        module: nn.Module = builder(weights=None, weights_backbone=None, num_classes=num_classes + 1, **arguments)
+    except TypeError as error:
+        raise ValueError(f"{name} does not take these arguments: {error}") from error
     if name.startswith("maskrcnn"):  # used as a box detector: without its mask branch it is a Faster R-CNN
         for part in ("mask_roi_pool", "mask_head", "mask_predictor"):
             setattr(module.roi_heads, part, None)

@@ -69,7 +69,8 @@ def classes_of(
         ``published``, or ``data``, or numbered names where nobody knows better.
     """
     own = architectures.build(description, 1).state_dict()
-    name = next(n for n in own if n.startswith(CLASS_LAYERS) and n.endswith("weight"))
+    # The last one: SSDlite's class layers begin with convolutions that do not depend on the classes.
+    name = [n for n in own if n.startswith(CLASS_LAYERS) and n.endswith("weight")][-1]
     if name not in state:
         return data  # loading will say what does not fit
     outputs = state[name].shape[0] * 2 // own[name].shape[0]  # with one class there are two outputs per anchor

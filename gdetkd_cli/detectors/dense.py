@@ -49,7 +49,7 @@ class DenseDetector:
     def __init__(self, *, module: nn.Module, class_names: tuple[str, ...]) -> None:
         self.module: Any = module
         self.class_names = class_names
-        self._has_tower = hasattr(self.module.head.classification_head, "conv")
+        self._has_tower = _TOWER in dict(module.named_modules())
 
     @cached_property
     def levels(self) -> tuple[LevelSpec, ...]:

@@ -9,7 +9,7 @@ rough: top-down paths with nearest-neighbour upsampling pull it by more than a c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from gdetkd_cli.errors import ModelError
 from gdetkd_cli.structures import LevelSpec
 
-Forward = Callable[[Tensor], Sequence[Tensor]]
+Forward = Callable[[Tensor], Mapping[str, Tensor]]
 
 _SIDE = 512  # pixels of the perturbed image
 _GROWTH = (2048, 4096)  # pixels; sides between which gained cells are counted, on fake tensors: shapes only
@@ -28,14 +28,11 @@ _SHARPEN = 4  # responses are raised to this power: the cell right under the pat
 
 
 @torch.no_grad()
-def measure_levels(
-    forward: Forward, names: Sequence[str], *, device: torch.device | str = "cpu"
-) -> tuple[LevelSpec, ...]:
+def measure_levels(forward: Forward, *, device: torch.device | str = "cpu") -> tuple[LevelSpec, ...]:
     """Measures each level's stride and offset.
 
     Args:
-        forward: (N, 3, H, W) -> L maps (N, C_l, H_l, W_l); must be in evaluation mode.
-        names: L names, for the specs.
+        forward: (N, 3, H, W) -> L maps (N, C_l, H_l, W_l) by name, fine to coarse; must be in evaluation mode.
         device: where ``forward`` wants its input.
 
     Raises:
@@ -56,7 +53,8 @@ def measure_levels(
         centres.append(start + _PATCH / 2)
     points = torch.tensor(centres, dtype=torch.float64)
 
-    maps = [m.double().cpu() for m in forward(images.to(device))]
+    named = forward(images.to(device))
+    names, maps = list(named), [m.double().cpu() for m in named.values()]
     small, large = (_shapes(forward, side, device) for side in _GROWTH)
     strides = [_strides(*level) for level in zip(names, small, large, strict=True)]
     centred = [_centred_offset(map_.shape[-2:], stride) for map_, stride in zip(maps, strides, strict=True)]
@@ -75,7 +73,7 @@ def measure_levels(
 def _shapes(forward: Forward, side: int, device: torch.device | str) -> list[tuple[int, int]]:
     """(H, W) of each level for an image of side x side pixels, without computing them."""
     with FakeTensorMode(allow_non_fake_inputs=True):
-        return [(m.shape[-2], m.shape[-1]) for m in forward(torch.zeros(1, 3, side, side, device=device))]
+        return [(m.shape[-2], m.shape[-1]) for m in forward(torch.zeros(1, 3, side, side, device=device)).values()]
 
 
 def _strides(name: str, small: tuple[int, int], large: tuple[int, int]) -> tuple[float, float]:

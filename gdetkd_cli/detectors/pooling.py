@@ -45,7 +45,7 @@ def separable_roi_align(
     faster than the general operator, whose backward scatters one sample at a time, and it is deterministic on CUDA.
 
     Args:
-        features: (N, C, H, W).
+        features: (N, C, H, W) float32.
         boxes: (R, 4) xyxy in cells, as ``cells`` gives them.
         image_index: (R,) non-decreasing.
         size: bins per axis.
@@ -59,9 +59,11 @@ def separable_roi_align(
     along_x = _bin_weights(boxes[:, 0], boxes[:, 2], width, size, sampling_ratio)  # (R, size, W)
     rows_first = features.permute(0, 2, 3, 1).flatten(2)  # (N, H, W C)
     counts = torch.bincount(image_index, minlength=images).tolist()
-    rows = [y.flatten(0, 1) @ rows_first[i] for i, y in enumerate(along_y.split(counts))]
-    partly = torch.cat(rows).view(-1, size, width, channels)  # (R, bins y, W, C)
-    return (along_x[:, None] @ partly).permute(0, 3, 1, 2)
+    # In half precision the weights would blur where a region lies; torchvision's operator stays in float32 as well.
+    with torch.autocast(features.device.type, enabled=False):
+        rows = [y.flatten(0, 1) @ rows_first[i] for i, y in enumerate(torch.split(along_y, counts))]
+        partly = torch.cat(rows).view(-1, size, width, channels)  # (R, bins y, W, C)
+        return (along_x[:, None] @ partly).permute(0, 3, 1, 2)
 
 
 def _bin_weights(low: Tensor, high: Tensor, length: int, size: int, sampling_ratio: int) -> Tensor:

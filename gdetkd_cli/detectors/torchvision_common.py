@@ -23,13 +23,11 @@ def measure_backbone(module: Any) -> tuple[LevelSpec, ...]:
     backbone = module.backbone
     device = next(backbone.parameters()).device
 
-    def forward(images: Tensor) -> list[Tensor]:
-        return list(features_by_name(backbone(images)).values())
+    def forward(images: Tensor) -> dict[str, Tensor]:
+        return {f"backbone.{key}": features for key, features in features_by_name(backbone(images)).items()}
 
     with evaluating(backbone):
-        with torch.no_grad():
-            keys = features_by_name(backbone(torch.zeros(1, 3, 64, 64, device=device)))
-        return measure_levels(forward, [f"backbone.{key}" for key in keys], device=device)
+        return measure_levels(forward, device=device)
 
 
 def targets_for(batch: Batch) -> list[dict[str, Tensor]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -38,12 +39,17 @@ def read_torch_file(path: Path) -> Any:
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        reason = str(error).splitlines()[0]
+        # torch's own message advises to execute what is in the file.
+        code = re.search(r"GLOBAL (\S+)", str(error))
+        if code is None:
+            raise ModelError(f"{path} is not a file written by torch.save") from error
         raise ModelError(
-            f"{path} cannot be read without executing code from it, which gdetkd never does ({reason})"
+            f"{path} cannot be read without executing code from it ({code[1]}), which gdetkd never does; expected "
+            "weights alone, as torch.save(model.state_dict(), path) writes them"
         ) from error
-    except (RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise ModelError(f"{path} is not a whole file written by torch.save ({str(error).splitlines()[0]})") from error
+    except (RuntimeError, EOFError, ValueError, LookupError) as error:
+        reason = str(error).splitlines()[0].split(". ")[0] if str(error) else "it is empty"
+        raise ModelError(f"{path} is not a whole file written by torch.save ({reason})") from error
 
 
 def state_dict_of(saved: Any, source: str) -> dict[str, Tensor]:
@@ -76,8 +82,10 @@ def torchvision_weights(name: str, model: str | None) -> dict[str, Tensor]:
     """
     weights = _torchvision_entry(name, model)
     target = Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name
+    if target.exists():
+        return state_dict_of(read_torch_file(target), str(target))
     try:
-        return dict(weights.get_state_dict(progress=False, check_hash=True))
+        return dict(weights.get_state_dict(progress=False, check_hash=True, weights_only=True))
     except (OSError, RuntimeError) as error:  # URLError is an OSError; a hash mismatch is a RuntimeError
         raise ModelError(
             f"weights {name!r} are not on disk and could not be downloaded ({error}); put the file at {target}, "
@@ -95,7 +103,7 @@ def torchvision_categories(name: str, model: str | None) -> tuple[str, ...] | No
 
 def _torchvision_entry(name: str, model: str | None) -> WeightsEnum:
     try:
-        entry: WeightsEnum = get_weight(name) if "." in name else get_model_weights(model or "")[name]  # type: ignore[misc]
+        entry: WeightsEnum = get_weight(name) if "." in name else get_model_weights(model or "")[name]
     except (ValueError, KeyError, AttributeError) as error:
         known = _known_weights(model)
         raise ModelError(

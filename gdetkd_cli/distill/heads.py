@@ -26,13 +26,22 @@ class LevelMatcher(nn.Module):
         student_channels: C_s of each level; levels with equal channels share one adapter.
         teacher_channels: C_t.
         embed_channels: E.
+        identity: start f_adapt as the identity (all channels must be equal): for a student that got the teacher's
+            head, whose features have to become the teacher's own, not a linear map of them.
     """
 
-    def __init__(self, *, student_channels: Sequence[int], teacher_channels: int, embed_channels: int) -> None:
+    def __init__(
+        self,
+        *,
+        student_channels: Sequence[int],
+        teacher_channels: int,
+        embed_channels: int,
+        identity: bool = False,
+    ) -> None:
         super().__init__()
         self.shared = len(set(student_channels)) == 1
         adapters = [student_channels[0]] if self.shared else list(student_channels)
-        self.adapters = nn.ModuleList(nn.Conv2d(channels, teacher_channels, 1) for channels in adapters)
+        self.adapters = nn.ModuleList(_adapter(channels, teacher_channels, identity) for channels in adapters)
         self.embed_in = nn.Conv2d(teacher_channels, embed_channels, 3, stride=2)  # 7 -> 3
         self.embed_out = nn.Conv2d(embed_channels, embed_channels, 3, stride=2)  # 3 -> 1
         # tau is learnt as its logarithm, so that it stays positive; <k, q> of E-channel embeddings grows as sqrt(E).
@@ -71,6 +80,15 @@ class LevelMatcher(nn.Module):
         hidden = conv2d(features, kernel, bias, stride=2).relu()
         keys: Tensor = self.embed_out(hidden).flatten(1)
         return keys
+
+
+def _adapter(student_channels: int, teacher_channels: int, identity: bool) -> nn.Conv2d:
+    adapter = nn.Conv2d(student_channels, teacher_channels, 1)
+    if identity:
+        assert adapter.bias is not None
+        nn.init.dirac_(adapter.weight)
+        nn.init.zeros_(adapter.bias)
+    return adapter
 
 
 class Standardizer(nn.Module):

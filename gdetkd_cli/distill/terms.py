@@ -62,6 +62,8 @@ class SGFITerm(nn.Module):
         embed_channels: channels of the embedding that levels are matched in.
         normalize: standardise the target ``channel`` by channel, as one ``scalar``, or not at all (``none``).
         sampling_ratio: RoIAlign samples per bin and axis on the student's levels.
+        same_space: the student got the teacher's head, so its features have to become the teacher's own, not a linear
+            map of them: they are standardised with the teacher's statistics and f_adapt starts as the identity.
     """
 
     student_needs: frozenset[View] = frozenset()
@@ -75,11 +77,16 @@ class SGFITerm(nn.Module):
         embed_channels: int,
         normalize: str,
         sampling_ratio: int,
+        same_space: bool = False,
     ) -> None:
         super().__init__()
         self.matcher = LevelMatcher(
-            student_channels=student_channels, teacher_channels=teacher_channels, embed_channels=embed_channels
+            student_channels=student_channels,
+            teacher_channels=teacher_channels,
+            embed_channels=embed_channels,
+            identity=same_space,
         )
+        self.same_space = same_space
         self.standardizer = (
             None if normalize == "none" else Standardizer(channels=teacher_channels, per_channel=normalize == "channel")
         )
@@ -94,6 +101,8 @@ class SGFITerm(nn.Module):
         levels = pool_all_levels(
             pair.student_seen.pyramid, pair.regions, size=target.shape[-1], sampling_ratio=self.sampling_ratio
         )
+        if self.same_space and self.standardizer is not None:
+            levels = [self.standardizer(level) for level in levels]
         imitation, _ = self.matcher(levels, target)
         return imitation_loss(imitation.float(), target.float(), channels)
 

@@ -42,10 +42,9 @@ class Cut:
         head: Any = getattr(module, "roi_heads", module)
         return cls(score=head.score_thresh, count=head.detections_per_img)
 
-    def lowest(self, *found: Detections) -> float:
-        """The score at which the detections of one picture were cut off, by whichever side cut earlier."""
-        full = [float(one.scores.min()) for one in found if len(one.scores) >= self.count]
-        return max(self.score, *full) if full else self.score
+    def of_picture(self, found: Detections) -> float:
+        """The score at which one picture's detections were cut off."""
+        return float(found.scores.min()) if len(found.scores) >= self.count else self.score
 
 
 def check_parity(
@@ -76,11 +75,12 @@ def check_parity(
     for image in images:
         (expected,), (got,) = reference.predict([image]), exported.predict([image])
         rows, columns = _pairs(expected, got, box_tolerance)
-        alone = torch.cat([_without(expected.scores, rows), _without(got.scores, columns)])
-        uncertain = alone <= cut.lowest(expected, got) + score_tolerance
+        # How far a score without a counterpart is above the one where the other side cuts off.
+        missing = _without(expected.scores, rows) - cut.of_picture(got)
+        surplus = _without(got.scores, columns) - cut.of_picture(expected)
         empty += len(expected.scores) == 0
         detections += len(rows)
-        unmatched += int((~uncertain).sum())  # not "above": a score may be NaN
+        unmatched += int((~(torch.cat([missing, surplus]) <= score_tolerance)).sum())  # NaN is not within tolerance
         box_errors.append((expected.boxes[rows] - got.boxes[columns]).abs().flatten())
         score_errors.append((expected.scores[rows] - got.scores[columns]).abs())
     box_error, score_error = float(torch.cat(box_errors).max()), float(torch.cat(score_errors).max())

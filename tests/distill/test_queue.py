@@ -103,7 +103,8 @@ def test_rows_are_kept_in_float32_without_gradient() -> None:
 
 def test_is_saved_with_the_run() -> None:
     queue, restored = RegionQueue(size=4, channels=2), RegionQueue(size=4, channels=2)
-    add(queue, 1, 2, 3, 4, 5)
+    add(queue, 1, 2, 3)
+    add(queue, 4, 5)
     restored.load_state_dict(queue.state_dict())
     assert held(restored) == held(queue)
 

@@ -1,0 +1,183 @@
+"""What a pair of detectors allows (METHOD, sections 1 and 4)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from gdetkd_cli.detectors.protocol import Detector
+from gdetkd_cli.distill.pair import class_columns, pair_kind, prediction_columns, transfer_head
+from gdetkd_cli.errors import PairError
+
+STUDENT, TEACHER = ("circle", "square", "triangle"), ("triangle", "circle", "square")
+COLUMNS = [0, 2, 3, 1]  # of the teacher, for background, circle, square and triangle
+
+TinyDetector = Callable[..., Detector]
+
+
+def head_of(detector: Detector) -> Any:
+    module: Any = detector.module
+    return module.roi_heads
+
+
+def weights_of(detector: Detector) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in detector.module.state_dict().items()}
+
+
+def changed(detector: Detector, before: dict[str, Tensor]) -> set[str]:
+    return {name for name, value in detector.module.state_dict().items() if not torch.equal(value, before[name])}
+
+
+# ------------------------------------------------------------------------------------------------------------ kinds
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "kind"),
+    [
+        ("faster-rcnn", "faster-rcnn", "homogeneous"),
+        ("retinanet", "faster-rcnn", "heterogeneous"),
+        ("faster-rcnn", "retinanet", "heterogeneous"),
+        ("fcos", "fcos", "heterogeneous"),  # no RoI heads to compare
+    ],
+)
+def test_kinds(student: str, teacher: str, kind: str, tiny_detector: TinyDetector) -> None:
+    assert pair_kind(tiny_detector(student), tiny_detector(teacher)) == kind
+
+
+# ---------------------------------------------------------------------------------------------------------- classes
+
+
+def test_columns_follow_the_names(tiny_detector: TinyDetector) -> None:
+    columns = class_columns(tiny_detector("fcos", classes=STUDENT), tiny_detector("fcos", classes=TEACHER))
+
+    assert columns.tolist() == COLUMNS
+    # Reordering the teacher's outputs by it puts them in the student's order.
+    of_teacher = torch.tensor([0, 30, 10, 20])  # background, triangle, circle, square
+    assert of_teacher[columns].tolist() == [0, 10, 20, 30]
+
+
+def test_equal_class_lists_keep_their_columns(tiny_detector: TinyDetector) -> None:
+    assert class_columns(tiny_detector("fcos"), tiny_detector("faster-rcnn")).tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "message"),
+    [
+        (("circle", "cube"), ("circle",), r"only the student has \['cube'\]"),
+        (("circle",), ("circle", "cube"), r"only the teacher has \['cube'\]"),
+        (("circle", "ball"), ("circle", "cube"), r"only the student has \['ball'\]; only the teacher has \['cube'\]"),
+    ],
+)
+def test_other_classes_are_named(
+    student: tuple[str, ...], teacher: tuple[str, ...], message: str, tiny_detector: TinyDetector
+) -> None:
+    with pytest.raises(PairError, match=f"the class lists differ: {message}"):
+        class_columns(tiny_detector("faster-rcnn", classes=student), tiny_detector("faster-rcnn", classes=teacher))
+
+
+# ------------------------------------------------------------------------------------------------------ predictions
+
+
+def test_prediction_columns(tiny_detector: TinyDetector) -> None:
+    student, teacher = (tiny_detector("faster-rcnn", classes=classes) for classes in (STUDENT, TEACHER))
+
+    assert prediction_columns(student, teacher).tolist() == COLUMNS
+
+
+@pytest.mark.parametrize(("student", "teacher"), [("retinanet", "faster-rcnn"), ("faster-rcnn", "fcos")])
+def test_predictions_need_two_roi_heads(student: str, teacher: str, tiny_detector: TinyDetector) -> None:
+    families = {"faster-rcnn": "two-stage", "retinanet": "dense", "fcos": "dense"}
+    with pytest.raises(PairError, match=f"{families[teacher]} -> {families[student]}"):
+        prediction_columns(tiny_detector(student), tiny_detector(teacher))
+
+
+def test_box_coders_must_agree(tiny_detector: TinyDetector) -> None:
+    """Deltas in different units would be compared."""
+    student = tiny_detector("faster-rcnn")
+    teacher = tiny_detector("faster-rcnn", arguments={"bbox_reg_weights": (20.0, 20.0, 5.0, 5.0)})
+
+    for use in (prediction_columns, transfer_head):
+        before = weights_of(student)
+        with pytest.raises(PairError, match=r"box coders differ: weights \(20.0, 20.0, 5.0, 5.0\) -> \(10.0, 10.0"):
+            use(student, teacher)
+        assert not changed(student, before)
+
+
+# ---------------------------------------------------------------------------------------------------- head transfer
+
+
+def test_transfer_copies_the_whole_head(tiny_detector: TinyDetector) -> None:
+    student, teacher = tiny_detector("faster-rcnn", seed=0), tiny_detector("faster-rcnn", seed=1)
+    before, of_teacher = weights_of(student), weights_of(teacher)
+    copied = transfer_head(student, teacher)
+
+    assert copied == sorted(copied)
+    assert set(copied) == {
+        f"{part}.{kind}"
+        for part in ("box_head.fc6", "box_head.fc7", "box_predictor.cls_score", "box_predictor.bbox_pred")
+        for kind in ("weight", "bias")
+    }
+    assert {name.removeprefix("roi_heads.") for name in changed(student, before)} == set(copied)
+    pooled = torch.rand(5, 16, 7, 7)
+    for ours, theirs in zip(*(head.box_predictor(head.box_head(pooled)) for head in map(head_of, (student, teacher)))):
+        assert torch.equal(ours, theirs)
+    assert not changed(teacher, of_teacher)
+
+
+def test_transfer_is_a_copy(tiny_detector: TinyDetector) -> None:
+    student, teacher = tiny_detector("faster-rcnn", seed=0), tiny_detector("faster-rcnn", seed=1)
+    transfer_head(student, teacher)
+    of_teacher = weights_of(teacher)
+    with torch.no_grad():
+        for parameter in student.module.parameters():
+            parameter.add_(1)
+
+    assert not changed(teacher, of_teacher)
+
+
+def test_transfer_puts_rows_in_the_students_order(tiny_detector: TinyDetector) -> None:
+    student = tiny_detector("faster-rcnn", classes=STUDENT)
+    teacher = tiny_detector("faster-rcnn", classes=TEACHER, seed=1)
+    transfer_head(student, teacher)
+    pooled = torch.rand(5, 16, 7, 7)
+
+    logits, deltas = head_of(student).box_predictor(head_of(student).box_head(pooled))
+    expected_logits, expected_deltas = head_of(teacher).box_predictor(head_of(teacher).box_head(pooled))
+    torch.testing.assert_close(logits, expected_logits[:, COLUMNS])
+    torch.testing.assert_close(deltas.view(5, 4, 4), expected_deltas.view(5, 4, 4)[:, COLUMNS])
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"arguments": {"representation_size": 24}}, r"box_head.fc6.bias is \(24,\) in the teacher and \(32,\)"),
+        ({"pyramid_channels": 24}, r"box_head.fc6.weight is \(32, 1176\) in the teacher and \(32, 784\)"),
+    ],
+)
+def test_nothing_is_copied_where_a_shape_differs(
+    fields: dict[str, Any], message: str, tiny_detector: TinyDetector
+) -> None:
+    student, teacher = tiny_detector("faster-rcnn"), tiny_detector("faster-rcnn", seed=1, **fields)
+    before = weights_of(student)
+    with pytest.raises(PairError, match=message):
+        transfer_head(student, teacher)
+
+    assert not changed(student, before)
+
+
+def test_nothing_is_copied_where_classes_differ(tiny_detector: TinyDetector) -> None:
+    student = tiny_detector("faster-rcnn")
+    before = weights_of(student)
+    with pytest.raises(PairError, match="the class lists differ"):
+        transfer_head(student, tiny_detector("faster-rcnn", seed=1, classes=("circle", "square", "star")))
+
+    assert not changed(student, before)
+
+
+def test_transfer_needs_two_roi_heads(tiny_detector: TinyDetector) -> None:
+    with pytest.raises(PairError, match="two-stage -> dense"):
+        transfer_head(tiny_detector("retinanet"), tiny_detector("faster-rcnn"))

@@ -1,0 +1,138 @@
+"""Exported files as predictors, and files that are none."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+import torch
+from onnx import TensorProto, helper
+from torch import Tensor, nn
+
+from gdetkd_cli.detectors.protocol import Detector
+from gdetkd_cli.errors import ModelError
+from gdetkd_cli.evaluation.exported import OnnxDetector, ScriptedDetector
+from gdetkd_cli.export.onnx import export_onnx
+from gdetkd_cli.export.torchscript import export_torchscript
+
+
+@pytest.fixture(scope="module")
+def detector(tiny_detector: Callable[..., Detector]) -> Detector:
+    return tiny_detector("faster-rcnn")  # its fresh weights say about 1/4 for every class everywhere
+
+
+@pytest.fixture(scope="module")
+def files(
+    detector: Detector, tiny_description: Callable[..., dict[str, Any]], tmp_path_factory: pytest.TempPathFactory
+) -> dict[type, Path]:
+    folder = tmp_path_factory.mktemp("exported")
+    paths = {OnnxDetector: folder / "student.onnx", ScriptedDetector: folder / "student.torchscript"}
+    export_onnx(detector, paths[OnnxDetector], architecture=tiny_description("faster-rcnn"))
+    export_torchscript(detector, paths[ScriptedDetector], architecture=tiny_description("faster-rcnn"))
+    return paths
+
+
+@pytest.mark.parametrize("reader", [OnnxDetector, ScriptedDetector])
+def test_predicts_what_the_detector_predicts(
+    reader: type[OnnxDetector | ScriptedDetector], files: dict[type, Path], detector: Detector
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    images: list[Tensor] = [torch.rand(3, 64, 64, generator=generator), torch.rand(3, 40, 72, generator=generator)]
+    images.append(images[1].flip(2).transpose(1, 2))  # not contiguous
+    exported = reader(files[reader])
+    assert exported.class_names == detector.class_names
+    found = exported.predict(images)
+    assert len(found) == len(images)
+    for image, one in zip(images, found, strict=True):
+        (expected,) = detector.predict([image])
+        assert len(one.scores) > 0
+        assert one.labels.dtype == torch.int64
+        assert torch.allclose(one.scores, expected.scores, atol=1e-4)
+        assert torch.equal(one.scores, one.scores.sort(descending=True).values)
+    assert exported.predict([]) == []
+
+
+def _graph(path: Path, outputs: tuple[str, ...]) -> None:
+    """A valid ONNX file: its outputs are its input."""
+    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [3]) for name in ("image", *outputs)]
+    nodes = [helper.make_node("Identity", ["image"], [name]) for name in outputs]
+    graph = helper.make_graph(nodes, "graph", values[:1], values[1:])
+    opset = helper.make_opsetid("", 17)
+    onnx.save(helper.make_model(graph, opset_imports=[opset], ir_version=8), path)
+
+
+def _script(path: Path) -> None:
+    torch.jit.save(torch.jit.script(nn.Identity()), path)
+
+
+def _part(files: dict[type, Path], reader: type) -> bytes:
+    whole = files[reader].read_bytes()
+    return whole[: len(whole) // 2]
+
+
+@pytest.mark.parametrize(
+    ("write", "message"),
+    [
+        pytest.param(lambda path, files: None, "is not a whole ONNX file", id="missing"),
+        pytest.param(lambda path, files: path.write_bytes(b""), "is not a whole ONNX file", id="empty"),
+        pytest.param(lambda path, files: path.write_text("hello"), "is not a whole ONNX file", id="text"),
+        pytest.param(
+            lambda path, files: path.write_bytes(_part(files, OnnxDetector)), "is not a whole ONNX file", id="cut short"
+        ),
+        pytest.param(
+            lambda path, files: _graph(path, ("logits",)),
+            "was not exported by gdetkd: expected the outputs boxes, scores, labels, got logits",
+            id="another network",
+        ),
+        pytest.param(
+            lambda path, files: _graph(path, ("boxes", "scores", "labels")),
+            "does not name its classes",
+            id="no classes",
+        ),
+    ],
+)
+def test_onnx_files_that_are_no_detector(
+    write: Callable[[Path, dict[type, Path]], object],
+    message: str,
+    files: dict[type, Path],
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    path = tmp_path / "model.onnx"
+    write(path, files)
+    with pytest.raises(ModelError, match=message) as caught:
+        OnnxDetector(path)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+@pytest.mark.parametrize(
+    ("write", "message"),
+    [
+        pytest.param(lambda path, files: None, "is not a whole TorchScript file", id="missing"),
+        pytest.param(lambda path, files: path.write_text("hello"), "is not a whole TorchScript file", id="text"),
+        pytest.param(
+            lambda path, files: path.write_bytes(_part(files, ScriptedDetector)),
+            "is not a whole TorchScript file",
+            id="cut short",
+        ),
+        pytest.param(
+            lambda path, files: torch.save({"a": 1}, path), "is not a whole TorchScript file", id="a checkpoint"
+        ),
+        pytest.param(lambda path, files: _script(path), "does not name its classes", id="another network"),
+    ],
+)
+def test_torchscript_files_that_are_no_detector(
+    write: Callable[[Path, dict[type, Path]], object], message: str, files: dict[type, Path], tmp_path: Path
+) -> None:
+    path = tmp_path / "model.torchscript"
+    write(path, files)
+    with pytest.raises(ModelError, match=message) as caught:
+        ScriptedDetector(path)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
