@@ -319,6 +319,7 @@ def _sgfi(block: SGFI | None, student: Detector, teacher: Detector, transferred:
         teacher_channels=teacher_channels,
         same_space=transferred and set(student_channels) == {teacher_channels},
         embed_channels=block.embed_channels,
+        initial_tau=block.tau,
         normalize=block.normalize,
         sampling_ratio=block.sampling_ratio,
     )

@@ -12,6 +12,7 @@ A description is a dictionary that JSON can hold:
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -24,6 +25,8 @@ from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.models.detection.faster_rcnn import TwoMLPHead
 from torchvision.models.detection.fcos import FCOSClassificationHead, FCOSHead, FCOSRegressionHead
 from torchvision.models.detection.retinanet import RetinaNetHead
+from torchvision.models.detection.ssd import SSD
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock, LastLevelMaxPool, LastLevelP6P7
 from torchvision.ops.misc import FrozenBatchNorm2d
@@ -56,6 +59,20 @@ RESNETS = (
 MOBILENETS = ("mobilenet_v2", "mobilenet_v3_small", "mobilenet_v3_large")
 HEADS = ("faster-rcnn", "retinanet", "fcos")
 DEFAULT_LEVELS = {"faster-rcnn": (2, 6), "retinanet": (3, 7), "fcos": (3, 7)}
+# What the heads take here, beside what torchvision's classes take.
+_HEAD_ARGUMENTS = {
+    "faster-rcnn": {"anchor_sizes", "representation_size", "canonical_scale"},
+    "retinanet": {"anchor_sizes", "head_norm"},
+    "fcos": {"anchor_sizes", "head_convs"},
+}
+_CLASSES = {
+    "fasterrcnn": detection.FasterRCNN,
+    "maskrcnn": detection.MaskRCNN,
+    "retinanet": detection.RetinaNet,
+    "fcos": detection.FCOS,
+    "ssd300": SSD,
+    "ssdlite320": SSD,
+}
 
 
 def build(description: dict[str, Any], num_classes: int) -> nn.Module:
@@ -93,6 +110,7 @@ def _named(description: dict[str, Any], num_classes: int) -> nn.Module:
     if name not in TORCHVISION_DETECTORS:
         raise ValueError(f"unknown torchvision detector {name!r}; known: {', '.join(TORCHVISION_DETECTORS)}")
     builder = getattr(detection, name)
+    _check(name, arguments, _takes(builder) | _takes(_CLASSES[name.partition("_")[0]]))
     try:
         module: nn.Module = builder(weights=None, weights_backbone=None, num_classes=num_classes + 1, **arguments)
     except TypeError as error:
@@ -103,6 +121,20 @@ def _named(description: dict[str, Any], num_classes: int) -> nn.Module:
     if description.get("norm", "batch") == "frozen":
         module = _freeze_norms(module)
     return module
+
+
+def _takes(function: Callable[..., Any]) -> set[str]:
+    return {p.name for p in inspect.signature(function).parameters.values() if p.kind is not p.VAR_KEYWORD}
+
+
+def _check(what: str, arguments: dict[str, Any], known: set[str]) -> None:
+    """Finds misspelt arguments: torchvision's detectors take any keyword, and ignore those that they do not know."""
+    known = known | _takes(GeneralizedRCNNTransform)  # they hand theirs on to it
+    unknown = sorted(set(arguments) - known)
+    if unknown:
+        raise ValueError(
+            f"{what} does not take these arguments: {', '.join(unknown)}; it takes {', '.join(sorted(known))}"
+        )
 
 
 def _freeze_norms(module: nn.Module) -> nn.Module:
@@ -121,7 +153,10 @@ def _composed(description: dict[str, Any], num_classes: int) -> nn.Module:
     short, long = description["image_size"]
     arguments.setdefault("min_size", short)
     arguments.setdefault("max_size", long)
-    first, last = description.get("pyramid_levels") or DEFAULT_LEVELS.get(head, (3, 7))
+    if head not in HEADS:
+        raise ValueError(f"unknown head {head!r}; known: {', '.join(HEADS)}")
+    _check(f"head {head!r}", arguments, _HEAD_ARGUMENTS[head] | _takes(_CLASSES[head.replace("-", "")]))
+    first, last = description.get("pyramid_levels") or DEFAULT_LEVELS[head]
     backbone = _backbone(description, channels, first, last)
     strides = [2**level for level in range(first, last + 1)]
     try:
@@ -129,11 +164,9 @@ def _composed(description: dict[str, Any], num_classes: int) -> nn.Module:
             return _faster_rcnn(backbone, num_classes, channels, strides, arguments)
         if head == "retinanet":
             return _retinanet(backbone, num_classes, channels, strides, arguments)
-        if head == "fcos":
-            return _fcos(backbone, num_classes, channels, strides, arguments)
+        return _fcos(backbone, num_classes, channels, strides, arguments)
     except TypeError as error:
         raise ValueError(f"head {head!r} does not take these arguments: {error}") from error
-    raise ValueError(f"unknown head {head!r}; known: {', '.join(HEADS)}")
 
 
 def _backbone(description: dict[str, Any], channels: int, first: int, last: int) -> BackboneWithFPN:

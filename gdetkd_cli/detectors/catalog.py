@@ -68,7 +68,8 @@ def classes_of(
     Returns:
         ``published``, or ``data``, or numbered names where nobody knows better.
     """
-    own = architectures.build(description, 1).state_dict()
+    with torch.device("meta"):  # shapes alone
+        own = architectures.build(description, 1).state_dict()
     # The last one: SSDlite's class layers begin with convolutions that do not depend on the classes.
     name = [n for n in own if n.startswith(CLASS_LAYERS) and n.endswith("weight")][-1]
     if name not in state:

@@ -65,4 +65,6 @@ def predict(module: nn.Module, images: list[Tensor]) -> list[Detections]:
     """Runs a torchvision detector; boxes in each image's own pixels, by falling score."""
     with evaluating(module):
         outputs = module(images)
-    return [Detections(boxes=o["boxes"], scores=o["scores"], labels=o["labels"]) for o in outputs]
+    # RetinaNet and FCOS have an output for background, which is silent only once they are trained.
+    found = [(o, o["labels"] > 0) for o in outputs]
+    return [Detections(boxes=o["boxes"][k], scores=o["scores"][k], labels=o["labels"][k]) for o, k in found]

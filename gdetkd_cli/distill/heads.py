@@ -28,6 +28,7 @@ class LevelMatcher(nn.Module):
         embed_channels: E.
         identity: start f_adapt as the identity (all channels must be equal): for a student that got the teacher's
             head, whose features have to become the teacher's own, not a linear map of them.
+        initial_tau: temperature of the match at the start.
     """
 
     def __init__(
@@ -37,6 +38,7 @@ class LevelMatcher(nn.Module):
         teacher_channels: int,
         embed_channels: int,
         identity: bool = False,
+        initial_tau: float = 1.0,
     ) -> None:
         super().__init__()
         self.shared = len(set(student_channels)) == 1
@@ -44,8 +46,8 @@ class LevelMatcher(nn.Module):
         self.adapters = nn.ModuleList(_adapter(channels, teacher_channels, identity) for channels in adapters)
         self.embed_in = nn.Conv2d(teacher_channels, embed_channels, 3, stride=2)  # 7 -> 3
         self.embed_out = nn.Conv2d(embed_channels, embed_channels, 3, stride=2)  # 3 -> 1
-        # tau is learnt as its logarithm, so that it stays positive; <k, q> of E-channel embeddings grows as sqrt(E).
-        self.log_tau = nn.Parameter(torch.tensor(0.5 * math.log(embed_channels)))
+        # Learnt as its logarithm, so that tau stays positive.
+        self.log_tau = nn.Parameter(torch.tensor(math.log(initial_tau)))
 
     def forward(self, levels: Sequence[Tensor], target: Tensor) -> tuple[Tensor, Tensor]:
         """Aggregates.

@@ -60,6 +60,7 @@ class SGFITerm(nn.Module):
         student_channels: channels of each student level.
         teacher_channels: C of the teacher's pooled features.
         embed_channels: channels of the embedding that levels are matched in.
+        initial_tau: temperature of the match at the start.
         normalize: standardise the target ``channel`` by channel, as one ``scalar``, or not at all (``none``).
         sampling_ratio: RoIAlign samples per bin and axis on the student's levels.
         same_space: the student got the teacher's head, so its features have to become the teacher's own, not a linear
@@ -75,6 +76,7 @@ class SGFITerm(nn.Module):
         student_channels: Sequence[int],
         teacher_channels: int,
         embed_channels: int,
+        initial_tau: float = 1.0,
         normalize: str,
         sampling_ratio: int,
         same_space: bool = False,
@@ -84,6 +86,7 @@ class SGFITerm(nn.Module):
             student_channels=student_channels,
             teacher_channels=teacher_channels,
             embed_channels=embed_channels,
+            initial_tau=initial_tau,
             identity=same_space,
         )
         self.same_space = same_space

@@ -94,7 +94,8 @@ class ScriptedDetector:
         files = {DESCRIPTION_FILE: ""}
         try:
             with warnings.catch_warnings(action="ignore"):  # torch.jit is deprecated, and says so
-                self._module = torch.jit.load(path, map_location=device, _extra_files=files)
+                # Not with map_location=device: SSD keeps tensors that are no buffers on the CPU.
+                self._module = torch.jit.load(path, map_location="cpu", _extra_files=files).to(device)
         except (RuntimeError, ValueError) as error:
             raise ModelError(f"{path} is not a whole TorchScript file ({_first_line(error)})") from error
         self.class_names = _class_names(path, json.loads(files[DESCRIPTION_FILE] or "{}"))

@@ -36,7 +36,9 @@ class SinglePicture(nn.Module):
             _, found = self.detector([image])
         else:
             found = self.detector([image])
-        return found[0]["boxes"], found[0]["scores"], found[0]["labels"]
+        boxes, scores, labels = found[0]["boxes"], found[0]["scores"], found[0]["labels"]
+        objects = labels > 0  # as Detector.predict: 0 is background
+        return boxes[objects], scores[objects], labels[objects]
 
 
 def example_picture() -> Tensor:

@@ -133,6 +133,7 @@ class SGFI(Strict):
         "channel", description="teacher features are standardised per channel, as a whole, or (as in the paper) not"
     )
     embed_channels: PositiveInt = Field(64, description="channels of the embedding that levels are matched in")
+    tau: PositiveFloat = Field(1.0, description="temperature of the match at the start; it is learnt")
     sampling_ratio: PositiveInt = Field(2, description="RoIAlign samples per bin and axis")
     warmup_steps: int = Field(0, ge=0, description="steps over which the weight rises linearly from 0")
 

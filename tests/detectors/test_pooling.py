@@ -210,9 +210,7 @@ def test_assignment_is_torchvisions_rule() -> None:
     boxes = torch.cat([corners, corners + sides], dim=1)
     mapper = LevelMapper(k_min=2, k_max=5, canonical_scale=224, canonical_level=4)
 
-    ours = assign_levels(
-        pyramid_of_strides(4, 8, 16, 32), make_regions(boxes, [0] * 500), cells_per_side=14 * 2**0.5
-    )
+    ours = assign_levels(pyramid_of_strides(4, 8, 16, 32), make_regions(boxes, [0] * 500), cells_per_side=14 * 2**0.5)
     assert torch.equal(ours, mapper([boxes]))
     assert ours.bincount().min() > 20
 
@@ -264,6 +262,8 @@ def test_pool_assigned_pads_narrow_levels() -> None:
 
 def test_pool_assigned_of_no_regions() -> None:
     nothing = make_regions([], [])
-    pooled = pool_assigned(pyramid_of_strides(4, 8), nothing, torch.zeros(0, dtype=torch.int64), size=7, sampling_ratio=2)
+    pooled = pool_assigned(
+        pyramid_of_strides(4, 8), nothing, torch.zeros(0, dtype=torch.int64), size=7, sampling_ratio=2
+    )
 
     assert pooled.shape == (0, 2, 7, 7)

@@ -117,9 +117,7 @@ def test_sgfi_ignores_padded_channels(normalize: str) -> None:
     torch.nn.init.zeros_(term.matcher.embed_in.weight)  # all levels match alike: only the aggregate has a gradient
     bias = term.matcher.adapters[0].bias
     wide = make_pair(maps=MAPS, teacher=RegionView(pooled=target, pooled_channels=channels))
-    narrow = make_pair(
-        boxes=APART[1:2], image_index=(0,), maps=MAPS, teacher=RegionView(target[1:2], channels[1:2])
-    )
+    narrow = make_pair(boxes=APART[1:2], image_index=(0,), maps=MAPS, teacher=RegionView(target[1:2], channels[1:2]))
 
     (gradient,) = torch.autograd.grad(term(wide), bias)
     assert (gradient != 0).all()
