@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
+from torchvision.models import resnet
 
 from gdetkd_cli.detectors import catalog
 from gdetkd_cli.detectors.protocol import Detector
@@ -56,6 +58,12 @@ def tiny_description() -> Callable[..., dict[str, Any]]:
     return describe
 
 
+def _resnet18_without_weights(**arguments: Any) -> nn.Module:
+    """The full network that the slim one is cut from; filling it takes longer than all the rest."""
+    with torch.device("meta"):
+        return resnet.ResNet(resnet.BasicBlock, [2, 2, 2, 2], norm_layer=arguments["norm_layer"])
+
+
 @pytest.fixture(scope="session")
 def tiny_detector(tiny_description: Callable[..., dict[str, Any]]) -> Callable[..., Detector]:
     """(head, seed, classes, further fields of the description) -> a detector of its own, in training mode."""
@@ -65,7 +73,8 @@ def tiny_detector(tiny_description: Callable[..., dict[str, Any]]) -> Callable[.
     def make(head: str, *, seed: int = 0, classes: tuple[str, ...] = CLASSES, **fields: Any) -> Detector:
         key, network = repr((head, seed, classes, fields)), repr((head, fields | {"arguments": None}))
         if key not in built:
-            with torch.random.fork_rng():
+            with torch.random.fork_rng(), pytest.MonkeyPatch.context() as patch:
+                patch.setattr(resnet, "resnet18", _resnet18_without_weights)
                 torch.manual_seed(seed)
                 built[key] = catalog.build(tiny_description(head, **fields), classes)
             if network in measured:

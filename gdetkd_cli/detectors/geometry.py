@@ -21,7 +21,7 @@ from gdetkd_cli.structures import LevelSpec
 Forward = Callable[[Tensor], Mapping[str, Tensor]]
 
 _SIDE = 512  # pixels of the perturbed image
-_GROWTH = (2048, 4096)  # pixels; sides between which gained cells are counted, on fake tensors: shapes only
+_LARGE_SIDE = 4096  # pixels; the cells gained up to this side are counted on fake tensors: shapes only
 _POINTS = (0.37, 0.47, 0.62)  # where the image is perturbed, as fractions of its side, on both axes at once
 _PATCH = 8  # pixels, side of a perturbed patch
 _SHARPEN = 4  # responses are raised to this power: the cell right under the patch counts, not the tails
@@ -55,8 +55,8 @@ def measure_levels(forward: Forward, *, device: torch.device | str = "cpu") -> t
 
     named = forward(images.to(device))
     names, maps = list(named), [m.double().cpu() for m in named.values()]
-    small, large = (_shapes(forward, side, device) for side in _GROWTH)
-    strides = [_strides(*level) for level in zip(names, small, large, strict=True)]
+    large = _shapes(forward, _LARGE_SIDE, device)
+    strides = [_strides(name, m.shape[-2:], shape) for name, m, shape in zip(names, maps, large, strict=True)]
     centred = [_centred_offset(map_.shape[-2:], stride) for map_, stride in zip(maps, strides, strict=True)]
     first_pixel = [(oy - sy / 2 + 0.5, ox - sx / 2 + 0.5) for (oy, ox), (sy, sx) in zip(centred, strides, strict=True)]
     votes = []
@@ -76,15 +76,15 @@ def _shapes(forward: Forward, side: int, device: torch.device | str) -> list[tup
         return [(m.shape[-2], m.shape[-1]) for m in forward(torch.zeros(1, 3, side, side, device=device)).values()]
 
 
-def _strides(name: str, small: tuple[int, int], large: tuple[int, int]) -> tuple[float, float]:
-    """(y, x) pixels per cell, from the cells gained between the two sides of ``_GROWTH``."""
+def _strides(name: str, small: Sequence[int], large: Sequence[int]) -> tuple[float, float]:
+    """(y, x) pixels per cell, from the cells gained between ``_SIDE`` and ``_LARGE_SIDE``."""
     gained = (large[0] - small[0], large[1] - small[1])
     if min(gained) <= 0:
         raise ModelError(
-            f"pyramid level {name!r} has {small} cells for {_GROWTH[0]} pixels and {large} for {_GROWTH[1]}; "
+            f"pyramid level {name!r} has {tuple(small)} cells for {_SIDE} pixels and {tuple(large)} for {_LARGE_SIDE}; "
             "a feature map that grows with the image was expected"
         )
-    growth = _GROWTH[1] - _GROWTH[0]
+    growth = _LARGE_SIDE - _SIDE
     return growth / gained[0], growth / gained[1]
 
 

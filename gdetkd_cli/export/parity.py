@@ -21,7 +21,7 @@ from gdetkd_cli.structures import Detections
 BOX_TOLERANCE = 0.05  # pixels
 SCORE_TOLERANCE = 1e-3
 _SAME_OBJECT_IOU = 0.5  # boxes of one class that overlap less are two objects, not one that moved
-_SHADES = (0.0, 0.5, 1.0, math.nan)
+_SHADES = (0.0, 0.5, 1.0)
 
 
 @dataclass(frozen=True)
@@ -100,13 +100,12 @@ def picture_without_detections(detector: Predictor, size: tuple[int, int]) -> Te
 
     One of a single shade where the detector is silent on that; else one of NaN, from which no score passes a threshold.
     """
-    blank = torch.zeros(3, *size)
     for shade in _SHADES:
-        blank = torch.full((3, *size), shade)
-        (found,) = detector.predict([blank])
+        picture = torch.full((3, *size), shade)
+        (found,) = detector.predict([picture])
         if len(found.scores) == 0:
-            break
-    return blank
+            return picture
+    return torch.full((3, *size), math.nan)
 
 
 def _pairs(expected: Detections, got: Detections, box_tolerance: float) -> tuple[Tensor, Tensor]:

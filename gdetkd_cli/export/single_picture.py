@@ -54,7 +54,7 @@ class _ExactTransform(GeneralizedRCNNTransform):
     """Resizes a picture to the same size as torchvision does it in eager mode.
 
     torchvision computes that size in double precision when it runs eagerly, but in single precision when it is traced
-    or scripted: for one picture size in seven, or in two, the result is a pixel less. Here it is double everywhere.
+    or scripted: for one picture size in seven, or in two, the result is a pixel off. Here it is double everywhere.
     """
 
     def __init__(self, original: GeneralizedRCNNTransform) -> None:

@@ -22,7 +22,7 @@ from gdetkd_cli.errors import ModelError
 from gdetkd_cli.structures import Batch, Detections, Regions, Target
 
 CLASSES = ("circle", "square")
-SIDES = {"min_size": 96, "max_size": 144}  # model pixels
+SIDES = {"min_size": 64, "max_size": 96}  # model pixels
 TWO_STAGE = {
     "box_batch_size_per_image": 16,
     "rpn_pre_nms_top_n_train": 30,
@@ -66,7 +66,7 @@ def composed(head: str, backbone: str, first: int, last: int, **fields: Any) -> 
         "head": head,
         "pyramid_channels": 24,
         "pyramid_levels": [first, last],
-        "image_size": [96, 144],
+        "image_size": [64, 96],
         "arguments": {**TWO_STAGE, "representation_size": 32} if head == "faster-rcnn" else DENSE,
         "norm": "batch",
     } | fields
@@ -170,7 +170,7 @@ def case(request: pytest.FixtureRequest, _small: None) -> Case:
     case = Case(spec, catalog.build(spec.description, CLASSES))
     with pytest.MonkeyPatch.context() as patch:
         if max(spec.strides) <= 128 and "ssd" not in request.param:
-            patch.setattr(geometry, "_SIDE", 256)  # pixels; the SSDs' last levels need the usual 512
+            patch.setattr(geometry, "_SIDE", 128)  # pixels; the SSDs' last levels need the usual 512
         assert case.detector.levels  # measured here, once
     return case
 
@@ -375,7 +375,8 @@ def test_a_saved_detector_is_the_same(case: Case, batch: Batch, tmp_path: Path) 
     assert description == case.spec.description
     assert loaded.class_names == CLASSES
     assert not loaded.module.training
-    assert_same_detections(loaded.predict(batch.images), case.detector.predict(batch.images))
+    image = batch.images[:1]
+    assert_same_detections(loaded.predict(image), case.detector.predict(image))
 
 
 # --------------------------------------------------------------------------------------------------- dense embedding
