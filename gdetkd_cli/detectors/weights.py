@@ -31,9 +31,13 @@ def read_torch_file(path: Path) -> Any:
     """
     if not path.is_file():
         raise ModelError(f"{path} does not exist or is not a file; expected a file written by torch.save")
-    with path.open("rb") as file:
-        if file.read(32).startswith(b"version https://git-lfs"):
-            raise ModelError(f"{path} is a git-LFS pointer, not the file itself; fetch it with `git lfs pull`")
+    try:
+        with path.open("rb") as file:
+            start = file.read(32)
+    except OSError as error:
+        raise ModelError(f"{path} cannot be opened: {error.strerror}") from error
+    if start.startswith(b"version https://git-lfs"):
+        raise ModelError(f"{path} is a git-LFS pointer, not the file itself; fetch it with `git lfs pull`")
     try:
         # torchvision's reference scripts save their command line's Namespace: a plain record, no code.
         with torch.serialization.safe_globals([argparse.Namespace]):
@@ -47,7 +51,7 @@ def read_torch_file(path: Path) -> Any:
             f"{path} cannot be read without executing code from it ({code[1]}), which gdetkd never does; expected "
             "weights alone, as torch.save(model.state_dict(), path) writes them"
         ) from error
-    except (RuntimeError, EOFError, ValueError, LookupError) as error:
+    except (RuntimeError, EOFError, ValueError, LookupError, OSError) as error:
         reason = str(error).splitlines()[0].split(". ")[0] if str(error) else "it is empty"
         raise ModelError(f"{path} is not a whole file written by torch.save ({reason})") from error
 
@@ -160,9 +164,8 @@ def _mismatch(
     parts = []
     if differing:
         name = differing[0]
-        parts.append(
-            f"{len(differing)} shapes differ (first {name}: file {tuple(state[name].shape)}, detector {tuple(own[name].shape)})"
-        )
+        shapes = f"file {tuple(state[name].shape)}, detector {tuple(own[name].shape)}"
+        parts.append(f"{len(differing)} shapes differ (first {name}: {shapes})")
     if missing:
         parts.append(f"{len(missing)} tensors are missing (first {missing[0]})")
     if unexpected:

@@ -181,7 +181,7 @@ class Calls:
     def __init__(self, module: nn.Module) -> None:
         self.count: Counter[str] = Counter()
         for name, submodule in module.named_modules():
-            submodule.register_forward_hook(lambda *_, name=name: self.count.update([name]))  # type: ignore[misc]
+            submodule.register_forward_hook(lambda *_, name=name: self.count.update([name]))
 
     def of(self, *names: str) -> list[int]:
         return [self.count[name] for name in names]

@@ -90,11 +90,19 @@ def test_tau_is_positive_whatever_its_parameter(log_tau: float) -> None:
         torch.testing.assert_close(weights, torch.full((4, 3), 1 / 3))  # all alike
 
 
-def test_tau_starts_at_the_scale_of_the_products() -> None:
-    """<k, q> of E independent channels grows as sqrt(E)."""
-    matcher = LevelMatcher(student_channels=[2], teacher_channels=2, embed_channels=64)
+def test_tau_starts_where_it_is_told_to() -> None:
+    matcher = LevelMatcher(student_channels=[2], teacher_channels=2, embed_channels=4, initial_tau=0.25)
 
-    assert matcher.log_tau.exp().item() == pytest.approx(8, rel=1e-5)
+    assert matcher.log_tau.exp().item() == pytest.approx(0.25, rel=1e-5)
+    assert matcher.log_tau.requires_grad
+
+
+def test_adapters_can_start_as_the_identity() -> None:
+    matcher = LevelMatcher(student_channels=[6, 6], teacher_channels=6, embed_channels=4, identity=True)
+    level = draw(3, 6, 7, 7).float()
+    aggregate, _ = matcher([level, level], draw(3, 6, 7, 7, seed=1).float())
+
+    torch.testing.assert_close(aggregate, level)
 
 
 @pytest.mark.parametrize("student_channels", [[5, 5], [5, 3]])

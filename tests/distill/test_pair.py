@@ -123,8 +123,8 @@ def test_transfer_copies_the_whole_head(tiny_detector: TinyDetector) -> None:
     }
     assert {name.removeprefix("roi_heads.") for name in changed(student, before)} == set(copied)
     pooled = torch.rand(5, 16, 7, 7)
-    for ours, theirs in zip(*(head.box_predictor(head.box_head(pooled)) for head in map(head_of, (student, teacher)))):
-        assert torch.equal(ours, theirs)
+    ours, theirs = (head.box_predictor(head.box_head(pooled)) for head in (head_of(student), head_of(teacher)))
+    assert all(map(torch.equal, ours, theirs))
     assert not changed(teacher, of_teacher)
 
 

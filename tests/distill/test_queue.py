@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, distributed
-from torch import multiprocessing as mp
+from torch.multiprocessing.spawn import start_processes
 
 from gdetkd_cli.distill.queue import RegionQueue, gather_rows
 
@@ -116,7 +116,7 @@ def test_is_saved_with_the_run() -> None:
 # ------------------------------------------------------------------------------------------------------- processes
 
 
-def in_two_processes(work: Callable[[int], object], folder: Path) -> list[object]:
+def in_two_processes(work: Callable[[int], tuple[Tensor, Tensor]], folder: Path) -> list[tuple[Tensor, Tensor]]:
     """What ``work(rank)`` gives in each of two processes that are joined by gloo; a hang is an error."""
 
     def enter(rank: int) -> None:
@@ -131,7 +131,7 @@ def in_two_processes(work: Callable[[int], object], folder: Path) -> list[object
         distributed.destroy_process_group()
 
     # fork, not spawn: the children need not import torch again.
-    mp.start_processes(enter, nprocs=2, start_method="fork")
+    start_processes(enter, nprocs=2, start_method="fork")
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
 
 
@@ -148,7 +148,7 @@ def test_gather_rows_of_unequal_processes(counts: tuple[int, int], tmp_path: Pat
         return gather_rows(rows), gather_rows(rows[:, None].float().repeat(1, 2))
 
     expected = [*range(counts[0]), *range(10, 10 + counts[1])]
-    for numbers, rows in in_two_processes(work, tmp_path):  # type: ignore[misc]  # pairs, as work gives them
+    for numbers, rows in in_two_processes(work, tmp_path):
         assert numbers.dtype == torch.int64
         assert numbers.tolist() == expected
         assert rows.tolist() == [[value, value] for value in expected]
@@ -161,6 +161,6 @@ def test_every_process_remembers_the_same(tmp_path: Path) -> None:
         add(queue, *([4] if rank == 0 else [5]))
         return queue.rows()
 
-    for embeddings, image_ids in in_two_processes(work, tmp_path):  # type: ignore[misc]
+    for embeddings, image_ids in in_two_processes(work, tmp_path):
         assert embeddings[:, 0].tolist() == [5, 2, 3, 4]
         assert image_ids.tolist() == [50, 20, 30, 40]

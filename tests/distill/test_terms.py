@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gdetkd_cli.detectors.pooling import pool_all_levels
 from gdetkd_cli.detectors.protocol import Observation, RegionView
@@ -66,7 +66,7 @@ def make_pair(
 
 def make_sgfi(**changes: Any) -> SGFITerm:
     torch.manual_seed(0)
-    options = {
+    options: dict[str, Any] = {
         "student_channels": [5, 5],
         "teacher_channels": 6,
         "embed_channels": 4,
@@ -114,8 +114,10 @@ def test_sgfi_ignores_padded_channels(normalize: str) -> None:
     channels = torch.tensor([6, 2, 6])
     target = (draw(3, 6, 7, 7) + 3) * (torch.arange(6) < channels[:, None])[:, :, None, None]
     term = make_sgfi(normalize=normalize)
-    torch.nn.init.zeros_(term.matcher.embed_in.weight)  # all levels match alike: only the aggregate has a gradient
-    bias = term.matcher.adapters[0].bias
+    nn.init.zeros_(term.matcher.embed_in.weight)  # all levels match alike: only the aggregate has a gradient
+    adapter = term.matcher.adapters[0]
+    assert isinstance(adapter, nn.Conv2d) and adapter.bias is not None
+    bias = adapter.bias
     wide = make_pair(maps=MAPS, teacher=RegionView(pooled=target, pooled_channels=channels))
     narrow = make_pair(boxes=APART[1:2], image_index=(0,), maps=MAPS, teacher=RegionView(target[1:2], channels[1:2]))
 
@@ -128,6 +130,19 @@ def test_sgfi_ignores_padded_channels(normalize: str) -> None:
         levels = pool_all_levels(narrow.student_seen.pyramid, narrow.regions, size=7, sampling_ratio=2)
         imitation, _ = term.matcher(levels, target[1:2])
         torch.testing.assert_close(loss, imitation_loss(imitation[:, :2], target[1:2, :2]))
+
+
+@pytest.mark.parametrize("normalize", ["none", "channel", "scalar"])
+def test_sgfi_in_the_teachers_own_space(normalize: str) -> None:
+    """A student with the teacher's head starts at 0 where its features are the teacher's own."""
+    features = 30 * draw(2, 6, 16, 16, seed=3) - 4
+    pair = make_pair(maps=(features,))
+    (target,) = pool_all_levels(pair.student_seen.pyramid, pair.regions, size=7, sampling_ratio=2)
+    pair = make_pair(maps=(features,), teacher=RegionView(pooled=target))
+
+    same = make_sgfi(student_channels=[6], normalize=normalize, same_space=True)
+    assert same(pair).item() == pytest.approx(0, abs=1e-6)
+    assert make_sgfi(student_channels=[6], normalize=normalize)(pair).item() > 0.1
 
 
 def test_sgfi_without_regions() -> None:
@@ -152,7 +167,8 @@ def make_ckd(*, queue: int = 8, gamma: float = 0.2) -> CKDTerm:
     )
 
 
-def views(regions: int = 3, seed: int = 0) -> dict[str, RegionView]:
+def views(regions: int = 3, seed: int = 0) -> dict[str, Any]:
+    """Embeddings of both, as ``make_pair`` takes them."""
     return {
         "student": RegionView(embedding=draw(regions, 5, seed=seed)),
         "teacher": RegionView(embedding=draw(regions, 6, seed=seed + 100)),
@@ -295,4 +311,5 @@ def test_needs_are_those_of_all_terms() -> None:
         ([ckd, classes], {"embedding", "predictions"}, {"embedding", "predictions"}),
     ]
     for terms, student, teacher in cases:
-        assert needs_of(terms) == (student, teacher)
+        of_student, of_teacher = needs_of(terms)
+        assert (set(of_student), set(of_teacher)) == (student, teacher)
