@@ -254,7 +254,8 @@ NO_START = "give --recipe RECIPE to start a run, or --resume RUN to continue one
         ),
         (
             ["eval", "x", "--data", "shipped"],
-            "the folder shipped has no val.json; expected COCO annotations, or a recipe whose data block names the files",
+            "the folder shipped has no val.json; expected COCO annotations, "
+            "or a recipe whose data block names the files",
         ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

@@ -149,7 +149,8 @@ def test_nothing_after_the_sign_is_null(recipe: Path) -> None:
         (
             "train.schedule.milestones.0=1",
             (
-                "--set train.schedule.milestones.0=1: the recipe does not spell out the list train.schedule.milestones; "
+                "--set train.schedule.milestones.0=1: the recipe does not spell out the list "
+                "train.schedule.milestones; "
                 "set it whole: --set 'train.schedule.milestones=[...]'"
             ),
         ),
