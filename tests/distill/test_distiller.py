@@ -333,6 +333,27 @@ def test_ssd_teacher_and_student(tiny_batch: Batch) -> None:
     assert_same_state(teacher.module, before)
 
 
+@pytest.mark.parametrize(("teacher", "student"), [PAIRS[0], PAIRS[3]])
+def test_mixed_precision(teacher: str, student: str, tiny_detector: TinyDetector, tiny_batch: Batch) -> None:
+    """Under bfloat16 autocast the terms are float32, finite, and near what they are in float32."""
+    names = terms_of(teacher, student)
+    learner, frozen = tiny_detector(student), tiny_detector(teacher, seed=1)
+    expected = forward(make_distiller(copy.deepcopy(learner), frozen, names), tiny_batch)
+    distiller = make_distiller(learner, frozen, names)
+    with torch.autocast("cpu", torch.bfloat16):
+        report = forward(distiller, tiny_batch)
+    report.total.backward()
+
+    assert report.total.dtype == torch.float32
+    for name in names:
+        assert report.parts[name].dtype == torch.float32
+    torch.testing.assert_close(report.parts["sgfi"], expected.parts["sgfi"], rtol=0.2, atol=0)
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in distiller.terms.parameters())
+    gradient = first_layer(learner).grad
+    assert gradient is not None
+    assert torch.isfinite(gradient).all()
+
+
 def test_the_pair_is_learnt(tiny_detector: TinyDetector, tiny_batch: Batch) -> None:
     """What the terms measure falls while the student trains on one batch."""
     student, teacher = tiny_detector("retinanet"), tiny_detector("faster-rcnn", seed=1)

@@ -1,0 +1,20 @@
+"""What each command does: returns plain data, never prints."""
+
+from gdetkd_cli.runs.demo import run_demo
+from gdetkd_cli.runs.evaluate import run_eval
+from gdetkd_cli.runs.export import run_export
+from gdetkd_cli.runs.plan import plan_distill, profile_distill
+from gdetkd_cli.runs.probe import run_probe
+from gdetkd_cli.runs.train import resume_run, run_distill, run_train
+
+__all__ = [
+    "plan_distill",
+    "profile_distill",
+    "resume_run",
+    "run_demo",
+    "run_distill",
+    "run_eval",
+    "run_export",
+    "run_probe",
+    "run_train",
+]

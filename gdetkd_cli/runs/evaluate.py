@@ -1,0 +1,130 @@
+"""Evaluation: COCO metrics, size and speed of a detector file."""
+
+from __future__ import annotations
+
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+
+import torch
+from torch import Tensor
+
+from gdetkd_cli import build
+from gdetkd_cli.data.coco import align_classes
+from gdetkd_cli.data.loader import validation_batches
+from gdetkd_cli.detectors import catalog
+from gdetkd_cli.distill.distiller import synchronize
+from gdetkd_cli.errors import DataError
+from gdetkd_cli.evaluation.coco_metrics import evaluate_coco
+from gdetkd_cli.evaluation.exported import OnnxDetector, ScriptedDetector
+from gdetkd_cli.evaluation.predict import Predictor, predict_split
+from gdetkd_cli.recipe.load import load_recipe
+from gdetkd_cli.recipe.schema import CocoData, SyntheticData
+from gdetkd_cli.results import EvalResult
+from gdetkd_cli.structures import Detections
+from gdetkd_cli.training.events import Note, Observer, silent
+
+_ONNX_START = b"\x08"  # the tag of a model's first field, its format version
+
+
+@dataclass(frozen=True)
+class _Subject:
+    """What is evaluated. ``parameters`` is None where the file does not tell."""
+
+    predictor: Predictor
+    class_names: tuple[str, ...]
+    format: str
+    parameters: int | None
+
+
+def run_eval(target: str, *, data: SyntheticData | CocoData | None, observer: Observer = silent) -> EvalResult:
+    """Evaluates a detector on the validation split, one picture at a time, on the GPU where there is one.
+
+    Args:
+        target: a run folder, a student.pt, builtin:NAME, or a file that ``gdetkd export`` wrote.
+        data: the data; None: that of the recipe.yaml beside the detector.
+        observer: hears what was found on reading the data.
+
+    Raises:
+        ModelError: the target is not a detector of this tool.
+        DataError: there are no data, or they do not have the detector's classes.
+        RecipeError: the recipe beside the detector is not usable.
+    """
+    path = catalog.locate(target)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    subject = _open(path, device, run=Path(target).is_dir())
+    split = build.build_split(data or _data_beside(path), "val")
+    for note in split.notes:
+        observer(Note(f"{split.name}: {note}"))
+    if len(split) == 0:
+        raise DataError(f"{split.name} has no pictures to evaluate on; name other data with --data")
+    split = align_classes(split, subject.class_names)
+    stopwatch = _Stopwatch(subject.predictor, device)
+    found = predict_split(stopwatch, validation_batches(split=split, batch_size=1), device)
+    return EvalResult(
+        source=target,
+        format=subject.format,
+        data=split.name,
+        metrics=evaluate_coco(split.records, split.class_names, found),
+        parameters=subject.parameters,
+        size_mb=path.stat().st_size / 1e6,
+        ms_per_image=stopwatch.ms_per_call,
+    )
+
+
+class _Stopwatch:
+    """A predictor that times each call of another one."""
+
+    def __init__(self, predictor: Predictor, device: torch.device) -> None:
+        self._predictor = predictor
+        self._device = device
+        self._seconds: list[float] = []
+
+    def predict(self, images: list[Tensor]) -> list[Detections]:
+        synchronize(self._device)
+        start = perf_counter()
+        found = self._predictor.predict(images)
+        synchronize(self._device)
+        self._seconds.append(perf_counter() - start)
+        return found
+
+    @property
+    def ms_per_call(self) -> float:
+        """The median in milliseconds; the first call warms up."""
+        return 1e3 * median(self._seconds[1:] or self._seconds)
+
+
+def _open(path: Path, device: torch.device, *, run: bool) -> _Subject:
+    """The detector in a file, whatever its name ends in."""
+    kind = _kind(path)
+    if kind == "onnx":
+        onnx = OnnxDetector(path, device=device.type)
+        return _Subject(onnx, onnx.class_names, kind, None)
+    if kind == "torchscript":
+        scripted = ScriptedDetector(path, device=device.type)
+        return _Subject(scripted, scripted.class_names, kind, None)
+    detector, _ = catalog.load(path)
+    detector.module.to(device)
+    parameters = sum(p.numel() for p in detector.module.parameters())
+    return _Subject(detector, detector.class_names, "run" if run else kind, parameters)
+
+
+def _kind(path: Path) -> str:
+    """``onnx``, ``torchscript`` or, for anything else, ``checkpoint``."""
+    with path.open("rb") as file:
+        if file.read(1) == _ONNX_START:
+            return "onnx"
+    if zipfile.is_zipfile(path):  # both of torch's formats are; only TorchScript has constants
+        with zipfile.ZipFile(path) as archive:
+            if any(name.endswith("/constants.pkl") for name in archive.namelist()):
+                return "torchscript"
+    return "checkpoint"
+
+
+def _data_beside(path: Path) -> SyntheticData | CocoData:
+    recipe = path.parent / "recipe.yaml"
+    if not recipe.exists():
+        raise DataError(f"there is no recipe.yaml beside {path} that would name the data; name them with --data")
+    return load_recipe(recipe).data

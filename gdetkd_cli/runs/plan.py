@@ -1,0 +1,192 @@
+"""Looking before running: what a distillation would do, and where its time would go."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from collections.abc import Callable
+from statistics import median
+from time import perf_counter
+
+import torch
+from accelerate import Accelerator
+from torch.nn.utils import clip_grad_norm_
+
+from gdetkd_cli import build
+from gdetkd_cli.distill.distiller import Distiller, synchronize
+from gdetkd_cli.recipe.schema import Recipe
+from gdetkd_cli.results import Plan, Profile
+from gdetkd_cli.runs.probe import report_of
+from gdetkd_cli.runs.train import Job, accelerator_for, check_distills, optimizer_for, prepare
+from gdetkd_cli.structures import Batch, LossReport
+from gdetkd_cli.training.events import Note, Observer, silent
+from gdetkd_cli.training.loop import seed_everything
+
+_PLAN_STEPS = 4  # the first one warms up
+_WARMUP = 2
+
+
+class _Stepper:
+    """Training steps outside a run: nothing is logged or saved."""
+
+    def __init__(self, job: Job, accelerator: Accelerator) -> None:
+        self._accelerator = accelerator
+        self.device = accelerator.device
+        self.distiller = job.distiller
+        # Everything of the student alone: what a plain run of the same recipe would do at each step.
+        self._plain = Distiller(student=job.student.detector)
+        self._forwards: dict[int, torch.nn.Module] = {}
+        optimizer = optimizer_for(job.recipe, job.distiller)
+        forward, self._optimizer = self._accelerator.prepare(job.distiller, optimizer)
+        self._forwards[id(self.distiller)] = forward
+        self._forwards[id(self._plain)] = self._accelerator.prepare(self._plain)
+        forward.train()
+
+    def distil(self, batch: Batch, seconds: dict[str, float] | None = None) -> LossReport:
+        """One distillation step."""
+        return self._step(self.distiller, batch, seconds)
+
+    def floor(self, batch: Batch) -> None:
+        """What no distillation can do without: the teacher's features, and one plain step of the student."""
+        assert self.distiller.teacher is not None
+        with torch.no_grad(), self._accelerator.autocast():
+            self.distiller.teacher.look(batch)
+        self._step(self._plain, batch, None)
+
+    def _step(self, distiller: Distiller, batch: Batch, seconds: dict[str, float] | None) -> LossReport:
+        distiller.profile = seconds is not None
+        report: LossReport = self._forwards[id(distiller)](batch)
+        parts = {"backward": lambda: self._accelerator.backward(report.total), "optimizer": self._update}
+        for name, part in parts.items():
+            spent = timed(part, self.device)
+            if seconds is not None:
+                seconds[name] = spent
+        if seconds is not None:
+            seconds.update(report.seconds)
+        return report
+
+    def _update(self) -> None:
+        self._accelerator.unscale_gradients()
+        clip_grad_norm_(list(self.distiller.student.parameters()), 10.0)
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+
+
+def plan_distill(recipe: Recipe, *, observer: Observer = silent) -> Plan:
+    """Builds everything, runs a few steps, writes nothing.
+
+    Raises:
+        GDetKDError: anything that a real run would refuse too.
+    """
+    job, accelerator = _prepared(recipe, observer)
+    assert job.pair is not None and job.distiller.teacher is not None
+    stepper = _Stepper(job, accelerator)
+    times: list[float] = []
+    report: LossReport | None = None
+    first: LossReport | None = None
+    batches = _batches(job, _PLAN_STEPS)
+    for batch in batches:
+        on_device = batch.to(stepper.device)
+        start = perf_counter()
+        report = stepper.distil(on_device)
+        first = first or report
+        synchronize(stepper.device)
+        times.append(perf_counter() - start)
+    assert first is not None
+    per_step = median(times[1:])
+    size = job.train.records[0].size
+    return Plan(
+        recipe=recipe.name,
+        pair=f"{job.pair.kind}, {job.distiller.teacher.family} -> {job.student.detector.family}",
+        student=report_of(job.student.detector, source="student", format="run", size=size),
+        teacher=report_of(job.distiller.teacher, source="teacher", format="run", size=size),
+        terms=job.pair.terms,
+        head_transfer=job.pair.head_transfer,
+        losses={name: float(value) for name, value in first.parts.items()},
+        device=job.settings.device,
+        precision=job.settings.precision,
+        threads=job.settings.threads,
+        steps=recipe.train.steps,
+        batch_size=recipe.train.batch_size,
+        train_images=len(job.train),
+        val_images=len(job.val),
+        peak_memory_mb=peak_memory_mb(stepper.device),
+        seconds_per_step=per_step,
+        estimated_seconds=per_step * recipe.train.steps,
+        notes=job.notes,
+    )
+
+
+def profile_distill(recipe: Recipe, *, steps: int, observer: Observer = silent) -> Profile:
+    """Times ``steps`` distillation steps by phase, and the floor they are compared with.
+
+    The floor is the teacher's features and a plain student step on the same batch, timed in turn with the
+    distillation steps, so that a machine whose speed drifts is the same for both.
+
+    Raises:
+        GDetKDError: anything that a real run would refuse too.
+    """
+    job, accelerator = _prepared(recipe, observer)
+    stepper = _Stepper(job, accelerator)
+    phases: list[dict[str, float]] = []
+    whole: list[float] = []
+    floors: list[float] = []
+    batches = iter(_batches(job, _WARMUP + steps))
+    for number in range(_WARMUP + steps):
+        start = perf_counter()
+        batch = next(batches).to(stepper.device)
+        seconds = {"data": perf_counter() - start}
+        detailed: dict[str, float] = {}
+        # Phases are timed in a step of their own: waiting for the device between them would slow the whole one.
+        stepper.distil(batch, detailed)
+        distilled = timed(lambda: stepper.distil(batch), stepper.device)  # noqa: B023  # called at once
+        floor = timed(lambda: stepper.floor(batch), stepper.device)  # noqa: B023
+        if number >= _WARMUP:
+            phases.append({**seconds, **detailed})
+            whole.append(distilled)
+            floors.append(floor)
+    names = list(phases[0])
+    step, floor = median(whole), median(floors)
+    return Profile(
+        steps=steps,
+        seconds={name: median(phase[name] for phase in phases) for name in names},
+        step=step + median(phase["data"] for phase in phases),
+        floor=floor,
+        ratio=median(a / b for a, b in zip(whole, floors, strict=True)),
+        device=job.settings.device,
+        threads=job.settings.threads,
+    )
+
+
+def _prepared(recipe: Recipe, observer: Observer) -> tuple[Job, Accelerator]:
+    check_distills(recipe)
+    settings = build.resolve_runtime(recipe.runtime)
+    torch.set_num_threads(settings.threads)
+    accelerator = accelerator_for(settings)
+    job = prepare(recipe, settings, accelerator.device)
+    for note in job.notes:
+        observer(Note(note))
+    seed_everything(recipe.seed)
+    return job, accelerator
+
+
+def _batches(job: Job, steps: int) -> list[Batch]:
+    source = build.build_batches(job.recipe, job.train, job.settings, rank=0, world_size=1)(0)
+    return [next(source) for _ in range(min(steps, job.recipe.train.steps))]
+
+
+def timed(work: Callable[[], object], device: torch.device) -> float:
+    """Wall seconds of ``work``, until the device is done with it."""
+    synchronize(device)
+    start = perf_counter()
+    work()
+    synchronize(device)
+    return perf_counter() - start
+
+
+def peak_memory_mb(device: torch.device) -> float:
+    """The most memory held so far: of the device's allocator, or of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)

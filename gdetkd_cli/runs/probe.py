@@ -1,0 +1,73 @@
+"""Probing: what a detector's pyramid is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from gdetkd_cli.detectors import architectures, catalog
+from gdetkd_cli.detectors.protocol import Detector
+from gdetkd_cli.errors import ModelError
+from gdetkd_cli.results import LevelReport, PyramidReport
+from gdetkd_cli.structures import Batch
+from gdetkd_cli.training.events import Note, Observer, silent
+
+_COCO_CLASSES = 90  # torchvision's detection weights have this many, background left out
+
+
+def run_probe(model: str, *, size: tuple[int, int] = (480, 640), observer: Observer = silent) -> PyramidReport:
+    """Probes a torchvision detector by name, or a detector that this tool trained.
+
+    Args:
+        model: a name, a run folder, a student.pt, or ``builtin:NAME``.
+        size: (height, width) pixels of the picture that shapes and strides are reported for.
+        observer: is told of progress.
+
+    Raises:
+        ModelError: the model is none of these.
+    """
+    if model in architectures.TORCHVISION_DETECTORS:
+        names = tuple(f"class {i}" for i in range(1, _COCO_CLASSES + 1))
+        observer(Note(f"{model} with fresh weights"))
+        detector = catalog.build({"kind": "torchvision", "name": model}, names)
+        detector.module.eval()
+        return report_of(detector, source=model, format="torchvision", size=size, classes=())
+    if not model.startswith("builtin:") and not Path(model).exists():
+        known = ", ".join(architectures.TORCHVISION_DETECTORS)
+        raise ModelError(f"{model!r} is neither a file, a run folder, nor a torchvision detector; detectors: {known}")
+    detector, _ = catalog.load(catalog.locate(model))
+    return report_of(detector, source=model, format="run", size=size)
+
+
+def report_of(
+    detector: Detector, *, source: str, format: str, size: tuple[int, int], classes: tuple[str, ...] | None = None
+) -> PyramidReport:
+    """What was measured of a detector, in pixels of a picture of ``size`` (height, width)."""
+    device = next(detector.module.parameters()).device
+    picture = Batch(images=[torch.zeros(3, *size, device=device)], targets=[], image_ids=torch.zeros(1))
+    with torch.no_grad():
+        pyramid = detector.look(picture).pyramid
+    scale_x, scale_y = pyramid.frame.scale[0].tolist()
+    shift_x, shift_y = pyramid.frame.shift[0].tolist()
+    levels = tuple(
+        LevelReport(
+            name=level.name,
+            channels=level.channels,
+            shape=(features.shape[-2], features.shape[-1]),
+            stride=(level.stride[0] / scale_y, level.stride[1] / scale_x),
+            offset=((level.offset[0] - shift_y) / scale_y, (level.offset[1] - shift_x) / scale_x),
+        )
+        for level, features in zip(pyramid.levels, pyramid.maps, strict=True)
+    )
+    return PyramidReport(
+        source=source,
+        format=format,
+        call="list of (3, H, W) images in 0..1",
+        family=detector.family,
+        levels=levels,
+        region_embedding={"channels": detector.embedding_channels, "source": detector.embedding_source},
+        size=size,
+        classes=detector.class_names if classes is None else classes,
+        parameters=sum(p.numel() for p in detector.module.parameters()),
+    )

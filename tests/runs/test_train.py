@@ -1,0 +1,202 @@
+"""Runs through ``gdetkd_cli.runs``: what is written, resumed, refused."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from gdetkd_cli.detectors import catalog
+from gdetkd_cli.distill.distiller import Distiller
+from gdetkd_cli.errors import NonFiniteLossError, RecipeError, RunFolderError
+from gdetkd_cli.recipe.load import load_recipe
+from gdetkd_cli.runs import plan_distill, profile_distill, resume_run, run_distill, run_train
+from gdetkd_cli.structures import Batch, LossReport
+from gdetkd_cli.training.events import Evaluated, Event, Note, StepDone
+
+
+def _toy() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("toy", Path(__file__).with_name("toy.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+toy = _toy()
+
+
+def _weights(run: Path) -> dict[str, torch.Tensor]:
+    return torch.load(run / "student.pt", weights_only=True)["model"]
+
+
+def _same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def _lines(run: Path) -> list[dict[str, object]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_leaves_everything_that_is_promised(tmp_path: Path) -> None:
+    seen: list[Event] = []
+    result = run_distill(toy.recipe(evaluate_every=3), output=tmp_path / "run", observer=seen.append)
+    run = result.run
+    for name in ("recipe.yaml", "environment.json", "probe.json", "metrics.jsonl", "metrics.json", "student.py"):
+        assert (run / name).stat().st_size > 0, name
+    assert list((run / "pictures").glob("*.png"))
+    assert list(run.rglob("events.out.tfevents*"))
+    steps = [line for line in _lines(run) if "loss" in line]
+    assert [line["step"] for line in steps] == [1, 2, 3, 4, 5, 6]
+    for line in steps:
+        terms = {"sgfi", "ckd", "class_kd", "box_kd"}
+        assert terms | {f"weight/{name}" for name in terms} | {"loss_classifier", "lr"} <= line.keys()
+    assert [e.step for e in seen if isinstance(e, StepDone)] == [1, 2, 3, 4, 5, 6]
+    assert [e.step for e in seen if isinstance(e, Evaluated)] == [3, 6]
+    said = " ".join(e.text for e in seen if isinstance(e, Note))
+    assert "pair: homogeneous, two-stage -> two-stage" in said
+    assert "copied from the teacher: box_head.fc6.bias" in said
+    again = load_recipe(run / "recipe.yaml")
+    assert again.train == toy.recipe(evaluate_every=3).train
+    environment = json.loads((run / "environment.json").read_text())
+    assert torch.__version__.startswith(environment["packages"]["torch"])
+    assert json.loads((run / "metrics.json").read_text())["AP"] == pytest.approx(result.metrics.ap)
+
+
+def test_the_student_file_holds_the_student_alone_and_needs_no_gdetkd(tmp_path: Path) -> None:
+    run = run_distill(toy.recipe(steps=1), output=tmp_path / "run").run
+    detector, _ = catalog.load(run / "student.pt")
+    assert _weights(run).keys() == detector.module.state_dict().keys()
+    image = torch.rand(3, 64, 64)
+    torch.save(image, tmp_path / "image.pt")
+    program = (
+        "import sys; sys.modules['gdetkd_cli'] = None\n"  # importing it now fails
+        "import torch, student\n"
+        "model = student.load('student.pt')\n"
+        "torch.save(model([torch.load('../image.pt')])[0], '../found.pt')\n"
+    )
+    subprocess.run([sys.executable, "-c", program], cwd=run, check=True, env={"PYTHONPATH": str(run), "PATH": ""})
+    found = torch.load(tmp_path / "found.pt", weights_only=True)
+    expected = detector.predict([image])[0]
+    torch.testing.assert_close(found["boxes"].detach(), expected.boxes, atol=1e-3, rtol=0)
+    torch.testing.assert_close(found["scores"].detach(), expected.scores, atol=1e-5, rtol=0)
+
+
+def test_a_killed_run_resumes_to_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = toy.recipe(steps=8)
+    whole = run_distill(recipe, output=tmp_path / "whole").run
+
+    forward = Distiller.forward
+
+    def killed_at_step_5(self: Distiller, batch: Batch) -> LossReport:
+        if self.step == 5:
+            raise KeyboardInterrupt
+        return forward(self, batch)
+
+    monkeypatch.setattr(Distiller, "forward", killed_at_step_5)
+    with pytest.raises(KeyboardInterrupt):
+        run_distill(recipe, output=tmp_path / "killed")
+    monkeypatch.undo()
+    torch.manual_seed(99)  # whatever the new process drew before
+    resumed = resume_run(tmp_path / "killed").run
+    assert _same(_weights(whole), _weights(resumed))
+    losses = {run: [(line["step"], line["loss"]) for line in _lines(run) if "loss" in line] for run in (whole, resumed)}
+    assert losses[whole] == losses[resumed]
+
+
+def test_all_weights_zero_is_the_plain_run(tmp_path: Path) -> None:
+    overrides = {
+        "sgfi": {"weight": 0.0},
+        "ckd": {"weight": 0.0},
+        "class_kd": {"weight": 0.0},
+        "box_kd": {"weight": 0.0},
+        "head_transfer": False,
+    }
+    recipe = toy.recipe()
+    assert recipe.distill is not None
+    zero = recipe.model_validate({**recipe.model_dump(), "distill": {**recipe.distill.model_dump(), **overrides}})
+    plain = run_train(recipe, output=tmp_path / "plain").run
+    distilled = run_distill(zero, output=tmp_path / "zero").run
+    assert _same(_weights(plain), _weights(distilled))
+    assert not _same(_weights(plain), _weights(run_distill(recipe, output=tmp_path / "real").run))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward = Distiller.forward
+
+    def poisoned(self: Distiller, batch: Batch) -> LossReport:
+        report = forward(self, batch)
+        if self.step < 4:
+            return report
+        return LossReport(total=report.total * float("nan"), parts={**report.parts, "sgfi": torch.tensor(float("nan"))})
+
+    monkeypatch.setattr(Distiller, "forward", poisoned)
+    with pytest.raises(NonFiniteLossError, match=r"nan at step 4 \(.*sgfi nan.*lower train.optimizer.lr"):
+        run_distill(toy.recipe(), output=tmp_path / "run")
+    assert json.loads((tmp_path / "run" / "resume" / "progress.json").read_text()) == {"step": 3}
+
+
+def test_an_existing_folder_is_never_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "kept.txt").write_text("mine")
+    with pytest.raises(RunFolderError, match="exists already"):
+        run_train(toy.recipe(), output=tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["kept.txt"]
+
+
+def test_a_folder_without_checkpoint_cannot_be_resumed(tmp_path: Path) -> None:
+    with pytest.raises(RunFolderError, match="not a run folder"):
+        resume_run(tmp_path)
+    run = run_train(toy.recipe(steps=1), output=tmp_path / "run").run
+    with pytest.raises(RunFolderError, match="no resume checkpoint"):
+        resume_run(run)
+
+
+def test_distilling_without_a_teacher_says_what_is_missing(tmp_path: Path) -> None:
+    recipe = toy.recipe().model_copy(update={"teacher": None})
+    with pytest.raises(RecipeError, match="no `teacher:` block"):
+        run_distill(recipe, output=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_training_the_teacher_of_a_recipe(tmp_path: Path) -> None:
+    run = run_train(toy.recipe(steps=1), detector="teacher", output=tmp_path / "run").run
+    assert _weights(run)["backbone.body.conv1.weight"].shape[0] == 12
+
+
+@pytest.mark.parametrize("student", ["faster-rcnn", "retinanet"])
+def test_the_plan_runs_and_writes_nothing(student: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    plan = plan_distill(toy.recipe(student=student))
+    assert not list(tmp_path.iterdir())
+    weights = {term.name: term.weight for term in plan.terms}
+    heterogeneous = student == "retinanet"
+    assert plan.pair == (
+        "heterogeneous, two-stage -> dense" if heterogeneous else "homogeneous, two-stage -> two-stage"
+    )
+    assert weights == {
+        "sgfi": 1.0,
+        "ckd": 1.0,
+        "class_kd": None if heterogeneous else 1.0,
+        "box_kd": None if heterogeneous else 1.0,
+    }
+    assert {"sgfi", "ckd"} <= plan.losses.keys()
+    assert [round(level.stride[0]) for level in plan.student.levels][:4] == [4, 8, 16, 32]
+    assert plan.estimated_seconds == pytest.approx(6 * plan.seconds_per_step)
+
+
+def test_the_profile_names_every_phase() -> None:
+    profile = profile_distill(toy.recipe(steps=20), steps=2)
+    assert {"data", "teacher", "student forward", "term sgfi", "term ckd", "backward", "optimizer"} <= set(
+        profile.seconds
+    )
+    assert profile.ratio > 0
+    assert profile.step > 0

@@ -1,0 +1,47 @@
+"""A distillation small enough for a test: 64-pixel scenes, two tiny Faster R-CNNs, a few steps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from gdetkd_cli.recipe.schema import Recipe
+
+_SMALL = {
+    "representation_size": 32,
+    "anchor_sizes": [[8], [16], [24], [32], [48]],
+    "rpn_pre_nms_top_n_train": 40,
+    "rpn_post_nms_top_n_train": 40,
+    "rpn_pre_nms_top_n_test": 40,
+    "rpn_post_nms_top_n_test": 40,
+    "box_batch_size_per_image": 16,
+}
+
+
+def detector(head: str = "faster-rcnn", width: int = 8) -> dict[str, Any]:
+    """A composed detector's block."""
+    return {
+        "arch": "composed",
+        "backbone": "resnet18",
+        "width": width,
+        "blocks": [1, 1, 1, 1],
+        "head": head,
+        "pyramid_channels": 16,
+        "pyramid_levels": [2, 6] if head == "faster-rcnn" else [2, 5],
+        "image_size": [64, 64],
+        "arguments": _SMALL if head == "faster-rcnn" else {},
+    }
+
+
+def recipe(*, steps: int = 6, student: str = "faster-rcnn", **train: Any) -> Recipe:
+    """A distillation recipe; ``train`` overrides fields of its train block."""
+    return Recipe.model_validate(
+        {
+            "name": "toy",
+            "data": {"format": "synthetic", "train_images": 10, "val_images": 4, "size": 64},
+            "student": detector(student),
+            "teacher": detector(width=12),
+            "distill": {"regions": {"per_image": 8}, "ckd": {"queue": 40}},
+            "train": {"steps": steps, "batch_size": 2, "log_every": 1, "checkpoint_every": 3, **train},
+            "runtime": {"threads": 1, "workers": 0, "device": "cpu"},
+        }
+    )
