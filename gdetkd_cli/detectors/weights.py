@@ -14,7 +14,7 @@ from torchvision.models import WeightsEnum, get_model_weights, get_weight, list_
 
 from gdetkd_cli.errors import ModelError
 
-# Parameters whose shape depends on the number of classes, and nothing else.
+# Where the parameters are whose shape depends on the number of classes.
 CLASS_LAYERS = (
     "roi_heads.box_predictor.",
     "head.classification_head.cls_logits.",

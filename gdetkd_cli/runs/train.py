@@ -223,9 +223,7 @@ def _run(recipe: Recipe, *, output: Path | None, resume: Path | None, observer: 
     return TrainResult(run=folder.path, steps=recipe.train.steps, metrics=metrics, seconds=seconds)
 
 
-def evaluate_split(
-    detector: Detector, split: Split, accelerator: Accelerator, batch_size: int
-) -> CocoMetrics | None:
+def evaluate_split(detector: Detector, split: Split, accelerator: Accelerator, batch_size: int) -> CocoMetrics | None:
     """COCO metrics of a detector; every process predicts its share, the main process gets the result."""
     batches = validation_batches(
         split=split,
@@ -241,9 +239,7 @@ def evaluate_split(
     return evaluate_coco(split.records, split.class_names, everything)
 
 
-def _choose_folder(
-    recipe: Recipe, output: Path | None, resume: Path | None, accelerator: Accelerator
-) -> RunFolder:
+def _choose_folder(recipe: Recipe, output: Path | None, resume: Path | None, accelerator: Accelerator) -> RunFolder:
     """The run's folder: the main process decides, the others are told."""
     path: list[str | None] = [None]
     if accelerator.is_main_process:
@@ -303,7 +299,9 @@ def _write_results(folder: RunFolder, job: Job, metrics: CocoMetrics, seconds: f
         json.dumps({**metrics.to_json(), "steps": job.recipe.train.steps, "seconds": seconds}, indent=2),
     )
     draw_predictions(
-        split=job.val, predictors={"student": detector}, folder=folder.pictures, count=PICTURES, device=job.settings.device
+        split=job.val,
+        predictors={"student": detector},
+        folder=folder.pictures,
+        count=PICTURES,
+        device=job.settings.device,
     )
-
-
