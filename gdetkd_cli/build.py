@@ -202,6 +202,19 @@ def _weights_of(spec: TorchvisionDetector | ComposedDetector) -> tuple[dict[str,
     return torchvision_weights(spec.weights, model), spec.weights
 
 
+def title_of(spec: DetectorSpec) -> str:
+    """A detector's block in a few words, for people."""
+    match spec:
+        case TorchvisionDetector():
+            return spec.name
+        case ComposedDetector():
+            return f"{spec.backbone} {spec.head}"
+        case CheckpointDetector():
+            return spec.path
+        case _:
+            assert_never(spec)
+
+
 def weights_classes(spec: TorchvisionDetector | ComposedDetector) -> tuple[str, ...] | None:
     """Class names that torchvision publishes with a weights name; None for files."""
     if (

@@ -79,7 +79,7 @@ def plan_distill(recipe: Recipe, *, observer: Observer = silent) -> Plan:
         GDetKDError: anything that a real run would refuse too.
     """
     job, accelerator = _prepared(recipe, observer)
-    assert job.pair is not None and job.distiller.teacher is not None
+    assert recipe.teacher is not None and job.pair is not None and job.distiller.teacher is not None
     stepper = _Stepper(job, accelerator)
     times: list[float] = []
     report: LossReport | None = None
@@ -98,8 +98,8 @@ def plan_distill(recipe: Recipe, *, observer: Observer = silent) -> Plan:
     return Plan(
         recipe=recipe.name,
         pair=f"{job.pair.kind}, {job.distiller.teacher.family} -> {job.student.detector.family}",
-        student=report_of(job.student.detector, source="student", format="run", size=size),
-        teacher=report_of(job.distiller.teacher, source="teacher", format="run", size=size),
+        student=report_of(job.student.detector, source=build.title_of(recipe.student), format="run", size=size),
+        teacher=report_of(job.distiller.teacher, source=build.title_of(recipe.teacher), format="run", size=size),
         terms=job.pair.terms,
         head_transfer=job.pair.head_transfer,
         losses={name: float(value) for name, value in first.parts.items()},
