@@ -195,11 +195,16 @@ def _description(spec: TorchvisionDetector | ComposedDetector, norm: str) -> dic
 def _weights_of(spec: TorchvisionDetector | ComposedDetector) -> tuple[dict[str, Any] | None, str]:
     if spec.weights is None:
         return None, ""
-    if Path(spec.weights).exists() or Path(spec.weights).suffix in (".pt", ".pth"):
+    if _names_a_file(spec.weights):
         path = catalog.locate(spec.weights)
         return state_dict_of(read_torch_file(path), str(path)), str(path)
     model = spec.name if isinstance(spec, TorchvisionDetector) else None
     return torchvision_weights(spec.weights, model), spec.weights
+
+
+def _names_a_file(weights: str) -> bool:
+    """Whether ``weights`` is meant as a file; anything else is a torchvision weights name."""
+    return Path(weights).exists() or Path(weights).suffix in (".pt", ".pth")
 
 
 def title_of(spec: DetectorSpec) -> str:
@@ -217,11 +222,7 @@ def title_of(spec: DetectorSpec) -> str:
 
 def weights_classes(spec: TorchvisionDetector | ComposedDetector) -> tuple[str, ...] | None:
     """Class names that torchvision publishes with a weights name; None for files."""
-    if (
-        not isinstance(spec, TorchvisionDetector)
-        or spec.weights is None
-        or Path(spec.weights).suffix in (".pt", ".pth")
-    ):
+    if not isinstance(spec, TorchvisionDetector) or spec.weights is None or _names_a_file(spec.weights):
         return None
     return torchvision_categories(spec.weights, spec.name)
 
@@ -230,7 +231,7 @@ def _load_backbone(detector: Detector, spec: TorchvisionDetector | ComposedDetec
     """Loads classification weights into the body, the classifier left out."""
     assert spec.backbone_weights is not None
     name = spec.backbone_weights
-    if Path(name).exists() or Path(name).suffix in (".pt", ".pth"):
+    if _names_a_file(name):
         state = state_dict_of(read_torch_file(Path(name)), name)
     else:
         state = torchvision_weights(name, spec.backbone if isinstance(spec, ComposedDetector) else None)

@@ -10,7 +10,6 @@ from time import perf_counter
 
 import torch
 from accelerate import Accelerator
-from torch.nn.utils import clip_grad_norm_
 
 from gdetkd_cli import build
 from gdetkd_cli.distill.distiller import Distiller, synchronize
@@ -20,7 +19,7 @@ from gdetkd_cli.runs.probe import report_of
 from gdetkd_cli.runs.train import Job, accelerator_for, check_distills, optimizer_for, prepare
 from gdetkd_cli.structures import Batch, LossReport
 from gdetkd_cli.training.events import Note, Observer, silent
-from gdetkd_cli.training.loop import seed_everything
+from gdetkd_cli.training.loop import clip_apart, seed_everything
 
 _PLAN_STEPS = 4  # the first one warms up
 _WARMUP = 2
@@ -33,6 +32,7 @@ class _Stepper:
         self._accelerator = accelerator
         self.device = accelerator.device
         self.distiller = job.distiller
+        self._clip_norm = job.recipe.train.clip_norm
         # Everything of the student alone: what a plain run of the same recipe would do at each step.
         self._plain = Distiller(student=job.student.detector)
         self._forwards: dict[int, torch.nn.Module] = {}
@@ -67,7 +67,7 @@ class _Stepper:
 
     def _update(self) -> None:
         self._accelerator.unscale_gradients()
-        clip_grad_norm_(list(self.distiller.student.parameters()), 10.0)
+        clip_apart(self.distiller, self._clip_norm)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
 

@@ -137,14 +137,8 @@ class Loop:
         return report, norm
 
     def _clip(self) -> float:
-        """Clips the student's gradients and the added parts' apart: adapters must not slow the student down."""
         self._accelerator.unscale_gradients()
-        limit = self._options.clip_norm or float("inf")
-        norm = clip_grad_norm_(list(self._distiller.student.parameters()), limit)
-        added = list(self._distiller.added_parameters())
-        if added:
-            clip_grad_norm_(added, limit)
-        return float(norm)
+        return clip_apart(self._distiller, self._options.clip_norm)
 
     def _log(self, done: int, start: int, window: _Window, report: LossReport, norm: float, spent: float) -> None:
         if not self._accelerator.is_main_process:
@@ -205,6 +199,20 @@ class Loop:
         if self._accelerator.is_main_process:
             self._folder.drop_log_after(step)
         return step
+
+
+def clip_apart(distiller: Distiller, limit: float | None) -> float:
+    """Clips the student's gradients and the added parts' apart: adapters must not slow the student down.
+
+    Returns:
+        The norm of the student's gradient before.
+    """
+    most = limit or float("inf")
+    norm = clip_grad_norm_(list(distiller.student.parameters()), most)
+    added = list(distiller.added_parameters())
+    if added:
+        clip_grad_norm_(added, most)
+    return float(norm)
 
 
 def seed_everything(seed: int, rank: int = 0) -> None:
