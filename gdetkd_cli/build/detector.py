@@ -1,0 +1,151 @@
+"""Detectors and their weights from a recipe's student and teacher blocks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, assert_never
+
+import torch
+from torch import nn
+
+from gdetkd_cli.detectors import catalog
+from gdetkd_cli.detectors.protocol import Detector
+from gdetkd_cli.detectors.weights import (
+    load_state,
+    read_torch_file,
+    state_dict_of,
+    torchvision_categories,
+    torchvision_weights,
+)
+from gdetkd_cli.errors import ModelError
+from gdetkd_cli.recipe.schema import CheckpointDetector, ComposedDetector, TorchvisionDetector
+
+DetectorSpec = TorchvisionDetector | ComposedDetector | CheckpointDetector
+
+
+@dataclass(frozen=True)
+class BuiltDetector:
+    """A detector, the description that rebuilds it, and what there was to say while building it."""
+
+    detector: Detector
+    description: dict[str, Any]
+    notes: tuple[str, ...]
+
+
+def build_detector(
+    spec: DetectorSpec, class_names: tuple[str, ...], seed: int, *, keep_classes: bool = False
+) -> BuiltDetector:
+    """A detector with fresh weights drawn from ``seed``, or with those that the recipe names.
+
+    Args:
+        spec: the recipe's block.
+        class_names: K names of the data.
+        seed: of the fresh weights.
+        keep_classes: a teacher keeps the classes that its weights were made for; a student's head is made anew where
+            they differ from the data's.
+
+    Raises:
+        ModelError: it cannot be built, or its weights cannot be read or do not fit.
+    """
+    if isinstance(spec, CheckpointDetector):
+        detector, description = catalog.load(catalog.locate(spec.path))
+        if keep_classes or detector.class_names == class_names:
+            return BuiltDetector(detector, description, ())
+        torch.manual_seed(seed)
+        refitted = catalog.build(description, class_names)
+        refits = load_state(refitted.module, detector.module.state_dict(), spec.path)
+        return BuiltDetector(refitted, description, tuple(refits))
+
+    state, source = _weights_of(spec)
+    norm = spec.norm
+    if norm == "auto":
+        # Weights without a count of batches were trained with frozen normalisation, as torchvision's own are.
+        frozen = state is not None and not any(name.endswith("num_batches_tracked") for name in state)
+        norm = "frozen" if frozen or spec.backbone_weights else "batch"
+    description = _description(spec, norm)
+    if keep_classes and state is not None:
+        class_names = catalog.classes_of(state, description, class_names, weights_classes(spec))
+    torch.manual_seed(seed)
+    detector = catalog.build(description, class_names)
+    notes: list[str] = []
+    if spec.backbone_weights:
+        notes += _load_backbone(detector, spec)
+    if state is not None:
+        notes += load_state(detector.module, state, source)
+    return BuiltDetector(detector, description, tuple(notes))
+
+
+def _description(spec: TorchvisionDetector | ComposedDetector, norm: str) -> dict[str, Any]:
+    if isinstance(spec, TorchvisionDetector):
+        return {"kind": "torchvision", "name": spec.name, "arguments": spec.arguments, "norm": norm}
+    return {
+        "kind": "composed",
+        "backbone": spec.backbone,
+        "width": spec.width,
+        "blocks": spec.blocks,
+        "head": spec.head,
+        "pyramid_channels": spec.pyramid_channels,
+        "pyramid_levels": list(spec.pyramid_levels) if spec.pyramid_levels else None,
+        "image_size": list(spec.image_size),
+        "arguments": spec.arguments,
+        "norm": norm,
+    }
+
+
+def _weights_of(spec: TorchvisionDetector | ComposedDetector) -> tuple[dict[str, Any] | None, str]:
+    if spec.weights is None:
+        return None, ""
+    if _names_a_file(spec.weights):
+        path = catalog.locate(spec.weights)
+        return state_dict_of(read_torch_file(path), str(path)), str(path)
+    model = spec.name if isinstance(spec, TorchvisionDetector) else None
+    return torchvision_weights(spec.weights, model), spec.weights
+
+
+def _names_a_file(weights: str) -> bool:
+    """Whether ``weights`` is meant as a file; anything else is a torchvision weights name."""
+    return Path(weights).exists() or Path(weights).suffix in (".pt", ".pth")
+
+
+def title_of(spec: DetectorSpec) -> str:
+    """A detector's block in a few words, for people."""
+    match spec:
+        case TorchvisionDetector():
+            return spec.name
+        case ComposedDetector():
+            return f"{spec.backbone} {spec.head}"
+        case CheckpointDetector():
+            return spec.path
+        case _:
+            assert_never(spec)
+
+
+def weights_classes(spec: TorchvisionDetector | ComposedDetector) -> tuple[str, ...] | None:
+    """Class names that torchvision publishes with a weights name; None for files."""
+    if not isinstance(spec, TorchvisionDetector) or spec.weights is None or _names_a_file(spec.weights):
+        return None
+    return torchvision_categories(spec.weights, spec.name)
+
+
+def _load_backbone(detector: Detector, spec: TorchvisionDetector | ComposedDetector) -> list[str]:
+    """Loads classification weights into the body, the classifier left out."""
+    assert spec.backbone_weights is not None
+    name = spec.backbone_weights
+    if _names_a_file(name):
+        state = state_dict_of(read_torch_file(Path(name)), name)
+    else:
+        state = torchvision_weights(name, spec.backbone if isinstance(spec, ComposedDetector) else None)
+    body: nn.Module = detector.module.backbone  # type: ignore[assignment]  # torchvision's detectors have one
+    body = getattr(body, "body", body)
+    own = body.state_dict()
+    state = {key.removeprefix("features."): value for key, value in state.items()}
+    wanted = {key: value for key, value in state.items() if key in own and own[key].shape == value.shape}
+    absent = [key for key in own if key not in wanted and not key.endswith("num_batches_tracked")]
+    if absent:
+        raise ModelError(
+            f"backbone_weights {name!r} do not fit this backbone: {len(absent)} of {len(own)} tensors are missing or "
+            f"have another shape (first {absent[0]})"
+        )
+    body.load_state_dict(wanted, strict=False)
+    return [f"{name}: {len(wanted)} tensors into the backbone"]

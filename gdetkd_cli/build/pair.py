@@ -1,0 +1,148 @@
+"""The distiller of a student and a teacher from a recipe's distill block."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from gdetkd_cli.detectors.protocol import Detector, Observation
+from gdetkd_cli.distill.distiller import Distiller, WeightedTerm
+from gdetkd_cli.distill.pair import PairKind, pair_kind, prediction_columns, transfer_head
+from gdetkd_cli.distill.regions import choose_regions
+from gdetkd_cli.distill.terms import BoxTerm, CKDTerm, ClassTerm, SGFITerm
+from gdetkd_cli.errors import PairError
+from gdetkd_cli.recipe.schema import CKD, SGFI, Distill, PredictionKD
+from gdetkd_cli.results import TermPlan
+from gdetkd_cli.structures import Batch, Regions
+
+
+@dataclass(frozen=True)
+class BuiltPair:
+    """A distiller and how it came about.
+
+    Attributes:
+        kind: homogeneous or heterogeneous.
+        terms: every term, its weight or why it is left out.
+        head_transfer: what was copied from the teacher's RoI head, or why nothing was.
+    """
+
+    distiller: Distiller
+    kind: PairKind
+    terms: tuple[TermPlan, ...]
+    head_transfer: str
+
+
+def build_pair(config: Distill, student: Detector, teacher: Detector, seed: int) -> BuiltPair:
+    """The distiller of a pair, its terms chosen and checked.
+
+    Raises:
+        PairError: a term that the recipe asks for does not fit the pair.
+    """
+    kind = pair_kind(student, teacher)
+    if config.pair not in ("auto", kind):
+        raise PairError(
+            f"distill.pair is {config.pair}, but {teacher.family} -> {student.family} is a {kind} pair; "
+            "set distill.pair to auto"
+        )
+    transferred, head_transfer = _transfer(config, student, teacher)
+    teacher.module.eval().requires_grad_(False)
+    torch.manual_seed(seed)  # the terms' fresh weights
+    plans: list[TermPlan] = []
+    terms: dict[str, WeightedTerm] = {}
+
+    def add(name: str, block: SGFI | CKD | PredictionKD | None, term: nn.Module | None, reason: str) -> None:
+        plans.append(TermPlan(name=name, weight=block.weight if block and term else None, reason=reason))
+        if block is not None and term is not None:
+            terms[name] = WeightedTerm(term, block.weight, block.warmup_steps)
+
+    add(
+        "sgfi",
+        config.sgfi,
+        _sgfi(config.sgfi, student, teacher, transferred),
+        "" if config.sgfi else "left out by the recipe",
+    )
+    add("ckd", config.ckd, _ckd(config.ckd, student, teacher), "" if config.ckd else "left out by the recipe")
+    for name, block, term_class in (
+        ("class_kd", config.class_kd, ClassTerm),
+        ("box_kd", config.box_kd, BoxTerm),
+    ):
+        settled, reason, columns = _prediction(name, block, student, teacher)
+        add(name, settled, term_class(columns=columns) if columns is not None else None, reason)
+    if not terms:
+        raise PairError("the recipe leaves out every distillation term; use `gdetkd train` for plain training")
+
+    options = config.regions
+
+    def choose(seen: Observation, batch: Batch, step: int) -> Regions:
+        assert seen.candidates is not None
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+        return choose_regions(
+            seen.candidates,
+            batch,
+            per_image=options.per_image,
+            positive_iou=options.positive_iou,
+            negatives_per_positive=options.negatives_per_positive,
+            generator=generator,
+        )
+
+    distiller = Distiller(student=student, teacher=teacher, terms=terms, choose_regions=choose)
+    return BuiltPair(distiller=distiller, kind=kind, terms=tuple(plans), head_transfer=head_transfer)
+
+
+def _transfer(config: Distill, student: Detector, teacher: Detector) -> tuple[bool, str]:
+    """Whether the teacher's RoI head was copied, and what there is to say of it."""
+    if config.head_transfer is False:
+        return False, "left out by the recipe"
+    try:
+        copied = transfer_head(student, teacher)
+    except PairError as error:
+        if config.head_transfer is True:
+            raise PairError(f"distill.head_transfer: {error}; set it to auto or false") from error
+        return False, f"nothing copied: {error}"
+    return True, f"copied from the teacher: {', '.join(copied)}"
+
+
+def _sgfi(block: SGFI | None, student: Detector, teacher: Detector, transferred: bool) -> SGFITerm | None:
+    if block is None:
+        return None
+    student_channels = [level.channels for level in student.levels]
+    teacher_channels = max(level.channels for level in teacher.levels)
+    return SGFITerm(
+        student_channels=student_channels,
+        teacher_channels=teacher_channels,
+        same_space=transferred and set(student_channels) == {teacher_channels},
+        embed_channels=block.embed_channels,
+        initial_tau=block.tau,
+        normalize=block.normalize,
+        sampling_ratio=block.sampling_ratio,
+    )
+
+
+def _ckd(block: CKD | None, student: Detector, teacher: Detector) -> CKDTerm | None:
+    if block is None:
+        return None
+    return CKDTerm(
+        student_channels=student.embedding_channels,
+        teacher_channels=teacher.embedding_channels,
+        project_channels=block.project_channels,
+        gamma=block.gamma,
+        negative_iou=block.negative_iou,
+        queue=block.queue,
+    )
+
+
+def _prediction(
+    name: str, block: PredictionKD | str | None, student: Detector, teacher: Detector
+) -> tuple[PredictionKD | None, str, torch.Tensor | None]:
+    """A prediction term's settings, why it is left out, and the class columns."""
+    if block is None:
+        return None, "left out by the recipe", None
+    settled = block if isinstance(block, PredictionKD) else PredictionKD()
+    try:
+        return settled, "", prediction_columns(student, teacher)
+    except PairError as error:
+        if isinstance(block, PredictionKD):
+            raise PairError(f"distill.{name}: {error}; set it to auto or null") from error
+        return None, str(error), None

@@ -1,0 +1,54 @@
+"""Device, precision, memory format, threads: every ``auto`` of a recipe's runtime block decided and applied."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from gdetkd_cli.build.pair import BuiltPair
+from gdetkd_cli.detectors.protocol import Detector
+from gdetkd_cli.errors import ModelError
+from gdetkd_cli.recipe.schema import Recipe, Runtime
+from gdetkd_cli.training.device import ComputeSettings, best_thread_count
+
+
+def resolve_runtime(runtime: Runtime) -> ComputeSettings:
+    """Every ``auto`` decided.
+
+    Raises:
+        ModelError: CUDA is asked for where there is none.
+    """
+    cuda = torch.cuda.is_available()
+    if runtime.device == "cuda" and not cuda:
+        raise ModelError("runtime.device is cuda, but this machine has no usable CUDA device; set it to auto or cpu")
+    device = "cuda" if cuda and runtime.device != "cpu" else "cpu"
+    on_cuda = device == "cuda"
+    return ComputeSettings(
+        device=device,
+        precision=("bf16" if on_cuda else "fp32") if runtime.precision == "auto" else runtime.precision,
+        channels_last=on_cuda if runtime.channels_last == "auto" else runtime.channels_last,
+        compile=runtime.compile,
+        threads=best_thread_count() if runtime.threads == "auto" else runtime.threads,
+        workers=(4 if on_cuda else 0) if runtime.workers == "auto" else runtime.workers,
+    )
+
+
+def apply_runtime(
+    settings: ComputeSettings, recipe: Recipe, student: Detector, pair: BuiltPair | None, device: torch.device
+) -> None:
+    """Puts device, memory format and compilation into effect on the networks."""
+    detectors = [student] + ([pair.distiller.teacher] if pair and pair.distiller.teacher else [])
+    for detector in detectors:
+        module: Any = detector.module.to(device)
+        if settings.channels_last:
+            module.to(memory_format=torch.channels_last)
+        _ = detector.levels  # measured now: neither a compiled nor a wrapped network is easy to measure
+        if settings.compile:
+            module.backbone.compile(dynamic=True)
+    if pair is not None:
+        pair.distiller.to(device)
+    if recipe.augment.multi_scale:
+        # The loader sets each picture's size; the detector's own resize would undo it. It stays for inference.
+        transform: Any = student.module.transform
+        transform._skip_resize = True
