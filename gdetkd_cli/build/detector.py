@@ -16,6 +16,7 @@ from gdetkd_cli.detectors.weights import (
     read_torch_file,
     state_dict_of,
     torchvision_categories,
+    torchvision_norm_eps,
     torchvision_weights,
 )
 from gdetkd_cli.errors import ModelError
@@ -64,6 +65,10 @@ def build_detector(
         frozen = state is not None and not any(name.endswith("num_batches_tracked") for name in state)
         norm = "frozen" if frozen or spec.backbone_weights else "batch"
     description = _description(spec, norm)
+    if norm == "frozen" and isinstance(spec, TorchvisionDetector) and spec.weights and not _names_a_file(spec.weights):
+        eps = torchvision_norm_eps(spec.weights, spec.name)
+        if eps is not None:
+            description["norm_eps"] = eps
     if keep_classes and state is not None:
         class_names = catalog.classes_of(state, description, class_names, weights_classes(spec))
     torch.manual_seed(seed)

@@ -13,8 +13,12 @@ from gdetkd_cli.recipe.schema import Recipe, Runtime
 from gdetkd_cli.training.device import ComputeSettings, best_thread_count
 
 
-def resolve_runtime(runtime: Runtime) -> ComputeSettings:
+def resolve_runtime(runtime: Runtime, *, local_processes: int | None = None) -> ComputeSettings:
     """Every ``auto`` decided.
+
+    Args:
+        runtime: the recipe's block.
+        local_processes: how many processes share this machine's cores; None: as many as the launcher started.
 
     Raises:
         ModelError: CUDA is asked for where there is none.
@@ -29,7 +33,7 @@ def resolve_runtime(runtime: Runtime) -> ComputeSettings:
         precision=("bf16" if on_cuda else "fp32") if runtime.precision == "auto" else runtime.precision,
         channels_last=on_cuda if runtime.channels_last == "auto" else runtime.channels_last,
         compile=runtime.compile,
-        threads=best_thread_count() if runtime.threads == "auto" else runtime.threads,
+        threads=best_thread_count(local_processes) if runtime.threads == "auto" else runtime.threads,
         workers=(4 if on_cuda else 0) if runtime.workers == "auto" else runtime.workers,
     )
 

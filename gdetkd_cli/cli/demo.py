@@ -12,10 +12,10 @@ from gdetkd_cli.cli import options
 
 
 def demo(
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Another seed draws other pictures.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of both students' weights and data order.")] = 0,
     steps: Annotated[
         int | None,
-        typer.Option("--steps", min=1, help="Optimizer steps of each student. Default: what suits the machine."),
+        typer.Option("--steps", min=1, help="Optimizer steps of each student. Default: the recipe's."),
     ] = None,
     output: Annotated[
         Path | None, typer.Option("--output", metavar="DIR", help="Folder for the picture and the run folders.")

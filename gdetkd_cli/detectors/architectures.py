@@ -8,6 +8,8 @@ A description is a dictionary that JSON can hold:
     {"kind": "torchvision", "name": "retinanet_resnet50_fpn", "arguments": {...}, "norm": "batch"}
     {"kind": "composed", "backbone": "resnet18", "width": 64, "blocks": [2, 2, 2, 2], "head": "fcos",
      "pyramid_channels": 256, "pyramid_levels": [3, 7], "image_size": [800, 1333], "arguments": {...}, "norm": "batch"}
+
+A torchvision description may hold "norm_eps", the epsilon of frozen normalisation.
 """
 
 from __future__ import annotations
@@ -119,7 +121,7 @@ def _named(description: dict[str, Any], num_classes: int) -> nn.Module:
         for part in ("mask_roi_pool", "mask_head", "mask_predictor"):
             setattr(module.roi_heads, part, None)
     if description.get("norm", "batch") == "frozen":
-        module = _freeze_norms(module)
+        module = _freeze_norms(module, description.get("norm_eps"))
     return module
 
 
@@ -137,13 +139,13 @@ def _check(what: str, arguments: dict[str, Any], known: set[str]) -> None:
         )
 
 
-def _freeze_norms(module: nn.Module) -> nn.Module:
-    """Replaces every BatchNorm2d by torchvision's FrozenBatchNorm2d, in place."""
+def _freeze_norms(module: nn.Module, eps: float | None) -> nn.Module:
+    """Replaces every BatchNorm2d by torchvision's FrozenBatchNorm2d, in place; ``eps`` None: each layer's own."""
     for name, child in module.named_children():
         if isinstance(child, nn.BatchNorm2d):
-            setattr(module, name, FrozenBatchNorm2d(child.num_features, eps=child.eps))
+            setattr(module, name, FrozenBatchNorm2d(child.num_features, eps=child.eps if eps is None else eps))
         else:
-            _freeze_norms(child)
+            _freeze_norms(child, eps)
     return module
 
 

@@ -22,6 +22,13 @@ CLASS_LAYERS = (
 )
 _NESTING = ("model", "state_dict", "model_state_dict")
 
+# Trained before FrozenBatchNorm2d had an epsilon; torchvision's builders take it out again for them.
+_WITHOUT_EPS = (
+    "FasterRCNN_ResNet50_FPN_Weights.COCO_V1",
+    "MaskRCNN_ResNet50_FPN_Weights.COCO_V1",
+    "RetinaNet_ResNet50_FPN_Weights.COCO_V1",
+)
+
 
 def read_torch_file(path: Path) -> Any:
     """Reads a file written by ``torch.save`` without executing anything in it.
@@ -103,6 +110,11 @@ def torchvision_categories(name: str, model: str | None) -> tuple[str, ...] | No
     if not categories:
         return None
     return tuple(categories[1:] if categories[0] == "__background__" else categories)
+
+
+def torchvision_norm_eps(name: str, model: str | None) -> float | None:
+    """The frozen normalisation's epsilon that torchvision sets for these weights; None: the layer's own."""
+    return 0.0 if str(_torchvision_entry(name, model)) in _WITHOUT_EPS else None
 
 
 def _torchvision_entry(name: str, model: str | None) -> WeightsEnum:

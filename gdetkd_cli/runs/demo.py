@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from time import perf_counter
 
@@ -10,12 +12,13 @@ from gdetkd_cli.detectors import catalog
 from gdetkd_cli.recipe.load import load_recipe
 from gdetkd_cli.recipe.schema import CheckpointDetector, Recipe
 from gdetkd_cli.report.pictures import draw_grid
-from gdetkd_cli.results import DemoResult, DemoRow
+from gdetkd_cli.results import DemoResult, DemoRow, TrainResult
 from gdetkd_cli.runs.evaluate import run_eval
 from gdetkd_cli.runs.export import run_export
 from gdetkd_cli.runs.train import run_distill, run_train
 from gdetkd_cli.training import run_folder
-from gdetkd_cli.training.events import Note, Observer, Phase, silent
+from gdetkd_cli.training.device import available_cores
+from gdetkd_cli.training.events import Evaluated, Note, Observer, Phase, silent
 
 RECIPE = "shapes/frcnn-frcnn"
 _PICTURES = 4
@@ -38,15 +41,8 @@ def run_demo(
     started = perf_counter()
     overrides = [f"seed={seed}"] + ([f"train.steps={steps}"] if steps is not None else [])
     recipe = load_recipe(RECIPE, overrides)
-    # Decided once, so that both students are trained alike.
-    runtime = recipe.runtime.model_copy(update={"threads": build.resolve_runtime(recipe.runtime).threads})
-    recipe = recipe.model_copy(update={"runtime": runtime})
     folder = run_folder.choose(output, "demo").path
-
-    observer(Phase("student alone"))
-    plain = run_train(recipe, output=folder / "alone", observer=observer)
-    observer(Phase("student distilled"))
-    distilled = run_distill(recipe, output=folder / "distilled", observer=observer)
+    plain, distilled = _train_both(recipe, folder, observer)
 
     observer(Phase("evaluation"))
     assert isinstance(recipe.teacher, CheckpointDetector)
@@ -76,6 +72,29 @@ def run_demo(
         picture=picture,
         verdict=_verdict(gain, recipe),
     )
+
+
+def _train_both(recipe: Recipe, folder: Path, observer: Observer) -> tuple[TrainResult, TrainResult]:
+    """The student alone and distilled; side by side on a CPU, where small networks cannot use many cores at once."""
+    settings = build.resolve_runtime(recipe.runtime, local_processes=2)
+    # Decided once, so that both students are trained alike.
+    runtime = recipe.runtime.model_copy(update={"threads": settings.threads})
+    recipe = recipe.model_copy(update={"runtime": runtime})
+    if settings.device != "cpu" or settings.threads == available_cores():
+        observer(Phase("student alone"))
+        plain = run_train(recipe, output=folder / "alone", observer=observer)
+        observer(Phase("student distilled"))
+        return plain, run_distill(recipe, output=folder / "distilled", observer=observer)
+    # Not forked: torch's threads do not survive that.
+    with ProcessPoolExecutor(max_workers=1, mp_context=multiprocessing.get_context("spawn")) as beside:
+        alone = beside.submit(run_train, recipe, output=folder / "alone")
+        observer(Phase("student distilled"))
+        observer(Note("the student alone is trained at the same time, in a process of its own"))
+        distilled = run_distill(recipe, output=folder / "distilled", observer=observer)
+        observer(Phase("student alone"))
+        plain = alone.result()
+        observer(Evaluated(step=plain.steps, metrics=plain.metrics))
+    return plain, distilled
 
 
 def _row(target: str, recipe: Recipe, observer: Observer) -> DemoRow:

@@ -37,14 +37,21 @@ class ComputeSettings:
     workers: int
 
 
-def best_thread_count() -> int:
+def available_cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+
+
+def best_thread_count(local_processes: int | None = None) -> int:
     """The faster of one CPU thread and one per core, measured on a small convolution.
 
     When other programs keep the cores busy, threads that wait for one another are slower than one alone.
+
+    Args:
+        local_processes: how many processes share this machine's cores; None: as many as the launcher started.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
-    local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    most = max(1, min(16, cores // local_processes))
+    sharing = local_processes or int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    most = max(1, min(16, available_cores() // sharing))
     if most == 1:
         return 1
     return min((most, 1), key=_seconds_with_threads)
