@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 
 import numpy as np
 import torch
@@ -44,6 +44,7 @@ class _Placed:
     mark_pixels: int
 
 
+@lru_cache(maxsize=2)  # a demo asks for the same validation scenes several times
 def synthetic_split(*, split: str, images: int, size: int, seed: int) -> Split:
     """Draws ``images`` scenes of ``size`` x ``size`` pixels.
 

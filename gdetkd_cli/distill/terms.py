@@ -162,8 +162,8 @@ class CKDTerm(nn.Module):
         return loss
 
 
-class ClassTerm(nn.Module):
-    """L_cls: the teacher's class distribution on each region.
+class _PredictionTerm(nn.Module):
+    """What the two prediction terms share.
 
     Args:
         columns: (K + 1,) int64, the teacher's column for each of the student's.
@@ -176,6 +176,10 @@ class ClassTerm(nn.Module):
     def __init__(self, *, columns: Tensor) -> None:
         super().__init__()
         self.register_buffer("columns", columns)
+
+
+class ClassTerm(_PredictionTerm):
+    """L_cls: the teacher's class distribution on each region."""
 
     def forward(self, pair: ObservedPair) -> Tensor:
         student, teacher = pair.student_view.class_logits, pair.teacher_view.class_logits
@@ -183,20 +187,8 @@ class ClassTerm(nn.Module):
         return class_loss(student, teacher[:, self.columns])
 
 
-class BoxTerm(nn.Module):
-    """L_reg: the teacher's boxes on each region, class by class.
-
-    Args:
-        columns: (K + 1,) int64, the teacher's column for each of the student's.
-    """
-
-    student_needs: frozenset[View] = frozenset({"predictions"})
-    teacher_needs: frozenset[View] = frozenset({"predictions"})
-    columns: Tensor
-
-    def __init__(self, *, columns: Tensor) -> None:
-        super().__init__()
-        self.register_buffer("columns", columns)
+class BoxTerm(_PredictionTerm):
+    """L_reg: the teacher's boxes on each region, class by class."""
 
     def forward(self, pair: ObservedPair) -> Tensor:
         student, teacher = pair.student_view, pair.teacher_view

@@ -90,7 +90,12 @@ def _train_both(recipe: Recipe, folder: Path, observer: Observer) -> tuple[Train
         alone = beside.submit(run_train, recipe, output=folder / "alone")
         observer(Phase("student distilled"))
         observer(Note("the student alone is trained at the same time, in a process of its own"))
-        distilled = run_distill(recipe, output=folder / "distilled", observer=observer)
+        try:
+            distilled = run_distill(recipe, output=folder / "distilled", observer=observer)
+        except BaseException:
+            for process in multiprocessing.active_children():  # else leaving would wait for its last step
+                process.terminate()
+            raise
         observer(Phase("student alone"))
         plain = alone.result()
         observer(Evaluated(step=plain.steps, metrics=plain.metrics))
