@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import multiprocessing
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+import toy
 
 from gdetkd_cli.errors import NonFiniteLossError
 from gdetkd_cli.recipe.schema import CheckpointDetector, Recipe
@@ -18,21 +17,12 @@ from gdetkd_cli.training import device
 from gdetkd_cli.training.events import Evaluated, Event
 
 
-def _toy() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("toy", Path(__file__).with_name("toy.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture
 def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Recipe:
     """The toy pair in the demo's place, its teacher a file."""
-    toy = _toy().recipe(steps=2)
-    teacher = run_train(toy, detector="teacher", output=tmp_path / "teacher").run
-    recipe = toy.model_copy(update={"teacher": CheckpointDetector(arch="checkpoint", path=str(teacher))})
+    small = toy.recipe(steps=2)
+    teacher = run_train(small, detector="teacher", output=tmp_path / "teacher").run
+    recipe = small.model_copy(update={"teacher": CheckpointDetector(arch="checkpoint", path=str(teacher))})
     monkeypatch.setattr(demo, "load_recipe", lambda *_: recipe)
     return recipe
 

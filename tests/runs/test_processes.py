@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 import sys
 from pathlib import Path
 
 import torch
+import toy
 
 from gdetkd_cli.recipe.load import dump_recipe
-
-_SPEC = importlib.util.spec_from_file_location("toy", Path(__file__).with_name("toy.py"))
-assert _SPEC is not None
-assert _SPEC.loader is not None
-toy = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(toy)
 
 
 def test_two_processes_distil_one_student(tmp_path: Path) -> None:

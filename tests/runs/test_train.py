@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
+import toy
 
 from gdetkd_cli.detectors import catalog
 from gdetkd_cli.distill.distiller import Distiller
@@ -19,18 +18,6 @@ from gdetkd_cli.recipe.load import load_recipe
 from gdetkd_cli.runs import plan_distill, profile_distill, resume_run, run_distill, run_train
 from gdetkd_cli.structures import Batch, LossReport
 from gdetkd_cli.training.events import Evaluated, Event, Note, StepDone
-
-
-def _toy() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("toy", Path(__file__).with_name("toy.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-toy = _toy()
 
 
 def _weights(run: Path) -> dict[str, torch.Tensor]:
