@@ -49,39 +49,51 @@ class LevelMatcher(nn.Module):
         # Learnt as its logarithm, so that tau stays positive.
         self.log_tau = nn.Parameter(torch.tensor(math.log(initial_tau)))
 
-    def forward(self, levels: Sequence[Tensor], target: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, levels: Sequence[Tensor], target: Tensor, affine: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Aggregates.
 
         Args:
             levels: L tensors (R, C_s, 7, 7), the student's features of each region on every level.
             target: (R, C_t, 7, 7), the teacher's.
+            affine: scale and shift, (C_s,) or (1,), that the levels get first; they fold into the adapters.
 
         Returns:
             The aggregate (R, C_t, 7, 7) and the weights of the levels (R, L).
         """
         query = self.embed_out(self.embed_in(target).relu()).flatten(1)  # (R, E)
+        adapters = [_folded(adapter, affine) for adapter in self.adapters]
         if self.shared:
+            weight, bias = adapters[0]
             # Channels last: the layout that regions are pooled in, and the faster one for small convolutions on a CPU.
             stacked = torch.stack([level.permute(0, 2, 3, 1) for level in levels], dim=1)  # (R, L, 7, 7, C_s)
-            keys = self._keys(stacked.flatten(0, 1).permute(0, 3, 1, 2), self.adapters[0]).unflatten(
-                0, stacked.shape[:2]
-            )
+            keys = self._keys(stacked.flatten(0, 1).permute(0, 3, 1, 2), weight, bias).unflatten(0, stacked.shape[:2])
             weights = level_attention(keys, query, self.log_tau.exp())
             aggregate = torch.einsum("rl,rlyxc->ryxc", weights, stacked)
-            return self.adapters[0](aggregate.permute(0, 3, 1, 2)), weights
-        keys = torch.stack([self._keys(s, f) for s, f in zip(levels, self.adapters, strict=True)], dim=1)
+            return conv2d(aggregate.permute(0, 3, 1, 2), weight, bias), weights
+        keys = torch.stack([self._keys(level, *folded) for level, folded in zip(levels, adapters, strict=True)], dim=1)
         weights = level_attention(keys, query, self.log_tau.exp())
-        adapted = torch.stack([f(s) for s, f in zip(levels, self.adapters, strict=True)], dim=1)
+        adapted = torch.stack([conv2d(level, *folded) for level, folded in zip(levels, adapters, strict=True)], dim=1)
         return (adapted * weights[:, :, None, None, None]).sum(dim=1), weights
 
-    def _keys(self, features: Tensor, adapter: nn.Module) -> Tensor:
+    def _keys(self, features: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         """f_embed(f_adapt(features)) with the two first convolutions composed: (M, C_s, 7, 7) -> (M, E)."""
-        assert isinstance(adapter, nn.Conv2d) and adapter.bias is not None and self.embed_in.bias is not None
-        kernel = torch.einsum("etij,ts->esij", self.embed_in.weight, adapter.weight[:, :, 0, 0])
-        bias = self.embed_in.bias + torch.einsum("etij,t->e", self.embed_in.weight, adapter.bias)
-        hidden = conv2d(features, kernel, bias, stride=2).relu()
+        assert self.embed_in.bias is not None
+        kernel = torch.einsum("etij,ts->esij", self.embed_in.weight, weight[:, :, 0, 0])
+        composed = self.embed_in.bias + torch.einsum("etij,t->e", self.embed_in.weight, bias)
+        hidden = conv2d(features, kernel, composed, stride=2).relu()
         keys: Tensor = self.embed_out(hidden).flatten(1)
         return keys
+
+
+def _folded(adapter: nn.Module, affine: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+    """Weight (C_t, C_s, 1, 1) and bias (C_t,) of the adapter after ``affine``."""
+    assert isinstance(adapter, nn.Conv2d) and adapter.bias is not None
+    if affine is None:
+        return adapter.weight, adapter.bias
+    scale, shift = (value.expand(adapter.in_channels) for value in affine)
+    return adapter.weight * scale[:, None, None], adapter.bias + adapter.weight[:, :, 0, 0] @ shift
 
 
 def _adapter(student_channels: int, teacher_channels: int, identity: bool) -> nn.Conv2d:
@@ -138,11 +150,17 @@ class Standardizer(nn.Module):
 
     def forward(self, features: Tensor, channels: Tensor | None = None) -> Tensor:
         """(R, C, h, w) -> the same, standardised; padded ``channels`` stay 0."""
+        scale, shift = self.affine()
+        standardised = torch.addcmul(shift[:, None, None], features, scale[:, None, None])
+        return standardised if channels is None else standardised * _present(features, channels)[:, :, None, None]
+
+    def affine(self) -> tuple[Tensor, Tensor]:
+        """Scale and shift, (C,) or (1,): standardised = features * scale + shift."""
         deviation = (self.square - self.mean.square()).clamp(min=0).sqrt()
         # A channel that is silent in this teacher carries nothing; dividing by its deviation would amplify noise.
         floor = 1e-3 * self.square.mean().sqrt() + 1e-12
-        standardised = (features - self.mean[:, None, None]) / deviation.clamp(min=floor)[:, None, None]
-        return standardised if channels is None else standardised * _present(features, channels)[:, :, None, None]
+        scale = 1 / deviation.clamp(min=floor)
+        return scale, -self.mean * scale
 
 
 def _present(features: Tensor, channels: Tensor | None) -> Tensor:

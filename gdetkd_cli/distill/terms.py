@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor, nn
 from torchvision.ops import box_iou
 
@@ -104,9 +105,11 @@ class SGFITerm(nn.Module):
         levels = pool_all_levels(
             pair.student_seen.pyramid, pair.regions, size=target.shape[-1], sampling_ratio=self.sampling_ratio
         )
-        if self.same_space and self.standardizer is not None:
-            levels = [self.standardizer(level) for level in levels]
-        imitation, _ = self.matcher(levels, target)
+        affine = self.standardizer.affine() if self.same_space and self.standardizer is not None else None
+        # Standardisation is folded into the adapters' weights: half precision would lose a small deviation around a
+        # large mean.
+        with torch.autocast(target.device.type, enabled=False):
+            imitation, _ = self.matcher(levels, target.float(), affine)
         return imitation_loss(imitation.float(), target.float(), channels)
 
 

@@ -24,11 +24,12 @@ def build_optimizer(
         for parameter in module.parameters():
             if parameter.requires_grad:
                 (decayed if parameter.dim() > 1 else others).append(parameter)
+    # fused: one kernel for all tensors; slim networks have many small ones, which a CPU would update one by one.
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
     if name == "adamw":
-        return torch.optim.AdamW(groups, lr=lr)
+        return torch.optim.AdamW(groups, lr=lr, fused=True)
     if name == "sgd":
-        return torch.optim.SGD(groups, lr=lr, momentum=momentum)
+        return torch.optim.SGD(groups, lr=lr, momentum=momentum, fused=True)
     raise ValueError(f"unknown optimizer {name!r}")
 
 

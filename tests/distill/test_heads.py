@@ -67,6 +67,22 @@ def test_matcher_is_the_naive_version(student_channels: list[int]) -> None:
         torch.testing.assert_close(level.grad, other.grad, rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize("per_channel", [True, False])
+def test_standardising_folds_into_the_adapters(per_channel: bool) -> None:
+    matcher = make_matcher([5, 5, 5])
+    levels = [draw(4, 5, 7, 7, seed=i) for i in range(3)]
+    target = draw(4, 6, 7, 7, seed=10)
+    standardizer = Standardizer(channels=5, per_channel=per_channel)
+    standardizer.update((3 * draw(9, 5, 7, 7, seed=12) + 2).float())
+    standardizer.double()
+
+    aggregate, weights = matcher(levels, target, standardizer.affine())
+    expected_aggregate, expected_weights = naive(matcher, [standardizer(level) for level in levels], target)
+
+    torch.testing.assert_close(aggregate, expected_aggregate, rtol=0, atol=1e-10)
+    torch.testing.assert_close(weights, expected_weights, rtol=0, atol=1e-10)
+
+
 def test_equal_levels_share_an_adapter() -> None:
     assert len(make_matcher([5, 5, 5]).adapters) == 1
     assert [adapter.in_channels for adapter in make_matcher([5, 5, 3]).adapters] == [5, 5, 3]
