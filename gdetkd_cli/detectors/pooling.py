@@ -61,8 +61,11 @@ def separable_roi_align(
     counts = torch.bincount(image_index, minlength=images).tolist()
     # In half precision the weights would blur where a region lies; torchvision's operator stays in float32 as well.
     with torch.autocast(features.device.type, enabled=False):
-        rows = [y.flatten(0, 1) @ rows_first[i] for i, y in enumerate(torch.split(along_y, counts))]
-        partly = torch.cat(rows).view(-1, size, width, channels)  # (R, bins y, W, C)
+        if len(set(counts)) == 1:  # the usual case, in one product
+            rows = along_y.view(images, -1, height) @ rows_first
+        else:
+            rows = torch.cat([y.flatten(0, 1) @ rows_first[i] for i, y in enumerate(along_y.split(counts))])
+        partly = rows.view(-1, size, width, channels)  # (R, bins y, W, C)
         return (along_x[:, None] @ partly).permute(0, 3, 1, 2)
 
 

@@ -79,15 +79,21 @@ def test_is_torchvisions_roi_align(boxes: list[list[float]], size: int, sampling
     torch.testing.assert_close(features.grad, copied.grad, rtol=0, atol=1e-4)
 
 
-def test_is_torchvisions_roi_align_on_random_boxes() -> None:
+@pytest.mark.parametrize("images", [4, 5], ids=["as many in every image", "none in the last image"])
+def test_is_torchvisions_roi_align_on_random_boxes(images: int) -> None:
     corners = 12 * draw(60, 2, seed=1) + 5
     boxes = torch.cat([corners, corners + 8 * draw(60, 2, seed=2).abs()], dim=1)
-    index = torch.arange(60) // 15  # images 0, 1, 2, 3 of 5: the last has none
-    features = draw(5, 4, H, W)
+    index = torch.arange(60) // 15  # images 0, 1, 2, 3
+    features = draw(images, 4, H, W).requires_grad_()
+    copied = features.detach().clone().requires_grad_()
+    weight = draw(60, 4, 7, 7, seed=3)
     ours = separable_roi_align(features, boxes, index, size=7, sampling_ratio=2)
+    (ours * weight).sum().backward()
 
-    theirs = roi_align(features, torch.cat([index[:, None], boxes], dim=1), 7, sampling_ratio=2, aligned=True)
+    theirs = roi_align(copied, torch.cat([index[:, None], boxes], dim=1), 7, sampling_ratio=2, aligned=True)
+    (theirs * weight).sum().backward()
     torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-5)
+    torch.testing.assert_close(features.grad, copied.grad, rtol=0, atol=1e-4)
 
 
 def test_no_regions_keep_a_gradient_path() -> None:
