@@ -50,13 +50,13 @@ def build_detector(
         ModelError: it cannot be built, or its weights cannot be read or do not fit.
     """
     if isinstance(spec, CheckpointDetector):
-        detector, description = catalog.load(catalog.locate(spec.path))
-        if keep_classes or detector.class_names == class_names:
-            return BuiltDetector(detector, description, ())
+        loaded = catalog.load(catalog.locate(spec.path), class_names)
+        if keep_classes or loaded.detector.class_names == class_names:
+            return BuiltDetector(loaded.detector, loaded.description, loaded.notes)
         torch.manual_seed(seed)
-        refitted = catalog.build(description, class_names)
-        refits = load_state(refitted.module, detector.module.state_dict(), spec.path)
-        return BuiltDetector(refitted, description, tuple(refits))
+        refitted = catalog.build(loaded.description, class_names)
+        refits = load_state(refitted.module, loaded.detector.module.state_dict(), spec.path)
+        return BuiltDetector(refitted, loaded.description, (*loaded.notes, *refits))
 
     state, source = _weights_of(spec)
     norm = spec.norm

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +17,15 @@ from torchvision.models.detection.ssd import SSD
 from gdetkd_cli.detectors import architectures
 from gdetkd_cli.detectors.dense import DenseDetector
 from gdetkd_cli.detectors.protocol import Detector
+from gdetkd_cli.detectors.recognise import recognise
 from gdetkd_cli.detectors.two_stage import TwoStageDetector
-from gdetkd_cli.detectors.weights import CLASS_LAYERS, read_torch_file
+from gdetkd_cli.detectors.weights import (
+    CLASS_LAYERS,
+    load_state,
+    read_torch_file,
+    state_dict_of,
+    torchvision_categories,
+)
 from gdetkd_cli.errors import ModelError
 
 FILE_VERSION = 1
@@ -95,18 +103,36 @@ def save(path: Path, detector: Detector, description: dict[str, Any]) -> None:
     )
 
 
-def load(path: Path) -> tuple[Detector, dict[str, Any]]:
-    """Reads what ``save`` wrote; returns the detector in evaluation mode and its description.
+@dataclass(frozen=True)
+class Loaded:
+    """A detector from a file.
+
+    Attributes:
+        detector: in evaluation mode.
+        description: rebuilds it (see ``architectures``).
+        origin: ``run`` where this tool wrote the file, ``state_dict`` where its architecture was recognised.
+        notes: what was recognised and left out.
+    """
+
+    detector: Detector
+    description: dict[str, Any]
+    origin: Literal["run", "state_dict"]
+    notes: tuple[str, ...] = ()
+
+
+def load(path: Path, class_names: tuple[str, ...] | None = None) -> Loaded:
+    """Reads what ``save`` wrote, or a state_dict of a torchvision detector.
+
+    Args:
+        path: the file.
+        class_names: names for a file that has none, taken where their number fits.
 
     Raises:
-        ModelError: the file is missing, unreadable, or was not written by this tool.
+        ModelError: the file is missing or unreadable, or its architecture is not known.
     """
     saved = read_torch_file(path)
     if not isinstance(saved, dict) or "gdetkd" not in saved:
-        raise ModelError(
-            f"{path} was not written by gdetkd (it holds {_summary(saved)}); expected a run folder's student.pt. "
-            "Weights alone need a recipe that names their architecture"
-        )
+        return _load_state_dict(state_dict_of(saved, str(path)), path, class_names)
     if saved["gdetkd"] > FILE_VERSION:
         raise ModelError(
             f"{path} was written by a newer gdetkd (format {saved['gdetkd']}); this one reads {FILE_VERSION}"
@@ -119,7 +145,23 @@ def load(path: Path) -> tuple[Detector, dict[str, Any]]:
     except RuntimeError as error:
         raise ModelError(f"{path}: weights do not fit the architecture it names: {error}") from error
     detector.module.eval()
-    return detector, saved["architecture"]
+    return Loaded(detector, saved["architecture"], "run")
+
+
+def _load_state_dict(state: dict[str, Tensor], path: Path, class_names: tuple[str, ...] | None) -> Loaded:
+    found = recognise(state, str(path))
+    name = found.description["name"]
+    names = classes_of(state, found.description, class_names or (), torchvision_categories("DEFAULT", name))
+    detector = build(found.description, names)
+    weights = {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
+    notes = [f"{path}: recognised as torchvision's {name}, {len(names)} classes"]
+    if found.alternatives:
+        notes.append(
+            f"{path}: {', '.join(found.alternatives)} has the same parameters; name it in a recipe if it is that"
+        )
+    notes += load_state(detector.module, weights, str(path))
+    detector.module.eval()
+    return Loaded(detector, found.description, "state_dict", tuple(notes))
 
 
 def locate(reference: str) -> Path:
@@ -142,10 +184,3 @@ def locate(reference: str) -> Path:
     if not path.exists():
         raise ModelError(f"{path} does not exist; expected a run folder, a student.pt, or builtin:NAME")
     return path
-
-
-def _summary(saved: object) -> str:
-    if isinstance(saved, dict):
-        keys = ", ".join(repr(key) for key in list(saved)[:3])
-        return f"a dictionary with {len(saved)} keys: {keys} ..." if len(saved) > 3 else f"a dictionary with {keys}"
-    return f"a {type(saved).__name__}"

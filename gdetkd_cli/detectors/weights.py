@@ -20,7 +20,8 @@ CLASS_LAYERS = (
     "head.classification_head.cls_logits.",
     "head.classification_head.module_list.",
 )
-_NESTING = ("model", "state_dict", "model_state_dict")
+# Averaged weights first: where a checkpoint holds both, they are the ones that its figures were measured with.
+_NESTING = ("model_ema", "ema_state_dict", "model", "state_dict", "model_state_dict")
 
 # Trained before FrozenBatchNorm2d had an epsilon; torchvision's builders take it out again for them.
 _WITHOUT_EPS = (
@@ -69,9 +70,10 @@ def state_dict_of(saved: Any, source: str) -> dict[str, Tensor]:
     Raises:
         ModelError: there are none.
     """
-    for key in _NESTING:
-        if isinstance(saved, dict) and isinstance(saved.get(key), dict):
-            saved = saved[key]
+    while isinstance(saved, dict) and (key := next((k for k in _NESTING if isinstance(saved.get(k), dict)), None)):
+        saved = saved[key]
+    if isinstance(saved, dict):  # AveragedModel counts its updates beside the weights
+        saved = {name: value for name, value in saved.items() if name != "n_averaged"}
     if not isinstance(saved, dict) or not saved or not all(isinstance(v, Tensor) for v in saved.values()):
         raise ModelError(
             f"{source} holds no state_dict; expected tensors by parameter name, at the top or under 'model'"
@@ -115,6 +117,11 @@ def torchvision_categories(name: str, model: str | None) -> tuple[str, ...] | No
 def torchvision_norm_eps(name: str, model: str | None) -> float | None:
     """The frozen normalisation's epsilon that torchvision sets for these weights; None: the layer's own."""
     return 0.0 if str(_torchvision_entry(name, model)) in _WITHOUT_EPS else None
+
+
+def norm_eps_of_file(name: str) -> float | None:
+    """The same by the name that torchvision's own file has."""
+    return 0.0 if name in {Path(get_weight(weights).url).name for weights in _WITHOUT_EPS} else None
 
 
 def _torchvision_entry(name: str, model: str | None) -> WeightsEnum:

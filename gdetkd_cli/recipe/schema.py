@@ -105,10 +105,12 @@ class ComposedDetector(Strict):
 
 
 class CheckpointDetector(Strict):
-    """A detector that this tool trained: architecture, classes and weights come from the file."""
+    """A detector that this tool trained, or a torchvision detector's weights: the file says which one it is."""
 
     arch: Literal["checkpoint"]
-    path: str = Field(description="run folder, student.pt, or builtin:NAME for a detector that ships with gdetkd")
+    path: str = Field(
+        description="run folder, student.pt, a torchvision state_dict, or builtin:NAME for one that ships with gdetkd"
+    )
 
 
 Detector = Annotated[TorchvisionDetector | ComposedDetector | CheckpointDetector, Field(discriminator="arch")]

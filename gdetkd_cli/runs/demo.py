@@ -113,7 +113,7 @@ def _row(target: str, recipe: Recipe, observer: Observer) -> DemoRow:
 def _draw(recipe: Recipe, plain: Path, distilled: Path, path: Path) -> Path:
     assert isinstance(recipe.teacher, CheckpointDetector)
     sources = {"teacher": recipe.teacher.path, "student alone": str(plain), "student distilled": str(distilled)}
-    predictors = {title: catalog.load(catalog.locate(source))[0] for title, source in sources.items()}
+    predictors = {title: catalog.load(catalog.locate(source)).detector for title, source in sources.items()}
     split = build.build_split(recipe.data, "val")
     draw_grid(split=split, predictors=predictors, path=path, indices=list(range(_PICTURES)), device="cpu")
     return path

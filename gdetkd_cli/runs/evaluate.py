@@ -54,8 +54,8 @@ def run_eval(target: str, *, data: SyntheticData | CocoData | None, observer: Ob
     """
     path = catalog.locate(target)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    subject = _open(path, device, run=Path(target).is_dir())
     split = build.build_split(data or _data_beside(path), "val")
+    subject = _open(path, device, split.class_names, run=Path(target).is_dir(), observer=observer)
     for note in split.notes:
         observer(Note(f"{split.name}: {note}"))
     if len(split) == 0:
@@ -96,8 +96,8 @@ class _Stopwatch:
         return 1e3 * median(self._seconds[1:] or self._seconds)
 
 
-def _open(path: Path, device: torch.device, *, run: bool) -> _Subject:
-    """The detector in a file, whatever its name ends in."""
+def _open(path: Path, device: torch.device, class_names: tuple[str, ...], *, run: bool, observer: Observer) -> _Subject:
+    """The detector in a file, whatever its name ends in; ``class_names`` are the data's, for a file without any."""
     kind = _kind(path)
     if kind == "onnx":
         onnx = OnnxDetector(path, device=device.type)
@@ -105,7 +105,10 @@ def _open(path: Path, device: torch.device, *, run: bool) -> _Subject:
     if kind == "torchscript":
         scripted = ScriptedDetector(path, device=device.type)
         return _Subject(scripted, scripted.class_names, kind, None)
-    detector, _ = catalog.load(path)
+    loaded = catalog.load(path, class_names)
+    for note in loaded.notes:
+        observer(Note(note))
+    detector = loaded.detector
     detector.module.to(device)
     parameters = sum(p.numel() for p in detector.module.parameters())
     return _Subject(detector, detector.class_names, "run" if run else kind, parameters)

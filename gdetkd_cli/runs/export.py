@@ -72,7 +72,10 @@ def run_export(
         ExportError: the file exists, the detector cannot be exported, or the file disagrees with it.
     """
     source = catalog.locate(target)
-    detector, architecture = catalog.load(source)
+    loaded = catalog.load(source)
+    for note in loaded.notes:
+        observer(Note(note))
+    detector, architecture = loaded.detector, loaded.description
     formats = [kind for kind, wanted in ((_ONNX, onnx), (_TORCHSCRIPT, torchscript)) if wanted]
     folder = Path() if target.startswith("builtin:") else source.parent
     paths = [_path(kind, folder / source.stem, output, only=len(formats) == 1) for kind in formats]

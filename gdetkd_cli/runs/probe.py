@@ -20,7 +20,7 @@ def run_probe(model: str, *, size: tuple[int, int] = (480, 640), observer: Obser
     """Probes a torchvision detector by name, or a detector that this tool trained.
 
     Args:
-        model: a name, a run folder, a student.pt, or ``builtin:NAME``.
+        model: a name, a run folder, a student.pt, a state_dict of a torchvision detector, or ``builtin:NAME``.
         size: (height, width) pixels of the picture that shapes and strides are reported for.
         observer: is told of progress.
 
@@ -36,8 +36,11 @@ def run_probe(model: str, *, size: tuple[int, int] = (480, 640), observer: Obser
     if not model.startswith("builtin:") and not Path(model).exists():
         known = ", ".join(architectures.TORCHVISION_DETECTORS)
         raise ModelError(f"{model!r} is neither a file, a run folder, nor a torchvision detector; detectors: {known}")
-    detector, _ = catalog.load(catalog.locate(model))
-    return report_of(detector, source=model, format="run", size=size)
+    loaded = catalog.load(catalog.locate(model))
+    for note in loaded.notes:
+        observer(Note(note))
+    format = "run" if loaded.origin == "run" else "torchvision"
+    return report_of(loaded.detector, source=model, format=format, size=size)
 
 
 def report_of(

@@ -369,7 +369,8 @@ def test_predictions_are_in_each_images_own_pixels(case: Case, batch: Batch) -> 
 def test_a_saved_detector_is_the_same(case: Case, batch: Batch, tmp_path: Path) -> None:
     path = tmp_path / "student.pt"
     catalog.save(path, case.detector, case.spec.description)
-    loaded, description = catalog.load(path)
+    found = catalog.load(path)
+    loaded, description = found.detector, found.description
     path.unlink()  # up to 100 MB, which pytest would keep
 
     assert description == case.spec.description
@@ -513,20 +514,17 @@ def test_half_precision_files_load_in_float32(saved: Path) -> None:
         content["model"] = {n: v.half() if v.is_floating_point() else v for n, v in content["model"].items()}
 
     rewrite(saved, halve)
-    detector, _ = catalog.load(saved)
+    detector = catalog.load(saved).detector
 
     assert {p.dtype for p in detector.module.parameters()} == {torch.float32}
 
 
-def test_a_file_of_weights_is_no_detector(saved: Path) -> None:
-    torch.save({"a": torch.ones(1), "b": torch.ones(1)}, saved)
-    with pytest.raises(ModelError, match=r"not written by gdetkd \(it holds a dictionary with 'a', 'b'\)"):
-        catalog.load(saved)
-    torch.save({str(i): torch.ones(1) for i in range(9)}, saved)
-    with pytest.raises(ModelError, match=r"a dictionary with 9 keys: '0', '1', '2' ..."):
+def test_what_holds_no_weights_is_no_detector(saved: Path) -> None:
+    torch.save({"a": torch.ones(1), "b": "text"}, saved)
+    with pytest.raises(ModelError, match="holds no state_dict"):
         catalog.load(saved)
     torch.save(torch.ones(2), saved)
-    with pytest.raises(ModelError, match="it holds a Tensor"):
+    with pytest.raises(ModelError, match="holds no state_dict"):
         catalog.load(saved)
 
 

@@ -117,6 +117,19 @@ def test_the_last_of_a_full_picture_may_differ() -> None:
     assert not compare([*full, last], [*full, scored(rival, 0.35)]).passed
 
 
+def test_at_the_cut_each_side_may_keep_another_of_two_boxes() -> None:
+    full = [A, B, C, moved(A, 30), scored(C, 0.2001)]  # as many as are reported
+    other = [*full[:4], scored(moved(C, 4), 0.2)]
+    assert compare(full, other).passed
+    assert not compare(full, [*full[:4], scored(moved(C, 4), 0.3)]).passed  # not at the cut
+    assert not compare([*full[1:], moved(A, 4)], full).passed  # nor is this one: it moved
+
+
+def test_where_everything_lies_at_the_cut_nothing_is_proved() -> None:
+    parity = compare([scored(A, 0.0505)], [scored(moved(A, 3), 0.0505)])
+    assert (parity.detections, parity.unmatched, parity.passed) == (0, 0, False)
+
+
 def test_a_picture_without_detections_is_found() -> None:
     assert picture_without_detections(Blind(lambda image: False), (8, 9)).shape == (3, 8, 9)
     only_white = picture_without_detections(Blind(lambda image: bool(image.mean() < 1)), (8, 9))

@@ -59,7 +59,7 @@ def test_a_run_leaves_everything_that_is_promised(tmp_path: Path) -> None:
 
 def test_the_student_file_holds_the_student_alone_and_needs_no_gdetkd(tmp_path: Path) -> None:
     run = run_distill(toy.recipe(steps=1), output=tmp_path / "run").run
-    detector, _ = catalog.load(run / "student.pt")
+    detector = catalog.load(run / "student.pt").detector
     assert _weights(run).keys() == detector.module.state_dict().keys()
     image = torch.rand(3, 64, 64)
     torch.save(image, tmp_path / "image.pt")
