@@ -25,9 +25,9 @@ class PyramidReport:
 
     Attributes:
         source: what was probed, as the user named it.
-        format: ``torchvision`` or ``run``.
+        format: ``torchvision``, ``torchscript`` or ``run``.
         call: how the model takes its input.
-        family: ``two-stage`` or ``dense``.
+        family: ``two-stage``, ``dense``, or ``unknown``.
         levels: fine to coarse.
         region_embedding: channels of the region embedding, and where it is read.
         size: (height, width) pixels of the probe image.

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-import warnings
 from pathlib import Path
 from typing import Any
 
 import onnxruntime
 import torch
-import torchvision  # noqa: F401  # registers the operators that a scripted detector calls
 from torch import Tensor
 
 from gdetkd_cli import __version__
+from gdetkd_cli.detectors.files import load_torchscript
 from gdetkd_cli.detectors.protocol import Detector
 from gdetkd_cli.errors import ModelError
 from gdetkd_cli.structures import Detections
@@ -92,12 +91,7 @@ class ScriptedDetector:
             ModelError: missing, not a whole TorchScript file, or not one that gdetkd exported.
         """
         files = {DESCRIPTION_FILE: ""}
-        try:
-            with warnings.catch_warnings(action="ignore"):  # torch.jit is deprecated, and says so
-                # Not with map_location=device: SSD keeps tensors that are no buffers on the CPU.
-                self._module = torch.jit.load(path, map_location="cpu", _extra_files=files).to(device)
-        except (RuntimeError, ValueError) as error:
-            raise ModelError(f"{path} is not a whole TorchScript file ({_first_line(error)})") from error
+        self._module = load_torchscript(path, device, files)
         self.class_names = _class_names(path, json.loads(files[DESCRIPTION_FILE] or "{}"))
 
     @torch.no_grad()

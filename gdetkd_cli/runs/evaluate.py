@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -15,6 +14,7 @@ from gdetkd_cli import build
 from gdetkd_cli.data.coco import align_classes
 from gdetkd_cli.data.loader import validation_batches
 from gdetkd_cli.detectors import catalog
+from gdetkd_cli.detectors.files import kind_of
 from gdetkd_cli.distill.distiller import synchronize
 from gdetkd_cli.errors import DataError
 from gdetkd_cli.evaluation.coco_metrics import evaluate_coco
@@ -25,8 +25,6 @@ from gdetkd_cli.recipe.schema import CocoData, SyntheticData
 from gdetkd_cli.results import EvalResult
 from gdetkd_cli.structures import Detections
 from gdetkd_cli.training.events import Note, Observer, silent
-
-_ONNX_START = b"\x08"  # the tag of a model's first field, its format version
 
 
 @dataclass(frozen=True)
@@ -98,7 +96,7 @@ class _Stopwatch:
 
 def _open(path: Path, device: torch.device, class_names: tuple[str, ...], *, run: bool, observer: Observer) -> _Subject:
     """The detector in a file, whatever its name ends in; ``class_names`` are the data's, for a file without any."""
-    kind = _kind(path)
+    kind = kind_of(path)
     if kind == "onnx":
         onnx = OnnxDetector(path, device=device.type)
         return _Subject(onnx, onnx.class_names, kind, None)
@@ -112,18 +110,6 @@ def _open(path: Path, device: torch.device, class_names: tuple[str, ...], *, run
     detector.module.to(device)
     parameters = sum(p.numel() for p in detector.module.parameters())
     return _Subject(detector, detector.class_names, "run" if run else kind, parameters)
-
-
-def _kind(path: Path) -> str:
-    """``onnx``, ``torchscript`` or, for anything else, ``checkpoint``."""
-    with path.open("rb") as file:
-        if file.read(1) == _ONNX_START:
-            return "onnx"
-    if zipfile.is_zipfile(path):  # both of torch's formats are; only TorchScript has constants
-        with zipfile.ZipFile(path) as archive:
-            if any(name.endswith("/constants.pkl") for name in archive.namelist()):
-                return "torchscript"
-    return "checkpoint"
 
 
 def _data_beside(path: Path) -> SyntheticData | CocoData:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import torch
 
 from gdetkd_cli.detectors import architectures, catalog
+from gdetkd_cli.detectors.files import kind_of, load_torchscript
 from gdetkd_cli.detectors.protocol import Detector
 from gdetkd_cli.errors import ModelError
+from gdetkd_cli.probing.probe import probe
 from gdetkd_cli.results import LevelReport, PyramidReport
 from gdetkd_cli.structures import Batch
 from gdetkd_cli.training.events import Note, Observer, silent
@@ -17,15 +20,17 @@ _COCO_CLASSES = 90  # torchvision's detection weights have this many, background
 
 
 def run_probe(model: str, *, size: tuple[int, int] = (480, 640), observer: Observer = silent) -> PyramidReport:
-    """Probes a torchvision detector by name, or a detector that this tool trained.
+    """Probes a torchvision detector by name, a TorchScript file of any detector, or one that this tool trained.
 
     Args:
-        model: a name, a run folder, a student.pt, a state_dict of a torchvision detector, or ``builtin:NAME``.
+        model: a name, a run folder, a student.pt, a state_dict of a torchvision detector,
+            ``builtin:NAME``, or a TorchScript file.
         size: (height, width) pixels of the picture that shapes and strides are reported for.
         observer: is told of progress.
 
     Raises:
-        ModelError: the model is none of these.
+        ModelError: the model is none of these, or it cannot be run.
+        NoPyramidError: it has no feature pyramid.
     """
     if model in architectures.TORCHVISION_DETECTORS:
         names = tuple(f"class {i}" for i in range(1, _COCO_CLASSES + 1))
@@ -36,11 +41,46 @@ def run_probe(model: str, *, size: tuple[int, int] = (480, 640), observer: Obser
     if not model.startswith("builtin:") and not Path(model).exists():
         known = ", ".join(architectures.TORCHVISION_DETECTORS)
         raise ModelError(f"{model!r} is neither a file, a run folder, nor a torchvision detector; detectors: {known}")
-    loaded = catalog.load(catalog.locate(model))
+    path = catalog.locate(model)
+    kind = kind_of(path)
+    if kind == "torchscript":
+        return _probe_torchscript(path, model, size, observer)
+    if kind == "onnx":
+        raise ModelError(f"{model} is an ONNX file; probe reads TorchScript, state_dicts and this tool's own files")
+    loaded = catalog.load(path)
     for note in loaded.notes:
         observer(Note(note))
     format = "run" if loaded.origin == "run" else "torchvision"
     return report_of(loaded.detector, source=model, format=format, size=size)
+
+
+def _probe_torchscript(path: Path, source: str, size: tuple[int, int], observer: Observer) -> PyramidReport:
+    module = load_torchscript(path).eval()
+    weights = dict(module.named_parameters()) | dict(module.named_buffers())
+    with warnings.catch_warnings(action="ignore"):  # the model's own
+        found = probe(module, weights, size)
+    observer(Note(f"{source}: {found.reason}"))
+    embedding = found.region_embedding
+    return PyramidReport(
+        source=source,
+        format="torchscript",
+        call=found.call,
+        family=found.family,
+        levels=tuple(
+            LevelReport(
+                name=level.name,
+                channels=level.channels,
+                shape=level.shape,
+                stride=level.geometry.stride,
+                offset=level.geometry.offset,
+            )
+            for level in found.levels
+        ),
+        region_embedding=None if embedding is None else {"channels": embedding[1], "source": embedding[0]},
+        size=size,
+        classes=(),
+        parameters=sum(p.numel() for p in module.parameters()),
+    )
 
 
 def report_of(

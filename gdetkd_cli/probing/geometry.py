@@ -1,0 +1,146 @@
+"""Where the cells of a recorded value lie: in pixels of the network's input, and of the image that the model was given.
+
+Inside the network the operators say it exactly: windows have sizes, strides and paddings. What happens before the first
+convolution (resizing, padding, letterbox) is measured, by changing the image at known points and looking where the
+network's input changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gdetkd_cli.errors import ModelError
+from gdetkd_cli.probing.record import Value
+
+_POINTS = (0.2, 0.5, 0.8)  # where the image is changed, as fractions of each side
+_PATCH = 9  # pixels, side of a changed patch; its change is largest in the middle, so that blur does not move it
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Cells in pixels, (y, x) each: the centre of cell (i, j) is at offset + (i, j) * stride; a pixel's is at 0.5."""
+
+    stride: tuple[float, float]
+    offset: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class _Trail(Geometry):
+    size: tuple[int, int] = (0, 0)
+    resampled: bool = False  # made by upsampling: what it is added to lies where it should, this may not
+
+
+def cells_of(
+    values: Sequence[Value], reference: int, level: int, size: tuple[int, int], channels_last: bool
+) -> Geometry:
+    """A level's cells in pixels of the reference, the tensor that the first convolution reads.
+
+    Args:
+        values: the record.
+        reference: index of the first convolution's input.
+        level: index of the level.
+        size: (height, width) cells of the level.
+        channels_last: whether the level is (N, H, W, C).
+    """
+    frame = values[reference].shape[-2:]
+    trails: dict[int, _Trail] = {reference: _Trail((1.0, 1.0), (0.5, 0.5), (frame[0], frame[1]))}
+    for i in range(reference + 1, level + 1):
+        value = values[i]
+        before = [trails[p] for p in value.parents if p in trails]
+        if before and len(value.shape) == 4:
+            trails[i] = _step(value, before)
+    found = trails.get(level)
+    if found is not None and found.size == size and not channels_last:
+        return Geometry(found.stride, found.offset)
+    # Made from tokens, or channels last: the cells lie evenly over the network's input.
+    stride = (frame[0] / size[0], frame[1] / size[1])
+    return Geometry(stride, (stride[0] / 2, stride[1] / 2))
+
+
+def _step(value: Value, before: Sequence[_Trail]) -> _Trail:
+    size = (value.shape[-2], value.shape[-1])
+    if value.window is not None:
+        source, window = before[0], value.window
+        reach = [(window.kernel[a] - 1) * window.dilation[a] / 2 - window.padding[a] for a in (0, 1)]
+        return _Trail(
+            stride=(source.stride[0] * window.stride[0], source.stride[1] * window.stride[1]),
+            offset=(source.offset[0] + reach[0] * source.stride[0], source.offset[1] + reach[1] * source.stride[1]),
+            size=size,
+            resampled=source.resampled,
+        )
+    alike = [trail for trail in before if trail.size == size]
+    if alike:
+        return next((trail for trail in alike if not trail.resampled), alike[0])
+    # Up- or downsampled as a whole: cells of both sizes cover the same pixels.
+    source = before[0]
+    ratio = (source.size[0] / size[0], source.size[1] / size[1])
+    ratio = (_tidy(ratio[0]), _tidy(ratio[1]))
+    return _Trail(
+        stride=(source.stride[0] * ratio[0], source.stride[1] * ratio[1]),
+        offset=(
+            source.offset[0] + (ratio[0] - 1) / 2 * source.stride[0],
+            source.offset[1] + (ratio[1] - 1) / 2 * source.stride[1],
+        ),
+        size=size,
+        resampled="upsample" in value.op or source.resampled,
+    )
+
+
+def _tidy(ratio: float) -> float:
+    """A ratio of cell counts without the cell that rounding took or gave, where a whole number is near."""
+    whole = round(ratio) if ratio >= 1 else 1 / round(1 / ratio)
+    return float(whole) if abs(ratio - whole) < 0.1 * ratio else ratio
+
+
+def measure_frame(network_input: Callable[[Tensor], Tensor], image: Tensor) -> Geometry:
+    """Where the pixels of the network's input lie, in pixels of the image.
+
+    Args:
+        network_input: image (3, H, W) -> what the first convolution reads, (1, C, h, w).
+        image: (3, H, W) in 0..1.
+
+    Raises:
+        ModelError: the network's input does not depend on the image.
+    """
+    height, width = image.shape[-2:]
+    base = network_input(image)
+    seen: list[tuple[tuple[float, float], tuple[float, float]]] = []  # (image y, x), (input y, x)
+    for fraction in _POINTS:
+        top, left = round(fraction * height) - _PATCH // 2, round(fraction * width) - _PATCH // 2
+        changed = image.clone()
+        patch = changed[:, top : top + _PATCH, left : left + _PATCH]
+        window = torch.hann_window(_PATCH + 2, periodic=False)[1:-1]
+        patch += (window[:, None] * window) * torch.where(patch.mean() > 0.5, -0.5, 0.5)
+        response = (network_input(changed) - base).abs().sum(dim=(0, 1)).double().cpu()  # (h, w)
+        if not torch.isfinite(response).all() or float(response.sum()) <= 0:
+            raise ModelError("the network's input does not change with the image; is this a model of images?")
+        where = [
+            float((response.sum(dim=1 - axis) * (torch.arange(response.shape[axis]) + 0.5)).sum() / response.sum())
+            for axis in (0, 1)
+        ]
+        seen.append(((top + _PATCH / 2, left + _PATCH / 2), (where[0], where[1])))
+    axes = [_line([s[1][a] for s in seen], [s[0][a] for s in seen]) for a in (0, 1)]
+    (sy, oy), (sx, ox) = axes
+    return Geometry(stride=(sy, sx), offset=(oy + sy / 2, ox + sx / 2))
+
+
+def _line(xs: Sequence[float], ys: Sequence[float]) -> tuple[float, float]:
+    """Slope and intercept of the least-squares line."""
+    mean_x, mean_y = sum(xs) / len(xs), sum(ys) / len(ys)
+    slope = sum((x - mean_x) * (y - mean_y) for x, y in zip(xs, ys, strict=True)) / sum((x - mean_x) ** 2 for x in xs)
+    return slope, mean_y - slope * mean_x
+
+
+def through(frame: Geometry, cells: Geometry) -> Geometry:
+    """Cells given in pixels of the network's input, in pixels of the image."""
+    return Geometry(
+        stride=(cells.stride[0] * frame.stride[0], cells.stride[1] * frame.stride[1]),
+        offset=(
+            frame.offset[0] + (cells.offset[0] - 0.5) * frame.stride[0],
+            frame.offset[1] + (cells.offset[1] - 0.5) * frame.stride[1],
+        ),
+    )

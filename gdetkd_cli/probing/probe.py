@@ -1,0 +1,130 @@
+"""A model's pyramid, found by running it: no module path, no knowledge of its code."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from gdetkd_cli.errors import ModelError
+from gdetkd_cli.probing.geometry import Geometry, cells_of, measure_frame, through
+from gdetkd_cli.probing.levels import LINEAR, find_levels
+from gdetkd_cli.probing.record import Value, first_convolution_input, record
+
+Model = Callable[..., object]
+# How detectors are called; tried in this order.
+CALLS: Mapping[str, Callable[[Model, Tensor], object]] = {
+    "list of (3, H, W) images in 0..1": lambda model, image: model([image]),
+    "(N, 3, H, W) tensor": lambda model, image: model(image[None]),
+    "one (3, H, W) image in 0..1": lambda model, image: model(image),
+}
+
+
+@dataclass(frozen=True)
+class ProbedLevel:
+    """A level: the value's name, channels, (height, width) cells, and where they lie in image pixels."""
+
+    name: str
+    channels: int
+    shape: tuple[int, int]
+    geometry: Geometry
+
+
+@dataclass(frozen=True)
+class Probed:
+    """What probing found.
+
+    Attributes:
+        call: which of ``CALLS`` worked.
+        family: two-stage where regions of the maps are pooled; else unknown.
+        levels: fine to coarse.
+        region_embedding: name and channels of what a region head's predictors read.
+        reason: why these are the levels, for people.
+    """
+
+    call: str
+    family: Literal["two-stage", "unknown"]
+    levels: tuple[ProbedLevel, ...]
+    region_embedding: tuple[str, int] | None
+    reason: str
+
+
+def probe(model: Model, weights: Mapping[str, Tensor], size: tuple[int, int]) -> Probed:
+    """Finds the pyramid of a model in evaluation mode.
+
+    Args:
+        model: the model, on the CPU.
+        weights: its parameters and buffers by name.
+        size: (height, width) pixels of the image that it is run on.
+
+    Raises:
+        ModelError: it cannot be called in any known way.
+        NoPyramidError: it has no feature pyramid.
+    """
+    image = probe_image(size)
+    call, values = _recorded(model, weights, image)
+    run = CALLS[call]
+    found = find_levels(values)
+    frame = measure_frame(lambda changed: first_convolution_input(lambda: run(model, changed)), image)
+    levels = tuple(
+        ProbedLevel(
+            name=_name(values, index),
+            channels=values[index].shape[-1 if last else 1],
+            shape=shape,
+            geometry=through(frame, cells_of(values, found.reference, index, shape, last)),
+        )
+        for index, shape, last in zip(found.levels, found.sizes, found.channels_last, strict=True)
+    )
+    pooled = next((i for i, v in enumerate(values) if v.op == "roi_align"), None)
+    return Probed(
+        call=call,
+        family="unknown" if pooled is None else "two-stage",
+        levels=levels,
+        region_embedding=None if pooled is None else _region_embedding(values, pooled),
+        reason=found.reason,
+    )
+
+
+def probe_image(size: tuple[int, int]) -> Tensor:
+    """(3, H, W) in 0..1: smooth blotches under fine noise, the same every time."""
+    generator = torch.Generator().manual_seed(0)
+    coarse = interpolate(torch.rand(1, 3, 12, 16, generator=generator), size=size, mode="bilinear")[0]
+    return 0.8 * coarse + 0.2 * torch.rand(3, *size, generator=generator)
+
+
+def _recorded(model: Model, weights: Mapping[str, Tensor], image: Tensor) -> tuple[str, tuple[Value, ...]]:
+    """The first way of calling the model that works, and what it computes."""
+    reasons = []
+    for name, run in CALLS.items():
+        try:
+            return name, record(lambda run=run: run(model, image), weights, [image]).values  # type: ignore[misc]
+        except (RuntimeError, TypeError, ValueError, AttributeError, LookupError, AssertionError) as error:
+            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+            reasons.append(f"{name}: {lines[-1] if lines else type(error).__name__}")
+    raise ModelError(
+        f"the model cannot be called with an image of {image.shape[-2]} x {image.shape[-1]} pixels in any known way "
+        f"({'; '.join(reasons)}); if it was made for one size, give that with --size"
+    )
+
+
+def _name(values: Sequence[Value], index: int) -> str:
+    """The module that made a value, where its weights tell; else the operator and which call of it that was."""
+    value = values[index]
+    if value.weights and not value.weights[0].startswith("constant "):
+        return value.weights[0].rpartition(".")[0]
+    return f"{value.op}:{value.call}"
+
+
+def _region_embedding(values: Sequence[Value], pooled: int) -> tuple[str, int] | None:
+    """The last thing of a region that two linear layers read: what the class and box predictors share."""
+    readers: dict[int, int] = {}
+    for value in values[pooled:]:
+        if value.op in LINEAR and value.weights:
+            for parent in value.parents:
+                readers[parent] = readers.get(parent, 0) + 1
+    shared = [index for index, count in readers.items() if count > 1 and len(values[index].shape) == 2]
+    return (_name(values, shared[-1]), values[shared[-1]].shape[1]) if shared else None

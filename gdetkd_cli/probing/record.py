@@ -1,0 +1,187 @@
+"""What a model computes in one forward, operator by operator.
+
+Operators are seen where PyTorch dispatches them, beneath Python: an eager module and a TorchScript file, scripted or
+traced, give the same record, and no module path has to be known. Values are described, not kept.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from gdetkd_cli.errors import NoPyramidError
+
+_NAMES = {"_convolution": "convolution"}  # the same operator, as traced models call it
+
+
+@dataclass(frozen=True)
+class Window:
+    """The sliding window of a convolution or a pooling, (y, x) each."""
+
+    kernel: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Value:
+    """One floating-point tensor that an operator gave.
+
+    Attributes:
+        op: the operator, for example ``convolution``.
+        call: which call of that operator it was, counted from 0.
+        output: which of the operator's outputs.
+        shape: of the tensor.
+        parents: indices of the recorded values that the operator read.
+        weights: names of the parameters and buffers that it read.
+        window: of a convolution, pooling or padding.
+    """
+
+    op: str
+    call: int
+    output: int
+    shape: tuple[int, ...]
+    parents: tuple[int, ...]
+    weights: tuple[str, ...] = ()
+    window: Window | None = None
+
+
+@dataclass(frozen=True)
+class Record:
+    """One forward.
+
+    Attributes:
+        values: floating-point values in the order of their making; the inputs come first.
+        results: by leaf tensor of what the model returned, the index of its value; None where it has none.
+    """
+
+    values: tuple[Value, ...]
+    results: tuple[int | None, ...]
+
+
+@torch.no_grad()
+def record(call: Callable[[], object], weights: Mapping[str, Tensor], inputs: Sequence[Tensor]) -> Record:
+    """Runs ``call`` once.
+
+    Args:
+        call: runs the model on the inputs, and returns what the model returns.
+        weights: the model's parameters and buffers by name.
+        inputs: the tensors that it is given.
+    """
+    recorder = _Recorder(weights)
+    for tensor in inputs:
+        recorder.add(Value("input", len(recorder.values), 0, tuple(tensor.shape), ()), tensor)
+    with recorder:
+        result = call()
+    leaves = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+    return Record(tuple(recorder.values), tuple(recorder.index_of(leaf) for leaf in leaves))
+
+
+class _Recorder(TorchDispatchMode):
+    def __init__(self, weights: Mapping[str, Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.values: list[Value] = []
+        self._index: dict[int, int] = {}  # id of a living tensor -> its value
+        # By address: an operator may be given a view of a parameter. Tensors without elements have none.
+        self._weights = {t.untyped_storage().data_ptr(): name for name, t in weights.items() if t.numel()}
+        self._aliases: list[Tensor] = []  # kept alive, so that nothing else gets their addresses
+        self._calls: Counter[str] = Counter()
+
+    def add(self, value: Value, tensor: Tensor) -> None:
+        key = id(tensor)
+        if key not in self._index:
+            weakref.finalize(tensor, self._index.pop, key, None)  # another tensor may get this id later
+        self._index[key] = len(self.values)
+        self.values.append(value)
+
+    def index_of(self, tensor: Tensor) -> int | None:
+        return self._index.get(id(tensor))
+
+    def _weight(self, tensor: Tensor) -> str:
+        """A parameter's name; what else no operator made is a constant of the graph, as a frozen model's weights."""
+        pointer = tensor.untyped_storage().data_ptr()
+        return self._weights.setdefault(pointer, f"constant {len(self._weights)}")
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        read = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+        parents = tuple(index for t in read if (index := self.index_of(t)) is not None)
+        weights = tuple(self._weight(t) for t in read if self.index_of(t) is None and t.dim() and t.numel())
+        result = func(*args, **kwargs)
+        if weights and not parents:  # a weight transposed, converted or scaled is that weight
+            aliases = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor) and leaf.numel()]
+            self._weights.update((t.untyped_storage().data_ptr(), weights[0]) for t in aliases)
+            self._aliases += aliases
+            return result
+        op = _NAMES.get(name := func.overloadpacket.__name__, name)
+        call = self._calls[op]
+        self._calls[op] += 1
+        for output, tensor in enumerate(leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)):
+            if tensor.is_floating_point():
+                shape = tuple(tensor.shape)
+                self.add(Value(op, call, output, shape, parents, weights, _window(op, args)), tensor)
+        return result
+
+
+def _window(op: str, args: Sequence[Any]) -> Window | None:
+    """Reads the window off an operator's arguments, as aten's schemas order them."""
+    if op == "convolution" and not args[6] and len(args[3]) == 2:  # args[6]: transposed
+        return Window(_pair(args[1].shape[2:]), _pair(args[3]), _pair(args[4]), _pair(args[5]))
+    if op in ("max_pool2d_with_indices", "max_pool2d", "avg_pool2d"):
+        stride = args[2] if len(args) > 2 and args[2] else args[1]
+        padding = args[3] if len(args) > 3 else 0
+        dilation = args[4] if len(args) > 4 and op != "avg_pool2d" else 1
+        return Window(_pair(args[1]), _pair(stride), _pair(padding), _pair(dilation))
+    if op == "constant_pad_nd" and len(args[1]) >= 4:  # as a window of one cell
+        return Window((1, 1), (1, 1), (int(args[1][2]), int(args[1][0])), (1, 1))
+    return None
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    """2, [2] or [2, 3] as (y, x)."""
+    values = [int(v) for v in value] if isinstance(value, Sequence) else [int(value)]
+    return values[0], values[-1]
+
+
+class _SeenError(Exception):
+    """Everything that was wanted has been read; the rest of the forward is not needed."""
+
+
+@torch.no_grad()
+def first_convolution_input(call: Callable[[], object]) -> Tensor:
+    """A copy of what the first convolution reads when ``call`` runs a model: (N, C, H, W).
+
+    Raises:
+        NoPyramidError: there is no convolution.
+    """
+    reader = _FirstConvolution()  # type: ignore[no-untyped-call]
+    try:
+        with reader:
+            call()
+    except Exception:
+        # Our own stop; TorchScript wraps it into an error of its own.
+        if reader.read is None:
+            raise
+    if reader.read is None:
+        raise NoPyramidError("no convolution reads an image in this model, so it has no feature maps")
+    return reader.read
+
+
+class _FirstConvolution(TorchDispatchMode):
+    read: Tensor | None = None
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if self.read is None and _NAMES.get(name, name) == "convolution":
+            self.read = args[0].clone()
+            raise _SeenError
+        return func(*args, **(kwargs or {}))

@@ -1,0 +1,326 @@
+"""Probing finds the pyramid of networks that it knows nothing of: small twins of each kind of detector."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import interpolate, pad
+
+from gdetkd_cli.errors import ModelError, NoPyramidError
+from gdetkd_cli.probing.probe import Probed, probe
+
+SIZE = (192, 256)
+
+
+def conv(inputs: int, outputs: int, kernel: int = 3, stride: int = 1) -> nn.Sequential:
+    layers = [nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, bias=False), nn.BatchNorm2d(outputs), nn.SiLU()]
+    return nn.Sequential(*layers)
+
+
+class Body(nn.Module):
+    """Maps of stride 8, 16 and 32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(conv(3, 8, 7, 2), nn.MaxPool2d(3, 2, 1))
+        self.c3, self.c4, self.c5 = conv(8, 8, 3, 2), conv(8, 12, 3, 2), conv(12, 16, 3, 2)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        c3 = self.c3(self.stem(x))
+        c4 = self.c4(c3)
+        return c3, c4, self.c5(c4)
+
+
+class TopDown(nn.Module):
+    """An FPN; its three levels are the outputs of ``out3``, ``out4``, ``out5``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = Body()
+        self.in3, self.in4, self.in5 = (nn.Conv2d(c, 16, 1) for c in (8, 12, 16))
+        self.out3, self.out4, self.out5 = (nn.Conv2d(16, 16, 3, padding=1) for _ in range(3))
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        c3, c4, c5 = self.body(x)
+        p5 = self.in5(c5)
+        p4 = self.in4(c4) + interpolate(p5, size=c4.shape[-2:], mode="nearest")
+        p3 = self.in3(c3) + interpolate(p4, size=c3.shape[-2:], mode="nearest")
+        return [self.out3(p3), self.out4(p4), self.out5(p5)]
+
+
+class SharedHead(nn.Module):
+    """RetinaNet-like: one head reads every level."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.neck = TopDown()
+        self.tower, self.classes, self.boxes = conv(16, 16), nn.Conv2d(16, 6, 1), nn.Conv2d(16, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = []
+        for level in self.neck(x):
+            hidden = self.tower(level)
+            flat.append(torch.cat([self.classes(hidden), self.boxes(hidden)], dim=1).flatten(2))
+        return torch.cat(flat, dim=2)
+
+
+class Split(nn.Module):
+    """Splits, convolves and joins again, as the blocks of YOLO's neck do."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.first, self.inner, self.last = (
+            conv(inputs, outputs, 1),
+            conv(outputs, outputs),
+            conv(2 * outputs, outputs, 1),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x)
+        return self.last(torch.cat([y, self.inner(y)], dim=1))
+
+
+class TwoWay(nn.Module):
+    """YOLO-like: a top-down and a bottom-up path, and a head of its own for every level."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = Body()
+        self.up4, self.up3 = Split(28, 12), Split(20, 8)
+        self.down3, self.down4 = conv(8, 8, 3, 2), conv(12, 12, 3, 2)
+        self.n4, self.n5 = Split(20, 12), Split(28, 16)
+        self.classes = nn.ModuleList(nn.Sequential(conv(c, 8), nn.Conv2d(8, 5, 1)) for c in (8, 12, 16))
+        self.boxes = nn.ModuleList(nn.Sequential(conv(c, 8), nn.Conv2d(8, 4, 1)) for c in (8, 12, 16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        c3, c4, c5 = self.body(x)
+        p4 = self.up4(torch.cat([interpolate(c5, scale_factor=2.0), c4], dim=1))
+        n3 = self.up3(torch.cat([interpolate(p4, scale_factor=2.0), c3], dim=1))
+        n4 = self.n4(torch.cat([self.down3(n3), p4], dim=1))
+        n5 = self.n5(torch.cat([self.down4(n4), c5], dim=1))
+        flat = []
+        for level, classes, boxes in zip([n3, n4, n5], self.classes, self.boxes):  # noqa: B905  # TorchScript knows no strict
+            flat.append(torch.cat([boxes(level), classes(level).sigmoid()], dim=1).flatten(2))
+        return torch.cat(flat, dim=2)
+
+
+class OneConvolutionHeads(TwoWay):
+    """As older YOLOs: one convolution a level gives everything."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.all = nn.ModuleList(nn.Conv2d(c, 9, 1) for c in (8, 12, 16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        c3, c4, c5 = self.body(x)
+        p4 = self.up4(torch.cat([interpolate(c5, scale_factor=2.0), c4], dim=1))
+        n3 = self.up3(torch.cat([interpolate(p4, scale_factor=2.0), c3], dim=1))
+        n4 = self.n4(torch.cat([self.down3(n3), p4], dim=1))
+        n5 = self.n5(torch.cat([self.down4(n4), c5], dim=1))
+        flat = []
+        for level, head in zip([n3, n4, n5], self.all):  # noqa: B905  # TorchScript knows no strict
+            flat.append(head(level).flatten(2).sigmoid())
+        return torch.cat(flat, dim=2)
+
+
+class NoNeck(nn.Module):
+    """SSD-like: the body's own maps are the levels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = Body()
+        self.classes = nn.ModuleList(nn.Conv2d(c, 5, 3, padding=1) for c in (8, 12, 16))
+        self.boxes = nn.ModuleList(nn.Conv2d(c, 4, 3, padding=1) for c in (8, 12, 16))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        scores, deltas = [], []
+        for level, classes, boxes in zip(self.body(x), self.classes, self.boxes):  # noqa: B905  # TorchScript knows no strict
+            scores.append(classes(level).flatten(2))
+            deltas.append(boxes(level).flatten(2))
+        return torch.cat(scores, dim=2), torch.cat(deltas, dim=2)
+
+
+class OneLevel(nn.Module):
+    """A detector on one map."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.classes, self.boxes = Body(), nn.Conv2d(16, 5, 1), nn.Conv2d(16, 4, 1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        level = self.body(x)[2]
+        return self.classes(level).flatten(2), self.boxes(level).flatten(2)
+
+
+class Functional(nn.Module):
+    """No submodules at all: parameters and functions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weights = nn.ParameterList([nn.Parameter(torch.randn(o, i, 3, 3)) for i, o in ((3, 6), (6, 8), (8, 10))])
+        self.head = nn.ParameterList([nn.Parameter(torch.randn(4, c, 1, 1)) for c in (8, 10)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        a = torch.conv2d(x, self.weights[0], None, [4, 4], [1, 1]).relu()
+        b = torch.conv2d(a, self.weights[1], None, [2, 2], [1, 1]).relu()
+        c = torch.conv2d(b, self.weights[2], None, [2, 2], [1, 1]).relu()
+        outputs = [torch.conv2d(level, head).flatten(2) for level, head in zip([b, c], self.head)]  # noqa: B905  # TorchScript knows no strict
+        return torch.cat(outputs, dim=2)
+
+
+def scripted(model: nn.Module) -> nn.Module:
+    return torch.jit.script(model)
+
+
+def traced(model: nn.Module) -> nn.Module:
+    return torch.jit.trace(model, torch.rand(1, 3, *SIZE))
+
+
+def frozen(model: nn.Module) -> nn.Module:
+    return torch.jit.freeze(torch.jit.trace(model, torch.rand(1, 3, *SIZE)))
+
+
+FORMATS: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "eager": lambda model: model,
+    "scripted": scripted,
+    "traced": traced,
+    "frozen": frozen,
+}
+# class -> channels and strides of its levels
+TWINS: dict[type[nn.Module], list[tuple[int, int]]] = {
+    SharedHead: [(16, 8), (16, 16), (16, 32)],
+    TwoWay: [(8, 8), (12, 16), (16, 32)],
+    OneConvolutionHeads: [(8, 8), (12, 16), (16, 32)],
+    NoNeck: [(8, 8), (12, 16), (16, 32)],
+    OneLevel: [(16, 32)],
+    Functional: [(8, 8), (10, 16)],
+}
+
+
+def run(model: Any, size: tuple[int, int] = SIZE) -> Probed:
+    weights = dict(model.named_parameters()) | dict(model.named_buffers())
+    with warnings.catch_warnings(action="ignore"):
+        return probe(model, weights, size)
+
+
+def build(twin: Callable[[], nn.Module]) -> nn.Module:
+    torch.manual_seed(0)
+    return twin().eval()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("twin", TWINS, ids=lambda twin: twin.__name__)
+def test_every_kind_in_every_format(twin: type[nn.Module], form: str) -> None:
+    if form == "scripted" and twin in (Functional, TwoWay, OneConvolutionHeads):
+        pytest.skip("TorchScript cannot script this way of writing it")
+    found = run(FORMATS[form](build(twin)))
+
+    assert [(level.channels, level.geometry.stride) for level in found.levels] == [
+        (channels, pytest.approx((stride, stride), rel=1e-3)) for channels, stride in TWINS[twin]
+    ]
+    assert [level.shape for level in found.levels] == [(192 // stride, 256 // stride) for _, stride in TWINS[twin]]
+    assert found.call == "(N, 3, H, W) tensor"
+    assert found.region_embedding is None
+
+
+def test_levels_are_what_the_neck_gives() -> None:
+    assert [level.name for level in run(build(SharedHead)).levels] == ["neck.out3", "neck.out4", "neck.out5"]
+
+
+def test_a_pyramid_of_the_head_and_not_of_the_body_is_taken() -> None:
+    """The bottom-up path's maps, not those of the top-down path or of the body."""
+    model = build(TwoWay)
+    kept: dict[str, Tensor] = {}
+    for name in ("up3", "n4", "n5"):
+        getattr(model, name).register_forward_hook(lambda _, __, out, name=name: kept.update({name: out}))
+    found = run(model)
+
+    assert [level.shape for level in found.levels] == [tuple(kept[name].shape[-2:]) for name in ("up3", "n4", "n5")]
+    assert [level.name.partition(":")[0] for level in found.levels] == ["silu"] * 3
+
+
+# ------------------------------------------------------------------------------------------------ what comes before
+
+
+class Letterbox(nn.Module):
+    """Resizes to fit 128 x 128 pixels, and centres the picture there."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: list[Tensor]) -> Tensor:
+        batch = []
+        for image in images:
+            scale = 128 / max(image.shape[-2:])
+            height, width = round(image.shape[-2] * scale), round(image.shape[-1] * scale)
+            small = interpolate(image[None], size=(height, width), mode="bilinear", antialias=True)[0]
+            top, left = (128 - height) // 2, (128 - width) // 2
+            batch.append(pad(small, (left, 128 - width - left, top, 128 - height - top), value=0.5))
+        return self.network(torch.stack(batch))
+
+
+def test_geometry_through_a_letterbox() -> None:
+    found = run(Letterbox(build(SharedHead)).eval())
+
+    assert found.call == "list of (3, H, W) images in 0..1"
+    for level, stride in zip(found.levels, (8, 16, 32), strict=True):
+        assert level.geometry.stride == pytest.approx((2 * stride, 2 * stride), rel=0.01)
+        # Cell 0 is centred on the first pixel of a 128-pixel square, 16 of whose rows lie above the picture.
+        assert level.geometry.offset == pytest.approx((1 - 32, 1), abs=0.05 * stride)
+
+
+@pytest.mark.parametrize("size", [(192, 256), (300, 200), (97, 131)])
+def test_offsets_of_windows_by_hand(size: tuple[int, int]) -> None:
+    """A 2 x 2 pool moves the first cell's centre by half a pixel; a valid convolution by its margin."""
+
+    class Windows(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 4, 5), nn.Conv2d(4, 4, 4, stride=4)
+            self.head = nn.ModuleList(nn.Conv2d(4, 2, 1) for _ in range(2))
+
+        def forward(self, x: Tensor) -> list[Tensor]:
+            fine = torch.max_pool2d(self.a(x), 2)
+            return [head(level).flatten(2) for head, level in zip(self.head, [fine, self.b(fine)], strict=True)]
+
+    fine, coarse = run(build(Windows), size).levels
+    assert fine.geometry.stride == pytest.approx((2, 2), rel=1e-3)
+    assert fine.geometry.offset == pytest.approx((3, 3), abs=0.02)  # pixels 2 and 3 of 5-pixel windows
+    assert coarse.geometry.stride == pytest.approx((8, 8), rel=1e-3)
+    assert coarse.geometry.offset == pytest.approx((6, 6), abs=0.02)
+
+
+# ------------------------------------------------------------------------------------------------------ no pyramid
+
+
+class Classifier(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.classes = Body(), nn.Linear(16, 1000)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classes(self.body(x)[2].mean(dim=(2, 3)))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("form", FORMATS)
+def test_a_classifier_has_no_pyramid(form: str) -> None:
+    with pytest.raises(NoPyramidError, match="no feature map of this model reaches a detection head"):
+        run(FORMATS[form](build(Classifier)))
+
+
+def test_what_reads_no_image_has_no_pyramid() -> None:
+    with pytest.raises(NoPyramidError, match="no convolution reads an image"):
+        run(build(lambda: nn.Sequential(nn.Flatten(2), nn.Linear(192 * 256, 4))))
+
+
+def test_a_model_that_cannot_be_called_says_how_it_was_tried() -> None:
+    with pytest.raises(ModelError, match=r"192 x 256 pixels .*list of .*tensor: .*to have 1 channels.*with --size"):
+        run(build(lambda: nn.Conv2d(1, 1, 3)))
