@@ -34,17 +34,13 @@ class _Trail(Geometry):
     resampled: bool = False  # made by upsampling: what it is added to lies where it should, this may not
 
 
-def cells_of(
-    values: Sequence[Value], reference: int, level: int, size: tuple[int, int], channels_last: bool
-) -> Geometry:
-    """A level's cells in pixels of the reference, the tensor that the first convolution reads.
+def cells_of(values: Sequence[Value], reference: int, level: int) -> Geometry | None:
+    """A level's cells in pixels of the reference; None where no chain of (N, C, H, W) maps leads to it.
 
     Args:
         values: the record.
-        reference: index of the first convolution's input.
+        reference: index of the tensor that the network starts from, (N, C, H, W).
         level: index of the level.
-        size: (height, width) cells of the level.
-        channels_last: whether the level is (N, H, W, C).
     """
     frame = values[reference].shape[-2:]
     trails: dict[int, _Trail] = {reference: _Trail((1.0, 1.0), (0.5, 0.5), (frame[0], frame[1]))}
@@ -54,9 +50,11 @@ def cells_of(
         if before and len(value.shape) == 4:
             trails[i] = _step(value, before)
     found = trails.get(level)
-    if found is not None and found.size == size and not channels_last:
-        return Geometry(found.stride, found.offset)
-    # Made from tokens, or channels last: the cells lie evenly over the network's input.
+    return None if found is None else Geometry(found.stride, found.offset)
+
+
+def evenly(frame: Sequence[int], size: tuple[int, int]) -> Geometry:
+    """Cells that lie side by side over a whole frame of (height, width) pixels: maps made of patches or tokens."""
     stride = (frame[0] / size[0], frame[1] / size[1])
     return Geometry(stride, (stride[0] / 2, stride[1] / 2))
 

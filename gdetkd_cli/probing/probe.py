@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from gdetkd_cli.errors import ModelError
-from gdetkd_cli.probing.geometry import Geometry, cells_of, measure_frame, through
+from gdetkd_cli.probing.geometry import Geometry, cells_of, evenly, measure_frame, through
 from gdetkd_cli.probing.levels import LINEAR, find_levels
 from gdetkd_cli.probing.record import Value, first_convolution_input, record
 
@@ -75,7 +75,11 @@ def probe(model: Model, weights: Mapping[str, Tensor], size: tuple[int, int]) ->
             name=_name(values, index),
             channels=values[index].shape[-1 if last else 1],
             shape=shape,
-            geometry=through(frame, cells_of(values, found.reference, index, shape, last)),
+            geometry=through(
+                frame,
+                (None if last else cells_of(values, found.reference, index))
+                or evenly(values[found.reference].shape[-2:], shape),
+            ),
         )
         for index, shape, last in zip(found.levels, found.sizes, found.channels_last, strict=True)
     )

@@ -120,7 +120,7 @@ def test_a_level_that_ignores_the_image() -> None:
 
 
 def test_a_level_of_one_size() -> None:
-    with pytest.raises(ModelError, match=r"'stage 1' has \(7, 7\) cells for 512 pixels and \(7, 7\) for 4096"):
+    with pytest.raises(ModelError, match=r"'stage 1' has \(7, 7\) cells for 512 pixels and \(7, 7\) for 384"):
         measure(stem(), nn.AdaptiveAvgPool2d(7))
 
 
