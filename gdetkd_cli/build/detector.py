@@ -10,6 +10,8 @@ import torch
 from torch import nn
 
 from gdetkd_cli.detectors import catalog
+from gdetkd_cli.detectors.files import kind_of, load_torchscript
+from gdetkd_cli.detectors.probed import ModelInput, ProbedDetector
 from gdetkd_cli.detectors.protocol import Detector
 from gdetkd_cli.detectors.weights import (
     load_state,
@@ -50,7 +52,10 @@ def build_detector(
         ModelError: it cannot be built, or its weights cannot be read or do not fit.
     """
     if isinstance(spec, CheckpointDetector):
-        loaded = catalog.load(catalog.locate(spec.path), class_names)
+        path = catalog.locate(spec.path)
+        if kind_of(path) == "torchscript":
+            return _probed(spec, path, teaches=keep_classes)
+        loaded = catalog.load(path, class_names)
         if keep_classes or loaded.detector.class_names == class_names:
             return BuiltDetector(loaded.detector, loaded.description, loaded.notes)
         torch.manual_seed(seed)
@@ -79,6 +84,21 @@ def build_detector(
     if state is not None:
         notes += load_state(detector.module, state, source)
     return BuiltDetector(detector, description, tuple(notes))
+
+
+def _probed(spec: CheckpointDetector, path: Path, *, teaches: bool) -> BuiltDetector:
+    """A TorchScript file, by what probing finds."""
+    if not teaches:
+        raise ModelError(f"{path} is TorchScript, which can teach but not be trained here; name another student")
+    options = spec.input
+    detector = ProbedDetector(
+        module=load_torchscript(path).eval(),
+        source=str(path),
+        model_input=ModelInput(scale=255.0 if options.range == "0-255" else 1.0, mean=options.mean, std=options.std),
+        size=options.size,
+    )
+    notes = (f"{path}: called with a {detector.probed.call}", f"{path}: {detector.probed.reason}")
+    return BuiltDetector(detector, {}, notes)
 
 
 def _description(spec: TorchvisionDetector | ComposedDetector, norm: str) -> dict[str, Any]:

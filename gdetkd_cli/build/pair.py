@@ -47,7 +47,9 @@ def build_pair(config: Distill, student: Detector, teacher: Detector, seed: int)
             "set distill.pair to auto"
         )
     transferred, head_transfer = _transfer(config, student, teacher)
-    teacher.module.eval().requires_grad_(False)
+    teacher.module.eval()
+    for parameter in teacher.module.parameters():  # one by one: TorchScript cannot do it as a whole
+        parameter.requires_grad_(False)
     torch.manual_seed(seed)  # the terms' fresh weights
     plans: list[TermPlan] = []
     terms: dict[str, WeightedTerm] = {}

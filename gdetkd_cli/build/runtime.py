@@ -48,7 +48,7 @@ def apply_runtime(
         if settings.channels_last:
             module.to(memory_format=torch.channels_last)
         _ = detector.levels  # measured now: neither a compiled nor a wrapped network is easy to measure
-        if settings.compile:
+        if settings.compile and hasattr(module, "backbone") and not isinstance(module, torch.jit.ScriptModule):
             module.backbone.compile(dynamic=True)
     if pair is not None:
         pair.distiller.to(device)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from gdetkd_cli.structures import Batch, Detections, LevelSpec, Pyramid, Regions
 
-Family = Literal["two-stage", "dense"]
+Family = Literal["two-stage", "dense", "unknown"]
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Detector(Protocol):
 
     Attributes:
         module: the network; it alone is trained, saved and exported.
-        family: ``two-stage`` or ``dense``.
+        family: ``two-stage``, ``dense``, or ``unknown`` where only features can be read.
         class_names: K names, label k is ``class_names[k - 1]``.
         levels: the pyramid, fine to coarse.
         embedding_channels: D of the region embedding.

@@ -13,7 +13,7 @@ from torch.nn.functional import interpolate
 from gdetkd_cli.errors import ModelError
 from gdetkd_cli.probing.geometry import Geometry, cells_of, evenly, measure_frame, through
 from gdetkd_cli.probing.levels import LINEAR, find_levels
-from gdetkd_cli.probing.record import Value, first_convolution_input, record
+from gdetkd_cli.probing.record import Address, Value, read, record
 
 Model = Callable[..., object]
 # How detectors are called; tried in this order.
@@ -26,11 +26,24 @@ CALLS: Mapping[str, Callable[[Model, Tensor], object]] = {
 
 @dataclass(frozen=True)
 class ProbedLevel:
-    """A level: the value's name, channels, (height, width) cells, and where they lie in image pixels."""
+    """A level.
+
+    Attributes:
+        name: for people.
+        address: where it is read in a forward.
+        channels_last: whether it is (N, H, W, C).
+        channels: C.
+        shape: (height, width) cells.
+        cells: where they lie, in pixels of the network's input.
+        geometry: the same in pixels of the image.
+    """
 
     name: str
+    address: Address
+    channels_last: bool
     channels: int
     shape: tuple[int, int]
+    cells: Geometry
     geometry: Geometry
 
 
@@ -53,41 +66,50 @@ class Probed:
     reason: str
 
 
-def probe(model: Model, weights: Mapping[str, Tensor], size: tuple[int, int]) -> Probed:
+def probe(
+    model: Model,
+    weights: Mapping[str, Tensor],
+    size: tuple[int, int],
+    prepare: Callable[[Tensor], Tensor] = lambda image: image,
+) -> Probed:
     """Finds the pyramid of a model in evaluation mode.
 
     Args:
         model: the model, on the CPU.
         weights: its parameters and buffers by name.
         size: (height, width) pixels of the image that it is run on.
+        prepare: makes what the model wants of an image in 0..1.
 
     Raises:
         ModelError: it cannot be called in any known way.
         NoPyramidError: it has no feature pyramid.
     """
     image = probe_image(size)
-    call, values = _recorded(model, weights, image)
+    call, values = _recorded(model, weights, prepare(image))
     run = CALLS[call]
     found = find_levels(values)
-    frame = measure_frame(lambda changed: first_convolution_input(lambda: run(model, changed)), image)
-    levels = tuple(
-        ProbedLevel(
-            name=_name(values, index),
-            channels=values[index].shape[-1 if last else 1],
-            shape=shape,
-            geometry=through(
-                frame,
-                (None if last else cells_of(values, found.reference, index))
-                or evenly(values[found.reference].shape[-2:], shape),
-            ),
+    frame = measure_frame(lambda changed: read(lambda: run(model, prepare(changed)), ())[0], image)
+    levels = []
+    for index, shape, last in zip(found.levels, found.sizes, found.channels_last, strict=True):
+        value = values[index]
+        cells = None if last else cells_of(values, found.reference, index)
+        cells = cells or evenly(values[found.reference].shape[-2:], shape)
+        levels.append(
+            ProbedLevel(
+                name=_name(values, index),
+                address=Address(value.op, value.call, value.output),
+                channels_last=last,
+                channels=value.shape[-1 if last else 1],
+                shape=shape,
+                cells=cells,
+                geometry=through(frame, cells),
+            )
         )
-        for index, shape, last in zip(found.levels, found.sizes, found.channels_last, strict=True)
-    )
     pooled = next((i for i, v in enumerate(values) if v.op == "roi_align"), None)
     return Probed(
         call=call,
         family="unknown" if pooled is None else "two-stage",
-        levels=levels,
+        levels=tuple(levels),
         region_embedding=None if pooled is None else _region_embedding(values, pooled),
         reason=found.reason,
     )

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from gdetkd_cli.errors import NoPyramidError
+from gdetkd_cli.errors import ModelError, NoPyramidError
 
 _NAMES = {"_convolution": "convolution"}  # the same operator, as traced models call it
 
@@ -38,7 +38,8 @@ class Value:
 
     Attributes:
         op: the operator, for example ``convolution``.
-        call: which call of that operator it was, counted from 0.
+        call: which call of that operator it was, counted from 0 at the first convolution: what a model does to each
+            image before that depends on how many there are.
         output: which of the operator's outputs.
         shape: of the tensor.
         parents: indices of the recorded values that the operator read.
@@ -116,15 +117,17 @@ class _Recorder(TorchDispatchMode):
         read = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
         parents = tuple(index for t in read if (index := self.index_of(t)) is not None)
         weights = tuple(self._weight(t) for t in read if self.index_of(t) is None and t.dim() and t.numel())
+        op = _NAMES.get(name := func.overloadpacket.__name__, name)
+        if op == "convolution" and op not in self._calls:
+            self._calls.clear()
+        call = self._calls[op]
+        self._calls[op] += 1
         result = func(*args, **kwargs)
         if weights and not parents:  # a weight transposed, converted or scaled is that weight
             aliases = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor) and leaf.numel()]
             self._weights.update((t.untyped_storage().data_ptr(), weights[0]) for t in aliases)
             self._aliases += aliases
             return result
-        op = _NAMES.get(name := func.overloadpacket.__name__, name)
-        call = self._calls[op]
-        self._calls[op] += 1
         for output, tensor in enumerate(leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)):
             if tensor.is_floating_point():
                 shape = tuple(tensor.shape)
@@ -156,32 +159,72 @@ class _SeenError(Exception):
     """Everything that was wanted has been read; the rest of the forward is not needed."""
 
 
+@dataclass(frozen=True)
+class Address:
+    """Names a value from one forward to the next: an operator's output, as ``Value`` counts calls."""
+
+    op: str
+    call: int
+    output: int = 0
+
+
 @torch.no_grad()
-def first_convolution_input(call: Callable[[], object]) -> Tensor:
-    """A copy of what the first convolution reads when ``call`` runs a model: (N, C, H, W).
+def read(call: Callable[[], object], addresses: Sequence[Address]) -> tuple[Tensor, list[Tensor]]:
+    """Reads values while ``call`` runs a model, and stops it when it has them.
+
+    Args:
+        call: runs the model.
+        addresses: of the values.
+
+    Returns:
+        What the first convolution reads, (N, C, H, W), and the values.
 
     Raises:
         NoPyramidError: there is no convolution.
+        ModelError: the forward ended without one of the values.
     """
-    reader = _FirstConvolution()  # type: ignore[no-untyped-call]
+    reader = _Reader(addresses)
     try:
         with reader:
             call()
     except Exception:
         # Our own stop; TorchScript wraps it into an error of its own.
-        if reader.read is None:
+        if reader.missing() or reader.network_input is None:
             raise
-    if reader.read is None:
+    if reader.network_input is None:
         raise NoPyramidError("no convolution reads an image in this model, so it has no feature maps")
-    return reader.read
+    missing = reader.missing()
+    if missing:
+        raise ModelError(f"the model's forward ended without {missing[0].op}:{missing[0].call}; its path has changed")
+    return reader.network_input, [reader.found[address] for address in addresses]
 
 
-class _FirstConvolution(TorchDispatchMode):
-    read: Tensor | None = None
+class _Reader(TorchDispatchMode):
+    def __init__(self, addresses: Sequence[Address]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._addresses = addresses
+        self._calls: Counter[str] = Counter()
+        self.network_input: Tensor | None = None
+        self.found: dict[Address, Tensor] = {}
+
+    def missing(self) -> list[Address]:
+        return [address for address in self._addresses if address not in self.found]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.overloadpacket.__name__
-        if self.read is None and _NAMES.get(name, name) == "convolution":
-            self.read = args[0].clone()
-            raise _SeenError
-        return func(*args, **(kwargs or {}))
+        op = _NAMES.get(name := func.overloadpacket.__name__, name)
+        if op == "convolution" and self.network_input is None:
+            # A copy: a model may reuse its buffers.
+            self.network_input = args[0].clone()
+            self._calls.clear()
+            if not self._addresses:
+                raise _SeenError
+        result = func(*args, **(kwargs or {}))
+        if self.network_input is not None:
+            for output, tensor in enumerate(leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)):
+                address = Address(op, self._calls[op], output)
+                if address in self._addresses:
+                    self.found[address] = tensor.clone()  # a later operator may write into it
+            self._calls[op] += 1
+            if not self.missing():
+                raise _SeenError
+        return result

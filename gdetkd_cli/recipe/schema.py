@@ -104,13 +104,23 @@ class ComposedDetector(Strict):
         return self
 
 
+class FileInput(Strict):
+    """What a TorchScript teacher wants its images to be; other files know it themselves."""
+
+    range: Literal["0-1", "0-255"] = Field("0-1", description="values of the images that it takes")
+    mean: tuple[float, float, float] | None = Field(None, description="subtracted per channel, in that range")
+    std: tuple[float, float, float] | None = Field(None, description="divided by per channel, after that")
+    size: tuple[PositiveInt, PositiveInt] = Field((480, 640), description="height and width of the probe image")
+
+
 class CheckpointDetector(Strict):
-    """A detector that this tool trained, or a torchvision detector's weights: the file says which one it is."""
+    """A file that says itself what it is: trained by this tool, a torchvision detector's weights, or TorchScript."""
 
     arch: Literal["checkpoint"]
     path: str = Field(
-        description="run folder, student.pt, a torchvision state_dict, or builtin:NAME for one that ships with gdetkd"
+        description="run folder, student.pt, torchvision state_dict, TorchScript file, or builtin:NAME of gdetkd's own"
     )
+    input: FileInput = FileInput()
 
 
 Detector = Annotated[TorchvisionDetector | ComposedDetector | CheckpointDetector, Field(discriminator="arch")]

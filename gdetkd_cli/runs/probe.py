@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import warnings
+from itertools import chain
 from pathlib import Path
 
 import torch
 
 from gdetkd_cli.detectors import architectures, catalog
 from gdetkd_cli.detectors.files import kind_of, load_torchscript
+from gdetkd_cli.detectors.probed import ProbedDetector
 from gdetkd_cli.detectors.protocol import Detector
 from gdetkd_cli.errors import ModelError
 from gdetkd_cli.probing.probe import probe
@@ -87,7 +89,9 @@ def report_of(
     detector: Detector, *, source: str, format: str, size: tuple[int, int], classes: tuple[str, ...] | None = None
 ) -> PyramidReport:
     """What was measured of a detector, in pixels of a picture of ``size`` (height, width)."""
-    device = next(detector.module.parameters()).device
+    # A frozen TorchScript model has neither.
+    tensors = chain(detector.module.parameters(), detector.module.buffers())
+    device = next((tensor.device for tensor in tensors), torch.device("cpu"))
     picture = Batch(images=[torch.zeros(3, *size, device=device)], targets=[], image_ids=torch.zeros(1))
     with torch.no_grad():
         pyramid = detector.look(picture).pyramid
@@ -103,10 +107,11 @@ def report_of(
         )
         for level, features in zip(pyramid.levels, pyramid.maps, strict=True)
     )
+    probed = detector.probed if isinstance(detector, ProbedDetector) else None
     return PyramidReport(
         source=source,
-        format=format,
-        call="list of (3, H, W) images in 0..1",
+        format="torchscript" if probed else format,
+        call=probed.call if probed else "list of (3, H, W) images in 0..1",
         family=detector.family,
         levels=levels,
         region_embedding={"channels": detector.embedding_channels, "source": detector.embedding_source},

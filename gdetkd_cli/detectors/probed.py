@@ -1,0 +1,154 @@
+"""Any model that probing understands, as a teacher: its pyramid is read, and nothing else of it is known.
+
+Shapes: N images, R regions; boxes xyxy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+from gdetkd_cli.detectors.pooling import assign_levels, pool_assigned
+from gdetkd_cli.detectors.protocol import Family, Observation, RegionView, View
+from gdetkd_cli.errors import PairError
+from gdetkd_cli.probing.geometry import Geometry, measure_frame
+from gdetkd_cli.probing.probe import CALLS, Probed, probe
+from gdetkd_cli.probing.record import read
+from gdetkd_cli.structures import Batch, Detections, Frame, LevelSpec, Pyramid, Regions
+
+_CELLS_PER_SIDE = 14.0  # of a region on its level: the usual rule, 224 pixels at stride 16
+
+
+@dataclass(frozen=True)
+class ModelInput:
+    """What a model wants its images to be.
+
+    Attributes:
+        scale: what values in 0..1 are multiplied by (255 for models that take 0..255).
+        mean, std: subtracted from and divided by, per channel, after that.
+    """
+
+    scale: float = 1.0
+    mean: tuple[float, float, float] | None = None
+    std: tuple[float, float, float] | None = None
+
+    def prepare(self, image: Tensor) -> Tensor:
+        """(3, H, W) in 0..1 -> what the model wants."""
+        image = image * self.scale
+        if self.mean is not None:
+            image = image - image.new_tensor(self.mean)[:, None, None]
+        if self.std is not None:
+            image = image / image.new_tensor(self.std)[:, None, None]
+        return image
+
+
+class ProbedDetector:
+    """A model of unknown code, TorchScript for example. It can teach by its features; it cannot be trained here.
+
+    Its region embedding is the mean of a region's pooled feature.
+    """
+
+    family: Family = "unknown"
+    class_names: tuple[str, ...] = ()
+
+    def __init__(self, *, module: nn.Module, source: str, model_input: ModelInput, size: tuple[int, int]) -> None:
+        """Probes the model.
+
+        Args:
+            module: in evaluation mode, on the CPU.
+            source: for messages.
+            model_input: what it wants its images to be.
+            size: (height, width) pixels of an image that it can be run on.
+
+        Raises:
+            ModelError, NoPyramidError: probing does not understand it.
+        """
+        self.module = module
+        self._source = source
+        self._input = model_input
+        self._frames: dict[tuple[int, int], Geometry] = {}
+        weights = dict(module.named_parameters()) | dict(module.named_buffers())
+        self.probed: Probed = probe(module, weights, size, model_input.prepare)
+        self.levels = tuple(
+            LevelSpec(level.name, level.channels, level.cells.stride, level.cells.offset, level.shape)
+            for level in self.probed.levels
+        )
+
+    @property
+    def embedding_channels(self) -> int:
+        return max(level.channels for level in self.levels)
+
+    @property
+    def embedding_source(self) -> str:
+        return "mean of the pooled region"
+
+    def observe(self, batch: Batch) -> Observation:
+        raise PairError(f"{self._source} can teach, but not be trained: its losses are not known")
+
+    def predict(self, images: list[Tensor]) -> list[Detections]:
+        raise PairError(f"{self._source} can teach by its features; its detections are not read")
+
+    @torch.no_grad()
+    def look(self, batch: Batch) -> Observation:
+        groups = [self._read(images) for images in self._together(batch.images)]
+        maps = tuple(_stack([group[1][level] for group in groups]) for level in range(len(self.levels)))
+        height, width = (max(group[0].shape[axis] for group in groups) for axis in (-2, -1))
+        frames = [self._frame(image) for image in batch.images]
+        stride = torch.tensor([f.stride[::-1] for f in frames], device=batch.images[0].device)
+        offset = torch.tensor([f.offset[::-1] for f in frames], device=stride.device)
+        frame = Frame(scale=1 / stride, shift=0.5 - offset / stride, size=(height, width))
+        return Observation(losses={}, pyramid=Pyramid(maps=maps, levels=self.levels, frame=frame), candidates=None)
+
+    def view_regions(self, seen: Observation, regions: Regions, needs: frozenset[View]) -> RegionView:
+        assignment = assign_levels(seen.pyramid, regions, cells_per_side=_CELLS_PER_SIDE)
+        pooled = pool_assigned(seen.pyramid, regions, assignment, size=7, sampling_ratio=2)
+        channels = torch.tensor([level.channels for level in self.levels], device=assignment.device)
+        unequal = len(channels.unique()) > 1
+        return RegionView(
+            pooled=pooled,
+            pooled_channels=channels[assignment] if unequal else None,
+            embedding=pooled.mean(dim=(2, 3)) if "embedding" in needs else None,
+        )
+
+    def _together(self, images: Sequence[Tensor]) -> list[list[Tensor]]:
+        """The images in groups that one call takes, in their order."""
+        takes_list = self.probed.call.startswith("list")
+        takes_batch = self.probed.call.startswith("(N")
+        if takes_list or (takes_batch and len({image.shape for image in images}) == 1):
+            return [list(images)]
+        return [[image] for image in images]
+
+    def _read(self, images: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """The network's input and the levels, (N, C, H, W), of images that one call takes."""
+        prepared = [self._input.prepare(image) for image in images]
+        module: Any = self.module
+
+        def call() -> object:
+            if self.probed.call.startswith("list"):
+                return module(prepared)
+            return module(torch.stack(prepared) if self.probed.call.startswith("(N") else prepared[0])
+
+        network_input, values = read(call, [level.address for level in self.probed.levels])
+        levels = zip(values, self.probed.levels, strict=True)
+        return network_input, [v.permute(0, 3, 1, 2) if level.channels_last else v for v, level in levels]
+
+    def _frame(self, image: Tensor) -> Geometry:
+        """Where the network's input lies in images of this size; measured once for each size."""
+        size = (image.shape[-2], image.shape[-1])
+        if size not in self._frames:
+            run = CALLS[self.probed.call]
+            self._frames[size] = measure_frame(
+                lambda changed: read(lambda: run(self.module, self._input.prepare(changed)), ())[0], image
+            )
+        return self._frames[size]
+
+
+def _stack(maps: Sequence[Tensor]) -> Tensor:
+    """Maps of several calls as one batch, padded at the far sides to the largest."""
+    height, width = (max(m.shape[axis] for m in maps) for axis in (-2, -1))
+    return torch.cat([pad(m, (0, width - m.shape[-1], 0, height - m.shape[-2])) for m in maps])

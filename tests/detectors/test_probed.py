@@ -1,0 +1,166 @@
+"""A model of unknown code as a teacher: what is read of it is what it computes."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import toy
+from torch import Tensor, nn
+from torch.nn.functional import interpolate
+from torchvision.ops import roi_align
+from twins import NoNeck, SharedHead, TwoWay
+
+from gdetkd_cli.detectors.probed import ModelInput, ProbedDetector
+from gdetkd_cli.errors import ModelError
+from gdetkd_cli.recipe.schema import CheckpointDetector
+from gdetkd_cli.runs import run_distill
+from gdetkd_cli.structures import Batch, Regions
+
+SIZE = (96, 128)
+# twin -> the submodules whose outputs are its levels
+LEVELS = {
+    SharedHead: ("neck.out3", "neck.out4", "neck.out5"),
+    TwoWay: ("up3", "n4", "n5"),
+    NoNeck: ("body.c3", "body.c4", "body.c5"),
+}
+
+
+class TakesList(nn.Module):
+    """Resizes each image to half its size, as a detector's own transform may."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: list[Tensor]) -> Tensor:
+        return self.network(
+            torch.stack([interpolate(i[None] - 0.5, scale_factor=0.5, mode="bilinear")[0] for i in images])
+        )
+
+
+def built(twin: Callable[[], nn.Module]) -> nn.Module:
+    torch.manual_seed(0)
+    return twin().eval()
+
+
+def traced(network: nn.Module) -> nn.Module:
+    with warnings.catch_warnings(action="ignore"):
+        return torch.jit.trace(network, torch.rand(1, 3, *SIZE))
+
+
+def detector(module: nn.Module, model_input: ModelInput | None = None) -> ProbedDetector:
+    return ProbedDetector(module=module, source="model.pt", model_input=model_input or ModelInput(), size=SIZE)
+
+
+def batch(*sizes: tuple[int, int]) -> Batch:
+    generator = torch.Generator().manual_seed(1)
+    images = [torch.rand(3, *size, generator=generator) for size in sizes]
+    return Batch(images=images, targets=[], image_ids=torch.arange(len(images)))
+
+
+def outputs(network: nn.Module, names: tuple[str, ...], images: Tensor) -> list[Tensor]:
+    """What submodules give, read by hooks."""
+    kept: dict[str, Tensor] = {}
+    hooks = [
+        network.get_submodule(name).register_forward_hook(
+            lambda _, __, out, name=name: kept.update({name: out.clone()})
+        )
+        for name in names
+    ]
+    with torch.no_grad():
+        network(images)
+    for hook in hooks:
+        hook.remove()
+    return [kept[name] for name in names]
+
+
+@pytest.mark.parametrize("twin", LEVELS, ids=lambda twin: twin.__name__)
+def test_the_maps_are_those_of_the_model(twin: type[nn.Module]) -> None:
+    network, images = built(twin), batch(SIZE, SIZE)
+    seen = detector(traced(network)).look(images)
+
+    expected = outputs(network, LEVELS[twin], torch.stack(images.images))
+    for ours, theirs in zip(seen.pyramid.maps, expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_images_of_unlike_sizes_are_read_one_by_one() -> None:
+    network, images = built(NoNeck), batch((64, 96), (96, 64))
+    seen = detector(traced(network)).look(images)
+
+    alone = [outputs(network, LEVELS[NoNeck], image[None]) for image in images.images]
+    for level, ours in enumerate(seen.pyramid.maps):
+        for i, single in enumerate(alone):
+            height, width = single[level].shape[-2:]
+            torch.testing.assert_close(ours[i, :, :height, :width], single[level][0])
+            assert ours[i, :, height:].abs().sum() == ours[i, :, :, width:].abs().sum() == 0
+
+
+def test_regions_lie_where_they_do_in_the_image_through_the_models_own_resize() -> None:
+    network, images = built(NoNeck), batch((128, 192))
+    probed = detector(TakesList(network))
+    assert probed.probed.call.startswith("list")
+    seen = probed.look(images)
+    torch.testing.assert_close(seen.pyramid.frame.scale, torch.full((1, 2), 0.5), rtol=1e-3, atol=0)
+    boxes = torch.tensor([[16.0, 24, 60, 80]])
+    regions = Regions(boxes=boxes, image_index=torch.zeros(1, dtype=torch.int64), candidate=torch.full((1,), -1))
+    view = probed.view_regions(seen, regions, frozenset({"pooled", "embedding"}))
+
+    # Half the size inside, strides 8 to 32: 14 cells a side are nearest on the finest level. Cell 0 is centred on the
+    # first pixel, half a pixel from the corner, where RoIAlign puts the middle of its first cell.
+    (level,) = outputs(
+        network, ("body.c3",), interpolate(images.images[0][None] - 0.5, scale_factor=0.5, mode="bilinear")
+    )
+    rois = torch.cat([torch.zeros(1, 1), (boxes / 2 - 0.5) / 8 + 0.5], dim=1)
+    expected = roi_align(level, rois, 7, sampling_ratio=2, aligned=True)
+    assert view.pooled is not None
+    torch.testing.assert_close(view.pooled[:, :8], expected, rtol=0, atol=2e-3)
+    assert view.pooled_channels is not None
+    assert view.pooled_channels.tolist() == [8]
+    assert view.embedding is not None
+    torch.testing.assert_close(view.embedding, view.pooled.mean(dim=(2, 3)))
+
+
+def test_the_model_gets_what_it_wants() -> None:
+    network = built(SharedHead)
+    wants = ModelInput(scale=255.0, mean=(100.0, 110.0, 120.0), std=(50.0, 60.0, 70.0))
+    images = batch(SIZE)
+    seen = detector(traced(network), wants).look(images)
+
+    mean, std = (torch.tensor(values)[:, None, None] for values in (wants.mean, wants.std))
+    expected = outputs(network, LEVELS[SharedHead], ((images.images[0] * 255 - mean) / std)[None])
+    for ours, theirs in zip(seen.pyramid.maps, expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("student", ["faster-rcnn", "retinanet"])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_torchscript_teacher_distils(student: str, frozen: bool, tmp_path: Path) -> None:
+    module = traced(built(TwoWay))
+    path = tmp_path / "teacher.pt"
+    with warnings.catch_warnings(action="ignore"):
+        torch.jit.save(torch.jit.freeze(module) if frozen else module, path)
+    recipe = toy.recipe(steps=2, student=student)
+    teacher = CheckpointDetector.model_validate({"arch": "checkpoint", "path": str(path), "input": {"size": (64, 64)}})
+    run = run_distill(recipe.model_copy(update={"teacher": teacher}), output=tmp_path / "run").run
+
+    assert (run / "student.pt").exists()
+    lines = (run / "metrics.jsonl").read_text()
+    assert '"sgfi"' in lines
+    assert '"ckd"' in lines
+    assert '"class_kd"' not in lines
+    assert '"format": "torchscript"' in (run / "probe.json").read_text()
+
+
+def test_a_torchscript_file_cannot_be_the_student(tmp_path: Path) -> None:
+    path = tmp_path / "student.pt"
+    with warnings.catch_warnings(action="ignore"):
+        torch.jit.save(traced(built(NoNeck)), path)
+    recipe = toy.recipe(steps=1)
+    recipe = recipe.model_copy(update={"student": CheckpointDetector(arch="checkpoint", path=str(path))})
+    with pytest.raises(ModelError, match="can teach but not be trained here"):
+        run_distill(recipe, output=tmp_path / "run")

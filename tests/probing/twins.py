@@ -1,0 +1,163 @@
+"""Small twins of the detectors that probing meets: what matters of their structure, and nothing else."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import interpolate
+
+
+def conv(inputs: int, outputs: int, kernel: int = 3, stride: int = 1) -> nn.Sequential:
+    layers = [nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, bias=False), nn.BatchNorm2d(outputs), nn.SiLU()]
+    return nn.Sequential(*layers)
+
+
+class Body(nn.Module):
+    """Maps of stride 8, 16 and 32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(conv(3, 8, 7, 2), nn.MaxPool2d(3, 2, 1))
+        self.c3, self.c4, self.c5 = conv(8, 8, 3, 2), conv(8, 12, 3, 2), conv(12, 16, 3, 2)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        c3 = self.c3(self.stem(x))
+        c4 = self.c4(c3)
+        return c3, c4, self.c5(c4)
+
+
+class TopDown(nn.Module):
+    """An FPN; its three levels are the outputs of ``out3``, ``out4``, ``out5``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = Body()
+        self.in3, self.in4, self.in5 = (nn.Conv2d(c, 16, 1) for c in (8, 12, 16))
+        self.out3, self.out4, self.out5 = (nn.Conv2d(16, 16, 3, padding=1) for _ in range(3))
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        c3, c4, c5 = self.body(x)
+        p5 = self.in5(c5)
+        p4 = self.in4(c4) + interpolate(p5, size=c4.shape[-2:], mode="nearest")
+        p3 = self.in3(c3) + interpolate(p4, size=c3.shape[-2:], mode="nearest")
+        return [self.out3(p3), self.out4(p4), self.out5(p5)]
+
+
+class SharedHead(nn.Module):
+    """RetinaNet-like: one head reads every level."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.neck = TopDown()
+        self.tower, self.classes, self.boxes = conv(16, 16), nn.Conv2d(16, 6, 1), nn.Conv2d(16, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = []
+        for level in self.neck(x):
+            hidden = self.tower(level)
+            flat.append(torch.cat([self.classes(hidden), self.boxes(hidden)], dim=1).flatten(2))
+        return torch.cat(flat, dim=2)
+
+
+class Split(nn.Module):
+    """Splits, convolves and joins again, as the blocks of YOLO's neck do."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.first, self.inner, self.last = (
+            conv(inputs, outputs, 1),
+            conv(outputs, outputs),
+            conv(2 * outputs, outputs, 1),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x)
+        return self.last(torch.cat([y, self.inner(y)], dim=1))
+
+
+class TwoWay(nn.Module):
+    """YOLO-like: a top-down and a bottom-up path, and a head of its own for every level."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = Body()
+        self.up4, self.up3 = Split(28, 12), Split(20, 8)
+        self.down3, self.down4 = conv(8, 8, 3, 2), conv(12, 12, 3, 2)
+        self.n4, self.n5 = Split(20, 12), Split(28, 16)
+        self.classes = nn.ModuleList(nn.Sequential(conv(c, 8), nn.Conv2d(8, 5, 1)) for c in (8, 12, 16))
+        self.boxes = nn.ModuleList(nn.Sequential(conv(c, 8), nn.Conv2d(8, 4, 1)) for c in (8, 12, 16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        c3, c4, c5 = self.body(x)
+        p4 = self.up4(torch.cat([interpolate(c5, scale_factor=2.0), c4], dim=1))
+        n3 = self.up3(torch.cat([interpolate(p4, scale_factor=2.0), c3], dim=1))
+        n4 = self.n4(torch.cat([self.down3(n3), p4], dim=1))
+        n5 = self.n5(torch.cat([self.down4(n4), c5], dim=1))
+        flat = []
+        for level, classes, boxes in zip([n3, n4, n5], self.classes, self.boxes):  # noqa: B905  # TorchScript knows no strict
+            flat.append(torch.cat([boxes(level), classes(level).sigmoid()], dim=1).flatten(2))
+        return torch.cat(flat, dim=2)
+
+
+class OneConvolutionHeads(TwoWay):
+    """As older YOLOs: one convolution a level gives everything."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.all = nn.ModuleList(nn.Conv2d(c, 9, 1) for c in (8, 12, 16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        c3, c4, c5 = self.body(x)
+        p4 = self.up4(torch.cat([interpolate(c5, scale_factor=2.0), c4], dim=1))
+        n3 = self.up3(torch.cat([interpolate(p4, scale_factor=2.0), c3], dim=1))
+        n4 = self.n4(torch.cat([self.down3(n3), p4], dim=1))
+        n5 = self.n5(torch.cat([self.down4(n4), c5], dim=1))
+        flat = []
+        for level, head in zip([n3, n4, n5], self.all):  # noqa: B905  # TorchScript knows no strict
+            flat.append(head(level).flatten(2).sigmoid())
+        return torch.cat(flat, dim=2)
+
+
+class NoNeck(nn.Module):
+    """SSD-like: the body's own maps are the levels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = Body()
+        self.classes = nn.ModuleList(nn.Conv2d(c, 5, 3, padding=1) for c in (8, 12, 16))
+        self.boxes = nn.ModuleList(nn.Conv2d(c, 4, 3, padding=1) for c in (8, 12, 16))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        scores, deltas = [], []
+        for level, classes, boxes in zip(self.body(x), self.classes, self.boxes):  # noqa: B905  # TorchScript knows no strict
+            scores.append(classes(level).flatten(2))
+            deltas.append(boxes(level).flatten(2))
+        return torch.cat(scores, dim=2), torch.cat(deltas, dim=2)
+
+
+class OneLevel(nn.Module):
+    """A detector on one map."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.classes, self.boxes = Body(), nn.Conv2d(16, 5, 1), nn.Conv2d(16, 4, 1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        level = self.body(x)[2]
+        return self.classes(level).flatten(2), self.boxes(level).flatten(2)
+
+
+class Functional(nn.Module):
+    """No submodules at all: parameters and functions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weights = nn.ParameterList([nn.Parameter(torch.randn(o, i, 3, 3)) for i, o in ((3, 6), (6, 8), (8, 10))])
+        self.head = nn.ParameterList([nn.Parameter(torch.randn(4, c, 1, 1)) for c in (8, 10)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        a = torch.conv2d(x, self.weights[0], None, [4, 4], [1, 1]).relu()
+        b = torch.conv2d(a, self.weights[1], None, [2, 2], [1, 1]).relu()
+        c = torch.conv2d(b, self.weights[2], None, [2, 2], [1, 1]).relu()
+        outputs = [torch.conv2d(level, head).flatten(2) for level, head in zip([b, c], self.head)]  # noqa: B905  # TorchScript knows no strict
+        return torch.cat(outputs, dim=2)
