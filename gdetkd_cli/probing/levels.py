@@ -79,6 +79,7 @@ class _Flow:
         self.stem = stem
         frame = values[values[stem].parents[0]].shape[2:]
         reached = [False] * len(values)
+        sizes: set[Size] = set()
         self.children: list[list[int]] = [[] for _ in values]
         self.maps: list[tuple[Size, bool] | None] = [None] * len(values)
         self.weighted = [False] * len(values)
@@ -89,7 +90,12 @@ class _Flow:
                 continue
             for parent in parents:
                 self.children[parent].append(i)
-            self.maps[i] = _as_map(values[i].shape, (frame[0], frame[1]))
+            found = _as_map(values[i].shape, (frame[0], frame[1]))
+            if found and any(self.maps[p] for p in parents):
+                sizes.add(found[0])
+            elif found and i > stem and found[0] not in sizes:
+                found = None  # of tokens or scores: a map only where its size is one that a map has had
+            self.maps[i] = found
             made_by_weights = values[i].op == "convolution" or values[i].op in LINEAR
             self.weighted[i] = bool(values[i].weights) and made_by_weights and self.maps[i] is not None
         self.reached = reached

@@ -122,7 +122,7 @@ class _Recorder(TorchDispatchMode):
             self._calls.clear()
         call = self._calls[op]
         self._calls[op] += 1
-        result = func(*args, **kwargs)
+        result = func(*_tensors(func, args), **kwargs)
         if weights and not parents:  # a weight transposed, converted or scaled is that weight
             aliases = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor) and leaf.numel()]
             self._weights.update((t.untyped_storage().data_ptr(), weights[0]) for t in aliases)
@@ -147,6 +147,18 @@ def _window(op: str, args: Sequence[Any]) -> Window | None:
     if op == "constant_pad_nd" and len(args[1]) >= 4:  # as a window of one cell
         return Window((1, 1), (1, 1), (int(args[1][2]), int(args[1][0])), (1, 1))
     return None
+
+
+def _tensors(func: Any, args: Sequence[Any]) -> list[Any]:
+    """The arguments, with numbers made tensors again where the operator takes tensors.
+
+    Traced models compute sizes on tensors that stand for numbers; dispatch hands these over as plain numbers.
+    """
+    schema = func._schema.arguments
+    return [
+        torch.tensor(value) if isinstance(value, int | float) and str(schema[i].type) == "Tensor" else value
+        for i, value in enumerate(args)
+    ]
 
 
 def _pair(value: Any) -> tuple[int, int]:
@@ -218,7 +230,7 @@ class _Reader(TorchDispatchMode):
             self._calls.clear()
             if not self._addresses:
                 raise _SeenError
-        result = func(*args, **(kwargs or {}))
+        result = func(*_tensors(func, args), **(kwargs or {}))
         if self.network_input is not None:
             for output, tensor in enumerate(leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)):
                 address = Address(op, self._calls[op], output)
