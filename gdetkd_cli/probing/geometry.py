@@ -49,6 +49,8 @@ def cells_of(values: Sequence[Value], reference: int, level: int) -> Geometry | 
         before = [trails[p] for p in value.parents if p in trails]
         if before and len(value.shape) == 4:
             trails[i] = _step(value, before)
+        elif before and before[0].size in (value.shape[2:4], value.shape[-2:]):  # maps stacked, to be summed
+            trails[i] = before[0]
     found = trails.get(level)
     return None if found is None else Geometry(found.stride, found.offset)
 

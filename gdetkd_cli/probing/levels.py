@@ -90,7 +90,11 @@ class _Flow:
                 continue
             for parent in parents:
                 self.children[parent].append(i)
-            found = _as_map(values[i].shape, (frame[0], frame[1]))
+            window = values[i].window
+            # One cell is a map where a window came to it, or it was one already; an average over all places is none.
+            single = values[i].op == "convolution" and window is not None and window.kernel != (1, 1)
+            single = single or any(self.size(p) == (1, 1) for p in parents)
+            found = _as_map(values[i].shape, (frame[0], frame[1]), single)
             if found and any(self.maps[p] for p in parents):
                 sizes.add(found[0])
             elif found and i > stem and found[0] not in sizes:
@@ -112,14 +116,17 @@ class _Flow:
         return [p for p in self.values[i].parents if self.reached[p]]
 
 
-def _as_map(shape: Sequence[int], frame: Size) -> tuple[Size, bool] | None:
-    """(height, width) of a shape that lies over the frame with one stride, give or take a cell; whether NHWC."""
+def _as_map(shape: Sequence[int], frame: Size, single: bool) -> tuple[Size, bool] | None:
+    """(height, width) of a shape that lies over the frame with one stride, give or take a cell; whether NHWC.
+
+    ``single``: one cell counts as well.
+    """
     if len(shape) != 4 or shape[0] != 1:
         return None
     for height, width, last in ((shape[2], shape[3], False), (shape[1], shape[2], True)):
-        # A value of one cell holds no place. The interval of strides that each axis allows:
-        if height * width <= 1 or height > frame[0] or width > frame[1]:
+        if not 1 <= height <= frame[0] or not 1 <= width <= frame[1] or (height * width == 1 and (last or not single)):
             continue
+        # The interval of strides that each axis allows.
         low = max(frame[0] / (height + 1), frame[1] / (width + 1))
         high = min(frame[0] / max(height - 1, 0.5), frame[1] / max(width - 1, 0.5))
         if low <= high:
@@ -173,6 +180,8 @@ def _own_heads(flow: _Flow) -> tuple[list[int], str]:
 
 def _pooled(flow: _Flow, start: int) -> bool:
     """Whether nothing but averages over all places is made of a map, as in a classifier."""
+    if flow.size(start) == (1, 1):
+        return False
     open_, seen, averaged, kept = [start], {start}, False, False
     while open_:
         for child in flow.children[open_.pop()]:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, pad
-from twins import Body, Functional, NoNeck, OneConvolutionHeads, OneLevel, SharedHead, TwoWay
+from twins import Body, DownToOneCell, Functional, NoNeck, OneConvolutionHeads, OneLevel, SharedHead, Tokens, TwoWay
 
 from gdetkd_cli.errors import ModelError, NoPyramidError
 from gdetkd_cli.probing.probe import Probed, probe
@@ -44,6 +44,7 @@ TWINS: dict[type[nn.Module], list[tuple[int, int]]] = {
     NoNeck: [(8, 8), (12, 16), (16, 32)],
     OneLevel: [(16, 32)],
     Functional: [(8, 8), (10, 16)],
+    Tokens: [(12, 16), (16, 32)],
 }
 
 
@@ -62,7 +63,7 @@ def build(twin: Callable[[], nn.Module]) -> nn.Module:
 @pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize("twin", TWINS, ids=lambda twin: twin.__name__)
 def test_every_kind_in_every_format(twin: type[nn.Module], form: str) -> None:
-    if form == "scripted" and twin in (Functional, TwoWay, OneConvolutionHeads):
+    if form == "scripted" and twin in (Functional, TwoWay, OneConvolutionHeads, Tokens):
         pytest.skip("TorchScript cannot script this way of writing it")
     found = run(FORMATS[form](build(twin)))
 
@@ -88,6 +89,17 @@ def test_a_pyramid_of_the_head_and_not_of_the_body_is_taken() -> None:
 
     assert [level.shape for level in found.levels] == [tuple(kept[name].shape[-2:]) for name in ("up3", "n4", "n5")]
     assert [level.name.partition(":")[0] for level in found.levels] == ["silu"] * 3
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("form", ["eager", "traced", "frozen"])
+def test_a_level_of_one_cell_counts_and_an_average_does_not(form: str) -> None:
+    fine, single = run(FORMATS[form](build(DownToOneCell))).levels
+
+    assert (fine.channels, fine.shape, fine.geometry.stride) == (16, (6, 8), pytest.approx((32, 32), rel=1e-3))
+    assert fine.geometry.offset == pytest.approx((0.5, 0.5), abs=0.1)
+    assert (single.channels, single.shape) == (8, (1, 1))
+    assert single.geometry.offset == pytest.approx((0.5 + 2.5 * 32, 0.5 + 3.5 * 32), abs=0.1)  # the window's middle
 
 
 # ------------------------------------------------------------------------------------------------ what comes before

@@ -161,3 +161,47 @@ class Functional(nn.Module):
         c = torch.conv2d(b, self.weights[2], None, [2, 2], [1, 1]).relu()
         outputs = [torch.conv2d(level, head).flatten(2) for level, head in zip([b, c], self.head)]  # noqa: B905  # TorchScript knows no strict
         return torch.cat(outputs, dim=2)
+
+
+class Tokens(nn.Module):
+    """RT-DETR-like: tokens in the middle of the neck, projections before a decoder, scores shaped like a small map."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = Body()
+        self.encoder = nn.Linear(16, 16)
+        self.fuse = Split(28, 12)
+        self.project = nn.ModuleList(nn.Sequential(nn.Conv2d(c, 8, 1, bias=False), nn.BatchNorm2d(8)) for c in (12, 16))
+        self.scores = nn.Linear(8, 35)
+
+    def forward(self, x: Tensor) -> Tensor:
+        _, c4, c5 = self.body(x)
+        height, width = c5.shape[2], c5.shape[3]
+        p5 = self.encoder(c5.flatten(2).transpose(1, 2)).relu().transpose(1, 2).reshape(-1, 16, height, width)
+        p4 = self.fuse(torch.cat([interpolate(p5, size=(height * 2, width * 2)), c4], dim=1))
+        projected = [project(level).flatten(2) for level, project in zip([p4, p5], self.project, strict=True)]
+        found = torch.cat(projected, dim=2).transpose(1, 2)[:, :30]
+        return self.scores(found).view(1, 30, 5, 7).softmax(dim=-1)
+
+
+class DownToOneCell(nn.Module):
+    """SSD-like to the end, with squeeze-and-excitation; maps are summed as EfficientDet does it, stacked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = Body()
+        self.squeeze = nn.Conv2d(16, 16, 1)
+        self.weights = nn.Parameter(torch.tensor([0.3, 0.7]))
+        self.last = nn.Sequential(nn.Conv2d(16, 8, (6, 8)), nn.ReLU())
+        self.classes = nn.ModuleList(nn.Conv2d(c, 5, 3, padding=1) for c in (16, 8))
+        self.boxes = nn.ModuleList(nn.Conv2d(c, 4, 3, padding=1) for c in (16, 8))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        c5 = self.body(x)[2]
+        gated = c5 * self.squeeze(c5.mean(dim=(2, 3), keepdim=True)).sigmoid()
+        fine = (torch.stack([c5, gated], dim=-1) * self.weights).sum(dim=-1)
+        scores, deltas = [], []
+        for level, classes, boxes in zip([fine, self.last(fine)], self.classes, self.boxes, strict=True):
+            scores.append(classes(level).view(1, 5, 1, level.shape[2], level.shape[3]).flatten(3))
+            deltas.append(boxes(level).view(1, 4, 1, level.shape[2], level.shape[3]).flatten(3))
+        return torch.cat(scores, dim=3), torch.cat(deltas, dim=3)
