@@ -71,7 +71,7 @@ def _table(title: str | None, columns: Sequence[str], rows: Iterable[Sequence[st
     """A table whose first ``words`` columns are text, to the left; the others are numbers, to the right."""
     table = Table(box=SIMPLE_HEAD, title=title, title_justify="left", title_style="bold")
     for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index < words else "right")
+        table.add_column(column, justify="left" if index < words else "right", overflow="fold")  # names stay whole
     for row in rows:
         table.add_row(*row)
     return table
