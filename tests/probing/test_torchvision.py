@@ -16,7 +16,7 @@ from gdetkd_cli.runs import run_probe
 CASES: dict[str, tuple[dict[str, int], list[int], int | None]] = {
     "fasterrcnn_mobilenet_v3_large_320_fpn": ({"min_size": 192, "max_size": 256}, [32, 32, 64], 1024),
     "retinanet_resnet50_fpn": ({"min_size": 192, "max_size": 256}, [8, 16, 32, 64, 128], None),
-    "ssdlite320_mobilenet_v3_large": ({}, [16, 32, 64, 128, 256], None),
+    "ssdlite320_mobilenet_v3_large": ({}, [16, 32, 64, 128, 256, 512], None),
 }
 
 
