@@ -87,14 +87,17 @@ class TwoWay(nn.Module):
         self.classes = nn.ModuleList(nn.Sequential(conv(c, 8), nn.Conv2d(8, 5, 1)) for c in (8, 12, 16))
         self.boxes = nn.ModuleList(nn.Sequential(conv(c, 8), nn.Conv2d(8, 4, 1)) for c in (8, 12, 16))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def levels(self, x: Tensor) -> list[Tensor]:
         c3, c4, c5 = self.body(x)
         p4 = self.up4(torch.cat([interpolate(c5, scale_factor=2.0), c4], dim=1))
         n3 = self.up3(torch.cat([interpolate(p4, scale_factor=2.0), c3], dim=1))
         n4 = self.n4(torch.cat([self.down3(n3), p4], dim=1))
         n5 = self.n5(torch.cat([self.down4(n4), c5], dim=1))
+        return [n3, n4, n5]
+
+    def forward(self, x: Tensor) -> Tensor:
         flat = []
-        for level, classes, boxes in zip([n3, n4, n5], self.classes, self.boxes):  # noqa: B905  # TorchScript knows no strict
+        for level, classes, boxes in zip(self.levels(x), self.classes, self.boxes):  # noqa: B905  # TorchScript knows no strict
             flat.append(torch.cat([boxes(level), classes(level).sigmoid()], dim=1).flatten(2))
         return torch.cat(flat, dim=2)
 
@@ -107,13 +110,8 @@ class OneConvolutionHeads(TwoWay):
         self.all = nn.ModuleList(nn.Conv2d(c, 9, 1) for c in (8, 12, 16))
 
     def forward(self, x: Tensor) -> Tensor:
-        c3, c4, c5 = self.body(x)
-        p4 = self.up4(torch.cat([interpolate(c5, scale_factor=2.0), c4], dim=1))
-        n3 = self.up3(torch.cat([interpolate(p4, scale_factor=2.0), c3], dim=1))
-        n4 = self.n4(torch.cat([self.down3(n3), p4], dim=1))
-        n5 = self.n5(torch.cat([self.down4(n4), c5], dim=1))
         flat = []
-        for level, head in zip([n3, n4, n5], self.all):  # noqa: B905  # TorchScript knows no strict
+        for level, head in zip(self.levels(x), self.all):  # noqa: B905  # TorchScript knows no strict
             flat.append(head(level).flatten(2).sigmoid())
         return torch.cat(flat, dim=2)
 
