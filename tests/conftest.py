@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import toy
 from torch import nn
 from torchvision.models import resnet
 
@@ -17,15 +18,7 @@ from gdetkd_cli.structures import Batch, LevelSpec, Target
 
 CLASSES = ("circle", "square", "triangle")
 _ARGUMENTS = {
-    "faster-rcnn": {
-        "representation_size": 32,
-        "anchor_sizes": [[8], [16], [24], [32], [48]],
-        "rpn_pre_nms_top_n_train": 40,
-        "rpn_post_nms_top_n_train": 40,
-        "rpn_pre_nms_top_n_test": 40,
-        "rpn_post_nms_top_n_test": 40,
-        "box_batch_size_per_image": 16,
-    },
+    "faster-rcnn": toy.SMALL,
     "retinanet": {},
     "fcos": {},
 }

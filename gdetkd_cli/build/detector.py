@@ -14,6 +14,8 @@ from gdetkd_cli.detectors.files import kind_of, load_torchscript
 from gdetkd_cli.detectors.probed import ModelInput, ProbedDetector
 from gdetkd_cli.detectors.protocol import Detector
 from gdetkd_cli.detectors.weights import (
+    BATCH_COUNT,
+    has_frozen_norms,
     load_state,
     read_torch_file,
     state_dict_of,
@@ -66,8 +68,7 @@ def build_detector(
     state, source = _weights_of(spec)
     norm = spec.norm
     if norm == "auto":
-        # Weights without a count of batches were trained with frozen normalisation, as torchvision's own are.
-        frozen = state is not None and not any(name.endswith("num_batches_tracked") for name in state)
+        frozen = state is not None and has_frozen_norms(state)
         norm = "frozen" if frozen or spec.backbone_weights else "batch"
     description = _description(spec, norm)
     if norm == "frozen" and isinstance(spec, TorchvisionDetector) and spec.weights and not _names_a_file(spec.weights):
@@ -97,7 +98,7 @@ def _probed(spec: CheckpointDetector, path: Path, *, teaches: bool) -> BuiltDete
         model_input=ModelInput(scale=255.0 if options.range == "0-255" else 1.0, mean=options.mean, std=options.std),
         size=options.size,
     )
-    notes = (f"{path}: called with a {detector.probed.call}", f"{path}: {detector.probed.reason}")
+    notes = (f"{path}: called with a {detector.probed.call.name}", f"{path}: {detector.probed.reason}")
     return BuiltDetector(detector, {}, notes)
 
 
@@ -166,7 +167,7 @@ def _load_backbone(detector: Detector, spec: TorchvisionDetector | ComposedDetec
     own = body.state_dict()
     state = {key.removeprefix("features."): value for key, value in state.items()}
     wanted = {key: value for key, value in state.items() if key in own and own[key].shape == value.shape}
-    absent = [key for key in own if key not in wanted and not key.endswith("num_batches_tracked")]
+    absent = [key for key in own if key not in wanted and not key.endswith(BATCH_COUNT)]
     if absent:
         raise ModelError(
             f"backbone_weights {name!r} do not fit this backbone: {len(absent)} of {len(own)} tensors are missing or "

@@ -48,7 +48,7 @@ def apply_runtime(
         if settings.channels_last:
             module.to(memory_format=torch.channels_last)
         _ = detector.levels  # measured now: neither a compiled nor a wrapped network is easy to measure
-        if settings.compile and hasattr(module, "backbone") and not isinstance(module, torch.jit.ScriptModule):
+        if settings.compile and not isinstance(module, torch.jit.ScriptModule):  # which is compiled already
             module.backbone.compile(dynamic=True)
     if pair is not None:
         pair.distiller.to(device)

@@ -16,7 +16,7 @@ from torchvision.models.detection.ssd import SSD
 from torchvision.ops import clip_boxes_to_image
 
 from gdetkd_cli.detectors import torchvision_common as common
-from gdetkd_cli.detectors.pooling import assign_levels, cells, pool_all_levels, pool_assigned
+from gdetkd_cli.detectors.pooling import assign_levels, cells, channels_of, pool_all_levels, pool_assigned
 from gdetkd_cli.detectors.protocol import Candidates, Family, Observation, RegionView, View
 from gdetkd_cli.detectors.tap import Tap
 from gdetkd_cli.structures import Batch, Detections, LevelSpec, Pyramid, Regions
@@ -97,9 +97,7 @@ class DenseDetector:
         pooled, pooled_channels = None, None
         if "pooled" in needs:
             pooled = pool_assigned(seen.pyramid, regions, assignment, size=7, sampling_ratio=2)
-            channels = torch.tensor([level.channels for level in self.levels], device=assignment.device)
-            if len(channels.unique()) > 1:
-                pooled_channels = channels[assignment]
+            pooled_channels = channels_of(self.levels, assignment)
         embedding = self._embed(seen, regions, assignment) if "embedding" in needs else None
         return RegionView(pooled=pooled, pooled_channels=pooled_channels, embedding=embedding)
 

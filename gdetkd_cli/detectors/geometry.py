@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gdetkd_cli.errors import ModelError
-from gdetkd_cli.probing.geometry import Geometry, cells_of
+from gdetkd_cli.probing.geometry import cells_of
 from gdetkd_cli.probing.record import record
 from gdetkd_cli.structures import LevelSpec
 
@@ -31,30 +31,32 @@ def measure_levels(forward: Forward, *, device: torch.device | str = "cpu") -> t
         ModelError: a level does not respond to the image, or does not grow with it.
     """
     generator = torch.Generator().manual_seed(0)
-    specs: list[list[LevelSpec]] = []
-    for side in _SIDES:
-        image = torch.rand(1, 3, side, side, generator=generator).to(device)
-        maps: dict[str, Tensor] = {}
-
-        def run(image: Tensor = image, maps: dict[str, Tensor] = maps) -> list[Tensor]:
-            maps |= forward(image)
-            return list(maps.values())
-
-        seen = record(run, {}, [image])
-        specs.append([])
-        for (name, level), index in zip(maps.items(), seen.results, strict=True):
-            shape = (level.shape[-2], level.shape[-1])
-            cells = None if index is None else cells_of(seen.values, 0, index)
-            if cells is None or not torch.isfinite(level).all():
-                raise ModelError(
-                    f"pyramid level {name!r} does not respond to the image, or not with finite numbers; it cannot be "
-                    "used for distillation"
-                )
-            specs[-1].append(LevelSpec(name, level.shape[1], cells.stride, cells.offset, shape))
-    for one, other in zip(*specs, strict=True):
-        if Geometry(one.stride, one.offset) != Geometry(other.stride, other.offset):
+    sizes = [torch.rand(1, 3, side, side, generator=generator).to(device) for side in _SIDES]
+    specs, others = (_measure(forward, image) for image in sizes)
+    for one, other in zip(specs, others, strict=True):
+        if (one.stride, one.offset) != (other.stride, other.offset):
             raise ModelError(
                 f"pyramid level {one.name!r} has {one.shape} cells for {_SIDES[0]} pixels and {other.shape} for "
                 f"{_SIDES[1]}; a feature map that grows with the image was expected"
             )
-    return tuple(specs[0])
+    return specs
+
+
+def _measure(forward: Forward, image: Tensor) -> tuple[LevelSpec, ...]:
+    maps: dict[str, Tensor] = {}
+
+    def run() -> list[Tensor]:
+        maps.update(forward(image))
+        return list(maps.values())
+
+    seen = record(run, {}, [image])
+    specs = []
+    for (name, level), index in zip(maps.items(), seen.results, strict=True):
+        cells = None if index is None else cells_of(seen.values, 0, index)
+        if cells is None or not torch.isfinite(level).all():
+            raise ModelError(
+                f"pyramid level {name!r} does not respond to the image, or not with finite numbers; it cannot be "
+                "used for distillation"
+            )
+        specs.append(LevelSpec(name, level.shape[1], cells.stride, cells.offset, (level.shape[-2], level.shape[-1])))
+    return tuple(specs)

@@ -5,6 +5,8 @@ Shapes: R regions, L levels, C channels; boxes xyxy in batch-image pixels.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -99,6 +101,12 @@ def assign_levels(pyramid: Pyramid, regions: Regions, *, cells_per_side: float) 
     strides = pixels.new_tensor([(spec.stride[0] * spec.stride[1]) ** 0.5 for spec in pyramid.levels])
     octaves = torch.log2(side[:, None] / (cells_per_side * strides[None])).abs()
     return octaves.argmin(dim=1)
+
+
+def channels_of(levels: Sequence[LevelSpec], assignment: Tensor) -> Tensor | None:
+    """(R,) channels of each region's level, or None where all levels have as many."""
+    channels = torch.tensor([level.channels for level in levels], device=assignment.device)
+    return channels[assignment] if len(channels.unique()) > 1 else None
 
 
 def pool_assigned(pyramid: Pyramid, regions: Regions, assignment: Tensor, *, size: int, sampling_ratio: int) -> Tensor:

@@ -7,17 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from gdetkd_cli.detectors.pooling import assign_levels, pool_assigned
+from gdetkd_cli.detectors.pooling import assign_levels, channels_of, pool_assigned
 from gdetkd_cli.detectors.protocol import Family, Observation, RegionView, View
 from gdetkd_cli.errors import PairError
-from gdetkd_cli.probing.geometry import Geometry, measure_frame
-from gdetkd_cli.probing.probe import CALLS, Probed, probe
+from gdetkd_cli.probing.geometry import Geometry
+from gdetkd_cli.probing.probe import Probed, frame_of, probe
 from gdetkd_cli.probing.record import read
 from gdetkd_cli.structures import Batch, Detections, Frame, LevelSpec, Pyramid, Regions
 
@@ -72,8 +71,7 @@ class ProbedDetector:
         self._source = source
         self._input = model_input
         self._frames: dict[tuple[int, int], Geometry] = {}
-        weights = dict(module.named_parameters()) | dict(module.named_buffers())
-        self.probed: Probed = probe(module, weights, size, model_input.prepare)
+        self.probed: Probed = probe(module, size, model_input.prepare)
         self.levels = tuple(
             LevelSpec(level.name, level.channels, level.cells.stride, level.cells.offset, level.shape)
             for level in self.probed.levels
@@ -95,7 +93,7 @@ class ProbedDetector:
 
     @torch.no_grad()
     def look(self, batch: Batch) -> Observation:
-        groups = [self._read(images) for images in self._together(batch.images)]
+        groups = [self._read(images) for images in self.probed.call.groups(batch.images)]
         maps = tuple(_stack([group[1][level] for group in groups]) for level in range(len(self.levels)))
         height, width = (max(group[0].shape[axis] for group in groups) for axis in (-2, -1))
         frames = [self._frame(image) for image in batch.images]
@@ -107,33 +105,18 @@ class ProbedDetector:
     def view_regions(self, seen: Observation, regions: Regions, needs: frozenset[View]) -> RegionView:
         assignment = assign_levels(seen.pyramid, regions, cells_per_side=_CELLS_PER_SIDE)
         pooled = pool_assigned(seen.pyramid, regions, assignment, size=7, sampling_ratio=2)
-        channels = torch.tensor([level.channels for level in self.levels], device=assignment.device)
-        unequal = len(channels.unique()) > 1
         return RegionView(
             pooled=pooled,
-            pooled_channels=channels[assignment] if unequal else None,
+            pooled_channels=channels_of(self.levels, assignment),
             embedding=pooled.mean(dim=(2, 3)) if "embedding" in needs else None,
         )
-
-    def _together(self, images: Sequence[Tensor]) -> list[list[Tensor]]:
-        """The images in groups that one call takes, in their order."""
-        takes_list = self.probed.call.startswith("list")
-        takes_batch = self.probed.call.startswith("(N")
-        if takes_list or (takes_batch and len({image.shape for image in images}) == 1):
-            return [list(images)]
-        return [[image] for image in images]
 
     def _read(self, images: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """The network's input and the levels, (N, C, H, W), of images that one call takes."""
         prepared = [self._input.prepare(image) for image in images]
-        module: Any = self.module
-
-        def call() -> object:
-            if self.probed.call.startswith("list"):
-                return module(prepared)
-            return module(torch.stack(prepared) if self.probed.call.startswith("(N") else prepared[0])
-
-        network_input, values = read(call, [level.address for level in self.probed.levels])
+        network_input, values = read(
+            lambda: self.probed.call(self.module, prepared), [level.address for level in self.probed.levels]
+        )
         levels = zip(values, self.probed.levels, strict=True)
         return network_input, [v.permute(0, 3, 1, 2) if level.channels_last else v for v, level in levels]
 
@@ -141,10 +124,7 @@ class ProbedDetector:
         """Where the network's input lies in images of this size; measured once for each size."""
         size = (image.shape[-2], image.shape[-1])
         if size not in self._frames:
-            run = CALLS[self.probed.call]
-            self._frames[size] = measure_frame(
-                lambda changed: read(lambda: run(self.module, self._input.prepare(changed)), ())[0], image
-            )
+            self._frames[size] = frame_of(self.module, self.probed.call, image, self._input.prepare)
         return self._frames[size]
 
 

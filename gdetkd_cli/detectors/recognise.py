@@ -10,10 +10,8 @@ import torch
 from torch import Tensor
 
 from gdetkd_cli.detectors import architectures
-from gdetkd_cli.detectors.weights import CLASS_LAYERS, norm_eps_of_file
+from gdetkd_cli.detectors.weights import BATCH_COUNT, CLASS_LAYERS, has_frozen_norms, norm_eps_of_file
 from gdetkd_cli.errors import ModelError
-
-_COUNTERS = "num_batches_tracked"  # frozen normalisation has none
 
 
 @dataclass(frozen=True)
@@ -46,7 +44,8 @@ def recognise(state: dict[str, Tensor], source: str) -> Recognised:
     for name in architectures.TORCHVISION_DETECTORS:
         own = _shapes_of(name)
         scores[name] = (sum(shapes.get(key) == shape for key, shape in own.items()), len(own))
-        if own == shapes and (not masked or name.startswith("maskrcnn")):
+        # A Mask R-CNN without its mask branch is the Faster R-CNN.
+        if own == shapes and name.startswith("maskrcnn") == masked:
             fitting.append(name)
     if not fitting:
         nearest = max(scores, key=lambda name: scores[name][0])
@@ -56,9 +55,7 @@ def recognise(state: dict[str, Tensor], source: str) -> Recognised:
             f"{source} is a state_dict of {len(state)} tensors, first {next(iter(state))!r}, but of no torchvision "
             f"detector ({near}); name its architecture in a recipe, with `weights: {source}`"
         )
-    if not masked:  # a Mask R-CNN without its mask branch is the Faster R-CNN
-        fitting = [name for name in fitting if not name.startswith("maskrcnn")] or fitting
-    frozen = not any(name.endswith(_COUNTERS) for name in state)
+    frozen = has_frozen_norms(state)
     description: dict[str, Any] = {
         "kind": "torchvision",
         "name": fitting[0],
@@ -80,7 +77,7 @@ def _shapes(state: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
     return {
         name: () if name.startswith(CLASS_LAYERS) else tuple(value.shape)
         for name, value in state.items()
-        if not name.endswith(_COUNTERS) and not _is_mask(name)
+        if not name.endswith(BATCH_COUNT) and not _is_mask(name)
     }
 
 

@@ -20,6 +20,7 @@ CLASS_LAYERS = (
     "head.classification_head.cls_logits.",
     "head.classification_head.module_list.",
 )
+BATCH_COUNT = "num_batches_tracked"  # what trained normalisation has and frozen has not
 # Averaged weights first: where a checkpoint holds both, they are the ones that its figures were measured with.
 _NESTING = ("model_ema", "ema_state_dict", "model", "state_dict", "model_state_dict")
 
@@ -114,6 +115,11 @@ def torchvision_categories(name: str, model: str | None) -> tuple[str, ...] | No
     return tuple(categories[1:] if categories[0] == "__background__" else categories)
 
 
+def has_frozen_norms(state: dict[str, Tensor]) -> bool:
+    """Weights without a count of batches were trained with frozen normalisation, as torchvision's own are."""
+    return not any(name.endswith(BATCH_COUNT) for name in state)
+
+
 def torchvision_norm_eps(name: str, model: str | None) -> float | None:
     """The frozen normalisation's epsilon that torchvision sets for these weights; None: the layer's own."""
     return 0.0 if str(_torchvision_entry(name, model)) in _WITHOUT_EPS else None
@@ -167,7 +173,7 @@ def load_state(module: nn.Module, state: dict[str, Tensor], source: str) -> list
         )
     wanted = {name: value for name, value in wanted.items() if name not in refitted}
     differing = [n for n, v in wanted.items() if n in own and v.shape != own[n].shape]
-    missing = [n for n in own if n not in state and not n.endswith("num_batches_tracked")]
+    missing = [n for n in own if n not in state and not n.endswith(BATCH_COUNT)]
     unexpected = [n for n in wanted if n not in own]
     if differing or missing or unexpected:
         raise ModelError(

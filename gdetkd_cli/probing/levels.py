@@ -55,11 +55,11 @@ def find_levels(values: Sequence[Value]) -> Found:
     if not levels:
         raise NoPyramidError("no feature map of this model reaches a detection head with its places intact")
     levels = sorted(levels, key=lambda i: -flow.area(i))  # equal ones stay in the head's order
-    maps = [flow.maps[i] for i in levels]
+    maps = [found for i in levels if (found := flow.maps[i])]
     return Found(
         levels=tuple(levels),
-        sizes=tuple(size for size, _ in (m for m in maps if m is not None)),
-        channels_last=tuple(last for _, last in (m for m in maps if m is not None)),
+        sizes=tuple(size for size, _ in maps),
+        channels_last=tuple(last for _, last in maps),
         reference=values[stem].parents[0],
         reason=reason,
     )

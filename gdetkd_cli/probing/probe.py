@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from gdetkd_cli.errors import ModelError
+from gdetkd_cli.probing.calls import CALLS, Call
 from gdetkd_cli.probing.geometry import Geometry, cells_of, evenly, measure_frame, through
 from gdetkd_cli.probing.levels import LINEAR, find_levels
 from gdetkd_cli.probing.record import Address, Value, read, record
-
-Model = Callable[..., object]
-# How detectors are called; tried in this order.
-CALLS: Mapping[str, Callable[[Model, Tensor], object]] = {
-    "list of (3, H, W) images in 0..1": lambda model, image: model([image]),
-    "(N, 3, H, W) tensor": lambda model, image: model(image[None]),
-    "one (3, H, W) image in 0..1": lambda model, image: model(image),
-}
 
 
 @dataclass(frozen=True)
@@ -52,31 +46,25 @@ class Probed:
     """What probing found.
 
     Attributes:
-        call: which of ``CALLS`` worked.
+        call: how the model is called.
         family: two-stage where regions of the maps are pooled; else unknown.
         levels: fine to coarse.
         region_embedding: name and channels of what a region head's predictors read.
         reason: why these are the levels, for people.
     """
 
-    call: str
+    call: Call
     family: Literal["two-stage", "unknown"]
     levels: tuple[ProbedLevel, ...]
     region_embedding: tuple[str, int] | None
     reason: str
 
 
-def probe(
-    model: Model,
-    weights: Mapping[str, Tensor],
-    size: tuple[int, int],
-    prepare: Callable[[Tensor], Tensor] = lambda image: image,
-) -> Probed:
+def probe(model: nn.Module, size: tuple[int, int], prepare: Callable[[Tensor], Tensor] = lambda image: image) -> Probed:
     """Finds the pyramid of a model in evaluation mode.
 
     Args:
         model: the model, on the CPU.
-        weights: its parameters and buffers by name.
         size: (height, width) pixels of the image that it is run on.
         prepare: makes what the model wants of an image in 0..1.
 
@@ -85,10 +73,10 @@ def probe(
         NoPyramidError: it has no feature pyramid.
     """
     image = probe_image(size)
-    call, values = _recorded(model, weights, prepare(image))
-    run = CALLS[call]
-    found = find_levels(values)
-    frame = measure_frame(lambda changed: read(lambda: run(model, prepare(changed)), ())[0], image)
+    with warnings.catch_warnings(action="ignore"):  # the model's own
+        call, values = _recorded(model, prepare(image))
+        found = find_levels(values)
+        frame = frame_of(model, call, image, prepare)
     levels = []
     for index, shape, last in zip(found.levels, found.sizes, found.channels_last, strict=True):
         value = values[index]
@@ -122,15 +110,21 @@ def probe_image(size: tuple[int, int]) -> Tensor:
     return 0.8 * coarse + 0.2 * torch.rand(3, *size, generator=generator)
 
 
-def _recorded(model: Model, weights: Mapping[str, Tensor], image: Tensor) -> tuple[str, tuple[Value, ...]]:
+def frame_of(model: nn.Module, call: Call, image: Tensor, prepare: Callable[[Tensor], Tensor]) -> Geometry:
+    """Where the pixels of the network's input lie in the pixels of an image (3, H, W) in 0..1."""
+    return measure_frame(lambda changed: read(lambda: call(model, [prepare(changed)]), ())[0], image)
+
+
+def _recorded(model: nn.Module, image: Tensor) -> tuple[Call, tuple[Value, ...]]:
     """The first way of calling the model that works, and what it computes."""
+    weights = dict(model.named_parameters()) | dict(model.named_buffers())
     reasons = []
-    for name, run in CALLS.items():
+    for call in CALLS:
         try:
-            return name, record(lambda run=run: run(model, image), weights, [image]).values  # type: ignore[misc]
+            return call, record(lambda call=call: call(model, [image]), weights, [image]).values  # type: ignore[misc]
         except (RuntimeError, TypeError, ValueError, AttributeError, LookupError, AssertionError) as error:
             lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-            reasons.append(f"{name}: {lines[-1] if lines else type(error).__name__}")
+            reasons.append(f"{call.name}: {lines[-1] if lines else type(error).__name__}")
     raise ModelError(
         f"the model cannot be called with an image of {image.shape[-2]} x {image.shape[-1]} pixels in any known way "
         f"({'; '.join(reasons)}); if it was made for one size, give that with --size"

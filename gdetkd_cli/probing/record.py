@@ -10,6 +10,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -154,11 +155,17 @@ def _tensors(func: Any, args: Sequence[Any]) -> list[Any]:
 
     Traced models compute sizes on tensors that stand for numbers; dispatch hands these over as plain numbers.
     """
-    schema = func._schema.arguments
-    return [
-        torch.tensor(value) if isinstance(value, int | float) and str(schema[i].type) == "Tensor" else value
-        for i, value in enumerate(args)
-    ]
+    changed = list(args)
+    for i in _tensor_positions(func):
+        if i < len(args) and isinstance(args[i], int | float):
+            changed[i] = torch.tensor(args[i])
+    return changed
+
+
+@cache
+def _tensor_positions(func: Any) -> tuple[int, ...]:
+    """Which of an operator's arguments are tensors; asked for at every step of a teacher."""
+    return tuple(i for i, argument in enumerate(func._schema.arguments) if str(argument.type) == "Tensor")
 
 
 def _pair(value: Any) -> tuple[int, int]:
@@ -199,8 +206,8 @@ def read(call: Callable[[], object], addresses: Sequence[Address]) -> tuple[Tens
     try:
         with reader:
             call()
-    except Exception:
-        # Our own stop; TorchScript wraps it into an error of its own.
+    except (_SeenError, RuntimeError):
+        # Our own stop, which TorchScript wraps into a RuntimeError; a model's own error leaves something unread.
         if reader.missing() or reader.network_input is None:
             raise
     if reader.network_input is None:
@@ -215,6 +222,7 @@ class _Reader(TorchDispatchMode):
     def __init__(self, addresses: Sequence[Address]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._addresses = addresses
+        self._calls_wanted = {(address.op, address.call) for address in addresses}
         self._calls: Counter[str] = Counter()
         self.network_input: Tensor | None = None
         self.found: dict[Address, Tensor] = {}
@@ -232,11 +240,13 @@ class _Reader(TorchDispatchMode):
                 raise _SeenError
         result = func(*_tensors(func, args), **(kwargs or {}))
         if self.network_input is not None:
-            for output, tensor in enumerate(leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)):
-                address = Address(op, self._calls[op], output)
-                if address in self._addresses:
-                    self.found[address] = tensor.clone()  # a later operator may write into it
+            call = self._calls[op]
             self._calls[op] += 1
-            if not self.missing():
-                raise _SeenError
+            if (op, call) in self._calls_wanted:
+                tensors = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+                for address in self._addresses:
+                    if (address.op, address.call) == (op, call):
+                        self.found[address] = tensors[address.output].clone()  # a later operator may write into it
+                if not self.missing():
+                    raise _SeenError
         return result

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from itertools import chain
 from pathlib import Path
 
@@ -58,15 +57,13 @@ def run_probe(model: str, *, size: tuple[int, int] = (480, 640), observer: Obser
 
 def _probe_torchscript(path: Path, source: str, size: tuple[int, int], observer: Observer) -> PyramidReport:
     module = load_torchscript(path).eval()
-    weights = dict(module.named_parameters()) | dict(module.named_buffers())
-    with warnings.catch_warnings(action="ignore"):  # the model's own
-        found = probe(module, weights, size)
+    found = probe(module, size)
     observer(Note(f"{source}: {found.reason}"))
     embedding = found.region_embedding
     return PyramidReport(
         source=source,
         format="torchscript",
-        call=found.call,
+        call=found.call.name,
         family=found.family,
         levels=tuple(
             LevelReport(
@@ -111,7 +108,7 @@ def report_of(
     return PyramidReport(
         source=source,
         format="torchscript" if probed else format,
-        call=probed.call if probed else "list of (3, H, W) images in 0..1",
+        call=probed.call.name if probed else "list of (3, H, W) images in 0..1",
         family=detector.family,
         levels=levels,
         region_embedding={"channels": detector.embedding_channels, "source": detector.embedding_source},

@@ -6,7 +6,7 @@ from typing import Any
 
 from gdetkd_cli.recipe.schema import Recipe
 
-_SMALL = {
+SMALL = {
     "representation_size": 32,
     "anchor_sizes": [[8], [16], [24], [32], [48]],
     "rpn_pre_nms_top_n_train": 40,
@@ -28,7 +28,7 @@ def detector(head: str = "faster-rcnn", width: int = 8) -> dict[str, Any]:
         "pyramid_channels": 16,
         "pyramid_levels": [2, 6] if head == "faster-rcnn" else [2, 5],
         "image_size": [64, 64],
-        "arguments": _SMALL if head == "faster-rcnn" else {},
+        "arguments": SMALL if head == "faster-rcnn" else {},
     }
 
 
