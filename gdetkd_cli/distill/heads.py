@@ -64,27 +64,34 @@ class LevelMatcher(nn.Module):
         """
         query = self.embed_out(self.embed_in(target).relu()).flatten(1)  # (R, E)
         adapters = [_folded(adapter, affine) for adapter in self.adapters]
+        convolutions = [self._first_of_keys(*folded) for folded in adapters]
         if self.shared:
-            weight, bias = adapters[0]
-            # Channels last: the layout that regions are pooled in, and the faster one for small convolutions on a CPU.
-            stacked = torch.stack([level.permute(0, 2, 3, 1) for level in levels], dim=1)  # (R, L, 7, 7, C_s)
-            keys = self._keys(stacked.flatten(0, 1).permute(0, 3, 1, 2), weight, bias).unflatten(0, stacked.shape[:2])
-            weights = level_attention(keys, query, self.log_tau.exp())
-            aggregate = torch.einsum("rl,rlyxc->ryxc", weights, stacked)
-            return conv2d(aggregate.permute(0, 3, 1, 2), weight, bias), weights
-        keys = torch.stack([self._keys(level, *folded) for level, folded in zip(levels, adapters, strict=True)], dim=1)
+            adapters, convolutions = adapters * len(levels), convolutions * len(levels)
+        # Level by level: together they leave a CPU's cache, which costs more than the few calls saved.
+        hidden = torch.stack(
+            [conv2d(level, *composed, stride=2) for level, composed in zip(levels, convolutions, strict=True)], dim=1
+        )
+        keys = self.embed_out(hidden.flatten(0, 1).relu()).flatten(1).unflatten(0, hidden.shape[:2])  # (R, L, E)
         weights = level_attention(keys, query, self.log_tau.exp())
-        adapted = torch.stack([conv2d(level, *folded) for level, folded in zip(levels, adapters, strict=True)], dim=1)
-        return (adapted * weights[:, :, None, None, None]).sum(dim=1), weights
+        if self.shared:
+            return conv2d(_weighted_sum(levels, weights), *adapters[0]), weights
+        adapted = [conv2d(level, *folded) for level, folded in zip(levels, adapters, strict=True)]
+        return _weighted_sum(adapted, weights), weights
 
-    def _keys(self, features: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        """f_embed(f_adapt(features)) with the two first convolutions composed: (M, C_s, 7, 7) -> (M, E)."""
+    def _first_of_keys(self, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        """The embedding's first convolution after the adapter, as one: weight (E, C_s, 3, 3) and bias (E,)."""
         assert self.embed_in.bias is not None
         kernel = torch.einsum("etij,ts->esij", self.embed_in.weight, weight[:, :, 0, 0])
-        composed = self.embed_in.bias + torch.einsum("etij,t->e", self.embed_in.weight, bias)
-        hidden = conv2d(features, kernel, composed, stride=2).relu()
-        keys: Tensor = self.embed_out(hidden).flatten(1)
-        return keys
+        return kernel, self.embed_in.bias + torch.einsum("etij,t->e", self.embed_in.weight, bias)
+
+
+def _weighted_sum(levels: Sequence[Tensor], weights: Tensor) -> Tensor:
+    """L maps (R, C, 7, 7) and weights (R, L) -> (R, C, 7, 7)."""
+    first, *others = weights[:, :, None, None, None].unbind(1)
+    total = levels[0] * first
+    for level, weight in zip(levels[1:], others, strict=True):
+        total = torch.addcmul(total, level, weight)
+    return total
 
 
 def _folded(adapter: nn.Module, affine: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:

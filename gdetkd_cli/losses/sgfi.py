@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import mse_loss
 
 
 def level_attention(keys: Tensor, queries: Tensor, tau: Tensor) -> Tensor:
@@ -32,9 +33,9 @@ def imitation_loss(imitation: Tensor, target: Tensor, channels: Tensor | None = 
         channels: (R,) how many of the C channels a region's target has (a pyramid whose levels differ in channels is
             padded with zeros); None: all.
     """
-    error = (imitation - target.detach()).square()
     if channels is None:
-        return error.mean() if len(error) else imitation.sum() * 0.0
+        return mse_loss(imitation, target.detach()) if len(imitation) else imitation.sum() * 0.0
+    error = (imitation - target.detach()).square()
     valid = (torch.arange(error.shape[1], device=error.device) < channels[:, None])[:, :, None, None]
     cells = error.shape[2] * error.shape[3]
     per_region = (error * valid).sum(dim=(1, 2, 3)) / (channels * cells)
