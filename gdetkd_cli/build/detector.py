@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from gdetkd_cli.detectors import catalog
-from gdetkd_cli.detectors.files import kind_of, load_torchscript
-from gdetkd_cli.detectors.probed import ModelInput, ProbedDetector
+from gdetkd_cli.detectors.files import Kind, kind_of, open_runner
+from gdetkd_cli.detectors.probed import ProbedDetector
 from gdetkd_cli.detectors.protocol import Detector
 from gdetkd_cli.detectors.weights import (
     BATCH_COUNT,
@@ -24,7 +24,10 @@ from gdetkd_cli.detectors.weights import (
     torchvision_weights,
 )
 from gdetkd_cli.errors import ModelError
+from gdetkd_cli.probing.inputs import ModelInput
 from gdetkd_cli.recipe.schema import CheckpointDetector, ComposedDetector, TorchvisionDetector
+
+_KINDS = {"torchscript": "TorchScript", "exported": "an exported program", "onnx": "ONNX"}
 
 DetectorSpec = TorchvisionDetector | ComposedDetector | CheckpointDetector
 
@@ -55,8 +58,8 @@ def build_detector(
     """
     if isinstance(spec, CheckpointDetector):
         path = catalog.locate(spec.path)
-        if kind_of(path) == "torchscript":
-            return _probed(spec, path, teaches=keep_classes)
+        if (kind := kind_of(path)) != "checkpoint":
+            return _probed(spec, path, kind, teaches=keep_classes)
         loaded = catalog.load(path, class_names)
         if keep_classes or loaded.detector.class_names == class_names:
             return BuiltDetector(loaded.detector, loaded.description, loaded.notes)
@@ -87,15 +90,17 @@ def build_detector(
     return BuiltDetector(detector, description, tuple(notes))
 
 
-def _probed(spec: CheckpointDetector, path: Path, *, teaches: bool) -> BuiltDetector:
-    """A TorchScript file, by what probing finds."""
+def _probed(spec: CheckpointDetector, path: Path, kind: Kind, *, teaches: bool) -> BuiltDetector:
+    """A file of another tool, by what probing finds."""
     if not teaches:
-        raise ModelError(f"{path} is TorchScript, which can teach but not be trained here; name another student")
-    options = spec.input
+        raise ModelError(f"{path} is {_KINDS[kind]}, which can teach but not be trained here; name another student")
+    options, runner = spec.input, open_runner(path, kind)
+    scale = 255.0 if options.range == "0-255" or runner.bytes else 1.0
     detector = ProbedDetector(
-        module=load_torchscript(path).eval(),
+        runner=runner,
         source=str(path),
-        model_input=ModelInput(scale=255.0 if options.range == "0-255" else 1.0, mean=options.mean, std=options.std),
+        kind=kind,
+        model_input=ModelInput(scale=scale, mean=options.mean, std=options.std, fit=runner.size),
         size=options.size,
     )
     notes = (f"{path}: called with a {detector.probed.call.name}", f"{path}: {detector.probed.reason}")

@@ -1,4 +1,4 @@
-"""What kind of model a file holds, told from its content, and reading TorchScript."""
+"""What kind of model a file holds, told from its content, and reading the kinds that other tools write."""
 
 from __future__ import annotations
 
@@ -10,21 +10,44 @@ from typing import Literal
 import torch
 import torchvision  # noqa: F401  # registers the operators that a scripted detector calls
 
+from gdetkd_cli.detectors.exported_program import load_exported
 from gdetkd_cli.errors import ModelError
+from gdetkd_cli.probing.runner import ModuleRunner, Runner
 
 _ONNX_START = b"\x08"  # the first field of every ONNX file: the version of its format
 
 
-def kind_of(path: Path) -> Literal["onnx", "torchscript", "checkpoint"]:
-    """The kind of a model file; whatever is neither ONNX nor TorchScript counts as a checkpoint, to be read as one."""
+Kind = Literal["onnx", "torchscript", "exported", "checkpoint"]
+
+
+def kind_of(path: Path) -> Kind:
+    """The kind of a model file; what is of no other counts as a checkpoint, to be read as one."""
     with path.open("rb") as file:
         if file.read(1) == _ONNX_START:
             return "onnx"
-    if zipfile.is_zipfile(path):  # both of torch's formats are; only TorchScript has constants
+    if zipfile.is_zipfile(path):  # all of torch's formats are; only TorchScript has constants there
         with zipfile.ZipFile(path) as archive:
-            if any(name.endswith("/constants.pkl") for name in archive.namelist()):
-                return "torchscript"
+            names = archive.namelist()
+        if any(name.endswith("/constants.pkl") for name in names):
+            return "torchscript"
+        if any(name.endswith("/archive_format") for name in names):
+            return "exported"
     return "checkpoint"
+
+
+def open_runner(path: Path, kind: Kind) -> Runner:
+    """A model that another tool wrote, ready to be probed.
+
+    Raises:
+        ModelError: not a whole file of its kind, or one that needs pickled code.
+    """
+    if kind == "onnx":
+        from gdetkd_cli.probing.onnx_runner import OnnxRunner  # onnx and onnxruntime take their time
+
+        return OnnxRunner(path)
+    if kind == "exported":
+        return load_exported(path)
+    return ModuleRunner(load_torchscript(path).eval())
 
 
 def load_torchscript(

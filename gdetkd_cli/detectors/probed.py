@@ -6,7 +6,6 @@ Shapes: N images, R regions; boxes xyxy.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -16,38 +15,16 @@ from gdetkd_cli.detectors.pooling import assign_levels, channels_of, pool_assign
 from gdetkd_cli.detectors.protocol import Family, Observation, RegionView, View
 from gdetkd_cli.errors import PairError
 from gdetkd_cli.probing.geometry import Geometry
+from gdetkd_cli.probing.inputs import ModelInput
 from gdetkd_cli.probing.probe import Probed, frame_of, probe
-from gdetkd_cli.probing.record import read
+from gdetkd_cli.probing.runner import Runner
 from gdetkd_cli.structures import Batch, Detections, Frame, LevelSpec, Pyramid, Regions
 
 _CELLS_PER_SIDE = 14.0  # of a region on its level: the usual rule, 224 pixels at stride 16
 
 
-@dataclass(frozen=True)
-class ModelInput:
-    """What a model wants its images to be.
-
-    Attributes:
-        scale: what values in 0..1 are multiplied by (255 for models that take 0..255).
-        mean, std: subtracted from and divided by, per channel, after that.
-    """
-
-    scale: float = 1.0
-    mean: tuple[float, float, float] | None = None
-    std: tuple[float, float, float] | None = None
-
-    def prepare(self, image: Tensor) -> Tensor:
-        """(3, H, W) in 0..1 -> what the model wants."""
-        image = image * self.scale
-        if self.mean is not None:
-            image = image - image.new_tensor(self.mean)[:, None, None]
-        if self.std is not None:
-            image = image / image.new_tensor(self.std)[:, None, None]
-        return image
-
-
 class ProbedDetector:
-    """A model of unknown code, TorchScript for example. It can teach by its features; it cannot be trained here.
+    """A model of unknown code, from a TorchScript file for example. It can teach by its features, but not be trained.
 
     Its region embedding is the mean of a region's pooled feature.
     """
@@ -55,27 +32,36 @@ class ProbedDetector:
     family: Family = "unknown"
     class_names: tuple[str, ...] = ()
 
-    def __init__(self, *, module: nn.Module, source: str, model_input: ModelInput, size: tuple[int, int]) -> None:
+    def __init__(
+        self, *, runner: Runner, source: str, kind: str, model_input: ModelInput, size: tuple[int, int]
+    ) -> None:
         """Probes the model.
 
         Args:
-            module: in evaluation mode, on the CPU.
+            runner: the model, in evaluation mode, on the CPU.
             source: for messages.
+            kind: of its file.
             model_input: what it wants its images to be.
             size: (height, width) pixels of an image that it can be run on.
 
         Raises:
             ModelError, NoPyramidError: probing does not understand it.
         """
-        self.module = module
+        self.module: nn.Module = runner.module
+        self._runner = runner
         self._source = source
+        self.kind = kind
         self._input = model_input
         self._frames: dict[tuple[int, int], Geometry] = {}
-        self.probed: Probed = probe(module, size, model_input.prepare)
+        self.probed: Probed = probe(runner, size, model_input)
         self.levels = tuple(
             LevelSpec(level.name, level.channels, level.cells.stride, level.cells.offset, level.shape)
             for level in self.probed.levels
         )
+
+    @property
+    def parameters(self) -> int:
+        return self._runner.parameters
 
     @property
     def embedding_channels(self) -> int:
@@ -93,7 +79,8 @@ class ProbedDetector:
 
     @torch.no_grad()
     def look(self, batch: Batch) -> Observation:
-        groups = [self._read(images) for images in self.probed.call.groups(batch.images)]
+        prepared = [self._input.prepare(image) for image in batch.images]
+        groups = [self._read(images) for images in self.probed.call.groups(prepared)]
         maps = tuple(_stack([group[1][level] for group in groups]) for level in range(len(self.levels)))
         height, width = (max(group[0].shape[axis] for group in groups) for axis in (-2, -1))
         frames = [self._frame(image) for image in batch.images]
@@ -112,11 +99,9 @@ class ProbedDetector:
         )
 
     def _read(self, images: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        """The network's input and the levels, (N, C, H, W), of images that one call takes."""
-        prepared = [self._input.prepare(image) for image in images]
-        network_input, values = read(
-            lambda: self.probed.call(self.module, prepared), [level.address for level in self.probed.levels]
-        )
+        """The network's input and the levels, (N, C, H, W), of prepared images that one call takes."""
+        addresses = [level.address for level in self.probed.levels]
+        network_input, values = self._runner.read(self.probed.call, images, addresses)
         levels = zip(values, self.probed.levels, strict=True)
         return network_input, [v.permute(0, 3, 1, 2) if level.channels_last else v for v, level in levels]
 
@@ -124,7 +109,7 @@ class ProbedDetector:
         """Where the network's input lies in images of this size; measured once for each size."""
         size = (image.shape[-2], image.shape[-1])
         if size not in self._frames:
-            self._frames[size] = frame_of(self.module, self.probed.call, image, self._input.prepare)
+            self._frames[size] = frame_of(self._runner, self.probed.call, image, self._input)
         return self._frames[size]
 
 

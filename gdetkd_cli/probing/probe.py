@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import interpolate
 
-from gdetkd_cli.errors import ModelError
-from gdetkd_cli.probing.calls import CALLS, Call
 from gdetkd_cli.probing.geometry import Geometry, cells_of, evenly, measure_frame, through
+from gdetkd_cli.probing.inputs import Call, ModelInput
 from gdetkd_cli.probing.levels import LINEAR, find_levels
-from gdetkd_cli.probing.record import Address, Value, read, record
+from gdetkd_cli.probing.record import Address, Value
+from gdetkd_cli.probing.runner import Runner
 
 
 @dataclass(frozen=True)
@@ -60,13 +60,13 @@ class Probed:
     reason: str
 
 
-def probe(model: nn.Module, size: tuple[int, int], prepare: Callable[[Tensor], Tensor] = lambda image: image) -> Probed:
-    """Finds the pyramid of a model in evaluation mode.
+def probe(runner: Runner, size: tuple[int, int], model_input: ModelInput) -> Probed:
+    """Finds the pyramid of a model.
 
     Args:
-        model: the model, on the CPU.
+        runner: the model, on the CPU.
         size: (height, width) pixels of the image that it is run on.
-        prepare: makes what the model wants of an image in 0..1.
+        model_input: what it wants of its images.
 
     Raises:
         ModelError: it cannot be called in any known way.
@@ -74,9 +74,9 @@ def probe(model: nn.Module, size: tuple[int, int], prepare: Callable[[Tensor], T
     """
     image = probe_image(size)
     with warnings.catch_warnings(action="ignore"):  # the model's own
-        call, values = _recorded(model, prepare(image))
+        call, values = runner.record(model_input.prepare(image))
         found = find_levels(values)
-        frame = frame_of(model, call, image, prepare)
+        frame = frame_of(runner, call, image, model_input)
     levels = []
     for index, shape, last in zip(found.levels, found.sizes, found.channels_last, strict=True):
         value = values[index]
@@ -110,30 +110,16 @@ def probe_image(size: tuple[int, int]) -> Tensor:
     return 0.8 * coarse + 0.2 * torch.rand(3, *size, generator=generator)
 
 
-def frame_of(model: nn.Module, call: Call, image: Tensor, prepare: Callable[[Tensor], Tensor]) -> Geometry:
+def frame_of(runner: Runner, call: Call, image: Tensor, model_input: ModelInput) -> Geometry:
     """Where the pixels of the network's input lie in the pixels of an image (3, H, W) in 0..1."""
-    return measure_frame(lambda changed: read(lambda: call(model, [prepare(changed)]), ())[0], image)
-
-
-def _recorded(model: nn.Module, image: Tensor) -> tuple[Call, tuple[Value, ...]]:
-    """The first way of calling the model that works, and what it computes."""
-    weights = dict(model.named_parameters()) | dict(model.named_buffers())
-    reasons = []
-    for call in CALLS:
-        try:
-            return call, record(lambda call=call: call(model, [image]), weights, [image]).values  # type: ignore[misc]
-        except (RuntimeError, TypeError, ValueError, AttributeError, LookupError, AssertionError) as error:
-            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-            reasons.append(f"{call.name}: {lines[-1] if lines else type(error).__name__}")
-    raise ModelError(
-        f"the model cannot be called with an image of {image.shape[-2]} x {image.shape[-1]} pixels in any known way "
-        f"({'; '.join(reasons)}); if it was made for one size, give that with --size"
-    )
+    return measure_frame(lambda changed: runner.read(call, [model_input.prepare(changed)], ())[0], image)
 
 
 def _name(values: Sequence[Value], index: int) -> str:
-    """The module that made a value, where its weights tell; else the operator and which call of it that was."""
+    """Its own name; else the module that made it, where its weights tell; else which call of which operator it was."""
     value = values[index]
+    if value.name:
+        return value.name
     if value.weights and not value.weights[0].startswith("constant "):
         return value.weights[0].rpartition(".")[0]
     return f"{value.op}:{value.call}"

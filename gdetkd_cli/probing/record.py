@@ -46,6 +46,7 @@ class Value:
         parents: indices of the recorded values that the operator read.
         weights: names of the parameters and buffers that it read.
         window: of a convolution, pooling or padding.
+        name: in the model's file; empty where only modules and operators have names.
     """
 
     op: str
@@ -55,6 +56,7 @@ class Value:
     parents: tuple[int, ...]
     weights: tuple[str, ...] = ()
     window: Window | None = None
+    name: str = ""
 
 
 @dataclass(frozen=True)

@@ -8,25 +8,29 @@ from pathlib import Path
 import torch
 
 from gdetkd_cli.detectors import architectures, catalog
-from gdetkd_cli.detectors.files import kind_of, load_torchscript
+from gdetkd_cli.detectors.files import Kind, kind_of, open_runner
 from gdetkd_cli.detectors.probed import ProbedDetector
 from gdetkd_cli.detectors.protocol import Detector
 from gdetkd_cli.errors import ModelError
+from gdetkd_cli.probing.inputs import ModelInput
 from gdetkd_cli.probing.probe import probe
+from gdetkd_cli.probing.runner import CALLS
 from gdetkd_cli.results import LevelReport, PyramidReport
 from gdetkd_cli.structures import Batch
 from gdetkd_cli.training.events import Note, Observer, silent
 
+_SIZE = (480, 640)  # pixels
 _COCO_CLASSES = 90  # torchvision's detection weights have this many, background left out
 
 
-def run_probe(model: str, *, size: tuple[int, int] = (480, 640), observer: Observer = silent) -> PyramidReport:
+def run_probe(model: str, *, size: tuple[int, int] | None = None, observer: Observer = silent) -> PyramidReport:
     """Probes a torchvision detector by name, a TorchScript file of any detector, or one that this tool trained.
 
     Args:
         model: a name, a run folder, a student.pt, a state_dict of a torchvision detector,
             ``builtin:NAME``, or a TorchScript file.
-        size: (height, width) pixels of the picture that shapes and strides are reported for.
+        size: (height, width) pixels of the picture that shapes and strides are reported for; None: the only size that
+            the model takes, else 480 x 640.
         observer: is told of progress.
 
     Raises:
@@ -38,31 +42,30 @@ def run_probe(model: str, *, size: tuple[int, int] = (480, 640), observer: Obser
         observer(Note(f"{model} with fresh weights"))
         detector = catalog.build({"kind": "torchvision", "name": model}, names)
         detector.module.eval()
-        return report_of(detector, source=model, format="torchvision", size=size, classes=())
+        return report_of(detector, source=model, format="torchvision", size=size or _SIZE, classes=())
     if not model.startswith("builtin:") and not Path(model).exists():
         known = ", ".join(architectures.TORCHVISION_DETECTORS)
         raise ModelError(f"{model!r} is neither a file, a run folder, nor a torchvision detector; detectors: {known}")
     path = catalog.locate(model)
     kind = kind_of(path)
-    if kind == "torchscript":
-        return _probe_torchscript(path, model, size, observer)
-    if kind == "onnx":
-        raise ModelError(f"{model} is an ONNX file; probe reads TorchScript, state_dicts and this tool's own files")
+    if kind != "checkpoint":
+        return _probe_file(path, kind, model, size, observer)
     loaded = catalog.load(path)
     for note in loaded.notes:
         observer(Note(note))
     format = "run" if loaded.origin == "run" else "torchvision"
-    return report_of(loaded.detector, source=model, format=format, size=size)
+    return report_of(loaded.detector, source=model, format=format, size=size or _SIZE)
 
 
-def _probe_torchscript(path: Path, source: str, size: tuple[int, int], observer: Observer) -> PyramidReport:
-    module = load_torchscript(path).eval()
-    found = probe(module, size)
+def _probe_file(path: Path, kind: Kind, source: str, size: tuple[int, int] | None, observer: Observer) -> PyramidReport:
+    runner = open_runner(path, kind)
+    size = size or runner.size or _SIZE
+    found = probe(runner, size, ModelInput(scale=255.0 if runner.bytes else 1.0, fit=runner.size))
     observer(Note(f"{source}: {found.reason}"))
     embedding = found.region_embedding
     return PyramidReport(
         source=source,
-        format="torchscript",
+        format=kind,
         call=found.call.name,
         family=found.family,
         levels=tuple(
@@ -78,7 +81,7 @@ def _probe_torchscript(path: Path, source: str, size: tuple[int, int], observer:
         region_embedding=None if embedding is None else {"channels": embedding[1], "source": embedding[0]},
         size=size,
         classes=(),
-        parameters=sum(p.numel() for p in module.parameters()),
+        parameters=runner.parameters,
     )
 
 
@@ -104,15 +107,15 @@ def report_of(
         )
         for level, features in zip(pyramid.levels, pyramid.maps, strict=True)
     )
-    probed = detector.probed if isinstance(detector, ProbedDetector) else None
+    probed = detector if isinstance(detector, ProbedDetector) else None
     return PyramidReport(
         source=source,
-        format="torchscript" if probed else format,
-        call=probed.call.name if probed else "list of (3, H, W) images in 0..1",
+        format=probed.kind if probed else format,
+        call=probed.probed.call.name if probed else CALLS[0].name,
         family=detector.family,
         levels=levels,
         region_embedding={"channels": detector.embedding_channels, "source": detector.embedding_source},
         size=size,
         classes=detector.class_names if classes is None else classes,
-        parameters=sum(p.numel() for p in detector.module.parameters()),
+        parameters=probed.parameters if probed else sum(p.numel() for p in detector.module.parameters()),
     )

@@ -14,8 +14,10 @@ from torch.nn.functional import interpolate
 from torchvision.ops import roi_align
 from twins import NoNeck, SharedHead, TwoWay
 
-from gdetkd_cli.detectors.probed import ModelInput, ProbedDetector
+from gdetkd_cli.detectors.probed import ProbedDetector
 from gdetkd_cli.errors import ModelError
+from gdetkd_cli.probing.inputs import ModelInput
+from gdetkd_cli.probing.runner import ModuleRunner
 from gdetkd_cli.recipe.schema import CheckpointDetector
 from gdetkd_cli.runs import run_distill
 from gdetkd_cli.structures import Batch, Regions
@@ -53,7 +55,13 @@ def traced(network: nn.Module) -> nn.Module:
 
 
 def detector(module: nn.Module, model_input: ModelInput | None = None) -> ProbedDetector:
-    return ProbedDetector(module=module, source="model.pt", model_input=model_input or ModelInput(), size=SIZE)
+    return ProbedDetector(
+        runner=ModuleRunner(module),
+        source="model.pt",
+        kind="torchscript",
+        model_input=model_input or ModelInput(),
+        size=SIZE,
+    )
 
 
 def batch(*sizes: tuple[int, int]) -> Batch:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Any
 
 import pytest
@@ -11,8 +13,11 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate, pad
 from twins import Body, DownToOneCell, Functional, NoNeck, OneConvolutionHeads, OneLevel, SharedHead, Tokens, TwoWay
 
+from gdetkd_cli.detectors.files import kind_of, open_runner
 from gdetkd_cli.errors import ModelError, NoPyramidError
+from gdetkd_cli.probing.inputs import ModelInput
 from gdetkd_cli.probing.probe import Probed, probe
+from gdetkd_cli.probing.runner import ModuleRunner, Runner
 
 SIZE = (192, 256)
 
@@ -29,12 +34,27 @@ def frozen(model: nn.Module) -> nn.Module:
     return torch.jit.freeze(torch.jit.trace(model, torch.rand(1, 3, *SIZE)))
 
 
-FORMATS: dict[str, Callable[[nn.Module], nn.Module]] = {
+def exported(model: nn.Module) -> Runner:
+    with NamedTemporaryFile(suffix=".pt2") as file:
+        torch.export.save(torch.export.export(model, (torch.rand(1, 3, *SIZE),)), file.name)
+        return open_runner(Path(file.name), kind_of(Path(file.name)))
+
+
+def onnx(model: nn.Module) -> Runner:
+    with NamedTemporaryFile(suffix=".onnx") as file:
+        torch.onnx.export(model, (torch.rand(1, 3, *SIZE),), file.name, dynamo=False)
+        return open_runner(Path(file.name), kind_of(Path(file.name)))
+
+
+FORMATS: dict[str, Callable[[nn.Module], nn.Module | Runner]] = {
     "eager": lambda model: model,
     "scripted": scripted,
     "traced": traced,
     "frozen": frozen,
+    "exported": exported,
+    "onnx": onnx,
 }
+CALLS = {"exported": "(1, 3, H, W) tensor", "onnx": "(1, 3, H, W) tensor"}
 # class -> channels and strides of its levels
 TWINS: dict[type[nn.Module], list[tuple[int, int]]] = {
     SharedHead: [(16, 8), (16, 16), (16, 32)],
@@ -48,7 +68,7 @@ TWINS: dict[type[nn.Module], list[tuple[int, int]]] = {
 
 
 def run(model: Any, size: tuple[int, int] = SIZE) -> Probed:
-    return probe(model, size)
+    return probe(ModuleRunner(model) if isinstance(model, nn.Module) else model, size, ModelInput())
 
 
 def build(twin: Callable[[], nn.Module]) -> nn.Module:
@@ -68,7 +88,7 @@ def test_every_kind_in_every_format(twin: type[nn.Module], form: str) -> None:
         (channels, pytest.approx((stride, stride), rel=1e-3)) for channels, stride in TWINS[twin]
     ]
     assert [level.shape for level in found.levels] == [(192 // stride, 256 // stride) for _, stride in TWINS[twin]]
-    assert found.call.name == "(N, 3, H, W) tensor"
+    assert found.call.name == CALLS.get(form, "(N, 3, H, W) tensor")
     assert found.region_embedding is None
 
 
@@ -123,7 +143,7 @@ class Letterbox(nn.Module):
 def test_geometry_through_a_letterbox() -> None:
     found = run(Letterbox(build(SharedHead)).eval())
 
-    assert found.call.name == "list of (3, H, W) images in 0..1"
+    assert found.call.name == "list of (3, H, W) images"
     for level, stride in zip(found.levels, (8, 16, 32), strict=True):
         assert level.geometry.stride == pytest.approx((2 * stride, 2 * stride), rel=0.01)
         # Cell 0 is centred on the first pixel of a 128-pixel square, 16 of whose rows lie above the picture.

@@ -1,0 +1,123 @@
+"""Reading programs that ``torch.export.save`` wrote, without executing anything in them.
+
+torch's own reader unpickles what the file asks it to, hands sizes to a parser that evaluates Python, and looks up
+whatever function of torch a node names. So the file is looked through first, and refused if it wants more than
+operators.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+import re
+import warnings
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gdetkd_cli.errors import ModelError
+from gdetkd_cli.probing.inputs import Call, alone, stacked
+from gdetkd_cli.probing.runner import CALLS, ModuleRunner
+
+_EXPRESSION = re.compile(r"[A-Za-z0-9_+\-*/(),<>=!&|~%. ]*")  # arithmetic over symbols: no strings, no attributes
+_ATTRIBUTE = re.compile(r"__|[A-Za-z_)]\s*\.")
+_OPERATOR = re.compile(r"torch\.ops(\.\w+){2,3}|_operator\.\w+|math\.\w+|torch\.sym_\w+")
+
+
+def load_exported(path: Path) -> ModuleRunner:
+    """Reads a ``.pt2`` file; its graph is called as it was exported.
+
+    Raises:
+        ModelError: not a whole file, or one that needs pickled code.
+    """
+    _check(path)
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            program = torch.export.load(path)
+        module = program.module(check_guards=False)  # they are Python in the file; sizes are checked nevertheless
+    except (RuntimeError, ValueError, LookupError, AssertionError, TypeError) as error:
+        raise ModelError(
+            f"torch {torch.__version__} cannot read the exported program {path} ({_line(error)})"
+        ) from error
+    inputs = [
+        node.meta["val"]
+        for node in program.graph.nodes
+        if node.op == "placeholder" and node.name in program.graph_signature.user_inputs
+    ]
+    shapes = [tuple(value.shape) for value in inputs if isinstance(value, Tensor)]
+    if len(shapes) != 1 or len(inputs) != 1 or len(shapes[0]) not in (3, 4):
+        raise ModelError(
+            f"{path} was exported with inputs of shapes {', '.join(str(list(s)) for s in shapes) or 'none'}; one "
+            "(N, 3, H, W) tensor or one (3, H, W) image was expected"
+        )
+    return ModuleRunner(module, **_convention(path, shapes[0]))
+
+
+def _convention(path: Path, shape: tuple[Any, ...]) -> dict[str, Any]:
+    sides = shape[-2:]
+    size = (int(sides[0]), int(sides[1])) if all(isinstance(side, int) for side in sides) else None
+    listed, batch, single = CALLS
+    if len(shape) == 3:
+        # torch.export flattens a list of one image into one input, and takes it back as a list.
+        return {"calls": (single, Call(listed.name, "one", listed.argument)), "size": size}
+    if isinstance(shape[0], int):
+        if shape[0] != 1:
+            raise ModelError(f"{path} takes {shape[0]} images at once; one made for 1, or for any number, was expected")
+        return {"calls": (Call("(1, 3, H, W) tensor", "one", lambda images: alone(images)[None]),), "size": size}
+    return {"calls": (Call(batch.name, "one size", stacked),), "size": size}
+
+
+def _check(path: Path) -> None:
+    """Refuses what would execute code when it is read."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for name in archive.namelist():
+                if name.endswith(".json"):
+                    _check_json(path, name, json.loads(archive.read(name)))
+                elif "/sample_inputs/" in name or name.endswith(".pt"):
+                    _check_pickle(path, archive.read(name))
+    except (zipfile.BadZipFile, ValueError, EOFError) as error:
+        raise ModelError(f"{path} is not a whole file written by torch.export.save ({_line(error)})") from error
+
+
+def _check_pickle(path: Path, content: bytes) -> None:
+    if not content:
+        return
+    try:
+        torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError) as error:
+        raise _refusal(path, "its example inputs or weights") from error
+
+
+def _check_json(path: Path, name: str, content: Any) -> None:
+    stack = [content]
+    while stack:
+        entry = stack.pop()
+        if isinstance(entry, dict):
+            if entry.get("use_pickle"):
+                raise _refusal(path, f"{name} asks for it")
+            kind = str(entry.get("path_name", "weight_")).partition("_")[0]
+            if kind not in ("weight", "tensor"):
+                raise _refusal(path, f"{name} names {entry['path_name']}")
+            expression = entry.get("expr_str")
+            if isinstance(expression, str) and (not _EXPRESSION.fullmatch(expression) or _ATTRIBUTE.search(expression)):
+                raise _refusal(path, f"a size reads {expression[:60]!r}")
+            target = entry.get("target")
+            if isinstance(target, str) and "inputs" in entry and not _OPERATOR.fullmatch(target):
+                raise _refusal(path, f"a node calls {target[:60]}")
+            stack.extend(entry.values())
+        elif isinstance(entry, list):
+            stack.extend(entry)
+
+
+def _refusal(path: Path, reason: str) -> ModelError:
+    return ModelError(f"{path} cannot be read without executing code from it ({reason}), which gdetkd never does")
+
+
+def _line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,84 @@
+"""What detectors are given: how images are prepared, and in which ways models are called with them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import interpolate, pad
+
+_GREY = 0.5  # what is left of a fixed size beside the image
+
+
+@dataclass(frozen=True)
+class ModelInput:
+    """What a model wants its images to be.
+
+    Attributes:
+        scale: what values in 0..1 are multiplied by (255 for models that take 0..255).
+        mean, std: subtracted from and divided by, per channel, after that.
+        fit: (height, width) of a model that takes this size alone: images are resized to fit in, and padded at the
+            right and the bottom.
+    """
+
+    scale: float = 1.0
+    mean: tuple[float, float, float] | None = None
+    std: tuple[float, float, float] | None = None
+    fit: tuple[int, int] | None = None
+
+    def prepare(self, image: Tensor) -> Tensor:
+        """(3, H, W) in 0..1 -> what the model wants."""
+        if self.fit is not None:
+            image = _fitted(image, self.fit)
+        image = image * self.scale
+        if self.mean is not None:
+            image = image - image.new_tensor(self.mean)[:, None, None]
+        if self.std is not None:
+            image = image / image.new_tensor(self.std)[:, None, None]
+        return image
+
+
+def _fitted(image: Tensor, size: tuple[int, int]) -> Tensor:
+    height, width = image.shape[-2:]
+    if (height, width) == size:
+        return image
+    scale = min(size[0] / height, size[1] / width)
+    inner = (min(size[0], round(height * scale)), min(size[1], round(width * scale)))
+    resized = interpolate(image[None], size=inner, mode="bilinear", antialias=True)[0]
+    return pad(resized, (0, size[1] - inner[1], 0, size[0] - inner[0]), value=_GREY)
+
+
+@dataclass(frozen=True)
+class Call:
+    """One way of calling a model.
+
+    Attributes:
+        name: for people.
+        takes: which images go into one call: any, those of one size, or one alone.
+        argument: images (3, H, W) -> what the model is given.
+    """
+
+    name: str
+    takes: Literal["any", "one size", "one"]
+    argument: Callable[[Sequence[Tensor]], object]
+
+    def groups(self, images: Sequence[Tensor]) -> list[list[Tensor]]:
+        """The images in groups that one call takes, in their order."""
+        alike = len({image.shape for image in images}) == 1
+        if self.takes == "any" or (self.takes == "one size" and alike):
+            return [list(images)]
+        return [[image] for image in images]
+
+
+def stacked(images: Sequence[Tensor]) -> Tensor:
+    """Images of one size as (N, 3, H, W)."""
+    return torch.stack(list(images))
+
+
+def alone(images: Sequence[Tensor]) -> Tensor:
+    """The one image there is, (3, H, W)."""
+    (image,) = images
+    return image

@@ -1,0 +1,283 @@
+"""An ONNX model, run by onnxruntime: its graph says what it computes, and values are read as added outputs."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import torch
+from onnx import AttributeProto, ModelProto, NodeProto, TensorProto, numpy_helper
+from torch import Tensor, nn
+
+from gdetkd_cli.errors import ModelError, NoPyramidError
+from gdetkd_cli.probing.inputs import Call, alone, stacked
+from gdetkd_cli.probing.record import Address, Value, Window
+
+# As aten names them, since that is what levels are recognised by.
+_NAMES = {
+    "Conv": "convolution",
+    "MatMul": "mm",
+    "Gemm": "addmm",
+    "MaxPool": "max_pool2d",
+    "AveragePool": "avg_pool2d",
+    "Pad": "constant_pad_nd",
+    "Resize": "upsample",
+    "Upsample": "upsample",
+    "GlobalAveragePool": "mean",
+    "ReduceMean": "mean",
+    "GlobalMaxPool": "adaptive_max_pool2d",
+    "RoiAlign": "roi_align",
+}
+# What a map may be made of; 8 bits in quantised models. Whole numbers of more bits are sizes and indices.
+_MAP_TYPES = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE, TensorProto.INT8, TensorProto.UINT8)
+_NUMPY_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(uint8)": np.uint8}
+_FATAL = 4  # onnxruntime logs errors to stderr as well as raising them; only the latter is wanted
+
+
+class OnnxRunner:
+    """An ONNX file, in graph optimisation's way nowhere: every value that the file names can be read.
+
+    Raises:
+        ModelError: not a whole ONNX file, or not one that takes images.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.module = nn.Module()
+        try:
+            self._model = onnx.load(path)
+            inferred = onnx.shape_inference.infer_shapes(self._model)
+        except Exception as error:  # protobuf's and onnx's errors have no base of their own
+            raise ModelError(f"{path} is not a whole ONNX file ({_first_line(error)})") from error
+        self._types = {info.name: info.type.tensor_type.elem_type for info in inferred.graph.value_info}
+        self._types |= {info.name: info.type.tensor_type.elem_type for info in inferred.graph.output}
+        graph = self._model.graph
+        self._weights = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
+        self.parameters = sum(int(np.prod(shape)) for shape in self._weights.values())
+        self._session: tuple[tuple[str, ...], onnxruntime.InferenceSession] | None = None
+        self._tensors: dict[Address, str] = {}
+        self._network_input = ""
+        inputs = self._open(self._model).get_inputs()
+        images = [i for i in inputs if len(i.shape) in (3, 4) and i.type in _NUMPY_TYPES]
+        if len(images) != 1:
+            raise ModelError(
+                f"{path} has {len(images)} inputs that could be images, of "
+                f"{', '.join(f'{i.name} {i.type} {i.shape}' for i in inputs) or 'none'}; one was expected"
+            )
+        self._image = images[0]
+        self._others = [i for i in inputs if i.name != self._image.name]
+        self.bytes = self._image.type == "tensor(uint8)"
+        self._call, self.size = self._convention(list(self._image.shape))
+
+    def _convention(self, shape: list[Any]) -> tuple[Call, tuple[int, int] | None]:
+        """How the image input takes images: the way of calling, and its size where that is fixed."""
+        last = shape[-1] == 3 and shape[-3] != 3
+        height, width = shape[-3:-1] if last else shape[-2:]
+        size = (height, width) if isinstance(height, int) and isinstance(width, int) else None
+        one = "(H, W, 3)" if last else "(3, H, W)"
+        many = "(N, H, W, 3)" if last else "(N, 3, H, W)"
+        if len(shape) == 3:
+            return Call(f"one {one} image", "one", partial(_arranged, arrange=alone, last=last)), size
+        if isinstance(shape[0], int) and shape[0] != 1:
+            raise ModelError(
+                f"{self._path} takes {shape[0]} images at once; one made for 1, or for any number, was expected"
+            )
+        takes = Call(f"{many} tensor", "one size", partial(_arranged, arrange=stacked, last=last))
+        if shape[0] == 1:
+            takes = Call(f"{many.replace('N', '1')} tensor", "one", takes.argument)
+        return takes, size
+
+    def record(self, image: Tensor) -> tuple[Call, tuple[Value, ...]]:
+        shapes = self._shapes(image)
+        aliases = {name: name for name in self._weights}  # a weight that was converted or scaled is that weight
+        index = {self._image.name: 0}
+        values = [Value("input", 0, 0, shapes[self._image.name], (), name=self._image.name)]
+        calls: Counter[str] = Counter()
+        for node in self._model.graph.node:
+            read = list(_read_by(node))
+            parents = tuple(index[name] for name in read if name in index)
+            weights = tuple(aliases[name] for name in read if name in aliases)
+            op = _NAMES.get(node.op_type, node.op_type.lower())
+            call = calls[op]
+            calls[op] += 1
+            if weights and not parents and all(name in aliases for name in read if name):
+                aliases.update((name, weights[0]) for name in node.output)
+                continue
+            for output, name in enumerate(node.output):
+                if name in shapes:
+                    index[name] = len(values)
+                    window = self._window(node, shapes)
+                    values.append(Value(op, call, output, shapes[name], parents, weights, window, name))
+                    self._tensors[Address(op, call, output)] = name
+                    if op == "convolution" and parents and not self._network_input:
+                        self._network_input = node.input[0]
+        return self._call, tuple(values)
+
+    def read(self, call: Call, images: Sequence[Tensor], addresses: Sequence[Address]) -> tuple[Tensor, list[Tensor]]:
+        if not self._network_input:
+            raise NoPyramidError("no convolution reads an image in this model, so it has no feature maps")
+        wanted = (self._network_input, *(self._tensors[address] for address in addresses))
+        feed = self._feed(call, images)
+        if self._session is None or self._session[0] != wanted:
+            made = [name for name in dict.fromkeys(wanted) if name not in feed]
+            self._session = (wanted, self._open(self._up_to(made)) if made else self._open(self._model))
+        session = self._session[1]
+        known = dict(feed)
+        names = [output.name for output in session.get_outputs() if output.name in wanted]
+        if names:
+            known |= zip(names, self._run(session, feed, names), strict=True)
+        device = images[0].device
+        # As floats: a quantised map's values.
+        found = [torch.from_numpy(np.asarray(known[name])).to(device).float() for name in wanted]
+        return found[0] if found[0].dim() == 4 else found[0][None], found[1:]
+
+    def _shapes(self, image: Tensor) -> dict[str, tuple[int, ...]]:
+        """By value, its shape for this image; shapes are asked for, so that the values need not be kept."""
+        model = ModelProto()
+        model.CopyFrom(self._model)
+        del model.graph.output[:]
+        asked = {}
+        for name in self._maps():
+            asked[f"gdetkd shape of {name}"] = name
+            model.graph.node.append(onnx.helper.make_node("Shape", [name], [f"gdetkd shape of {name}"]))
+        model.graph.output.extend(onnx.helper.make_tensor_value_info(name, TensorProto.INT64, None) for name in asked)
+        feed = self._feed(self._call, [image])
+        found = self._run(self._open(model), feed, list(asked))
+        shapes = {name: tuple(int(n) for n in shape) for name, shape in zip(asked.values(), found, strict=True)}
+        return shapes | {self._image.name: tuple(feed[self._image.name].shape)}
+
+    def _maps(self) -> Iterable[str]:
+        """Names of the values that may be maps, in the order of their making."""
+        for node in self._model.graph.node:
+            yield from (name for name in node.output if name and self._types.get(name) in _MAP_TYPES)
+
+    def _up_to(self, names: list[str]) -> ModelProto:
+        """The part of the model that makes these values."""
+        model = ModelProto()
+        model.CopyFrom(self._model)
+        graph = model.graph
+        needed, kept = set(names), []
+        for node in reversed(graph.node):
+            if needed.intersection(node.output):
+                kept.append(node)
+                needed.update(_read_by(node))
+        nodes = [NodeProto.FromString(node.SerializeToString()) for node in reversed(kept)]
+        del graph.node[:]
+        graph.node.extend(nodes)
+        del graph.output[:]
+        graph.output.extend(
+            onnx.helper.make_tensor_value_info(name, self._types.get(name, TensorProto.FLOAT), None) for name in names
+        )
+        return model
+
+    def _open(self, model: ModelProto) -> onnxruntime.InferenceSession:
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = _FATAL
+        options.intra_op_num_threads = torch.get_num_threads()
+        try:
+            return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # onnxruntime's errors have no base of their own
+            raise ModelError(f"onnxruntime cannot open {self._path} ({_first_line(error)})") from error
+
+    def _run(
+        self, session: onnxruntime.InferenceSession, feed: dict[str, np.ndarray], names: list[str]
+    ) -> list[np.ndarray]:
+        given = {i.name for i in session.get_inputs()}
+        try:
+            found: list[np.ndarray] = session.run(names, {name: value for name, value in feed.items() if name in given})
+        except Exception as error:  # onnxruntime's errors have no base of their own
+            raise ModelError(
+                f"onnxruntime cannot run {self._path} on an image of shape {list(feed[self._image.name].shape)} "
+                f"({_first_line(error)})"
+            ) from error
+        return found
+
+    def _feed(self, call: Call, images: Sequence[Tensor]) -> dict[str, np.ndarray]:
+        argument = call.argument(images)
+        assert isinstance(argument, Tensor)
+        array = argument.detach().cpu().contiguous().numpy()
+        if self.bytes:
+            array = array.round().clip(0, 255)
+        feed = {self._image.name: array.astype(_NUMPY_TYPES[self._image.type])}
+        size = images[0].shape[-2:]
+        for other in self._others:  # what exports of DETR- and Paddle-like detectors take beside the images
+            if "scale" in other.name:
+                row = [1.0, 1.0]
+            elif "size" in other.name or "shape" in other.name:
+                row = [float(size[0]), float(size[1])]
+            else:
+                raise ModelError(f"{self._path} takes {other.name!r} beside the image; what to give it is not known")
+            whole = np.int64 if "int64" in other.type else np.int32 if "int32" in other.type else np.float32
+            feed[other.name] = np.array([row] * len(images), dtype=whole)
+        return feed
+
+    def _window(self, node: NodeProto, shapes: dict[str, tuple[int, ...]]) -> Window | None:
+        attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+        if node.op_type == "Pad":
+            pads = self._constant(node.input[1]) if len(node.input) > 1 else attributes.get("pads")
+            if pads is None or len(pads) != 8 or len(node.input) > 3:
+                return None
+            return Window((1, 1), (1, 1), (int(pads[2]), int(pads[3])), (1, 1))
+        if node.op_type not in ("Conv", "MaxPool", "AveragePool"):
+            return None
+        kernel = attributes.get("kernel_shape") or list(self._weights.get(node.input[1], ()))[2:]
+        if len(kernel) != 2:
+            return None
+        stride = attributes.get("strides") or [1, 1]
+        dilation = attributes.get("dilations") or [1, 1]
+        padding = (attributes.get("pads") or [0, 0, 0, 0])[:2]
+        source = shapes.get(node.input[0])
+        rule = attributes.get("auto_pad", b"NOTSET").decode()
+        if rule in ("SAME_UPPER", "SAME_LOWER") and source is not None:
+            padding = [
+                _same(source[2 + a], (kernel[a] - 1) * dilation[a] + 1, stride[a], lower=rule == "SAME_LOWER")
+                for a in (0, 1)
+            ]
+        return Window(*((int(p[0]), int(p[1])) for p in (kernel, stride, padding, dilation)))
+
+    def _constant(self, name: str) -> list[int] | None:
+        """A value that does not depend on the image, where the file holds it."""
+        for tensor in self._model.graph.initializer:
+            if tensor.name == name:
+                return [int(v) for v in numpy_helper.to_array(tensor)]
+        for node in self._model.graph.node:
+            if name in node.output and node.op_type == "Constant":
+                return [int(v) for v in numpy_helper.to_array(node.attribute[0].t)]
+        return None
+
+
+def _arranged(images: Sequence[Tensor], *, arrange: Callable[[Sequence[Tensor]], Tensor], last: bool) -> Tensor:
+    """Images (3, H, W) as the input wants them, channels last or not."""
+    given = arrange(images)
+    return given.movedim(-3, -1) if last else given
+
+
+def _same(length: int, reach: int, stride: int, *, lower: bool) -> int:
+    """Cells of padding before an axis under ONNX's SAME_UPPER or SAME_LOWER."""
+    total = max((ceil(length / stride) - 1) * stride + reach - length, 0)
+    return (total + 1) // 2 if lower else total // 2
+
+
+def _read_by(node: NodeProto) -> Iterable[str]:
+    """Names that a node reads, those that its branches and loops take from outside included."""
+    yield from node.input
+    for attribute in node.attribute:
+        graphs = [attribute.g] if attribute.type == AttributeProto.GRAPH else attribute.graphs
+        for graph in graphs:
+            own = {info.name for info in graph.input} | {tensor.name for tensor in graph.initializer}
+            for inner in graph.node:
+                yield from (name for name in _read_by(inner) if name not in own)
+                own.update(inner.output)
+            yield from (info.name for info in graph.output if info.name not in own)
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,95 @@
+"""A model that can be run and looked into, whatever its file's format."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Protocol
+
+from torch import Tensor, nn
+
+from gdetkd_cli.errors import ModelError
+from gdetkd_cli.probing.inputs import Call, alone, stacked
+from gdetkd_cli.probing.record import Address, Value, read, record
+
+# Ways of calling a module, tried in this order.
+CALLS = (
+    Call("list of (3, H, W) images", "any", list),
+    Call("(N, 3, H, W) tensor", "one size", stacked),
+    Call("one (3, H, W) image", "one", alone),
+)
+
+
+class Runner(Protocol):
+    """What probing needs of a model.
+
+    Attributes:
+        module: holds the weights where torch does, so that they can be moved; otherwise it is empty.
+        parameters: number of the model's parameters.
+        size: (height, width), where it takes images of this size alone.
+        bytes: whether it takes whole numbers 0..255.
+    """
+
+    @property
+    def module(self) -> nn.Module: ...
+
+    @property
+    def parameters(self) -> int: ...
+
+    @property
+    def size(self) -> tuple[int, int] | None: ...
+
+    @property
+    def bytes(self) -> bool: ...
+
+    def record(self, image: Tensor) -> tuple[Call, tuple[Value, ...]]:
+        """Finds out how the model is called, and what it computes of one image (3, H, W).
+
+        Raises:
+            ModelError: it cannot be called in any known way.
+        """
+
+    def read(self, call: Call, images: Sequence[Tensor], addresses: Sequence[Address]) -> tuple[Tensor, list[Tensor]]:
+        """What the first convolution reads, (N, C, H, W), and the values at the addresses, of images in one call.
+
+        Raises:
+            NoPyramidError: there is no convolution.
+            ModelError: the forward ended without one of the values.
+        """
+
+
+class ModuleRunner:
+    """An nn.Module in evaluation mode: eager, TorchScript, or of an exported program."""
+
+    bytes = False
+
+    def __init__(
+        self, module: nn.Module, *, calls: Sequence[Call] = CALLS, size: tuple[int, int] | None = None
+    ) -> None:
+        self.module = module
+        self.size = size
+        self._calls = calls
+
+    @property
+    def parameters(self) -> int:
+        return sum(p.numel() for p in self.module.parameters())
+
+    def record(self, image: Tensor) -> tuple[Call, tuple[Value, ...]]:
+        weights = dict(self.module.named_parameters()) | dict(self.module.named_buffers())
+        reasons = []
+        for call in self._calls:
+            try:
+                return call, record(partial(self._run, call, [image]), weights, [image]).values
+            except (RuntimeError, TypeError, ValueError, AttributeError, LookupError, AssertionError) as error:
+                lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+                reasons.append(f"{call.name}: {lines[-1] if lines else type(error).__name__}")
+        raise ModelError(
+            f"the model cannot be called with an image of {image.shape[-2]} x {image.shape[-1]} pixels in any known "
+            f"way ({'; '.join(reasons)}); if it was made for one size, give that with --size"
+        )
+
+    def read(self, call: Call, images: Sequence[Tensor], addresses: Sequence[Address]) -> tuple[Tensor, list[Tensor]]:
+        return read(partial(self._run, call, images), addresses)
+
+    def _run(self, call: Call, images: Sequence[Tensor]) -> object:
+        return self.module(call.argument(images))
