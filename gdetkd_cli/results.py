@@ -10,13 +10,19 @@ from gdetkd_cli.evaluation.coco_metrics import CocoMetrics
 
 @dataclass(frozen=True)
 class LevelReport:
-    """One pyramid level. ``stride`` and ``offset`` are (y, x) in pixels; ``shape`` is (H, W) cells."""
+    """One pyramid level.
+
+    ``stride`` and ``offset`` are (y, x) in pixels; ``shape`` is (H, W) cells; ``mean`` and ``std`` are of its values on
+    the picture that was looked at, None where they are not finite.
+    """
 
     name: str
     channels: int
     shape: tuple[int, int]
     stride: tuple[float, float]
     offset: tuple[float, float]
+    mean: float | None
+    std: float | None
 
 
 @dataclass(frozen=True)
@@ -25,7 +31,7 @@ class PyramidReport:
 
     Attributes:
         source: what was probed, as the user named it.
-        format: ``torchvision``, ``torchscript`` or ``run``.
+        format: ``torchvision``, ``torchscript``, ``exported``, ``onnx``, ``factory`` or ``run``.
         call: how the model takes its input.
         family: ``two-stage``, ``dense``, or ``unknown``.
         levels: fine to coarse.

@@ -25,11 +25,11 @@ from gdetkd_cli.detectors.weights import (
 )
 from gdetkd_cli.errors import ModelError
 from gdetkd_cli.probing.inputs import ModelInput
-from gdetkd_cli.recipe.schema import CheckpointDetector, ComposedDetector, TorchvisionDetector
+from gdetkd_cli.recipe.schema import CheckpointDetector, ComposedDetector, FactoryDetector, TorchvisionDetector
 
 _KINDS = {"torchscript": "TorchScript", "exported": "an exported program", "onnx": "ONNX"}
 
-DetectorSpec = TorchvisionDetector | ComposedDetector | CheckpointDetector
+DetectorSpec = TorchvisionDetector | ComposedDetector | CheckpointDetector | FactoryDetector
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,8 @@ def build_detector(
         refits = load_state(refitted.module, loaded.detector.module.state_dict(), spec.path)
         return BuiltDetector(refitted, loaded.description, (*loaded.notes, *refits))
 
+    if isinstance(spec, FactoryDetector):
+        return _made(spec, class_names, seed)
     state, source = _weights_of(spec)
     norm = spec.norm
     if norm == "auto":
@@ -87,6 +89,25 @@ def build_detector(
         notes += _load_backbone(detector, spec)
     if state is not None:
         notes += load_state(detector.module, state, source)
+    return BuiltDetector(detector, description, tuple(notes))
+
+
+def _made(spec: FactoryDetector, class_names: tuple[str, ...], seed: int) -> BuiltDetector:
+    """A detector of the user's own code."""
+    options = spec.input
+    description = {
+        "kind": "factory",
+        "factory": spec.factory,
+        "arguments": spec.arguments,
+        "input": {"scale": 255.0 if options.range == "0-255" else 1.0, "mean": options.mean, "std": options.std},
+        "size": list(options.size),
+    }
+    torch.manual_seed(seed)
+    detector = catalog.build(description, class_names)
+    notes = [f"made by {spec.factory}"]
+    if spec.weights is not None:
+        path = catalog.locate(spec.weights)
+        notes += load_state(detector.module, state_dict_of(read_torch_file(path), str(path)), str(path))
     return BuiltDetector(detector, description, tuple(notes))
 
 
@@ -148,6 +169,8 @@ def title_of(spec: DetectorSpec) -> str:
             return f"{spec.backbone} {spec.head}"
         case CheckpointDetector():
             return spec.path
+        case FactoryDetector():
+            return spec.factory
         case _:
             assert_never(spec)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import traceback
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -48,6 +49,8 @@ def _ending(error: BaseException) -> tuple[str, int]:
         case KeyboardInterrupt():
             # Whoever knows how the interrupted work can go on has said so with add_note.
             return "; ".join(["interrupted", *getattr(error, "__notes__", ())]), _INTERRUPTED
+        case OSError(filename=str() | Path() as path, strerror=str() as reason):  # the disk's own refusals
+            return f"{typer.style('Error:', fg=typer.colors.RED, bold=True)} {path}: {reason}", 1
         case _:
             problem = f"{type(error).__name__}: {' '.join(str(error).split())}"
             return f"internal error: {problem}; run again with --debug to see where", _INTERNAL_ERROR

@@ -21,6 +21,7 @@ def distill(
         int | None, typer.Option("--profile", metavar="N", min=1, help="Time N steps by phase; write nothing.")
     ] = None,
     resume: options.ResumeOption = None,
+    trust_code: options.TrustOption = False,
     as_json: options.JsonOption = False,
 ) -> None:
     """Train a recipe's student with its teacher's help."""

@@ -20,6 +20,7 @@ def evaluate(
             help="A recipe whose data to use, or a folder with val.json (COCO) and images. Default: the run's own.",
         ),
     ] = None,
+    trust_code: options.TrustOption = False,
     as_json: options.JsonOption = False,
 ) -> None:
     """Measure a detector: COCO box metrics."""

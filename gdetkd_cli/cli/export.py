@@ -18,6 +18,7 @@ def export(
     output: Annotated[
         Path | None, typer.Option("--output", metavar="PATH", help="Where to write. Default: beside the detector.")
     ] = None,
+    trust_code: options.TrustOption = False,
     as_json: options.JsonOption = False,
 ) -> None:
     """Write a trained student as ONNX or TorchScript.

@@ -8,9 +8,17 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from gdetkd_cli.errors import GDetKDError
+from gdetkd_cli.trust import trust_code
 
 if TYPE_CHECKING:
     from gdetkd_cli.recipe.schema import Recipe
+
+
+def _trust(given: bool) -> bool:
+    """Consent holds for the process."""
+    trust_code(given)
+    return given
+
 
 RecipeOption = Annotated[
     str | None,
@@ -31,6 +39,14 @@ ResumeOption = Annotated[
     typer.Option("--resume", metavar="RUN", help="Continue this run folder; its own recipe is used."),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as one JSON document.")]
+TrustOption = Annotated[
+    bool,
+    typer.Option(
+        "--trust-code",
+        callback=_trust,
+        help="Run the Python function that a factory names; without it no code of yours is run.",
+    ),
+]
 TargetArgument = Annotated[str, typer.Argument(metavar="RUN|FILE", help="A run folder, or a detector file.")]
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from enum import StrEnum
 from functools import partial
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -21,23 +23,65 @@ def _height_width(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
+class Range(StrEnum):
+    """Values of the images that a model takes."""
+
+    UNIT = "0-1"
+    BYTES = "0-255"
+
+
 def probe(
     model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="A run folder, a detector file, or a torchvision detector's name.")
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="A run folder, a model file, a torchvision detector's name, or package.module:function.",
+        ),
     ],
     size: Annotated[
-        str, typer.Option("--size", metavar="HxW", help="Height and width of the probe image in pixels.")
-    ] = "480x640",
+        str | None,
+        typer.Option(
+            "--size",
+            metavar="HxW",
+            help="Height and width of the probe image in pixels. Default: the model's own size, else 480x640.",
+        ),
+    ] = None,
+    value_range: Annotated[
+        Range | None, typer.Option("--range", help="Values that a model of unknown code takes. Default: 0-1.")
+    ] = None,
+    mean: Annotated[
+        tuple[float, float, float] | None, typer.Option(help="Subtracted from each channel, in that range.")
+    ] = None,
+    std: Annotated[
+        tuple[float, float, float] | None, typer.Option(help="Divided by, for each channel, after that.")
+    ] = None,
+    image: Annotated[
+        Path | None, typer.Option("--image", metavar="FILE", help="Picture to look at the levels' values on.")
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option("--plot", metavar="FILE", help="Draw each level's activation over the picture.")
+    ] = None,
+    trust_code: options.TrustOption = False,
     as_json: options.JsonOption = False,
 ) -> None:
-    """Show a detector's feature pyramid, as measured.
+    """Find and measure a detector's feature pyramid.
 
     Its levels fine to coarse, with channels, strides and offsets in pixels.
     """
-    height_width = _height_width(size)
+    height_width = None if size is None else _height_width(size)
 
     from gdetkd_cli.cli import render
     from gdetkd_cli.cli.output import perform
     from gdetkd_cli.runs import run_probe
 
-    perform(partial(run_probe, model, size=height_width), render.probed, as_json=as_json)
+    call = partial(
+        run_probe,
+        model,
+        size=height_width,
+        scale=None if value_range is None else 255.0 if value_range == Range.BYTES else 1.0,
+        mean=mean,
+        std=std,
+        image=image,
+        plot=plot,
+    )
+    perform(call, render.probed, as_json=as_json)

@@ -113,8 +113,8 @@ def evaluated(result: EvalResult) -> RenderableType:
 # ----------------------------------------------------------------------------------------------------- probe and plan
 
 
-def _levels(report: PyramidReport, title: str | None) -> Table:
-    """One pyramid, fine to coarse."""
+def _levels(report: PyramidReport, title: str | None, *, values: bool = False) -> Table:
+    """One pyramid, fine to coarse; with the levels' ``values``."""
     rows = [
         (
             level.name,
@@ -122,10 +122,12 @@ def _levels(report: PyramidReport, title: str | None) -> Table:
             f"{level.shape[0]} x {level.shape[1]}",
             _pair(level.stride),
             _pair(level.offset),
+            *(["not finite" if value is None else f"{value:.3g}" for value in (level.mean, level.std)] * values),
         )
         for level in report.levels
     ]
-    return _table(title, ("level", "channels", "cells", "stride", "offset"), rows)
+    columns = ("level", "channels", "cells", "stride", "offset", *(("mean", "std") * values))
+    return _table(title, columns, rows)
 
 
 def _pair(yx: tuple[float, float]) -> str:
@@ -148,7 +150,7 @@ def probed(report: PyramidReport) -> RenderableType:
     ]
     embedding = report.region_embedding
     found = ", ".join(f"{key} {value}" for key, value in embedding.items()) if embedding else "none"
-    return Group(*map(_line, lines), _levels(report, None), _line(f"region embedding: {found}"))
+    return Group(*map(_line, lines), _levels(report, None, values=True), _line(f"region embedding: {found}"))
 
 
 def planned(plan: Plan) -> RenderableType:

@@ -19,6 +19,7 @@ def train(
     overrides: options.SetOption = None,
     output: options.OutputOption = None,
     resume: options.ResumeOption = None,
+    trust_code: options.TrustOption = False,
     as_json: options.JsonOption = False,
 ) -> None:
     """Train a recipe's student or teacher on its own."""

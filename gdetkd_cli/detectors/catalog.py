@@ -16,8 +16,10 @@ from torchvision.models.detection.ssd import SSD
 
 from gdetkd_cli.detectors import architectures
 from gdetkd_cli.detectors.dense import DenseDetector
+from gdetkd_cli.detectors.factory import make
 from gdetkd_cli.detectors.protocol import Detector
 from gdetkd_cli.detectors.recognise import recognise
+from gdetkd_cli.detectors.trainable import TrainableDetector
 from gdetkd_cli.detectors.two_stage import TwoStageDetector
 from gdetkd_cli.detectors.weights import (
     CLASS_LAYERS,
@@ -27,6 +29,7 @@ from gdetkd_cli.detectors.weights import (
     torchvision_categories,
 )
 from gdetkd_cli.errors import ModelError
+from gdetkd_cli.probing.inputs import ModelInput
 
 FILE_VERSION = 1
 BUILTIN = Path(__file__).parent / "builtin"
@@ -50,16 +53,40 @@ def wrap(module: nn.Module, class_names: Sequence[str]) -> Detector:
 
 
 def build(description: dict[str, Any], class_names: Sequence[str]) -> Detector:
-    """A detector with fresh weights from a description (see ``architectures``).
+    """A detector with fresh weights from a description (see ``architectures``; of the user's own code: ``factory``).
 
     Raises:
         ModelError: the description cannot be built.
     """
+    if description.get("kind") == "factory":
+        return _made(description, tuple(class_names))
     try:
         module = architectures.build(description, len(class_names))
     except ValueError as error:
         raise ModelError(str(error)) from error
     return wrap(module, class_names)
+
+
+def _made(description: dict[str, Any], class_names: tuple[str, ...]) -> Detector:
+    """A detector of the user's own code: one of torchvision's, a ``Detector``, or any module called as those are."""
+    reference = description["factory"]
+    made = make(reference, description["arguments"])
+    if isinstance(made, FasterRCNN | RetinaNet | FCOS | SSD):
+        return wrap(made, class_names)
+    if isinstance(made, nn.Module):
+        return TrainableDetector(
+            module=made,
+            source=reference,
+            class_names=class_names,
+            model_input=ModelInput(**description["input"]),
+            size=tuple(description["size"]),
+        )
+    if not all(hasattr(made, name) for name in ("module", "levels", "observe", "look", "view_regions", "predict")):
+        raise ModelError(
+            f"{reference} returned {type(made).__name__}; a torch.nn.Module was expected, or gdetkd's Detector"
+        )
+    detector: Detector = made
+    return detector
 
 
 def classes_of(

@@ -14,10 +14,10 @@ import re
 import warnings
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gdetkd_cli.errors import ModelError
 from gdetkd_cli.probing.inputs import Call, alone, stacked
@@ -38,7 +38,8 @@ def load_exported(path: Path) -> ModuleRunner:
     try:
         with warnings.catch_warnings(action="ignore"):
             program = torch.export.load(path)
-        module = program.module(check_guards=False)  # they are Python in the file; sizes are checked nevertheless
+        # Guards are Python in the file; sizes are checked without them.
+        module = _Program(program.module(check_guards=False))
     except (RuntimeError, ValueError, LookupError, AssertionError, TypeError) as error:
         raise ModelError(
             f"torch {torch.__version__} cannot read the exported program {path} ({_line(error)})"
@@ -55,6 +56,20 @@ def load_exported(path: Path) -> ModuleRunner:
             "(N, 3, H, W) tensor or one (3, H, W) image was expected"
         )
     return ModuleRunner(module, **_convention(path, shapes[0]))
+
+
+class _Program(nn.Module):
+    """An exported graph; it has one mode, and refuses to be asked for another."""
+
+    def __init__(self, graph: nn.Module) -> None:
+        super().__init__()
+        self.graph = graph
+
+    def forward(self, images: object) -> object:
+        return self.graph(images)
+
+    def train(self, mode: bool = True) -> Self:
+        return self
 
 
 def _convention(path: Path, shape: tuple[Any, ...]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from torch.nn.functional import pad
 
 from gdetkd_cli.detectors.pooling import assign_levels, channels_of, pool_assigned
 from gdetkd_cli.detectors.protocol import Family, Observation, RegionView, View
+from gdetkd_cli.detectors.torchvision_common import evaluating
 from gdetkd_cli.errors import PairError
 from gdetkd_cli.probing.geometry import Geometry
 from gdetkd_cli.probing.inputs import ModelInput
@@ -80,14 +81,19 @@ class ProbedDetector:
     @torch.no_grad()
     def look(self, batch: Batch) -> Observation:
         prepared = [self._input.prepare(image) for image in batch.images]
-        groups = [self._read(images) for images in self.probed.call.groups(prepared)]
+        with evaluating(self.module):
+            groups = [self._read(images) for images in self.probed.call.groups(prepared)]
         maps = tuple(_stack([group[1][level] for group in groups]) for level in range(len(self.levels)))
         height, width = (max(group[0].shape[axis] for group in groups) for axis in (-2, -1))
+        frame = self._frame_of(batch, (height, width))
+        return Observation(losses={}, pyramid=Pyramid(maps=maps, levels=self.levels, frame=frame), candidates=None)
+
+    def _frame_of(self, batch: Batch, size: tuple[int, int]) -> Frame:
+        """Where the network's input, (height, width) pixels, lies in the batch's images."""
         frames = [self._frame(image) for image in batch.images]
         stride = torch.tensor([f.stride[::-1] for f in frames], device=batch.images[0].device)
         offset = torch.tensor([f.offset[::-1] for f in frames], device=stride.device)
-        frame = Frame(scale=1 / stride, shift=0.5 - offset / stride, size=(height, width))
-        return Observation(losses={}, pyramid=Pyramid(maps=maps, levels=self.levels, frame=frame), candidates=None)
+        return Frame(scale=1 / stride, shift=0.5 - offset / stride, size=size)
 
     def view_regions(self, seen: Observation, regions: Regions, needs: frozenset[View]) -> RegionView:
         assignment = assign_levels(seen.pyramid, regions, cells_per_side=_CELLS_PER_SIDE)
@@ -109,7 +115,8 @@ class ProbedDetector:
         """Where the network's input lies in images of this size; measured once for each size."""
         size = (image.shape[-2], image.shape[-1])
         if size not in self._frames:
-            self._frames[size] = frame_of(self._runner, self.probed.call, image, self._input)
+            with evaluating(self.module):
+                self._frames[size] = frame_of(self._runner, self.probed.call, image, self._input)
         return self._frames[size]
 
 

@@ -25,7 +25,8 @@ class SinglePicture(nn.Module):
         super().__init__()
         module: Any = copy.deepcopy(detector.module).cpu().requires_grad_(False).eval()
         module([example_picture()])  # torchvision settles the scales of its RoI pooling at the first call
-        module.transform = _ExactTransform(module.transform)
+        if isinstance(getattr(module, "transform", None), GeneralizedRCNNTransform):
+            module.transform = _ExactTransform(module.transform)
         module._has_warned = True  # else a scripted detector tells its user that it returns a pair
         self.detector = module
         self.eval()

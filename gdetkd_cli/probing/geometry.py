@@ -113,7 +113,7 @@ def measure_frame(network_input: Callable[[Tensor], Tensor], image: Tensor) -> G
         top, left = round(fraction * height) - _PATCH // 2, round(fraction * width) - _PATCH // 2
         changed = image.clone()
         patch = changed[:, top : top + _PATCH, left : left + _PATCH]
-        window = torch.hann_window(_PATCH + 2, periodic=False)[1:-1]
+        window = torch.hann_window(_PATCH + 2, periodic=False, device=image.device)[1:-1]
         patch += (window[:, None] * window) * torch.where(patch.mean() > 0.5, -0.5, 0.5)
         response = (network_input(changed) - base).abs().sum(dim=(0, 1)).double().cpu()  # (h, w)
         if not torch.isfinite(response).all() or float(response.sum()) <= 0:

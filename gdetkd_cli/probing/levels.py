@@ -30,13 +30,15 @@ class Found:
         levels: indices of the values, fine to coarse.
         sizes: (height, width) cells of each.
         channels_last: for each, whether the map is (N, H, W, C).
-        reference: index of the tensor that the first convolution reads.
+        stem: index of the first convolution.
+        reference: index of the tensor that it reads.
         reason: why these, for people.
     """
 
     levels: tuple[int, ...]
     sizes: tuple[Size, ...]
     channels_last: tuple[bool, ...]
+    stem: int
     reference: int
     reason: str
 
@@ -60,6 +62,7 @@ def find_levels(values: Sequence[Value]) -> Found:
         levels=tuple(levels),
         sizes=tuple(size for size, _ in maps),
         channels_last=tuple(last for _, last in maps),
+        stem=stem,
         reference=values[stem].parents[0],
         reason=reason,
     )

@@ -14,7 +14,7 @@ from torch.nn.functional import interpolate
 from gdetkd_cli.probing.geometry import Geometry, cells_of, evenly, measure_frame, through
 from gdetkd_cli.probing.inputs import Call, ModelInput
 from gdetkd_cli.probing.levels import LINEAR, find_levels
-from gdetkd_cli.probing.record import Address, Value
+from gdetkd_cli.probing.record import Address, Output, Value
 from gdetkd_cli.probing.runner import Runner
 
 
@@ -30,6 +30,7 @@ class ProbedLevel:
         shape: (height, width) cells.
         cells: where they lie, in pixels of the network's input.
         geometry: the same in pixels of the image.
+        output: the submodule's output that it is, where there is one.
     """
 
     name: str
@@ -39,6 +40,7 @@ class ProbedLevel:
     shape: tuple[int, int]
     cells: Geometry
     geometry: Geometry
+    output: Output | None
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,7 @@ class Probed:
         levels: fine to coarse.
         region_embedding: name and channels of what a region head's predictors read.
         reason: why these are the levels, for people.
+        first: the submodule of the first convolution, as far as its weights tell.
     """
 
     call: Call
@@ -58,6 +61,7 @@ class Probed:
     levels: tuple[ProbedLevel, ...]
     region_embedding: tuple[str, int] | None
     reason: str
+    first: str
 
 
 def probe(runner: Runner, size: tuple[int, int], model_input: ModelInput) -> Probed:
@@ -91,6 +95,7 @@ def probe(runner: Runner, size: tuple[int, int], model_input: ModelInput) -> Pro
                 shape=shape,
                 cells=cells,
                 geometry=through(frame, cells),
+                output=value.returned,
             )
         )
     pooled = next((i for i, v in enumerate(values) if v.op == "roi_align"), None)
@@ -100,6 +105,7 @@ def probe(runner: Runner, size: tuple[int, int], model_input: ModelInput) -> Pro
         levels=tuple(levels),
         region_embedding=None if pooled is None else _region_embedding(values, pooled),
         reason=found.reason,
+        first=_name(values, found.stem),
     )
 
 

@@ -9,12 +9,12 @@ from __future__ import annotations
 import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -34,6 +34,15 @@ class Window:
 
 
 @dataclass(frozen=True)
+class Output:
+    """Where a value can be had with its gradient: tensor number ``leaf`` of what a submodule's call returns."""
+
+    module: str
+    call: int
+    leaf: int
+
+
+@dataclass(frozen=True)
 class Value:
     """One floating-point tensor that an operator gave.
 
@@ -47,6 +56,7 @@ class Value:
         weights: names of the parameters and buffers that it read.
         window: of a convolution, pooling or padding.
         name: in the model's file; empty where only modules and operators have names.
+        returned: the innermost submodule's output that it is, where there is one.
     """
 
     op: str
@@ -57,6 +67,7 @@ class Value:
     weights: tuple[str, ...] = ()
     window: Window | None = None
     name: str = ""
+    returned: Output | None = None
 
 
 @dataclass(frozen=True)
@@ -73,21 +84,37 @@ class Record:
 
 
 @torch.no_grad()
-def record(call: Callable[[], object], weights: Mapping[str, Tensor], inputs: Sequence[Tensor]) -> Record:
+def record(
+    call: Callable[[], object],
+    weights: Mapping[str, Tensor],
+    inputs: Sequence[Tensor],
+    submodules: Mapping[str, nn.Module] | None = None,
+) -> Record:
     """Runs ``call`` once.
 
     Args:
         call: runs the model on the inputs, and returns what the model returns.
         weights: the model's parameters and buffers by name.
         inputs: the tensors that it is given.
+        submodules: by name, those whose outputs are of interest.
     """
     recorder = _Recorder(weights)
     for tensor in inputs:
         recorder.add(Value("input", len(recorder.values), 0, tuple(tensor.shape), ()), tensor)
-    with recorder:
-        result = call()
-    leaves = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
-    return Record(tuple(recorder.values), tuple(recorder.index_of(leaf) for leaf in leaves))
+    hooks = [m.register_forward_hook(partial(recorder.returned, name)) for name, m in (submodules or {}).items()]
+    try:
+        with recorder:
+            result = call()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    values = [replace(value, returned=recorder.outputs.get(i)) for i, value in enumerate(recorder.values)]
+    return Record(tuple(values), tuple(recorder.index_of(leaf) for leaf in tensors_in(result)))
+
+
+def tensors_in(result: object) -> list[Tensor]:
+    """The tensors of what a model or submodule returned, in their order."""
+    return [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
 
 
 class _Recorder(TorchDispatchMode):
@@ -99,6 +126,16 @@ class _Recorder(TorchDispatchMode):
         self._weights = {t.untyped_storage().data_ptr(): name for name, t in weights.items() if t.numel()}
         self._aliases: list[Tensor] = []  # kept alive, so that nothing else gets their addresses
         self._calls: Counter[str] = Counter()
+        self._module_calls: Counter[str] = Counter()
+        self.outputs: dict[int, Output] = {}
+
+    def returned(self, name: str, module: nn.Module, inputs: object, result: object) -> None:
+        """A submodule returned: a forward hook."""
+        for leaf, tensor in enumerate(tensors_in(result)):
+            index = self.index_of(tensor)
+            if index is not None:  # the innermost returns first
+                self.outputs.setdefault(index, Output(name, self._module_calls[name], leaf))
+        self._module_calls[name] += 1
 
     def add(self, value: Value, tensor: Tensor) -> None:
         key = id(tensor)
@@ -131,7 +168,7 @@ class _Recorder(TorchDispatchMode):
             self._weights.update((t.untyped_storage().data_ptr(), weights[0]) for t in aliases)
             self._aliases += aliases
             return result
-        for output, tensor in enumerate(leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)):
+        for output, tensor in enumerate(tensors_in(result)):
             if tensor.is_floating_point():
                 shape = tuple(tensor.shape)
                 self.add(Value(op, call, output, shape, parents, weights, _window(op, args)), tensor)
@@ -245,7 +282,7 @@ class _Reader(TorchDispatchMode):
             call = self._calls[op]
             self._calls[op] += 1
             if (op, call) in self._calls_wanted:
-                tensors = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+                tensors = tensors_in(result)
                 for address in self._addresses:
                     if (address.op, address.call) == (op, call):
                         self.found[address] = tensors[address.output].clone()  # a later operator may write into it

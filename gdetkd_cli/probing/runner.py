@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Protocol
 
+import torch
 from torch import Tensor, nn
 
 from gdetkd_cli.errors import ModelError
@@ -76,10 +77,12 @@ class ModuleRunner:
 
     def record(self, image: Tensor) -> tuple[Call, tuple[Value, ...]]:
         weights = dict(self.module.named_parameters()) | dict(self.module.named_buffers())
+        scripted = isinstance(self.module, torch.jit.ScriptModule)  # whose submodules take no hooks
+        submodules = {} if scripted else {name: module for name, module in self.module.named_modules() if name}
         reasons = []
         for call in self._calls:
             try:
-                return call, record(partial(self._run, call, [image]), weights, [image]).values
+                return call, record(partial(self._run, call, [image]), weights, [image], submodules).values
             except (RuntimeError, TypeError, ValueError, AttributeError, LookupError, AssertionError) as error:
                 lines = [line.strip() for line in str(error).splitlines() if line.strip()]
                 reasons.append(f"{call.name}: {lines[-1] if lines else type(error).__name__}")

@@ -104,8 +104,8 @@ class ComposedDetector(Strict):
         return self
 
 
-class FileInput(Strict):
-    """What a TorchScript teacher wants its images to be; other files know it themselves."""
+class ModelInput(Strict):
+    """What a model wants its images to be, where it does not know it itself as torchvision's and this tool's do."""
 
     range: Literal["0-1", "0-255"] = Field("0-1", description="values of the images that it takes")
     mean: tuple[float, float, float] | None = Field(None, description="subtracted per channel, in that range")
@@ -114,16 +114,28 @@ class FileInput(Strict):
 
 
 class CheckpointDetector(Strict):
-    """A file that says itself what it is: trained by this tool, a torchvision detector's weights, or TorchScript."""
+    """A file that says itself what it is: trained by this tool, or as another tool wrote it."""
 
     arch: Literal["checkpoint"]
     path: str = Field(
-        description="run folder, student.pt, torchvision state_dict, TorchScript file, or builtin:NAME of gdetkd's own"
+        description="run folder, student.pt, state_dict, TorchScript, exported program, ONNX, or builtin:NAME"
     )
-    input: FileInput = FileInput()
+    input: ModelInput = ModelInput()
 
 
-Detector = Annotated[TorchvisionDetector | ComposedDetector | CheckpointDetector, Field(discriminator="arch")]
+class FactoryDetector(Strict):
+    """A detector of your own code; it runs with ``--trust-code`` only."""
+
+    arch: Literal["factory"]
+    factory: str = Field(description="package.module:function that returns a torch.nn.Module")
+    arguments: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of the function")
+    weights: str | None = Field(None, description="file of weights, or nothing where the function loads them")
+    input: ModelInput = ModelInput()
+
+
+Detector = Annotated[
+    TorchvisionDetector | ComposedDetector | CheckpointDetector | FactoryDetector, Field(discriminator="arch")
+]
 
 
 # --------------------------------------------------------------------------------------------------- distillation

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
+from torch.nn.functional import interpolate
 
+from gdetkd_cli.data.pictures import Pictures, picture_size
 from gdetkd_cli.detectors import architectures, catalog
-from gdetkd_cli.detectors.files import Kind, kind_of, open_runner
+from gdetkd_cli.detectors.factory import is_reference, make
+from gdetkd_cli.detectors.files import kind_of, open_runner
 from gdetkd_cli.detectors.probed import ProbedDetector
 from gdetkd_cli.detectors.protocol import Detector
 from gdetkd_cli.errors import ModelError
 from gdetkd_cli.probing.inputs import ModelInput
-from gdetkd_cli.probing.probe import probe
-from gdetkd_cli.probing.runner import CALLS
+from gdetkd_cli.probing.probe import probe, probe_image
+from gdetkd_cli.probing.runner import CALLS, ModuleRunner, Runner
 from gdetkd_cli.results import LevelReport, PyramidReport
 from gdetkd_cli.structures import Batch
 from gdetkd_cli.training.events import Note, Observer, silent
@@ -23,49 +30,107 @@ _SIZE = (480, 640)  # pixels
 _COCO_CLASSES = 90  # torchvision's detection weights have this many, background left out
 
 
-def run_probe(model: str, *, size: tuple[int, int] | None = None, observer: Observer = silent) -> PyramidReport:
-    """Probes a torchvision detector by name, a TorchScript file of any detector, or one that this tool trained.
+@dataclass(frozen=True)
+class _Options:
+    """How to probe, as ``run_probe`` was told."""
+
+    size: tuple[int, int] | None
+    scale: float | None
+    mean: tuple[float, float, float] | None
+    std: tuple[float, float, float] | None
+    image: Path | None
+    plot: Path | None
+
+
+def run_probe(
+    model: str,
+    *,
+    size: tuple[int, int] | None = None,
+    scale: float | None = None,
+    mean: tuple[float, float, float] | None = None,
+    std: tuple[float, float, float] | None = None,
+    image: Path | None = None,
+    plot: Path | None = None,
+    observer: Observer = silent,
+) -> PyramidReport:
+    """Probes any detector that can be read.
 
     Args:
-        model: a name, a run folder, a student.pt, a state_dict of a torchvision detector,
-            ``builtin:NAME``, or a TorchScript file.
-        size: (height, width) pixels of the picture that shapes and strides are reported for; None: the only size that
-            the model takes, else 480 x 640.
+        model: a torchvision detector's name, a run folder, a student.pt, a state_dict of a torchvision detector, a
+            TorchScript, exported or ONNX file, ``builtin:NAME``, or ``package.module:function``.
+        size: (height, width) pixels of the picture; None: the only size that the model takes, else 480 x 640.
+        scale, mean, std: what a model of unknown code wants its pictures to be, as ``ModelInput`` has it.
+        image: file of the picture that the levels' values are looked at on; None: a built-in pattern.
+        plot: file to draw the levels' activations over the picture into.
         observer: is told of progress.
 
     Raises:
         ModelError: the model is none of these, or it cannot be run.
         NoPyramidError: it has no feature pyramid.
     """
+    options = _Options(size, scale, mean, std, image, plot)
     if model in architectures.TORCHVISION_DETECTORS:
         names = tuple(f"class {i}" for i in range(1, _COCO_CLASSES + 1))
         observer(Note(f"{model} with fresh weights"))
         detector = catalog.build({"kind": "torchvision", "name": model}, names)
         detector.module.eval()
-        return report_of(detector, source=model, format="torchvision", size=size or _SIZE, classes=())
+        return _known(detector, model, "torchvision", options, observer, classes=())
     if not model.startswith("builtin:") and not Path(model).exists():
+        if is_reference(model):
+            return _made(model, options, observer)
         known = ", ".join(architectures.TORCHVISION_DETECTORS)
-        raise ModelError(f"{model!r} is neither a file, a run folder, nor a torchvision detector; detectors: {known}")
+        raise ModelError(
+            f"{model!r} is neither a file, a run folder, package.module:function, nor a torchvision detector; "
+            f"detectors: {known}"
+        )
     path = catalog.locate(model)
     kind = kind_of(path)
     if kind != "checkpoint":
-        return _probe_file(path, kind, model, size, observer)
+        return _unknown(open_runner(path, kind), model, kind, options, observer)
     loaded = catalog.load(path)
     for note in loaded.notes:
         observer(Note(note))
     format = "run" if loaded.origin == "run" else "torchvision"
-    return report_of(loaded.detector, source=model, format=format, size=size or _SIZE)
+    return _known(loaded.detector, model, format, options, observer)
 
 
-def _probe_file(path: Path, kind: Kind, source: str, size: tuple[int, int] | None, observer: Observer) -> PyramidReport:
-    runner = open_runner(path, kind)
-    size = size or runner.size or _SIZE
-    found = probe(runner, size, ModelInput(scale=255.0 if runner.bytes else 1.0, fit=runner.size))
+def _made(reference: str, options: _Options, observer: Observer) -> PyramidReport:
+    made = make(reference, {})
+    if isinstance(made, nn.Module):
+        return _unknown(ModuleRunner(made.eval()), reference, "factory", options, observer)
+    return _known(made, reference, "factory", options, observer)
+
+
+def _known(
+    detector: Detector,
+    source: str,
+    format: str,
+    options: _Options,
+    observer: Observer,
+    classes: tuple[str, ...] | None = None,
+) -> PyramidReport:
+    """Of a detector whose family is known."""
+    picture = _picture(options, options.size or _SIZE)
+    report, maps = _looked_at(detector, picture, source=source, format=format, classes=classes)
+    _finish(report, maps, picture, options, observer)
+    return report
+
+
+def _unknown(runner: Runner, source: str, format: str, options: _Options, observer: Observer) -> PyramidReport:
+    """Of a model that is known by running it alone."""
+    scale = options.scale or (255.0 if runner.bytes else 1.0)
+    model_input = ModelInput(scale=scale, mean=options.mean, std=options.std, fit=runner.size)
+    size = options.size or runner.size or _SIZE
+    found = probe(runner, size, model_input)
     observer(Note(f"{source}: {found.reason}"))
+    picture = _picture(options, size)
+    addresses = [level.address for level in found.levels]
+    maps = runner.read(found.call, [model_input.prepare(picture)], addresses)[1]
+    maps = [m.movedim(-1, 1) if level.channels_last else m for m, level in zip(maps, found.levels, strict=True)]
     embedding = found.region_embedding
-    return PyramidReport(
+    report = PyramidReport(
         source=source,
-        format=kind,
+        format=format,
         call=found.call.name,
         family=found.family,
         levels=tuple(
@@ -75,26 +140,67 @@ def _probe_file(path: Path, kind: Kind, source: str, size: tuple[int, int] | Non
                 shape=level.shape,
                 stride=level.geometry.stride,
                 offset=level.geometry.offset,
+                **_statistics(features),
             )
-            for level in found.levels
+            for level, features in zip(found.levels, maps, strict=True)
         ),
         region_embedding=None if embedding is None else {"channels": embedding[1], "source": embedding[0]},
         size=size,
         classes=(),
         parameters=runner.parameters,
     )
+    _finish(report, maps, picture, options, observer)
+    return report
+
+
+def _picture(options: _Options, size: tuple[int, int]) -> Tensor:
+    """(3, H, W) in 0..1: the user's picture at the probe's size, or the built-in pattern."""
+    if options.image is None:
+        return probe_image(size)
+    pixels = Pictures([options.image], [picture_size(options.image)])(0).float() / 255
+    return interpolate(pixels[None], size=size, mode="bilinear", antialias=True)[0]
+
+
+def _finish(
+    report: PyramidReport, maps: Sequence[Tensor], picture: Tensor, options: _Options, observer: Observer
+) -> None:
+    """Warns of levels that carry nothing, and draws them."""
+    for level in report.levels:
+        if level.mean is None:
+            observer(Note(f"warning: {level.name} has values that are not finite on this picture"))
+        elif level.std == 0:
+            observer(Note(f"warning: {level.name} is the same everywhere on this picture; is the level dead?"))
+    if options.plot is not None:
+        from gdetkd_cli.report.levels import draw_levels  # matplotlib takes its time
+
+        draw_levels(picture, report.levels, maps, options.plot)
+        observer(Note(f"drawn: {options.plot}"))
+
+
+def _statistics(features: Tensor) -> dict[str, float | None]:
+    """Mean and deviation of a level's values, None where they are not finite."""
+    values = features.float()
+    found = {"mean": float(values.mean()), "std": float(values.std(correction=0))}
+    return {name: value if math.isfinite(value) else None for name, value in found.items()}
 
 
 def report_of(
     detector: Detector, *, source: str, format: str, size: tuple[int, int], classes: tuple[str, ...] | None = None
 ) -> PyramidReport:
     """What was measured of a detector, in pixels of a picture of ``size`` (height, width)."""
+    return _looked_at(detector, probe_image(size), source=source, format=format, classes=classes)[0]
+
+
+def _looked_at(
+    detector: Detector, picture: Tensor, *, source: str, format: str, classes: tuple[str, ...] | None
+) -> tuple[PyramidReport, tuple[Tensor, ...]]:
+    """What was measured of a detector, in pixels of a picture (3, H, W) in 0..1, and its levels on that picture."""
     # A frozen TorchScript model has neither.
     tensors = chain(detector.module.parameters(), detector.module.buffers())
     device = next((tensor.device for tensor in tensors), torch.device("cpu"))
-    picture = Batch(images=[torch.zeros(3, *size, device=device)], targets=[], image_ids=torch.zeros(1))
+    batch = Batch(images=[picture.to(device)], targets=[], image_ids=torch.zeros(1))
     with torch.no_grad():
-        pyramid = detector.look(picture).pyramid
+        pyramid = detector.look(batch).pyramid
     scale_x, scale_y = pyramid.frame.scale[0].tolist()
     shift_x, shift_y = pyramid.frame.shift[0].tolist()
     levels = tuple(
@@ -104,18 +210,20 @@ def report_of(
             shape=(features.shape[-2], features.shape[-1]),
             stride=(level.stride[0] / scale_y, level.stride[1] / scale_x),
             offset=((level.offset[0] - shift_y) / scale_y, (level.offset[1] - shift_x) / scale_x),
+            **_statistics(features),
         )
         for level, features in zip(pyramid.levels, pyramid.maps, strict=True)
     )
     probed = detector if isinstance(detector, ProbedDetector) else None
-    return PyramidReport(
+    report = PyramidReport(
         source=source,
         format=probed.kind if probed else format,
         call=probed.probed.call.name if probed else CALLS[0].name,
         family=detector.family,
         levels=levels,
         region_embedding={"channels": detector.embedding_channels, "source": detector.embedding_source},
-        size=size,
+        size=(picture.shape[-2], picture.shape[-1]),
         classes=detector.class_names if classes is None else classes,
         parameters=probed.parameters if probed else sum(p.numel() for p in detector.module.parameters()),
     )
+    return report, pyramid.maps

@@ -42,13 +42,13 @@ PARITY = results.Parity(images=8, empty=1, detections=57, max_box_error=0.0004, 
 
 
 def pyramid(source: str = "teacher.pt") -> results.PyramidReport:
-    level = results.LevelReport(name="p2", channels=256, shape=(120, 160), stride=(4.0, 4.0), offset=(2.0, 2.5))
+    level = results.LevelReport("p2", 256, (120, 160), (4.0, 4.0), (2.0, 2.5), mean=0.1, std=1.5)
     return results.PyramidReport(
         source=source,
         format="torchvision",
         call="list of images",
         family="two-stage",
-        levels=(level, results.LevelReport("p3", 256, (60, 80), (8.0, 8.0), (4.0, 4.0))),
+        levels=(level, results.LevelReport("p3", 256, (60, 80), (8.0, 8.0), (4.0, 4.0), None, None)),
         region_embedding={"channels": 1024, "name": "roi_heads.box_head"},
         size=(480, 640),
         classes=("disc", "box"),

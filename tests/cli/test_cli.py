@@ -91,7 +91,11 @@ def test_export(runs: Any) -> None:
 
 def test_probe(runs: Any) -> None:
     done("probe", "fasterrcnn_resnet50_fpn", "--size", "320x512")
-    assert runs.call == ("run_probe", ("fasterrcnn_resnet50_fpn",), {"size": (320, 512)})
+    nothing = dict.fromkeys(("size", "scale", "mean", "std", "image", "plot"))
+    assert runs.call == ("run_probe", ("fasterrcnn_resnet50_fpn",), nothing | {"size": (320, 512)})
+    done("probe", "t.onnx", "--range", "0-255", "--mean", "1", "2", "3", "--image", "a.jpg", "--plot", "b.png")
+    told = {"scale": 255.0, "mean": (1.0, 2.0, 3.0), "image": Path("a.jpg"), "plot": Path("b.png")}
+    assert runs.calls[-1] == ("run_probe", ("t.onnx",), nothing | told)
 
 
 def test_demo(runs: Any) -> None:
@@ -150,6 +154,8 @@ def test_json_of_a_probe(runs: Any) -> None:
         "shape": [120, 160],
         "stride": [4.0, 4.0],
         "offset": [2.0, 2.5],
+        "mean": 0.1,
+        "std": 1.5,
     }
     assert (document["size"], document["classes"]) == ([480, 640], ["disc", "box"])
 

@@ -89,7 +89,11 @@ def test_mistakes_are_one_sentence(folder: Path, monkeypatch: pytest.MonkeyPatch
     (empty / "images").mkdir()
     for arguments, code, words in (
         (["eval", "text.pt"], 2, "text.pt"),
-        (["probe", "nothing.pt"], 2, "neither a file, a run folder, nor a torchvision detector"),
+        (
+            ["probe", "nothing.pt"],
+            2,
+            "neither a file, a run folder, package.module:function, nor a torchvision detector",
+        ),
         (["distill", "--recipe", "toy.yaml", "--set", "teacher=null"], 2, "no `teacher:` block"),
         (["train", "--recipe", "toy.yaml", "--set", "train.steps=0"], 2, "greater than 0"),
         (["train", "--recipe", "toy.yaml", "--set", "data={format: coco, root: empty}"], 2, "empty"),

@@ -79,8 +79,8 @@ def test_a_probe_shows_levels_and_region_embedding(runs: Any) -> None:
     assert "teacher.pt: two-stage, torchvision, 41.00 M parameters" in shown
     assert "probed with 480 x 640 pixels; called as list of images" in shown
     assert "classes: disc, box" in shown
-    assert has_row(shown, "p2", "256", "120 x 160", "4", "2, 2.5")
-    assert has_row(shown, "p3", "256", "60 x 80", "8", "4")
+    assert has_row(shown, "p2", "256", "120 x 160", "4", "2, 2.5", "0.1", "1.5")
+    assert has_row(shown, "p3", "256", "60 x 80", "8", "4", "not finite", "not finite")
     assert "region embedding: channels 1024, name roi_heads.box_head" in shown
 
 

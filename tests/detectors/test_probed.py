@@ -110,7 +110,7 @@ def test_images_of_unlike_sizes_are_read_one_by_one() -> None:
 
 def test_regions_lie_where_they_do_in_the_image_through_the_models_own_resize() -> None:
     network, images = built(NoNeck), batch((128, 192))
-    probed = detector(TakesList(network))
+    probed = detector(TakesList(network).eval())
     assert probed.probed.call.takes == "any"
     seen = probed.look(images)
     torch.testing.assert_close(seen.pyramid.frame.scale, torch.full((1, 2), 0.5), rtol=1e-3, atol=0)

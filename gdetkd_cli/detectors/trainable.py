@@ -1,0 +1,116 @@
+"""A detector of the user's own code that trains as torchvision's do; its pyramid is what probing finds.
+
+Shapes: N images; boxes xyxy.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gdetkd_cli.detectors import torchvision_common as common
+from gdetkd_cli.detectors.probed import ProbedDetector
+from gdetkd_cli.detectors.protocol import Candidates, Observation
+from gdetkd_cli.detectors.tap import Tap
+from gdetkd_cli.errors import ModelError, PairError
+from gdetkd_cli.probing.inputs import ModelInput
+from gdetkd_cli.probing.record import Output, tensors_in
+from gdetkd_cli.probing.runner import ModuleRunner
+from gdetkd_cli.structures import Batch, Detections, Pyramid
+
+_JITTERED = 4  # boxes near each true one
+_ANYWHERE = 32  # boxes of each image, wherever
+
+
+class TrainableDetector(ProbedDetector):
+    """An nn.Module called as torchvision's detectors are.
+
+    In training: ``module(images, targets)`` -> its losses by name. In evaluation: ``module(images)`` -> for each image
+    ``boxes``, ``scores`` and ``labels``. Every level must be what one of its submodules returns. Its candidates are
+    boxes near the true ones and boxes anywhere, since nothing is known of what it predicts in training.
+    """
+
+    def __init__(
+        self,
+        *,
+        module: nn.Module,
+        source: str,
+        class_names: tuple[str, ...],
+        model_input: ModelInput,
+        size: tuple[int, int],
+    ) -> None:
+        """Probes the module.
+
+        Args:
+            module: on the CPU.
+            source: for messages.
+            class_names: K names of the labels 1..K.
+            model_input: what it wants its images to be.
+            size: (height, width) pixels of an image that it can be run on.
+
+        Raises:
+            ModelError, NoPyramidError: probing does not understand it.
+        """
+        training = module.training
+        module.eval()
+        runner = ModuleRunner(module)
+        super().__init__(runner=runner, source=source, kind="factory", model_input=model_input, size=size)
+        module.train(training)
+        self.class_names = class_names
+
+    def observe(self, batch: Batch) -> Observation:
+        outputs = [self._output(level.name, level.output) for level in self.probed.levels]
+        prepared = [self._input.prepare(image) for image in batch.images]
+        network: list[Tensor] = []
+        first = self.module.get_submodule(self.probed.first)
+        handle = first.register_forward_pre_hook(lambda _, inputs: network.append(inputs[0]))
+        try:
+            with Tap(self.module, list({output.module for output in outputs})) as tap:
+                losses: Any = self.module(prepared, common.targets_for(batch))
+        except TypeError as error:
+            raise PairError(f"{self._source} cannot be trained: called with (images, targets), {error}") from error
+        finally:
+            handle.remove()
+        if not isinstance(losses, dict) or not losses or not all(isinstance(v, Tensor) for v in losses.values()):
+            raise PairError(
+                f"{self._source} cannot be trained: called with (images, targets) in training mode it returned "
+                f"{type(losses).__name__}; a dictionary of losses was expected, as torchvision's detectors return it"
+            )
+        maps = tuple(tensors_in(tap.outputs(output.module)[output.call])[output.leaf] for output in outputs)
+        shape = (network[0].shape[-2], network[0].shape[-1])
+        pyramid = Pyramid(maps=maps, levels=self.levels, frame=self._frame_of(batch, shape))
+        return Observation(losses=losses, pyramid=pyramid, candidates=self._candidates(batch))
+
+    def predict(self, images: list[Tensor]) -> list[Detections]:
+        prepared = [self._input.prepare(image) for image in images]
+        found = common.predict(self.module, prepared)
+        if self._input.fit is not None:
+            raise ModelError(f"{self._source} takes one size alone; its detections are not mapped back")
+        return found
+
+    def _output(self, level: str, output: Output | None) -> Output:
+        if output is None:
+            raise PairError(
+                f"the level {level!r} of {self._source} is not what one of its submodules returns, so it cannot be "
+                "read in training; return it from a submodule (an nn.Identity will do)"
+            )
+        return output
+
+    def _candidates(self, batch: Batch) -> Candidates:
+        # Drawn by the images alone: a resumed run draws the same, and training's own random numbers stay as they are.
+        generator = torch.Generator().manual_seed(int(batch.image_ids.sum()))
+        boxes, image_index = [], []
+        for i, (image, target) in enumerate(zip(batch.images, batch.targets, strict=True)):
+            size = torch.tensor([image.shape[-1], image.shape[-2]] * 2, dtype=torch.float32)
+            near = target.boxes.cpu().repeat(_JITTERED, 1)
+            sides = (near[:, 2:] - near[:, :2]).repeat(1, 2)
+            near = near + (torch.rand(near.shape, generator=generator) - 0.5) * 0.4 * sides
+            corners = torch.rand(_ANYWHERE, 2, 2, generator=generator).sort(dim=1).values.flatten(1) * size
+            found = torch.cat([near, corners]).clamp(min=0).minimum(size)
+            found = found[((found[:, 2:] - found[:, :2]) >= 1).all(dim=1)]
+            boxes.append(found)
+            image_index.append(torch.full((len(found),), i))
+        device = batch.images[0].device
+        return Candidates(torch.cat(boxes).to(device), torch.cat(image_index).to(device), sampled=False)
