@@ -72,6 +72,12 @@ def _made(description: dict[str, Any], class_names: tuple[str, ...]) -> Detector
     reference = description["factory"]
     made = make(reference, description["arguments"])
     if isinstance(made, FasterRCNN | RetinaNet | FCOS | SSD):
+        outputs = _outputs_of(made)
+        if outputs != len(class_names) + 1:
+            raise ModelError(
+                f"{reference} tells {outputs} classes apart, background included; for the {len(class_names)} classes "
+                f"here {len(class_names) + 1} were expected (torchvision's num_classes)"
+            )
         return wrap(made, class_names)
     if isinstance(made, nn.Module):
         return TrainableDetector(
@@ -87,6 +93,14 @@ def _made(description: dict[str, Any], class_names: tuple[str, ...]) -> Detector
         )
     detector: Detector = made
     return detector
+
+
+def _outputs_of(module: Any) -> int:
+    """How many classes a torchvision detector tells apart, background included."""
+    if isinstance(module, FasterRCNN):
+        return int(module.roi_heads.box_predictor.cls_score.out_features)
+    head = module.head.classification_head
+    return int(head.num_columns if isinstance(module, SSD) else head.num_classes)
 
 
 def classes_of(

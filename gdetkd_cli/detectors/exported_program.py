@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import pickle
 import re
 import warnings
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
@@ -23,8 +26,10 @@ from gdetkd_cli.errors import ModelError
 from gdetkd_cli.probing.inputs import Call, alone, stacked
 from gdetkd_cli.probing.runner import CALLS, ModuleRunner
 
-_EXPRESSION = re.compile(r"[A-Za-z0-9_+\-*/(),<>=!&|~%. ]*")  # arithmetic over symbols: no strings, no attributes
-_ATTRIBUTE = re.compile(r"__|[A-Za-z_)]\s*\.")
+# Sizes are sympy expressions, as in Mul(Integer(32), Symbol('s0', positive=True)): names in quotes, and calls of
+# classes, which begin with a capital; no attributes, no other strings, no functions of Python's.
+_EXPRESSION = re.compile(r"([A-Za-z0-9_+\-*/(),<>=!&|~%. ]|'\w+')*")
+_UNSAFE = re.compile(r"__|[A-Za-z_)']\s*\.|\b[a-z_]\w*\s*\(|\)\s*\(")
 _OPERATOR = re.compile(r"torch\.ops(\.\w+){2,3}|_operator\.\w+|math\.\w+|torch\.sym_\w+")
 
 
@@ -36,14 +41,12 @@ def load_exported(path: Path) -> ModuleRunner:
     """
     _check(path)
     try:
-        with warnings.catch_warnings(action="ignore"):
-            program = torch.export.load(path)
+        with _silence(), path.open("rb") as file:
+            program = torch.export.load(file)
         # Guards are Python in the file; sizes are checked without them.
         module = _Program(program.module(check_guards=False))
     except (RuntimeError, ValueError, LookupError, AssertionError, TypeError) as error:
-        raise ModelError(
-            f"torch {torch.__version__} cannot read the exported program {path} ({_line(error)})"
-        ) from error
+        raise ModelError(f"torch {torch.__version__} cannot read the program in {path} ({_line(error)})") from error
     inputs = [
         node.meta["val"]
         for node in program.graph.nodes
@@ -56,6 +59,18 @@ def load_exported(path: Path) -> ModuleRunner:
             "(N, 3, H, W) tensor or one (3, H, W) image was expected"
         )
     return ModuleRunner(module, **_convention(path, shapes[0]))
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """torch logs a traceback of what it raises as well."""
+    logger = logging.getLogger("torch.export")
+    logger.disabled = True
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            yield
+    finally:
+        logger.disabled = False
 
 
 class _Program(nn.Module):
@@ -119,7 +134,7 @@ def _check_json(path: Path, name: str, content: Any) -> None:
             if kind not in ("weight", "tensor"):
                 raise _refusal(path, f"{name} names {entry['path_name']}")
             expression = entry.get("expr_str")
-            if isinstance(expression, str) and (not _EXPRESSION.fullmatch(expression) or _ATTRIBUTE.search(expression)):
+            if isinstance(expression, str) and not _is_harmless(expression):
                 raise _refusal(path, f"a size reads {expression[:60]!r}")
             target = entry.get("target")
             if isinstance(target, str) and "inputs" in entry and not _OPERATOR.fullmatch(target):
@@ -127,6 +142,10 @@ def _check_json(path: Path, name: str, content: Any) -> None:
             stack.extend(entry.values())
         elif isinstance(entry, list):
             stack.extend(entry)
+
+
+def _is_harmless(expression: str) -> bool:
+    return bool(_EXPRESSION.fullmatch(expression)) and not _UNSAFE.search(expression)
 
 
 def _refusal(path: Path, reason: str) -> ModelError:

@@ -24,11 +24,11 @@ def draw_levels(picture: Tensor, levels: Sequence[LevelReport], maps: Sequence[T
     figure = Figure(figsize=(3.2 * (1 + len(levels)), 3.2 * height / width + 0.5), layout="constrained")
     axes = figure.subplots(1, 1 + len(levels), squeeze=False)[0]
     for axis in axes:
-        axis.imshow(picture.permute(1, 2, 0).cpu().clamp(0, 1), extent=(0, width, height, 0))
+        axis.imshow(picture.permute(1, 2, 0).cpu().clamp(0, 1).numpy(), extent=(0, width, height, 0))
         axis.set_axis_off()
     axes[0].set_title(f"{height} x {width}")
     for axis, level, features in zip(axes[1:], levels, maps, strict=True):
-        energy = features[0].float().square().mean(dim=0).sqrt().cpu()
+        energy = features[0].float().square().mean(dim=0).sqrt().cpu().numpy()
         (stride_y, stride_x), (offset_y, offset_x) = level.stride, level.offset
         left, top = offset_x - stride_x / 2, offset_y - stride_y / 2
         extent = (left, left + stride_x * energy.shape[1], top + stride_y * energy.shape[0], top)

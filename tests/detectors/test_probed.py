@@ -14,6 +14,7 @@ from torch.nn.functional import interpolate
 from torchvision.ops import roi_align
 from twins import NoNeck, SharedHead, TwoWay
 
+from gdetkd_cli.detectors.files import kind_of, open_runner
 from gdetkd_cli.detectors.probed import ProbedDetector
 from gdetkd_cli.errors import ModelError
 from gdetkd_cli.probing.inputs import ModelInput
@@ -145,15 +146,81 @@ def test_the_model_gets_what_it_wants() -> None:
         torch.testing.assert_close(ours, theirs)
 
 
-@pytest.mark.parametrize("student", ["faster-rcnn", "retinanet"])
-@pytest.mark.parametrize("frozen", [False, True])
-def test_a_torchscript_teacher_distils(student: str, frozen: bool, tmp_path: Path) -> None:
-    module = traced(built(TwoWay))
-    path = tmp_path / "teacher.pt"
+def written(form: str, path: Path, size: tuple[int, int] = SIZE) -> Path:
+    """A file of a two-way pyramid under own heads."""
+    network, example = built(TwoWay), torch.rand(1, 3, *size)
     with warnings.catch_warnings(action="ignore"):
-        torch.jit.save(torch.jit.freeze(module) if frozen else module, path)
+        match form:
+            case "traced":
+                torch.jit.save(traced(network), path)
+            case "frozen":
+                torch.jit.save(torch.jit.freeze(traced(network)), path)
+            case "exported":
+                torch.export.save(torch.export.export(network, (example,)), path)
+            case "exported, any size":
+                free = {0: torch.export.Dim("n"), 2: 32 * torch.export.Dim("h"), 3: 32 * torch.export.Dim("w")}
+                many = torch.rand(2, 3, 2 * size[0], 2 * size[1])
+                torch.export.save(torch.export.export(network, (many,), dynamic_shapes=(free,)), path)
+            case "onnx":
+                torch.onnx.export(network, (example,), str(path), dynamo=False)
+            case "onnx, any size":
+                axes = {"image": {0: "n", 2: "h", 3: "w"}}
+                torch.onnx.export(
+                    network, (example,), str(path), dynamo=False, input_names=["image"], dynamic_axes=axes
+                )
+    return path
+
+
+FORMS = {
+    "traced": "torchscript",
+    "frozen": "torchscript",
+    "exported": "exported",
+    "exported, any size": "exported",
+    "onnx": "onnx",
+    "onnx, any size": "onnx",
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_files_maps_are_those_of_the_model(form: str, tmp_path: Path) -> None:
+    path = written(form, tmp_path / "teacher")
+    kind = kind_of(path)
+    assert kind == FORMS[form]
+    runner = open_runner(path, kind)
+    teacher = ProbedDetector(runner=runner, source="t", kind=kind, model_input=ModelInput(fit=runner.size), size=SIZE)
+    images = batch(SIZE, SIZE)
+    seen = teacher.look(images)
+
+    expected = outputs(built(TwoWay), LEVELS[TwoWay], torch.stack(images.images))
+    for ours, theirs in zip(seen.pyramid.maps, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+    assert seen.pyramid.frame.size == SIZE
+    torch.testing.assert_close(seen.pyramid.frame.scale, torch.ones(2, 2), rtol=1e-3, atol=0)
+    if form != "frozen":  # whose weights are constants of its graph
+        assert teacher.parameters == pytest.approx(sum(p.numel() for p in built(TwoWay).parameters()), rel=0.05)
+
+
+@pytest.mark.parametrize("form", ["exported", "onnx"])
+def test_images_are_fitted_into_a_fixed_size(form: str, tmp_path: Path) -> None:
+    path = written(form, tmp_path / "teacher")
+    runner = open_runner(path, kind_of(path))
+    assert runner.size == SIZE
+    teacher = ProbedDetector(runner=runner, source="t", kind=form, model_input=ModelInput(fit=SIZE), size=SIZE)
+    images = batch((192, 192), (48, 128))
+    seen = teacher.look(images)
+
+    # 96 x 96 and 48 x 128 of 96 x 128 pixels.
+    torch.testing.assert_close(seen.pyramid.frame.scale, torch.tensor([[0.5, 0.5], [1, 1]]), rtol=0.01, atol=0)
+    torch.testing.assert_close(seen.pyramid.frame.shift, torch.zeros(2, 2), rtol=0, atol=0.2)
+    assert [tuple(m.shape) for m in seen.pyramid.maps] == [(2, 8, 12, 16), (2, 12, 6, 8), (2, 16, 3, 4)]
+
+
+@pytest.mark.parametrize("student", ["faster-rcnn", "retinanet"])
+@pytest.mark.parametrize("form", FORMS)
+def test_a_file_distils(student: str, form: str, tmp_path: Path) -> None:
+    path = written(form, tmp_path / "teacher")
     recipe = toy.recipe(steps=2, student=student)
-    teacher = CheckpointDetector.model_validate({"arch": "checkpoint", "path": str(path), "input": {"size": (64, 64)}})
+    teacher = CheckpointDetector.model_validate({"arch": "checkpoint", "path": str(path), "input": {"size": SIZE}})
     run = run_distill(recipe.model_copy(update={"teacher": teacher}), output=tmp_path / "run").run
 
     assert (run / "student.pt").exists()
@@ -161,7 +228,7 @@ def test_a_torchscript_teacher_distils(student: str, frozen: bool, tmp_path: Pat
     assert '"sgfi"' in lines
     assert '"ckd"' in lines
     assert '"class_kd"' not in lines
-    assert '"format": "torchscript"' in (run / "probe.json").read_text()
+    assert f'"format": "{FORMS[form]}"' in (run / "probe.json").read_text()
 
 
 def test_a_torchscript_file_cannot_be_the_student(tmp_path: Path) -> None:

@@ -1,0 +1,171 @@
+"""Detectors of the user's own code: consent, training, and the file that comes out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import own_code
+import pytest
+import torch
+import toy
+
+from gdetkd_cli.detectors import catalog
+from gdetkd_cli.detectors.factory import is_reference, make
+from gdetkd_cli.detectors.trainable import TrainableDetector
+from gdetkd_cli.errors import ModelError, PairError
+from gdetkd_cli.recipe.schema import FactoryDetector, Recipe
+from gdetkd_cli.runs import run_distill, run_eval, run_probe, run_train
+from gdetkd_cli.structures import Batch, Target
+from gdetkd_cli.trust import trust_code
+
+SIZE = (64, 64)
+LEVELS = ("neck.out3", "neck.out4", "neck.out5")
+
+
+@pytest.fixture
+def consent() -> Iterator[None]:
+    trust_code()
+    yield
+    trust_code(False)
+
+
+def factory(name: str, **arguments: Any) -> FactoryDetector:
+    return FactoryDetector.model_validate(
+        {"arch": "factory", "factory": f"own_code:{name}", "arguments": arguments, "input": {"size": SIZE}}
+    )
+
+
+def recipe(student: FactoryDetector, steps: int = 2) -> Recipe:
+    return toy.recipe(steps=steps).model_copy(update={"student": student})
+
+
+def description(name: str) -> dict[str, Any]:
+    return {
+        "kind": "factory",
+        "factory": f"own_code:{name}",
+        "arguments": {},
+        "input": {"scale": 1.0, "mean": None, "std": None},
+        "size": list(SIZE),
+    }
+
+
+def test_without_consent_nothing_runs() -> None:
+    with pytest.raises(ModelError, match=r"own_code:fails is Python code, .*: --trust-code"):
+        make("own_code:fails", {})
+
+
+@pytest.mark.usefixtures("consent")
+@pytest.mark.parametrize(
+    ("reference", "message"),
+    [
+        ("own_code", "does not name a function; expected package.module:function"),
+        ("own_code:absent", "has no attribute 'absent'"),
+        ("no_such_module:own", "there is no module 'no_such_module'"),
+        ("own_code:fails", "own_code:fails failed: KeyError: 'weights'"),
+    ],
+)
+def test_what_cannot_be_made(reference: str, message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        make(reference, {})
+
+
+@pytest.mark.parametrize(("text", "expected"), [("a.b:c", True), ("a:b", True), ("a.b", False), ("c:/x.pt", False)])
+def test_references(text: str, expected: bool) -> None:
+    assert is_reference(text) is expected
+
+
+@pytest.mark.usefixtures("consent")
+def test_what_is_no_detector() -> None:
+    with pytest.raises(ModelError, match=r"own_code:nothing returned str; a torch\.nn\.Module was expected"):
+        catalog.build(description("nothing"), ("a",))
+
+
+@pytest.mark.usefixtures("consent")
+def test_classes_that_are_not_the_datas(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"own_code:fcos tells 4 classes apart, background included; .* 10 were expec"):
+        run_train(recipe(factory("fcos", classes=3)), output=tmp_path / "run")
+
+
+@pytest.mark.usefixtures("consent")
+def test_levels_have_gradients_and_are_those_that_a_look_reads() -> None:
+    torch.manual_seed(0)
+    detector = catalog.build(description("own"), ("a", "b", "c"))
+    assert isinstance(detector, TrainableDetector)
+    boxes = torch.tensor([[4.0, 8, 30, 40]])
+    batch = Batch(
+        images=[torch.rand(3, *SIZE), torch.rand(3, *SIZE)],
+        targets=[Target(boxes, torch.tensor([2])), Target(boxes[:0], torch.zeros(0, dtype=torch.int64))],
+        image_ids=torch.tensor([1, 2]),
+    )
+    detector.module.train()
+    for module in detector.module.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.eval()  # so that a look, in evaluation mode, computes the same
+    seen, looked = detector.observe(batch), detector.look(batch)
+
+    assert sorted(seen.losses) == ["box", "class"]
+    for level, ours, theirs in zip(LEVELS, seen.pyramid.maps, looked.pyramid.maps, strict=True):
+        torch.testing.assert_close(ours, theirs)
+        weight = detector.module.get_submodule(level).weight
+        (gradient,) = torch.autograd.grad(ours.sum(), weight, retain_graph=True)
+        assert gradient.abs().sum() > 0
+    torch.testing.assert_close(seen.pyramid.frame.scale, torch.ones(2, 2), rtol=1e-3, atol=0)
+    assert seen.pyramid.frame.size == SIZE
+    candidates = seen.candidates
+    assert candidates is not None
+    assert not candidates.sampled
+    assert set(candidates.image_index.tolist()) == {0, 1}
+    sides = candidates.boxes[:, 2:] - candidates.boxes[:, :2]
+    assert sides.min() >= 1
+    assert candidates.boxes.min() >= 0
+    assert candidates.boxes.max() <= 64
+    again = detector.observe(batch).candidates
+    assert again is not None
+    assert torch.equal(again.boxes, candidates.boxes)
+
+
+@pytest.mark.usefixtures("consent")
+@pytest.mark.parametrize("name", ["own", "fcos"])
+def test_a_student_of_ones_own_is_distilled(name: str, tmp_path: Path) -> None:
+    run = run_distill(recipe(factory(name)), output=tmp_path / "run").run
+
+    log = (run / "metrics.jsonl").read_text()
+    assert '"sgfi"' in log
+    assert '"ckd"' in log
+    saved = torch.load(run / "student.pt", weights_only=True)
+    made = getattr(own_code, name)()
+    made.load_state_dict(saved["model"])  # plain weights of the user's own class
+    assert run_eval(str(run), data=None).metrics.images > 0
+    trust_code(False)
+    with pytest.raises(ModelError, match="--trust-code"):
+        run_eval(str(run), data=None)
+
+
+@pytest.mark.usefixtures("consent")
+def test_plain_training_works_as_well(tmp_path: Path) -> None:
+    assert (run_train(recipe(factory("own")), output=tmp_path / "run").run / "student.pt").exists()
+
+
+@pytest.mark.usefixtures("consent")
+def test_a_teacher_of_ones_own(tmp_path: Path) -> None:
+    changed = toy.recipe(steps=2).model_copy(update={"teacher": factory("bare")})
+    log = (run_distill(changed, output=tmp_path / "run").run / "metrics.jsonl").read_text()
+    assert '"sgfi"' in log
+
+
+@pytest.mark.usefixtures("consent")
+def test_a_student_without_losses_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(PairError, match=r"own_code:bare cannot be trained: called with \(images, targets\)"):
+        run_train(recipe(factory("bare")), output=tmp_path / "run")
+
+
+@pytest.mark.usefixtures("consent")
+def test_probing_a_function(tmp_path: Path) -> None:
+    report = run_probe("own_code:own", size=SIZE, plot=tmp_path / "levels.png")
+
+    assert report.format == "factory"
+    assert [level.name for level in report.levels] == list(LEVELS)
+    assert all(level.std is not None and level.std > 0 for level in report.levels)
+    assert (tmp_path / "levels.png").stat().st_size > 1000
