@@ -13,6 +13,7 @@ from gdetkd_cli.detectors import catalog
 from gdetkd_cli.detectors.files import Kind, kind_of, open_runner
 from gdetkd_cli.detectors.probed import ProbedDetector
 from gdetkd_cli.detectors.protocol import Detector
+from gdetkd_cli.detectors.scripted import load_scripted
 from gdetkd_cli.detectors.weights import (
     BATCH_COUNT,
     has_frozen_norms,
@@ -58,9 +59,13 @@ def build_detector(
     """
     if isinstance(spec, CheckpointDetector):
         path = catalog.locate(spec.path)
-        if (kind := kind_of(path)) != "checkpoint":
+        kind = kind_of(path)
+        if kind == "torchscript" and not keep_classes:
+            loaded = load_scripted(path, class_names)
+        elif kind != "checkpoint":
             return _probed(spec, path, kind, teaches=keep_classes)
-        loaded = catalog.load(path, class_names)
+        else:
+            loaded = catalog.load(path, class_names)
         if keep_classes or loaded.detector.class_names == class_names:
             return BuiltDetector(loaded.detector, loaded.description, loaded.notes)
         torch.manual_seed(seed)

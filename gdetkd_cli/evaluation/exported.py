@@ -13,14 +13,14 @@ from torch import Tensor
 from gdetkd_cli import __version__
 from gdetkd_cli.detectors.files import load_torchscript
 from gdetkd_cli.detectors.protocol import Detector
+from gdetkd_cli.detectors.scripted import ARCHITECTURE, CLASSES, DESCRIPTION_FILE
 from gdetkd_cli.errors import ModelError
 from gdetkd_cli.structures import Detections
 
 INPUT = "image"
 OUTPUTS = ("boxes", "scores", "labels")
-DESCRIPTION_FILE = "gdetkd.json"  # inside a TorchScript file
 
-_VERSION, _CLASSES, _ARCHITECTURE = "gdetkd", "gdetkd.classes", "gdetkd.architecture"
+_VERSION = "gdetkd"
 _FATAL = 4  # onnxruntime logs errors to stderr as well as raising them; only the latter is wanted
 
 
@@ -28,8 +28,8 @@ def describe(detector: Detector, architecture: dict[str, Any]) -> dict[str, str]
     """What an exported file says of itself: gdetkd's version, the class names and the architecture (both JSON)."""
     return {
         _VERSION: __version__,
-        _CLASSES: json.dumps(detector.class_names),
-        _ARCHITECTURE: json.dumps(architecture),
+        CLASSES: json.dumps(detector.class_names),
+        ARCHITECTURE: json.dumps(architecture),
     }
 
 
@@ -101,9 +101,9 @@ class ScriptedDetector:
 
 
 def _class_names(path: Path, description: dict[str, str]) -> tuple[str, ...]:
-    if _CLASSES not in description:
+    if CLASSES not in description:
         raise ModelError(f"{path} was not exported by gdetkd: it does not name its classes")
-    return tuple(json.loads(description[_CLASSES]))
+    return tuple(json.loads(description[CLASSES]))
 
 
 def _first_line(error: Exception) -> str:

@@ -2,8 +2,9 @@
 
 Two things give heads away. Where one convolution reads maps of several sizes, as the heads of RetinaNet, FCOS or a
 region proposal network do, the maps that it reads are the pyramid. Where every level has a head of its own (SSD, YOLO),
-a head is what no other size depends on: values whose every spatial descendant has their own size. The level is then the
-last map that all of the head's final convolutions depend on.
+a head ends in the last convolutions of its size, those that no map with weights comes after. The level is then the last
+map that all of these final convolutions depend on. A transformer that decodes the maps as tokens has no such
+heads: there the levels are the last maps of each size that tokens are made of, if heads do not account for all of them.
 
 The reference is the tensor that the first convolution reads: images may be resized, padded and put in a batch before.
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 
 from gdetkd_cli.errors import NoPyramidError
 from gdetkd_cli.probing.record import Value
@@ -53,6 +55,8 @@ def find_levels(values: Sequence[Value]) -> Found:
     if stem is None:
         raise NoPyramidError("no convolution reads an image in this model, so it has no feature maps")
     flow = _Flow(values, stem)
+    if _says_one_thing(flow):
+        raise NoPyramidError("this model says one thing of the whole image, as a classifier does; it detects nothing")
     levels, reason = _shared_head(flow) or _own_heads(flow)
     if not levels:
         raise NoPyramidError("no feature map of this model reaches a detection head with its places intact")
@@ -75,6 +79,7 @@ class _Flow:
         maps: by value, ((height, width), channels last) where it is a map over the image, else None.
         children: by value, the values that read it.
         weighted: by value, whether it is a map made by a convolution or linear layer with weights.
+        folded: by value, whether it is a map with its axes cut.
     """
 
     def __init__(self, values: Sequence[Value], stem: int) -> None:
@@ -86,6 +91,7 @@ class _Flow:
         self.children: list[list[int]] = [[] for _ in values]
         self.maps: list[tuple[Size, bool] | None] = [None] * len(values)
         self.weighted = [False] * len(values)
+        self.folded = [False] * len(values)
         for i in range(stem, len(values)):
             parents = [p for p in values[i].parents if reached[p]]
             reached[i] = i == stem or bool(parents)
@@ -98,7 +104,10 @@ class _Flow:
             single = values[i].op == "convolution" and window is not None and window.kernel != (1, 1)
             single = single or any(self.size(p) == (1, 1) for p in parents)
             found = _as_map(values[i].shape, (frame[0], frame[1]), single)
-            if found and any(self.maps[p] for p in parents):
+            # A map cut into patches, or along one axis: it may be put together as a map of another size.
+            cut = len(values[i].shape) > 4 or (values[i].op == "slice" and not found)
+            self.folded[i] = cut and any(self.maps[p] or self.folded[p] for p in parents)
+            if found and any(self.maps[p] or self.folded[p] for p in parents):
                 sizes.add(found[0])
             elif found and i > stem and found[0] not in sizes:
                 found = None  # of tokens or scores: a map only where its size is one that a map has had
@@ -137,6 +146,16 @@ def _as_map(shape: Sequence[int], frame: Size, single: bool) -> tuple[Size, bool
     return None
 
 
+def _says_one_thing(flow: _Flow) -> bool:
+    """Whether all that the model gives is a row of numbers for the whole image, as a classifier's scores are."""
+    ends = [
+        value.shape
+        for value, reached, children in zip(flow.values, flow.reached, flow.children, strict=True)
+        if reached and not children and value.output == 0
+    ]
+    return all(shape[:1] == (1,) and prod(shape[:-1]) == 1 for shape in ends)
+
+
 def _shared_head(flow: _Flow) -> tuple[list[int], str] | None:
     """The maps of several sizes that one convolution reads, the earliest such convolution of the model."""
     uses: dict[str, list[int]] = {}
@@ -153,19 +172,13 @@ def _shared_head(flow: _Flow) -> tuple[list[int], str] | None:
 def _own_heads(flow: _Flow) -> tuple[list[int], str]:
     """For each size, the last map that all final convolutions of that size depend on."""
     count = len(flow.values)
-    sizes_below: list[frozenset[Size]] = [frozenset()] * count
     weights_below = [False] * count
     for i in range(count - 1, flow.stem - 1, -1):
-        below: set[Size] = set()
-        for child in flow.children[i]:
-            size = flow.size(child)
-            below |= sizes_below[child] | ({size} if size else set())
-            weights_below[i] |= weights_below[child] or flow.weighted[child]
-        sizes_below[i] = frozenset(below)
+        weights_below[i] = any(weights_below[child] or flow.weighted[child] for child in flow.children[i])
     last: dict[Size, list[int]] = {}
     for i in range(flow.stem, count):
         size = flow.size(i)
-        if size and flow.weighted[i] and sizes_below[i] <= {size} and not weights_below[i] and not _pooled(flow, i):
+        if size and flow.weighted[i] and not weights_below[i] and not _pooled(flow, i):
             last.setdefault(size, []).append(i)
 
     needed = _dominators(flow)
@@ -178,26 +191,45 @@ def _own_heads(flow: _Flow) -> tuple[list[int], str]:
             common &= ~(1 << i)
         candidates = [i for i in range(flow.stem, count) if common >> i & 1 and flow.size(i) == size]
         levels += candidates[-1:]
+    exits = _token_exits(flow)
+    if not exits.keys() <= {flow.size(i) for i in levels}:
+        return list(exits.values()), "the last map of each size that a decoder takes its tokens from"
     return levels, "the last map of each size that all of that size's final convolutions depend on"
 
 
+def _token_exits(flow: _Flow) -> dict[Size, int]:
+    """By size, the last map that is read as tokens by linear layers which no map comes after."""
+    count = len(flow.values)
+    maps_below, linear = [False] * count, [False] * count  # linear: such layers follow, through no map
+    for i in range(count - 1, flow.stem, -1):
+        children = flow.children[i]
+        maps_below[i] = any(maps_below[c] or flow.maps[c] is not None for c in children)
+        own = flow.values[i].op in LINEAR and bool(flow.values[i].weights) and not maps_below[i]
+        linear[i] = own or any(linear[c] and flow.maps[c] is None for c in children)
+    exits = {}
+    for i in range(flow.stem + 1, count):
+        size = flow.size(i)
+        if size and any(linear[c] and flow.maps[c] is None for c in flow.children[i]):
+            exits[size] = i
+    return exits
+
+
 def _pooled(flow: _Flow, start: int) -> bool:
-    """Whether nothing but averages over all places is made of a map, as in a classifier."""
+    """Whether all that becomes of a map is averaged over all places, as in a classifier."""
     if flow.size(start) == (1, 1):
         return False
-    open_, seen, averaged, kept = [start], {start}, False, False
+    open_, seen = [start], {start}
     while open_:
-        for child in flow.children[open_.pop()]:
-            if child in seen or flow.values[child].output > 0:  # statistics beside a normalised map
-                continue
-            seen.add(child)
-            if flow.maps[child]:
+        children = flow.children[open_.pop()]
+        if not children:
+            return False
+        for child in children:
+            averaged = flow.values[child].op in _POOLS or flow.values[child].shape[-2:] == (1, 1)
+            # Statistics beside a normalised map are no use that is made of it.
+            if child not in seen and flow.values[child].output == 0 and (flow.maps[child] or not averaged):
+                seen.add(child)
                 open_.append(child)
-            elif flow.values[child].op in _POOLS or flow.values[child].shape[-2:] == (1, 1):
-                averaged = True
-            else:
-                kept = True
-    return averaged and not kept
+    return True
 
 
 def _dominators(flow: _Flow) -> list[int]:

@@ -13,7 +13,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import torch
-from onnx import AttributeProto, ModelProto, NodeProto, TensorProto, numpy_helper
+from onnx import AttributeProto, ModelProto, NodeProto, TensorProto
 from torch import Tensor, nn
 
 from gdetkd_cli.errors import ModelError, NoPyramidError
@@ -64,6 +64,7 @@ class OnnxRunner:
         self._session: tuple[tuple[str, ...], onnxruntime.InferenceSession] | None = None
         self._tensors: dict[Address, str] = {}
         self._network_input = ""
+        self._paddings: dict[str, tuple[int, ...]] = {}  # of the Pad operators, by the name of their value
         inputs = self._open(self._model).get_inputs()
         images = [i for i in inputs if len(i.shape) in (3, 4) and i.type in _NUMPY_TYPES]
         if len(images) != 1:
@@ -142,15 +143,19 @@ class OnnxRunner:
         """By value, its shape for this image; shapes are asked for, so that the values need not be kept."""
         model = ModelProto()
         model.CopyFrom(self._model)
-        del model.graph.output[:]
-        asked = {}
-        for name in self._maps():
-            asked[f"gdetkd shape of {name}"] = name
-            model.graph.node.append(onnx.helper.make_node("Shape", [name], [f"gdetkd shape of {name}"]))
-        model.graph.output.extend(onnx.helper.make_tensor_value_info(name, TensorProto.INT64, None) for name in asked)
+        graph = model.graph
+        del graph.output[:]
+        asked = {f"gdetkd shape of {name}": name for name in self._maps()}
+        paddings = {node.input[1] for node in graph.node if node.op_type == "Pad" and len(node.input) > 1}
+        computed = {f"gdetkd value of {name}": name for name in sorted(paddings)}  # often by a chain of small operators
+        graph.node.extend(onnx.helper.make_node("Shape", [name], [output]) for output, name in asked.items())
+        graph.node.extend(onnx.helper.make_node("Identity", [name], [output]) for output, name in computed.items())
+        outputs = [*asked, *computed]
+        graph.output.extend(onnx.helper.make_tensor_value_info(name, TensorProto.INT64, None) for name in outputs)
         feed = self._feed(self._call, [image])
-        found = self._run(self._open(model), feed, list(asked))
-        shapes = {name: tuple(int(n) for n in shape) for name, shape in zip(asked.values(), found, strict=True)}
+        found = [tuple(int(n) for n in row) for row in self._run(self._open(model), feed, outputs)]
+        self._paddings = dict(zip(computed.values(), found[len(asked) :], strict=True))
+        shapes = dict(zip(asked.values(), found, strict=False))
         return shapes | {self._image.name: tuple(feed[self._image.name].shape)}
 
     def _maps(self) -> Iterable[str]:
@@ -221,7 +226,7 @@ class OnnxRunner:
     def _window(self, node: NodeProto, shapes: dict[str, tuple[int, ...]]) -> Window | None:
         attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
         if node.op_type == "Pad":
-            pads = self._constant(node.input[1]) if len(node.input) > 1 else attributes.get("pads")
+            pads = self._paddings[node.input[1]] if len(node.input) > 1 else attributes.get("pads")
             if pads is None or len(pads) != 8 or len(node.input) > 3:
                 return None
             return Window((1, 1), (1, 1), (int(pads[2]), int(pads[3])), (1, 1))
@@ -241,16 +246,6 @@ class OnnxRunner:
                 for a in (0, 1)
             ]
         return Window(*((int(p[0]), int(p[1])) for p in (kernel, stride, padding, dilation)))
-
-    def _constant(self, name: str) -> list[int] | None:
-        """A value that does not depend on the image, where the file holds it."""
-        for tensor in self._model.graph.initializer:
-            if tensor.name == name:
-                return [int(v) for v in numpy_helper.to_array(tensor)]
-        for node in self._model.graph.node:
-            if name in node.output and node.op_type == "Constant":
-                return [int(v) for v in numpy_helper.to_array(node.attribute[0].t)]
-        return None
 
 
 def _arranged(images: Sequence[Tensor], *, arrange: Callable[[Sequence[Tensor]], Tensor], last: bool) -> Tensor:

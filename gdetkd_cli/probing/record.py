@@ -20,6 +20,12 @@ from torch.utils._pytree import tree_leaves
 
 from gdetkd_cli.errors import ModelError, NoPyramidError
 
+# These take a tensor's shape or type, and nothing of its values.
+_FRESH = frozenset(
+    f"{prefix}{kind}{suffix}"
+    for kind in ("empty", "zeros", "ones", "full")
+    for prefix, suffix in (("new_", ""), ("", "_like"))
+)
 _NAMES = {"_convolution": "convolution"}  # the same operator, as traced models call it
 
 
@@ -155,7 +161,8 @@ class _Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         read = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
-        parents = tuple(index for t in read if (index := self.index_of(t)) is not None)
+        fresh = func.overloadpacket.__name__ in _FRESH
+        parents = () if fresh else tuple(index for t in read if (index := self.index_of(t)) is not None)
         weights = tuple(self._weight(t) for t in read if self.index_of(t) is None and t.dim() and t.numel())
         op = _NAMES.get(name := func.overloadpacket.__name__, name)
         if op == "convolution" and op not in self._calls:

@@ -11,7 +11,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, pad
-from twins import Body, DownToOneCell, Functional, NoNeck, OneConvolutionHeads, OneLevel, SharedHead, Tokens, TwoWay
+from twins import (
+    Body,
+    DownToOneCell,
+    Functional,
+    NoNeck,
+    OneConvolutionHeads,
+    OneLevel,
+    PatchMerging,
+    SharedHead,
+    TokenDecoder,
+    Tokens,
+    TwoWay,
+)
 
 from gdetkd_cli.detectors.files import kind_of, open_runner
 from gdetkd_cli.errors import ModelError, NoPyramidError
@@ -46,6 +58,7 @@ def onnx(model: nn.Module) -> Runner:
         return open_runner(Path(file.name), kind_of(Path(file.name)))
 
 
+NOT_SCRIPTED = (Functional, TwoWay, OneConvolutionHeads, Tokens, PatchMerging, TokenDecoder)
 FORMATS: dict[str, Callable[[nn.Module], nn.Module | Runner]] = {
     "eager": lambda model: model,
     "scripted": scripted,
@@ -64,6 +77,8 @@ TWINS: dict[type[nn.Module], list[tuple[int, int]]] = {
     OneLevel: [(16, 32)],
     Functional: [(8, 8), (10, 16)],
     Tokens: [(12, 16), (16, 32)],
+    PatchMerging: [(12, 8), (12, 16), (12, 32)],
+    TokenDecoder: [(12, 8), (12, 16), (12, 32)],
 }
 
 
@@ -80,7 +95,7 @@ def build(twin: Callable[[], nn.Module]) -> nn.Module:
 @pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize("twin", TWINS, ids=lambda twin: twin.__name__)
 def test_every_kind_in_every_format(twin: type[nn.Module], form: str) -> None:
-    if form == "scripted" and twin in (Functional, TwoWay, OneConvolutionHeads, Tokens):
+    if form == "scripted" and twin in NOT_SCRIPTED:
         pytest.skip("TorchScript cannot script this way of writing it")
     found = run(FORMATS[form](build(twin)))
 
@@ -171,6 +186,29 @@ def test_offsets_of_windows_by_hand(size: tuple[int, int]) -> None:
     assert coarse.geometry.offset == pytest.approx((6, 6), abs=0.02)
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("form", [form for form in FORMATS if form != "scripted"])
+def test_padding_of_its_own_by_hand(form: str) -> None:
+    """Two cells before and one behind, then a window of 4 in steps of 4: cell 0 is centred on the corner."""
+
+    class Padded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 4, 4, stride=4), nn.Conv2d(4, 4, 3, stride=2)
+            self.head = nn.ModuleList(nn.Conv2d(4, 2, 1) for _ in range(2))
+
+        def forward(self, x: Tensor) -> list[Tensor]:
+            fine = self.a(pad(x, (2, 1, 2, 1)))
+            coarse = self.b(pad(fine, (1, 1, 1, 1)))
+            return [head(level).flatten(2) for head, level in zip(self.head, [fine, coarse], strict=True)]
+
+    fine, coarse = run(FORMATS[form](build(Padded))).levels
+    assert fine.geometry.stride == pytest.approx((4, 4), rel=1e-3)
+    assert fine.geometry.offset == pytest.approx((0, 0), abs=0.02)
+    assert coarse.geometry.stride == pytest.approx((8, 8), rel=1e-3)
+    assert coarse.geometry.offset == pytest.approx((0, 0), abs=0.02)
+
+
 # ------------------------------------------------------------------------------------------------------ no pyramid
 
 
@@ -186,7 +224,7 @@ class Classifier(nn.Module):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("form", FORMATS)
 def test_a_classifier_has_no_pyramid(form: str) -> None:
-    with pytest.raises(NoPyramidError, match="no feature map of this model reaches a detection head"):
+    with pytest.raises(NoPyramidError, match="says one thing of the whole image"):
         run(FORMATS[form](build(Classifier)))
 
 

@@ -203,3 +203,52 @@ class DownToOneCell(nn.Module):
             scores.append(classes(level).view(1, 5, 1, level.shape[2], level.shape[3]).flatten(3))
             deltas.append(boxes(level).view(1, 4, 1, level.shape[2], level.shape[3]).flatten(3))
         return torch.cat(scores, dim=3), torch.cat(deltas, dim=3)
+
+
+class PatchMerging(nn.Module):
+    """Swin-like: channels last, and each coarser map is made of the finer one's patches of 2 x 2, under own heads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 8, stride=8)
+        self.merge = nn.ModuleList([nn.Linear(32, 16), nn.Linear(64, 32)])
+        self.lateral = nn.ModuleList(nn.Conv2d(c, 12, 1) for c in (8, 16, 32))
+        self.head = SharedTower(12)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        maps = [self.stem(x).permute(0, 2, 3, 1)]
+        for merge in self.merge:
+            n, height, width, channels = maps[-1].shape
+            patches = maps[-1].reshape(n, height // 2, 2, width // 2, 2, channels).permute(0, 1, 3, 4, 2, 5).flatten(3)
+            maps.append(merge(patches))
+        return [self.head(lateral(m.permute(0, 3, 1, 2))) for lateral, m in zip(self.lateral, maps, strict=True)]
+
+
+class SharedTower(nn.Module):
+    """One head for every level."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.tower, self.out = conv(channels, 16), nn.Conv2d(16, 6, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.tower(x)).flatten(2)
+
+
+class TokenDecoder(nn.Module):
+    """D-FINE-like: the neck's own maps, two of which go on into the next coarser one, are decoded as tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = Body()
+        self.project, self.classes, self.boxes = nn.Linear(12, 12), nn.Linear(12, 5), nn.Linear(12, 4)
+        self.equal = nn.ModuleList(nn.Conv2d(c, 12, 1) for c in (8, 12, 16))
+        self.mix = nn.ModuleList(conv(12, 12, 3, 2) for _ in range(2))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        c3, c4, c5 = self.body(x)
+        maps = [self.equal[0](c3)]
+        maps.append(self.equal[1](c4) + self.mix[0](maps[0]))
+        maps.append(self.equal[2](c5) + self.mix[1](maps[1]))
+        tokens = self.project(torch.cat([m.flatten(2).transpose(1, 2) for m in maps], dim=1))
+        return self.classes(tokens), self.boxes(tokens)

@@ -1,0 +1,87 @@
+"""TorchScript files as students: rebuilt from their weights, where that detects the same."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import toy
+from torch import nn
+from torchvision.models.detection import fasterrcnn_mobilenet_v3_large_fpn, ssdlite320_mobilenet_v3_large
+from twins import NoNeck
+
+from gdetkd_cli.detectors.scripted import load_scripted
+from gdetkd_cli.errors import ModelError
+from gdetkd_cli.recipe.schema import CheckpointDetector
+from gdetkd_cli.runs import run_distill, run_export
+
+NAMES = tuple("abcdefghi")  # as many as the built-in scenes have
+
+
+def scripted(module: nn.Module, path: Path) -> Path:
+    with warnings.catch_warnings(action="ignore"):
+        torch.jit.script(module.eval()).save(path)
+    return path
+
+
+def faster_rcnn(**arguments: Any) -> nn.Module:
+    torch.manual_seed(0)
+    return fasterrcnn_mobilenet_v3_large_fpn(
+        weights=None, weights_backbone=None, num_classes=10, min_size=64, max_size=96, **arguments
+    )
+
+
+def student(path: Path) -> CheckpointDetector:
+    return CheckpointDetector(arch="checkpoint", path=str(path))
+
+
+def test_a_scripted_torchvision_detector_trains(tmp_path: Path) -> None:
+    path = scripted(faster_rcnn(), tmp_path / "student.pt")
+    loaded = load_scripted(path, NAMES)
+    assert loaded.description["name"] == "fasterrcnn_mobilenet_v3_large_fpn"
+    assert loaded.description["arguments"] == {"min_size": [64], "max_size": 96}
+    assert loaded.detector.class_names == NAMES
+    assert "which detects the same" in loaded.notes[-1]
+
+    run = run_distill(toy.recipe(steps=1).model_copy(update={"student": student(path)}), output=tmp_path / "run").run
+    trained = torch.load(run / "student.pt", weights_only=True)["model"]
+    assert trained.keys() == faster_rcnn().state_dict().keys()
+
+
+def test_an_ssd(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    ssd = ssdlite320_mobilenet_v3_large(weights=None, weights_backbone=None, num_classes=10)
+    path = scripted(ssd, tmp_path / "ssd.pt")
+    assert load_scripted(path, NAMES).description["name"] == "ssdlite320_mobilenet_v3_large"
+
+
+def test_other_settings_are_not_taken_for_torchvisions(tmp_path: Path) -> None:
+    path = scripted(faster_rcnn(box_detections_per_img=7), tmp_path / "odd.pt")
+    with pytest.raises(ModelError, match=r"but other settings, since that detects otherwise; name the architecture"):
+        load_scripted(path, NAMES)
+
+
+def test_what_gdetkd_exported_trains_again(tmp_path: Path) -> None:
+    run = run_distill(toy.recipe(steps=1), output=tmp_path / "first").run
+    path = tmp_path / "student.ts"
+    run_export(str(run), onnx=False, torchscript=True, output=path)
+    recipe = toy.recipe(steps=1).model_copy(update={"student": student(path)})
+    again = run_distill(recipe, output=tmp_path / "second").run
+    first, second = (torch.load(r / "student.pt", weights_only=True) for r in (run, again))
+    assert first["architecture"] == second["architecture"]
+    assert first["classes"] == second["classes"]
+
+
+def test_frozen_and_foreign_files_cannot_be_trained(tmp_path: Path) -> None:
+    network = NoNeck().eval()
+    with warnings.catch_warnings(action="ignore"):
+        traced = torch.jit.trace(network, torch.rand(1, 3, 64, 64))
+        traced.save(tmp_path / "traced.pt")
+        torch.jit.freeze(traced).save(tmp_path / "frozen.pt")
+    with pytest.raises(ModelError, match=r"traced\.pt can teach but not be trained here: it is neither"):
+        load_scripted(tmp_path / "traced.pt", NAMES)
+    with pytest.raises(ModelError, match=r"frozen\.pt is frozen TorchScript without parameters"):
+        load_scripted(tmp_path / "frozen.pt", NAMES)
