@@ -62,6 +62,24 @@ class TermPlan:
 
 
 @dataclass(frozen=True)
+class InitResult:
+    """A recipe that was written.
+
+    Attributes:
+        recipe: the file.
+        pair: ``homogeneous`` or ``heterogeneous``.
+        student, teacher: the pyramids, at the recipe's image size.
+        terms: each term, its weight or why it is left out.
+    """
+
+    recipe: Path
+    pair: str
+    student: PyramidReport
+    teacher: PyramidReport
+    terms: tuple[TermPlan, ...]
+
+
+@dataclass(frozen=True)
 class Plan:
     """What a distillation would do, after everything was built and one step was run.
 

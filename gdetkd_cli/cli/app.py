@@ -15,6 +15,7 @@ from gdetkd_cli.cli.demo import demo
 from gdetkd_cli.cli.distill import distill
 from gdetkd_cli.cli.evaluate import evaluate
 from gdetkd_cli.cli.export import export
+from gdetkd_cli.cli.init import init
 from gdetkd_cli.cli.probe import probe
 from gdetkd_cli.cli.recipe import app as recipe_app
 from gdetkd_cli.cli.train import train
@@ -89,6 +90,7 @@ def _everywhere(
 
 
 app.command("demo")(demo)
+app.command("init")(init)
 app.command("probe")(probe)
 app.command("train")(train)
 app.command("distill")(distill)

@@ -18,9 +18,11 @@ if TYPE_CHECKING:
         EvalResult,
         ExportedFile,
         ExportResult,
+        InitResult,
         Plan,
         Profile,
         PyramidReport,
+        TermPlan,
         TrainResult,
     )
 
@@ -153,9 +155,25 @@ def probed(report: PyramidReport) -> RenderableType:
     return Group(*map(_line, lines), _levels(report, None, values=True), _line(f"region embedding: {found}"))
 
 
+def begun(result: InitResult) -> RenderableType:
+    """What ``init`` found and wrote."""
+    return Group(
+        _line(f"{result.recipe}: a {result.pair} pair"),
+        _line(f"student {_about(result.student)}"),
+        _line(f"teacher {_about(result.teacher)}"),
+        Columns([_levels(result.student, "student"), _levels(result.teacher, "teacher")], padding=(0, 2)),
+        _terms(result.terms),
+        _line(f"next: gdetkd distill --recipe {result.recipe} --dry-run"),
+    )
+
+
+def _terms(terms: Sequence[TermPlan]) -> Table:
+    rows = [(term.name, "left out" if term.weight is None else f"{term.weight:g}", term.reason) for term in terms]
+    return _table(None, ("term", "weight", "why"), rows, words=3)
+
+
 def planned(plan: Plan) -> RenderableType:
     """What a distillation would do."""
-    terms = [(term.name, "left out" if term.weight is None else f"{term.weight:g}", term.reason) for term in plan.terms]
     losses = "  ".join(f"{name} {value:.3g}" for name, value in plan.losses.items())
     facts = [
         f"head transfer: {plan.head_transfer}",
@@ -170,7 +188,7 @@ def planned(plan: Plan) -> RenderableType:
         _line(f"student {_about(plan.student)}"),
         _line(f"teacher {_about(plan.teacher)}"),
         Columns([_levels(plan.student, "student"), _levels(plan.teacher, "teacher")], padding=(0, 2)),
-        _table(None, ("term", "weight", "why"), terms, words=3),
+        _terms(plan.terms),
         *map(_line, [*facts, *plan.notes]),
     )
 

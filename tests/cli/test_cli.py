@@ -134,6 +134,14 @@ def test_other_ranks_are_silent(
     assert done(*arguments, *extra).output == ""
 
 
+def test_init(runs: Any) -> None:
+    shown = done("init", "--teacher", "t.onnx", "--student", "resnet18+fcos", "--data", "d", "--output", "mine.yaml")
+    told = ("t.onnx", "resnet18+fcos", Path("d"))
+    assert runs.call == ("run_init", told, {"output": Path("mine.yaml")})
+    assert "mine.yaml: a heterogeneous pair" in shown.stdout
+    assert "next: gdetkd distill --recipe mine.yaml --dry-run" in shown.stdout
+
+
 def test_json_of_a_probe(runs: Any) -> None:
     document = json.loads(done("probe", "teacher.pt", "--json").stdout)
     assert list(document) == [
@@ -352,7 +360,8 @@ def test_nothing_typed_shows_the_help() -> None:
 
 
 @pytest.mark.parametrize(
-    "command", [[], ["train"], ["distill"], ["eval"], ["export"], ["probe"], ["demo"], ["recipe"], ["recipe", "init"]]
+    "command",
+    [[], ["train"], ["distill"], ["eval"], ["export"], ["probe"], ["init"], ["demo"], ["recipe"], ["recipe", "init"]],
 )
 def test_every_command_explains_itself(command: list[str]) -> None:
     assert "Usage: gdetkd" in done(*command, "--help").stdout

@@ -1,0 +1,33 @@
+"""``gdetkd init``."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from gdetkd_cli.cli import options
+
+
+def init(
+    teacher: Annotated[
+        str,
+        typer.Option(metavar="T", help="A run folder, a model file, a torchvision name, or module:function."),
+    ],
+    student: Annotated[str, typer.Option(metavar="S", help="Any of these, or BACKBONE+HEAD: resnet18+retinanet.")],
+    data: Annotated[Path, typer.Option(metavar="DIR", help="Folder with COCO annotations and pictures.")],
+    output: Annotated[Path, typer.Option(metavar="FILE", help="The recipe to write.")] = Path("recipe.yaml"),
+    trust_code: options.TrustOption = False,
+    as_json: options.JsonOption = False,
+) -> None:
+    """Write a recipe for a teacher, a student and a folder of data.
+
+    Probes both detectors, finds the data's files, and chooses terms, sizes and steps; the recipe runs as it is.
+    """
+    from gdetkd_cli.cli import render
+    from gdetkd_cli.cli.output import perform
+    from gdetkd_cli.runs import run_init
+
+    perform(partial(run_init, teacher, student, data, output=output), render.begun, as_json=as_json)

@@ -1,0 +1,143 @@
+"""A recipe from three things: a teacher, a student, a folder of data."""
+
+from __future__ import annotations
+
+from math import ceil
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+import yaml
+
+from gdetkd_cli import build
+from gdetkd_cli.data.coco import read_coco
+from gdetkd_cli.data.layout import find_layout
+from gdetkd_cli.data.split import Split
+from gdetkd_cli.detectors import architectures
+from gdetkd_cli.detectors.factory import is_reference
+from gdetkd_cli.errors import ModelError, RecipeError
+from gdetkd_cli.recipe.schema import Recipe
+from gdetkd_cli.results import InitResult, PyramidReport, TermPlan
+from gdetkd_cli.runs.probe import report_of
+from gdetkd_cli.training.events import Note, Observer, silent
+
+_EPOCHS = 24  # the usual "2x" schedule
+_LEAST_STEPS, _MOST_STEPS = 1000, 90_000
+
+
+def run_init(teacher: str, student: str, data: Path, *, output: Path, observer: Observer = silent) -> InitResult:
+    """Probes both detectors, looks at the data, and writes a commented recipe that runs as it is.
+
+    Args:
+        teacher: a run folder, a model file, ``builtin:NAME``, a torchvision detector's name, or
+            ``package.module:function``.
+        student: any of these, or ``BACKBONE+HEAD``, for example ``resnet18+retinanet``.
+        data: folder with COCO annotations and pictures.
+        output: the file to write.
+        observer: is told of progress.
+
+    Raises:
+        RecipeError: the file exists already.
+        GDetKDError: the data, a detector, or the pair of them cannot be used.
+    """
+    if output.exists():
+        raise RecipeError(f"{output} exists already; name another file with --output")
+    layout = find_layout(data)
+    train, val = (
+        read_coco(annotations=data / annotations, images=data / images)
+        for annotations, images in ((layout.train, layout.train_images), (layout.val, layout.val_images))
+    )
+    observer(Note(f"{len(train)} training and {len(val)} validation pictures, classes: {', '.join(train.class_names)}"))
+    cuda = torch.cuda.is_available()
+    short, long = _image_size(train, largest=800 if cuda else 320)
+    batch_size = 8 if cuda else 4
+    recipe: dict[str, Any] = {
+        "name": output.stem,
+        "data": {"format": "coco", "root": str(data), **{name: str(path) for name, path in vars(layout).items()}},
+        "student": _detector(student, (short, long), trains=True),
+        "teacher": _detector(teacher, (short, long), trains=False),
+        "distill": {},
+        "train": {
+            "steps": min(max(ceil(_EPOCHS * len(train) / batch_size), _LEAST_STEPS), _MOST_STEPS),
+            "batch_size": batch_size,
+            "optimizer": {"lr": 2e-4 if cuda else 1e-3, "weight_decay": 0.05},
+            "schedule": {"warmup_steps": 200},
+        },
+    }
+    if not cuda:
+        recipe["distill"] = {"regions": {"per_image": 32}}
+    valid = Recipe.model_validate(recipe)
+    assert valid.teacher is not None and valid.distill is not None
+    student_built = build.build_detector(valid.student, train.class_names, valid.seed)
+    teacher_built = build.build_detector(valid.teacher, train.class_names, valid.seed, keep_classes=True)
+    for note in (*student_built.notes, *teacher_built.notes):
+        observer(Note(note))
+    pair = build.build_pair(valid.distill, student_built.detector, teacher_built.detector, valid.seed)
+    reports = [
+        report_of(built.detector, source=source, format="run", size=(short, long))
+        for source, built in ((student, student_built), (teacher, teacher_built))
+    ]
+    text = _text(recipe, output, pair.kind, pair.terms, reports)
+    assert Recipe.model_validate(yaml.safe_load(text)) == valid
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(text, encoding="utf-8")
+    return InitResult(recipe=output, pair=pair.kind, student=reports[0], teacher=reports[1], terms=pair.terms)
+
+
+def _image_size(split: Split, *, largest: int) -> tuple[int, int]:
+    """Short side, and the most the long side may have: the data's own, in 32s, but no larger than is affordable."""
+    sizes = [(min(record.size), max(record.size)) for record in split.records]
+    short, ratio = median(size[0] for size in sizes), max(size[1] / size[0] for size in sizes)
+    short = max(32, round(min(short, largest) / 32) * 32)
+    return short, ceil(short * min(ratio, 2.0) / 32) * 32
+
+
+def _detector(reference: str, size: tuple[int, int], *, trains: bool) -> dict[str, Any]:
+    """A recipe's block."""
+    backbone, plus, head = reference.partition("+")
+    if plus and head in architectures.HEADS:
+        return {"arch": "composed", "backbone": backbone, "head": head, "image_size": list(size)}
+    if reference in architectures.TORCHVISION_DETECTORS:
+        block: dict[str, Any] = {"arch": "torchvision", "name": reference}
+        if not reference.startswith("ssd"):
+            block["arguments"] = {"min_size": size[0], "max_size": size[1]}
+        return block if trains else block | {"weights": "DEFAULT"}
+    if not Path(reference).exists() and is_reference(reference) and not reference.startswith("builtin:"):
+        return {"arch": "factory", "factory": reference, "input": {"size": list(size)}}
+    if not reference.startswith("builtin:") and not Path(reference).exists():
+        raise ModelError(
+            f"{reference!r} is neither a file, a run folder, package.module:function, a torchvision detector, nor "
+            f"BACKBONE+HEAD, where HEAD is one of {', '.join(architectures.HEADS)}"
+        )
+    return {"arch": "checkpoint", "path": reference, "input": {"size": list(size)}}
+
+
+def _text(
+    recipe: dict[str, Any], path: Path, kind: str, terms: tuple[TermPlan, ...], reports: list[PyramidReport]
+) -> str:
+    comments = {
+        "student": _found(reports[0]),
+        "teacher": _found(reports[1]),
+        "distill": [f"A {kind} pair.", *map(_said, terms)],
+        "train": [f"{_EPOCHS} epochs, but at least {_LEAST_STEPS} steps."],
+    }
+    lines = [
+        f"# gdetkd distill --recipe {path}",
+        f"# {reports[1].source} -> {reports[0].source}, made by gdetkd init.",
+        f"# First:  gdetkd distill --recipe {path} --dry-run",
+        "# Every field there is:  gdetkd recipe schema",
+    ]
+    for key, value in recipe.items():
+        lines += [f"# {comment}" for comment in comments.get(key, [])]
+        lines.append(yaml.safe_dump({key: value}, sort_keys=False).rstrip())
+    return "\n".join(lines) + "\n"
+
+
+def _found(report: PyramidReport) -> list[str]:
+    levels = [f"  {level.name}: {level.channels} channels, stride {level.stride[0]:.4g}" for level in report.levels]
+    return [f"{report.family}, {report.parameters / 1e6:.2f} M parameters; levels:", *levels]
+
+
+def _said(term: TermPlan) -> str:
+    return f"{term.name}: left out, {term.reason}" if term.weight is None else f"{term.name}: weight {term.weight:g}"

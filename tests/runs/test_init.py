@@ -1,0 +1,74 @@
+"""A recipe from a teacher, a student and a folder of data."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import toy
+from PIL import Image
+
+from gdetkd_cli.errors import ModelError, RecipeError
+from gdetkd_cli.recipe.load import load_recipe
+from gdetkd_cli.recipe.schema import CheckpointDetector, ComposedDetector
+from gdetkd_cli.runs import plan_distill, run_init, run_train
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    root = tmp_path / "data"
+    (root / "images").mkdir(parents=True)
+    names = [f"{i}.png" for i in range(4)]
+    for name in names:
+        Image.new("RGB", (96, 64), (90, 30, 60)).save(root / "images" / name)
+    box = {"id": 1, "image_id": 0, "category_id": 7, "bbox": [8, 8, 30, 40], "area": 1200, "iscrowd": 0}
+    for split, kept in (("train", names[:3]), ("val", names[3:])):
+        tables = {
+            "images": [{"id": i, "file_name": name, "width": 96, "height": 64} for i, name in enumerate(kept)],
+            "annotations": [box],
+            "categories": [{"id": 7, "name": "cell"}],
+        }
+        (root / f"{split}.json").write_text(json.dumps(tables))
+    return root
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(run_train(toy.recipe(steps=1), output=tmp_path_factory.mktemp("init") / "teacher").run)
+
+
+def test_the_recipe_runs_as_it_is(data: Path, teacher: str, tmp_path: Path) -> None:
+    path = tmp_path / "recipes" / "mine.yaml"
+    result = run_init(teacher, "resnet18+retinanet", data, output=path)
+
+    recipe = load_recipe(str(path), ())
+    assert isinstance(recipe.student, ComposedDetector)
+    assert (recipe.student.backbone, recipe.student.head) == ("resnet18", "retinanet")
+    assert recipe.student.image_size == (64, 96)
+    assert isinstance(recipe.teacher, CheckpointDetector)
+    assert recipe.teacher.path == teacher
+    assert recipe.train.steps == 1000
+    assert result.pair == "heterogeneous"
+    assert [term.name for term in result.terms if term.weight is not None] == ["sgfi", "ckd"]
+    text = path.read_text()
+    assert "# A heterogeneous pair." in text
+    assert "#   backbone.0: 256 channels, stride 8" in text
+    assert "#   backbone.0: 16 channels, stride 6.095" in text
+    assert "# class_kd: left out, " in text
+    plan = plan_distill(recipe)
+    assert (plan.train_images, plan.val_images) == (3, 1)
+
+
+def test_nothing_is_overwritten(data: Path, teacher: str, tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("mine")
+    with pytest.raises(RecipeError, match=r"mine\.yaml exists already; name another file with --output"):
+        run_init(teacher, "resnet18+fcos", data, output=path)
+    assert path.read_text() == "mine"
+
+
+def test_a_student_that_is_nothing(data: Path, teacher: str, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"'small' is neither a file, .* nor BACKBONE\+HEAD, where HEAD is one of"):
+        run_init(teacher, "small", data, output=tmp_path / "mine.yaml")
+    assert not (tmp_path / "mine.yaml").exists()
