@@ -62,17 +62,17 @@ class TermPlan:
 
 
 @dataclass(frozen=True)
-class InitResult:
-    """A recipe that was written.
+class CheckedRecipe:
+    """A recipe whose detectors were built and probed as a pair.
 
     Attributes:
-        recipe: the file.
+        recipe: the file, or the built-in recipe's name.
         pair: ``homogeneous`` or ``heterogeneous``.
         student, teacher: the pyramids, at the recipe's image size.
         terms: each term, its weight or why it is left out.
     """
 
-    recipe: Path
+    recipe: str
     pair: str
     student: PyramidReport
     teacher: PyramidReport

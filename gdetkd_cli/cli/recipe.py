@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -54,11 +55,25 @@ def init_recipe(
 
 
 @app.command("validate")
-def validate_recipe(recipe: RecipeArgument, overrides: options.SetOption = None) -> None:
+def validate_recipe(
+    recipe: RecipeArgument,
+    overrides: options.SetOption = None,
+    deep: Annotated[
+        bool, typer.Option("--deep", help="Build the data, both detectors and the pair as well, and show them.")
+    ] = False,
+    trust_code: options.TrustOption = False,
+) -> None:
     """Check a recipe; print it with its defaults."""
     from gdetkd_cli.recipe.load import dump_recipe, load_recipe
 
     loaded = load_recipe(recipe, overrides or ())
+    if deep:
+        from gdetkd_cli.cli import render
+        from gdetkd_cli.cli.output import perform
+        from gdetkd_cli.runs import check_recipe
+
+        perform(partial(check_recipe, loaded, recipe), render.begun, as_json=False)
+        return
     typer.echo(dump_recipe(loaded), nl=False)
     typer.echo(f"{recipe} is valid", err=True)
 

@@ -14,11 +14,11 @@ from rich.text import Text
 if TYPE_CHECKING:
     from gdetkd_cli.evaluation.coco_metrics import CocoMetrics
     from gdetkd_cli.results import (
+        CheckedRecipe,
         DemoResult,
         EvalResult,
         ExportedFile,
         ExportResult,
-        InitResult,
         Plan,
         Profile,
         PyramidReport,
@@ -155,7 +155,7 @@ def probed(report: PyramidReport) -> RenderableType:
     return Group(*map(_line, lines), _levels(report, None, values=True), _line(f"region embedding: {found}"))
 
 
-def begun(result: InitResult) -> RenderableType:
+def begun(result: CheckedRecipe) -> RenderableType:
     """What ``init`` found and wrote."""
     return Group(
         _line(f"{result.recipe}: a {result.pair} pair"),

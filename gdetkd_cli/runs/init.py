@@ -1,4 +1,4 @@
-"""A recipe from three things: a teacher, a student, a folder of data."""
+"""A recipe from three things, a teacher, a student and a folder of data; and the check of any recipe."""
 
 from __future__ import annotations
 
@@ -18,15 +18,16 @@ from gdetkd_cli.detectors import architectures
 from gdetkd_cli.detectors.factory import is_reference
 from gdetkd_cli.errors import ModelError, RecipeError
 from gdetkd_cli.recipe.schema import Recipe
-from gdetkd_cli.results import InitResult, PyramidReport, TermPlan
+from gdetkd_cli.results import CheckedRecipe, PyramidReport, TermPlan
 from gdetkd_cli.runs.probe import report_of
+from gdetkd_cli.runs.train import check_distills
 from gdetkd_cli.training.events import Note, Observer, silent
 
 _EPOCHS = 24  # the usual "2x" schedule
 _LEAST_STEPS, _MOST_STEPS = 1000, 90_000
 
 
-def run_init(teacher: str, student: str, data: Path, *, output: Path, observer: Observer = silent) -> InitResult:
+def run_init(teacher: str, student: str, data: Path, *, output: Path, observer: Observer = silent) -> CheckedRecipe:
     """Probes both detectors, looks at the data, and writes a commented recipe that runs as it is.
 
     Args:
@@ -68,21 +69,51 @@ def run_init(teacher: str, student: str, data: Path, *, output: Path, observer: 
     if not cuda:
         recipe["distill"] = {"regions": {"per_image": 32}}
     valid = Recipe.model_validate(recipe)
-    assert valid.teacher is not None and valid.distill is not None
-    student_built = build.build_detector(valid.student, train.class_names, valid.seed)
-    teacher_built = build.build_detector(valid.teacher, train.class_names, valid.seed, keep_classes=True)
-    for note in (*student_built.notes, *teacher_built.notes):
-        observer(Note(note))
-    pair = build.build_pair(valid.distill, student_built.detector, teacher_built.detector, valid.seed)
-    reports = [
-        report_of(built.detector, source=source, format="run", size=(short, long))
-        for source, built in ((student, student_built), (teacher, teacher_built))
-    ]
-    text = _text(recipe, output, pair.kind, pair.terms, reports)
+    checked = _checked(valid, str(output), train, (student, teacher), (short, long), observer)
+    text = _text(recipe, checked)
     assert Recipe.model_validate(yaml.safe_load(text)) == valid
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(text, encoding="utf-8")
-    return InitResult(recipe=output, pair=pair.kind, student=reports[0], teacher=reports[1], terms=pair.terms)
+    return checked
+
+
+def check_recipe(recipe: Recipe, source: str, observer: Observer = silent) -> CheckedRecipe:
+    """Builds a distillation recipe's data, detectors and pair, as ``distill`` would, and reports them.
+
+    Args:
+        recipe: with a teacher and a distill block.
+        source: its file or name.
+        observer: is told of progress.
+
+    Raises:
+        GDetKDError: anything that the recipe names cannot be used.
+    """
+    check_distills(recipe)
+    assert recipe.teacher is not None
+    train = build.build_split(recipe.data, "train")
+    val = build.build_split(recipe.data, "val")
+    for split in (train, val):
+        for note in split.notes:
+            observer(Note(f"{split.name}: {note}"))
+    titles = (build.title_of(recipe.student), build.title_of(recipe.teacher))
+    return _checked(recipe, source, train, titles, train.records[0].size, observer)
+
+
+def _checked(
+    recipe: Recipe, source: str, train: Split, titles: tuple[str, str], size: tuple[int, int], observer: Observer
+) -> CheckedRecipe:
+    """Builds and probes the pair; the pyramids are reported for a picture of ``size`` (height, width) pixels."""
+    assert recipe.teacher is not None and recipe.distill is not None
+    student = build.build_detector(recipe.student, train.class_names, recipe.seed)
+    teacher = build.build_detector(recipe.teacher, train.class_names, recipe.seed, keep_classes=True)
+    for note in (*student.notes, *teacher.notes):
+        observer(Note(note))
+    pair = build.build_pair(recipe.distill, student.detector, teacher.detector, recipe.seed)
+    student_report, teacher_report = (
+        report_of(built.detector, source=title, format="run", size=size)
+        for title, built in zip(titles, (student, teacher), strict=True)
+    )
+    return CheckedRecipe(source, pair.kind, student_report, teacher_report, pair.terms)
 
 
 def _image_size(split: Split, *, largest: int) -> tuple[int, int]:
@@ -113,19 +144,18 @@ def _detector(reference: str, size: tuple[int, int], *, trains: bool) -> dict[st
     return {"arch": "checkpoint", "path": reference, "input": {"size": list(size)}}
 
 
-def _text(
-    recipe: dict[str, Any], path: Path, kind: str, terms: tuple[TermPlan, ...], reports: list[PyramidReport]
-) -> str:
+def _text(recipe: dict[str, Any], checked: CheckedRecipe) -> str:
+    """The recipe with what was found beside it."""
     comments = {
-        "student": _found(reports[0]),
-        "teacher": _found(reports[1]),
-        "distill": [f"A {kind} pair.", *map(_said, terms)],
+        "student": _found(checked.student),
+        "teacher": _found(checked.teacher),
+        "distill": [f"A {checked.pair} pair.", *map(_said, checked.terms)],
         "train": [f"{_EPOCHS} epochs, but at least {_LEAST_STEPS} steps."],
     }
     lines = [
-        f"# gdetkd distill --recipe {path}",
-        f"# {reports[1].source} -> {reports[0].source}, made by gdetkd init.",
-        f"# First:  gdetkd distill --recipe {path} --dry-run",
+        f"# gdetkd distill --recipe {checked.recipe}",
+        f"# {checked.teacher.source} -> {checked.student.source}, made by gdetkd init.",
+        f"# First:  gdetkd distill --recipe {checked.recipe} --dry-run",
         "# Every field there is:  gdetkd recipe schema",
     ]
     for key, value in recipe.items():

@@ -13,7 +13,7 @@ from gdetkd_cli.errors import DataError
 
 def coco(path: Path, picture: str = "a.jpg", **annotation: object) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    annotations = [{"id": 1, "image_id": 1, "category_id": 1, "bbox": [0, 0, 1, 1]} if not annotation else annotation]
+    annotations = [annotation or {"id": 1, "image_id": 1, "category_id": 1, "bbox": [0, 0, 1, 1]}]
     tables = {"images": [{"id": 1, "file_name": picture}], "annotations": annotations, "categories": []}
     path.write_text(json.dumps(tables))
 

@@ -12,7 +12,7 @@ from PIL import Image
 from gdetkd_cli.errors import ModelError, RecipeError
 from gdetkd_cli.recipe.load import load_recipe
 from gdetkd_cli.recipe.schema import CheckpointDetector, ComposedDetector
-from gdetkd_cli.runs import plan_distill, run_init, run_train
+from gdetkd_cli.runs import check_recipe, plan_distill, run_init, run_train
 
 
 @pytest.fixture
@@ -56,6 +56,7 @@ def test_the_recipe_runs_as_it_is(data: Path, teacher: str, tmp_path: Path) -> N
     assert "#   backbone.0: 256 channels, stride 8" in text
     assert "#   backbone.0: 16 channels, stride 6.095" in text
     assert "# class_kd: left out, " in text
+    assert check_recipe(recipe, str(path)).terms == result.terms
     plan = plan_distill(recipe)
     assert (plan.train_images, plan.val_images) == (3, 1)
 
