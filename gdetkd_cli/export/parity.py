@@ -6,6 +6,7 @@ Shapes: D detections; boxes xyxy, pixels of the picture as it was given.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -38,8 +39,10 @@ class Cut:
 
     @classmethod
     def of(cls, module: nn.Module) -> Cut:
-        """That of a torchvision detector."""
+        """That of a torchvision detector; of another one it is not known, so that nothing may be missing."""
         head: Any = getattr(module, "roi_heads", module)
+        if not hasattr(head, "score_thresh"):
+            return cls(score=-math.inf, count=sys.maxsize)
         return cls(score=head.score_thresh, count=head.detections_per_img)
 
     def of_picture(self, found: Detections) -> float:

@@ -42,7 +42,7 @@ _FATAL = 4  # onnxruntime logs errors to stderr as well as raising them; only th
 
 
 class OnnxRunner:
-    """An ONNX file, in graph optimisation's way nowhere: every value that the file names can be read.
+    """An ONNX file; every value that its graph names can be read.
 
     Raises:
         ModelError: not a whole ONNX file, or not one that takes images.

@@ -293,7 +293,8 @@ def _write_facts(folder: RunFolder, job: Job, processes: int) -> None:
 def _write_results(folder: RunFolder, job: Job, metrics: CocoMetrics, seconds: float) -> None:
     detector = job.student.detector
     catalog.save(folder.student, detector, job.student.description)
-    run_folder.write_text(folder.student_script, Path(architectures.__file__).read_text())
+    if job.student.description.get("kind") != "factory":  # which is rebuilt by its own code
+        run_folder.write_text(folder.student_script, Path(architectures.__file__).read_text())
     run_folder.write_text(
         folder.metrics,
         json.dumps({**metrics.to_json(), "steps": job.recipe.train.steps, "seconds": seconds}, indent=2),
