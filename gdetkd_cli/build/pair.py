@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from gdetkd_cli.detectors.probed import ProbedDetector
 from gdetkd_cli.detectors.protocol import Detector, Observation
 from gdetkd_cli.distill.distiller import Distiller, WeightedTerm
 from gdetkd_cli.distill.pair import PairKind, pair_kind, prediction_columns, transfer_head
@@ -65,7 +66,8 @@ def build_pair(config: Distill, student: Detector, teacher: Detector, seed: int)
         _sgfi(config.sgfi, student, teacher, transferred),
         "" if config.sgfi else "left out by the recipe",
     )
-    add("ckd", config.ckd, _ckd(config.ckd, student, teacher), "" if config.ckd else "left out by the recipe")
+    ckd, reason = _settled(config.ckd, teacher)
+    add("ckd", ckd, _ckd(ckd, student, teacher), reason)
     for name, block, term_class in (
         ("class_kd", config.class_kd, ClassTerm),
         ("box_kd", config.box_kd, BoxTerm),
@@ -120,6 +122,18 @@ def _sgfi(block: SGFI | None, student: Detector, teacher: Detector, transferred:
         normalize=block.normalize,
         sampling_ratio=block.sampling_ratio,
     )
+
+
+def _settled(block: CKD | str | None, teacher: Detector) -> tuple[CKD | None, str]:
+    """CKD's settings, and why it is left out."""
+    if block is None:
+        return None, "left out by the recipe"
+    if isinstance(block, CKD):
+        return block, ""
+    if isinstance(teacher, ProbedDetector):
+        # Measured: contrasting regions by the mean of their features makes students worse (docs/benchmarks.md).
+        return None, "the teacher's region embedding is not known; ckd: {} takes the mean of its pooled features"
+    return CKD(), ""
 
 
 def _ckd(block: CKD | None, student: Detector, teacher: Detector) -> CKDTerm | None:

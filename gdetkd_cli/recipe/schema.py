@@ -186,7 +186,7 @@ class Distill(Strict):
     pair: Literal["auto", "homogeneous", "heterogeneous"] = "auto"
     regions: RegionChoice = RegionChoice()
     sgfi: SGFI | None = SGFI()
-    ckd: CKD | None = CKD()
+    ckd: CKD | Literal["auto"] | None = Field("auto", description="auto: where the teacher has a region embedding")
     class_kd: PredictionKD | Literal["auto"] | None = "auto"
     box_kd: PredictionKD | Literal["auto"] | None = "auto"
     head_transfer: bool | Literal["auto"] = Field("auto", description="start the student's RoI head from the teacher's")

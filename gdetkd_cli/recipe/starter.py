@@ -63,7 +63,7 @@ distill:
     weight: 1.0
     # normalize: channel        # teacher features standardised per channel; or: scalar, none (the paper)
     # warmup_steps: 0           # steps over which the weight rises from 0
-  ckd:                          # contrast between regions
+  ckd:                          # contrast between regions; or: auto, where the teacher has a region embedding
     weight: 1.0
     # gamma: 0.07               # temperature
     # queue: 4096               # teacher embeddings remembered as further negatives

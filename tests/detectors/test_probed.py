@@ -14,12 +14,13 @@ from torch.nn.functional import interpolate
 from torchvision.ops import roi_align
 from twins import NoNeck, SharedHead, TwoWay
 
+from gdetkd_cli.build.pair import build_pair
 from gdetkd_cli.detectors.files import kind_of, open_runner
 from gdetkd_cli.detectors.probed import ProbedDetector
 from gdetkd_cli.errors import ModelError
 from gdetkd_cli.probing.inputs import ModelInput
 from gdetkd_cli.probing.runner import ModuleRunner
-from gdetkd_cli.recipe.schema import CheckpointDetector
+from gdetkd_cli.recipe.schema import CheckpointDetector, Distill
 from gdetkd_cli.runs import run_distill
 from gdetkd_cli.structures import Batch, Regions
 
@@ -229,6 +230,17 @@ def test_a_file_distils(student: str, form: str, tmp_path: Path) -> None:
     assert '"ckd"' in lines
     assert '"class_kd"' not in lines
     assert f'"format": "{FORMS[form]}"' in (run / "probe.json").read_text()
+
+
+def test_without_a_region_embedding_there_is_no_contrast_unless_asked_for() -> None:
+    teacher, student = detector(traced(built(TwoWay))), detector(built(SharedHead))
+    for ckd, names in (("auto", {"sgfi"}), ({}, {"sgfi", "ckd"}), (None, {"sgfi"})):
+        config = Distill.model_validate({"ckd": ckd, "head_transfer": False})
+        pair = build_pair(config, student, teacher, seed=0)
+        assert {term.name for term in pair.terms if term.weight is not None} == names
+        assert set(pair.distiller.terms) == names
+    (reason,) = (term.reason for term in build_pair(Distill(), student, teacher, 0).terms if term.name == "ckd")
+    assert reason.startswith("the teacher's region embedding is not known")
 
 
 def test_a_torchscript_file_cannot_be_the_student(tmp_path: Path) -> None:
