@@ -3,238 +3,34 @@
 from __future__ import annotations
 
 import copy
-from collections import Counter
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from distilling import (
+    ALL_TERMS,
+    EVERY_TERM,
+    FEATURE_TERMS,
+    PAIRS,
+    TinyDetector,
+    assert_same_state,
+    choose,
+    first_layer,
+    forward,
+    make_distiller,
+    state_of,
+    task_gradient,
+    terms_of,
+    train,
+    without_objects,
+)
 from torch import Tensor, nn
-from torch.nn.utils import clip_grad_norm_
 
 from gdetkd_cli.detectors import catalog
-from gdetkd_cli.detectors.protocol import Detector, Observation
 from gdetkd_cli.distill.distiller import Distiller, WeightedTerm
-from gdetkd_cli.distill.pair import prediction_columns
-from gdetkd_cli.distill.regions import choose_regions
-from gdetkd_cli.distill.terms import BoxTerm, CKDTerm, ClassTerm, SGFITerm
 from gdetkd_cli.errors import TermNotComputedError
-from gdetkd_cli.structures import Batch, LossReport, Regions, Target
+from gdetkd_cli.structures import Batch, Target
 from gdetkd_cli.training.schedule import build_optimizer
-
-FEATURE_TERMS = ("sgfi", "ckd")
-ALL_TERMS = (*FEATURE_TERMS, "class_kd", "box_kd")
-PAIRS = [  # teacher, student
-    ("faster-rcnn", "faster-rcnn"),
-    ("faster-rcnn", "retinanet"),
-    ("faster-rcnn", "fcos"),
-    ("retinanet", "retinanet"),
-    ("retinanet", "faster-rcnn"),
-    ("fcos", "retinanet"),
-]
-
-TinyDetector = Callable[..., Detector]
-
-
-def terms_of(teacher: str, student: str) -> tuple[str, ...]:
-    return ALL_TERMS if teacher == student == "faster-rcnn" else FEATURE_TERMS
-
-
-EVERY_TERM = [(*pair, name) for pair in PAIRS for name in terms_of(*pair)]
-
-
-def make_term(name: str, student: Detector, teacher: Detector) -> nn.Module:
-    torch.manual_seed(7)
-    if name == "sgfi":
-        return SGFITerm(
-            student_channels=[level.channels for level in student.levels],
-            teacher_channels=max(level.channels for level in teacher.levels),
-            embed_channels=8,
-            normalize="channel",
-            sampling_ratio=2,
-        )
-    if name == "ckd":
-        return CKDTerm(
-            student_channels=student.embedding_channels,
-            teacher_channels=teacher.embedding_channels,
-            project_channels=8,
-            gamma=0.07,
-            negative_iou=0.5,
-            queue=40,
-        )
-    columns = prediction_columns(student, teacher)
-    return ClassTerm(columns=columns) if name == "class_kd" else BoxTerm(columns=columns)
-
-
-def choose(seen: Observation, batch: Batch, step: int) -> Regions:
-    assert seen.candidates is not None
-    return choose_regions(
-        seen.candidates,
-        batch,
-        per_image=8,
-        positive_iou=0.5,
-        negatives_per_positive=3.0,
-        generator=torch.Generator().manual_seed(step),
-    )
-
-
-def make_distiller(
-    student: Detector, teacher: Detector, names: tuple[str, ...], *, weight: float = 1.0, warmup_steps: int = 0
-) -> Distiller:
-    teacher.module.eval().requires_grad_(False)
-    distiller = Distiller(
-        student=student,
-        teacher=teacher,
-        terms={name: WeightedTerm(make_term(name, student, teacher), weight, warmup_steps) for name in names},
-        choose_regions=choose,
-    )
-    return distiller.train()
-
-
-def forward(distiller: Distiller, batch: Batch, *, seed: int = 3) -> LossReport:
-    """One forward whose random numbers (a two-stage head samples its proposals) come from ``seed``."""
-    torch.manual_seed(seed)
-    report: LossReport = distiller(batch)
-    return report
-
-
-def train(distiller: Distiller, batch: Batch, *, steps: int = 3) -> list[LossReport]:
-    """The loop's step, three times: a fresh optimizer, gradients of the student and the rest clipped apart."""
-    optimizer = build_optimizer(name="adamw", modules=[distiller], lr=1e-3, weight_decay=0.05, momentum=0.0)
-    reports = []
-    for step in range(steps):
-        distiller.step = step
-        reports.append(forward(distiller, batch, seed=step))
-        reports[-1].total.backward()
-        clip_grad_norm_(list(distiller.student.parameters()), 1.0)
-        clip_grad_norm_(list(distiller.added_parameters()), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-    return reports
-
-
-def without_objects(batch: Batch) -> Batch:
-    nothing = Target(boxes=torch.zeros(0, 4), labels=torch.zeros(0, dtype=torch.int64))
-    return Batch(images=batch.images, targets=[nothing] * len(batch), image_ids=batch.image_ids)
-
-
-def state_of(module: nn.Module) -> dict[str, Tensor]:
-    return {name: value.clone() for name, value in module.state_dict().items()}
-
-
-def assert_same_state(module: nn.Module, expected: dict[str, Tensor]) -> None:
-    state = module.state_dict()
-    assert state.keys() == expected.keys()
-    differing = [name for name, value in state.items() if not torch.equal(value, expected[name])]
-    assert not differing
-
-
-def first_layer(detector: Detector) -> nn.Parameter:
-    """The student's parameter that is furthest from any loss."""
-    return next(iter(detector.module.backbone.parameters()))  # type: ignore[union-attr]  # torchvision's have one
-
-
-def task_gradient(distiller: Distiller, parameter: nn.Parameter, batch: Batch) -> tuple[LossReport, Tensor]:
-    distiller.zero_grad(set_to_none=True)
-    report = forward(distiller, batch)
-    report.total.backward()
-    assert parameter.grad is not None
-    return report, parameter.grad.clone()
-
-
-# ------------------------------------------------------------------------------------------------------ the teacher
-
-
-def test_the_teacher_is_outside(tiny_detector: TinyDetector) -> None:
-    student, teacher = tiny_detector("retinanet"), tiny_detector("faster-rcnn", seed=1)
-    distiller = make_distiller(student, teacher, FEATURE_TERMS)
-
-    assert distiller.teacher is teacher
-    of_teacher = {id(value) for value in [*teacher.module.parameters(), *teacher.module.buffers()]}
-    own = {id(value) for value in [*distiller.parameters(), *distiller.buffers()]}
-    assert not own & of_teacher
-    assert not set(map(id, distiller.modules())) & set(map(id, teacher.module.modules()))
-    assert {name.split(".")[0] for name in distiller.state_dict()} == {"student", "terms"}
-    assert len(distiller.state_dict()) == len(student.module.state_dict()) + len(distiller.terms.state_dict())
-    added = set(map(id, distiller.added_parameters()))
-    assert added | set(map(id, student.module.parameters())) == set(map(id, distiller.parameters()))
-
-
-@pytest.mark.parametrize(("teacher", "student"), PAIRS)
-def test_the_teacher_stays_as_it_is(teacher: str, student: str, tiny_detector: TinyDetector, tiny_batch: Batch) -> None:
-    """Weights and running statistics to the last bit, evaluation mode, and no gradient."""
-    frozen = tiny_detector(teacher, seed=1)
-    distiller = make_distiller(tiny_detector(student), frozen, terms_of(teacher, student))
-    before = state_of(frozen.module)
-    assert any(name.endswith("running_mean") for name in before)
-    train(distiller.train(), tiny_batch)
-
-    assert_same_state(frozen.module, before)
-    assert not any(module.training for module in frozen.module.modules())
-    assert all(parameter.grad is None for parameter in frozen.module.parameters())
-    assert distiller.student.training
-
-
-class Calls:
-    """Counts how often each submodule runs."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self.count: Counter[str] = Counter()
-        for name, submodule in module.named_modules():
-            submodule.register_forward_hook(lambda *_, name=name: self.count.update([name]))
-
-    def of(self, *names: str) -> list[int]:
-        return [self.count[name] for name in names]
-
-
-@pytest.mark.parametrize(
-    ("terms", "head", "predictor"),
-    [(("sgfi",), 0, 0), (("ckd",), 1, 0), (("sgfi", "ckd"), 1, 0), (("class_kd",), 1, 1), (ALL_TERMS, 1, 1)],
-)
-def test_only_what_is_needed_of_a_two_stage_teacher_runs(
-    terms: tuple[str, ...], head: int, predictor: int, tiny_detector: TinyDetector, tiny_batch: Batch
-) -> None:
-    student, teacher = tiny_detector("faster-rcnn"), tiny_detector("faster-rcnn", seed=1)
-    of_student, of_teacher = Calls(student.module), Calls(teacher.module)
-    forward(make_distiller(student, teacher, terms), tiny_batch)
-
-    assert of_teacher.of("", "rpn", "rpn.head", "roi_heads") == [0, 0, 0, 0]
-    assert of_teacher.of("transform", "backbone", "roi_heads.box_roi_pool") == [1, 1, 1]
-    assert of_teacher.of("roi_heads.box_head", "roi_heads.box_predictor") == [head, predictor]
-    # The student's head ran on the regions already: they are its own proposals.
-    assert of_student.of("roi_heads.box_head", "roi_heads.box_predictor", "backbone") == [1, 1, 1]
-
-
-@pytest.mark.parametrize(("terms", "towers"), [(("sgfi",), 0), (("ckd",), 5), (FEATURE_TERMS, 5)])
-def test_only_what_is_needed_of_a_dense_teacher_runs(
-    terms: tuple[str, ...], towers: int, tiny_detector: TinyDetector, tiny_batch: Batch
-) -> None:
-    student, teacher = tiny_detector("retinanet"), tiny_detector("retinanet", seed=1)
-    of_teacher = Calls(teacher.module)
-    forward(make_distiller(student, teacher, terms), tiny_batch)
-
-    assert of_teacher.of("", "head", "anchor_generator", "head.regression_head") == [0, 0, 0, 0]
-    assert of_teacher.of("head.classification_head.cls_logits") == [0]
-    assert of_teacher.of("transform", "backbone", "head.classification_head.conv") == [1, 1, towers]
-
-
-@pytest.mark.parametrize(("teacher", "student"), PAIRS)
-def test_the_teacher_suppresses_nothing(
-    teacher: str, student: str, tiny_detector: TinyDetector, tiny_batch: Batch, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """NMS runs for a two-stage student's own proposals, once for each image, and never for the teacher's."""
-    calls = Counter[str]()
-    original = torch.ops.torchvision.nms
-    monkeypatch.setattr("torchvision.ops.boxes.nms", lambda *a: (calls.update(["nms"]), original(*a))[1])
-    monkeypatch.setattr(
-        "torchvision.ops.boxes.batched_nms",
-        lambda boxes, scores, idxs, threshold: (calls.update(["batched"]), original(boxes, scores, threshold))[1],
-    )
-    distiller = make_distiller(tiny_detector(student), tiny_detector(teacher, seed=1), terms_of(teacher, student))
-    forward(distiller, tiny_batch)
-
-    assert calls == ({"batched": len(tiny_batch)} if student == "faster-rcnn" else {})
-
 
 # ----------------------------------------------------------------------------------------------------- no distilling
 
