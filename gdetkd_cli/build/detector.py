@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, assert_never
 
@@ -13,7 +13,7 @@ from gdetkd_cli.detectors import catalog
 from gdetkd_cli.detectors.files import Kind, kind_of, open_runner
 from gdetkd_cli.detectors.probed import ProbedDetector
 from gdetkd_cli.detectors.protocol import Detector
-from gdetkd_cli.detectors.scripted import load_scripted
+from gdetkd_cli.detectors.scripted import NotRebuiltError, load_scripted
 from gdetkd_cli.detectors.weights import (
     BATCH_COUNT,
     has_frozen_norms,
@@ -60,12 +60,19 @@ def build_detector(
     if isinstance(spec, CheckpointDetector):
         path = catalog.locate(spec.path)
         kind = kind_of(path)
-        if kind == "torchscript" and not keep_classes:
-            loaded = load_scripted(path, class_names)
-        elif kind != "checkpoint":
+        if kind in ("onnx", "exported"):
             return _probed(spec, path, kind, teaches=keep_classes)
-        else:
+        if kind == "checkpoint":
             loaded = catalog.load(path, class_names)
+        else:
+            try:
+                loaded = load_scripted(path, class_names)
+            except NotRebuiltError as error:
+                if not keep_classes:
+                    raise
+                built = _probed(spec, path, kind, teaches=True)
+                note = f"{path}: only its features can teach, since {error.reason}"
+                return replace(built, notes=(note, *built.notes))
         if keep_classes or loaded.detector.class_names == class_names:
             return BuiltDetector(loaded.detector, loaded.description, loaded.notes)
         torch.manual_seed(seed)

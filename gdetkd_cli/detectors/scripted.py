@@ -25,6 +25,18 @@ CLASSES, ARCHITECTURE = "gdetkd.classes", "gdetkd.architecture"  # what that say
 _SIZE = (256, 320)  # pixels of the picture that both forms are compared on
 
 
+class NotRebuiltError(ModelError):
+    """A TorchScript file whose eager detector is not known; its features can teach all the same.
+
+    Attributes:
+        reason: why not, without the file's name.
+    """
+
+    def __init__(self, path: Path, reason: str) -> None:
+        super().__init__(f"{path} can teach but not be trained here: {reason}")
+        self.reason = reason
+
+
 def load_scripted(path: Path, class_names: tuple[str, ...]) -> catalog.Loaded:
     """The eager detector of a TorchScript file: one that gdetkd exported, or a scripted torchvision detector.
 
@@ -35,7 +47,8 @@ def load_scripted(path: Path, class_names: tuple[str, ...]) -> catalog.Loaded:
         class_names: names for a file that has none, taken where their number fits.
 
     Raises:
-        ModelError: it is none of these, or what was rebuilt detects otherwise.
+        NotRebuiltError: it is none of these, or what was rebuilt detects otherwise.
+        ModelError: not a whole TorchScript file.
     """
     files = {DESCRIPTION_FILE: ""}
     module = load_torchscript(path, extra_files=files).eval()
@@ -48,14 +61,12 @@ def load_scripted(path: Path, class_names: tuple[str, ...]) -> catalog.Loaded:
         load_state(detector.module, state, str(path))
         return catalog.Loaded(detector, description, "run", (f"{path}: rebuilt as the detector that it was made of",))
     if not state:
-        raise ModelError(f"{path} is frozen TorchScript without parameters, so it can teach but not be trained")
+        raise NotRebuiltError(path, "it is frozen TorchScript without parameters")
     try:
         found = recognise(state, str(path))
     except ModelError as error:
-        raise ModelError(
-            f"{path} can teach but not be trained here: it is neither a file that gdetkd exported nor a scripted "
-            "torchvision detector; name another student"
-        ) from error
+        reason = "it is neither a file that gdetkd exported nor a scripted torchvision detector"
+        raise NotRebuiltError(path, reason) from error
     for description in _settings(found, module):
         published = torchvision_categories("DEFAULT", description["name"])
         names = catalog.classes_of(state, description, class_names, published)
@@ -66,9 +77,10 @@ def load_scripted(path: Path, class_names: tuple[str, ...]) -> catalog.Loaded:
             title = f"torchvision's {description['name']}, {len(names)} classes"
             notes.append(f"{path}: rebuilt as {title}, which detects the same")
             return catalog.Loaded(detector, description, "state_dict", tuple(notes))
-    raise ModelError(
-        f"{path} has the weights of torchvision's {found.description['name']}, but other settings, since that detects "
-        "otherwise; name the architecture and its arguments in a recipe, with `weights:` a file of the weights alone"
+    raise NotRebuiltError(
+        path,
+        f"it has the weights of torchvision's {found.description['name']}, but other settings, since that detects "
+        "otherwise; name the architecture and its arguments in a recipe, with `weights:` a file of the weights alone",
     )
 
 

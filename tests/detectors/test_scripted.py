@@ -75,6 +75,17 @@ def test_what_gdetkd_exported_trains_again(tmp_path: Path) -> None:
     assert first["classes"] == second["classes"]
 
 
+def test_what_gdetkd_exported_teaches_by_its_head_as_well(tmp_path: Path) -> None:
+    run = run_distill(toy.recipe(steps=1), output=tmp_path / "first").run
+    path = tmp_path / "teacher.ts"
+    run_export(str(run), onnx=False, torchscript=True, output=path)
+    recipe = toy.recipe(steps=1).model_copy(update={"teacher": student(path)})
+    again = run_distill(recipe, output=tmp_path / "second").run
+    lines = (again / "metrics.jsonl").read_text()
+    assert all(f'"{term}"' in lines for term in ("sgfi", "ckd", "class_kd", "box_kd"))
+    assert '"family": "two-stage"' in (again / "probe.json").read_text()
+
+
 def test_frozen_and_foreign_files_cannot_be_trained(tmp_path: Path) -> None:
     network = NoNeck().eval()
     with warnings.catch_warnings(action="ignore"):
@@ -83,5 +94,5 @@ def test_frozen_and_foreign_files_cannot_be_trained(tmp_path: Path) -> None:
         torch.jit.freeze(traced).save(tmp_path / "frozen.pt")
     with pytest.raises(ModelError, match=r"traced\.pt can teach but not be trained here: it is neither"):
         load_scripted(tmp_path / "traced.pt", NAMES)
-    with pytest.raises(ModelError, match=r"frozen\.pt is frozen TorchScript without parameters"):
+    with pytest.raises(ModelError, match=r"frozen\.pt can teach .* it is frozen TorchScript without parameters"):
         load_scripted(tmp_path / "frozen.pt", NAMES)
