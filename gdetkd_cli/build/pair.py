@@ -91,7 +91,13 @@ def build_pair(config: Distill, student: Detector, teacher: Detector, seed: int)
             generator=generator,
         )
 
-    distiller = Distiller(student=student, teacher=teacher, terms=terms, choose_regions=choose)
+    distiller = Distiller(
+        student=student,
+        teacher=teacher,
+        terms=terms,
+        choose_regions=choose,
+        task_loss=config.task_loss == "own",
+    )
     return BuiltPair(distiller=distiller, kind=kind, terms=tuple(plans), head_transfer=head_transfer)
 
 

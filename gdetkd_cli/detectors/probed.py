@@ -83,7 +83,7 @@ class ProbedDetector:
         prepared = [self._input.prepare(image) for image in batch.images]
         with evaluating(self.module):
             groups = [self._read(images) for images in self.probed.call.groups(prepared)]
-        maps = tuple(_stack([group[1][level] for group in groups]) for level in range(len(self.levels)))
+        maps = tuple(stack([group[1][level] for group in groups]) for level in range(len(self.levels)))
         height, width = (max(group[0].shape[axis] for group in groups) for axis in (-2, -1))
         frame = self._frame_of(batch, (height, width))
         return Observation(losses={}, pyramid=Pyramid(maps=maps, levels=self.levels, frame=frame), candidates=None)
@@ -120,7 +120,7 @@ class ProbedDetector:
         return self._frames[size]
 
 
-def _stack(maps: Sequence[Tensor]) -> Tensor:
+def stack(maps: Sequence[Tensor]) -> Tensor:
     """Maps of several calls as one batch, padded at the far sides to the largest."""
     height, width = (max(m.shape[axis] for m in maps) for axis in (-2, -1))
     return torch.cat([pad(m, (0, width - m.shape[-1], 0, height - m.shape[-2])) for m in maps])

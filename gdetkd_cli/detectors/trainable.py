@@ -5,31 +5,44 @@ Shapes: N images; boxes xyxy.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gdetkd_cli.detectors import torchvision_common as common
-from gdetkd_cli.detectors.probed import ProbedDetector
+from gdetkd_cli.detectors.probed import ProbedDetector, stack
 from gdetkd_cli.detectors.protocol import Candidates, Observation
 from gdetkd_cli.detectors.tap import Tap
 from gdetkd_cli.errors import ModelError, PairError
 from gdetkd_cli.probing.inputs import ModelInput
 from gdetkd_cli.probing.record import Output, tensors_in
-from gdetkd_cli.probing.runner import ModuleRunner
+from gdetkd_cli.probing.runner import CALLS, ModuleRunner
 from gdetkd_cli.structures import Batch, Detections, Pyramid
 
 _JITTERED = 4  # boxes near each true one
 _ANYWHERE = 32  # boxes of each image, wherever
 
 
+@dataclass(frozen=True)
+class _Tapped:
+    """One call of a module: what it returned, what its first convolution was given, and its levels."""
+
+    returned: Any
+    network_input: Tensor
+    maps: list[Tensor]
+
+
 class TrainableDetector(ProbedDetector):
     """An nn.Module called as torchvision's detectors are.
 
     In training: ``module(images, targets)`` -> its losses by name. In evaluation: ``module(images)`` -> for each image
-    ``boxes``, ``scores`` and ``labels``. Every level must be what one of its submodules returns. Its candidates are
-    boxes near the true ones and boxes anywhere, since nothing is known of what it predicts in training.
+    ``boxes``, ``scores`` and ``labels``. A module that takes a tensor instead, (N, 3, H, W) or (3, H, W), offers
+    features alone: it has no losses here, but a teacher can train it. Every level must be what one of its submodules
+    returns. Its candidates are boxes near the true ones and boxes anywhere, since nothing is known of what it predicts
+    in training.
     """
 
     def __init__(
@@ -60,28 +73,45 @@ class TrainableDetector(ProbedDetector):
         module.train(training)
         self.class_names = class_names
 
+    @property
+    def features_only(self) -> bool:
+        """Whether it has neither losses nor detections that are known here."""
+        return self.probed.call is not CALLS[0]
+
     def observe(self, batch: Batch) -> Observation:
         outputs = [self._output(level.name, level.output) for level in self.probed.levels]
         prepared = [self._input.prepare(image) for image in batch.images]
+        if self.features_only:
+            groups = [self._tapped(outputs, self.probed.call.argument(g)) for g in self.probed.call.groups(prepared)]
+            losses: Any = {}
+        else:
+            groups = [self._tapped(outputs, prepared, common.targets_for(batch))]
+            losses = groups[0].returned
+            if not isinstance(losses, dict) or not losses or not all(isinstance(v, Tensor) for v in losses.values()):
+                raise PairError(
+                    f"{self._source} cannot be trained: called with (images, targets) in training mode it returned "
+                    f"{type(losses).__name__}; a dictionary of losses was expected, as torchvision's detectors give it"
+                )
+        maps = tuple(stack([group.maps[level] for group in groups]) for level in range(len(self.levels)))
+        height, width = (max(group.network_input.shape[axis] for group in groups) for axis in (-2, -1))
+        pyramid = Pyramid(maps=maps, levels=self.levels, frame=self._frame_of(batch, (height, width)))
+        return Observation(losses=losses, pyramid=pyramid, candidates=self._candidates(batch))
+
+    def _tapped(self, outputs: Sequence[Output], *arguments: object) -> _Tapped:
+        """Calls the module and reads its levels, with their gradients."""
         network: list[Tensor] = []
         first = self.module.get_submodule(self.probed.first)
         handle = first.register_forward_pre_hook(lambda _, inputs: network.append(inputs[0]))
         try:
             with Tap(self.module, list({output.module for output in outputs})) as tap:
-                losses: Any = self.module(prepared, common.targets_for(batch))
+                returned = self.module(*arguments)
         except TypeError as error:
-            raise PairError(f"{self._source} cannot be trained: called with (images, targets), {error}") from error
+            called = "(images, targets)" if len(arguments) > 1 else "images"
+            raise PairError(f"{self._source} cannot be trained: called with {called}, {error}") from error
         finally:
             handle.remove()
-        if not isinstance(losses, dict) or not losses or not all(isinstance(v, Tensor) for v in losses.values()):
-            raise PairError(
-                f"{self._source} cannot be trained: called with (images, targets) in training mode it returned "
-                f"{type(losses).__name__}; a dictionary of losses was expected, as torchvision's detectors return it"
-            )
-        maps = tuple(tensors_in(tap.outputs(output.module)[output.call])[output.leaf] for output in outputs)
-        shape = (network[0].shape[-2], network[0].shape[-1])
-        pyramid = Pyramid(maps=maps, levels=self.levels, frame=self._frame_of(batch, shape))
-        return Observation(losses=losses, pyramid=pyramid, candidates=self._candidates(batch))
+        maps = [tensors_in(tap.outputs(output.module)[output.call])[output.leaf] for output in outputs]
+        return _Tapped(returned, network[0], maps)
 
     def predict(self, images: list[Tensor]) -> list[Detections]:
         prepared = [self._input.prepare(image) for image in images]

@@ -44,6 +44,7 @@ class Distiller(nn.Module):
         teacher: the detector that is imitated; its module must be in evaluation mode and frozen.
         terms: distillation terms by name.
         choose_regions: (the student's observation, the batch, the step) -> regions.
+        task_loss: whether the student's own losses count; where not, they are reported all the same.
     """
 
     def __init__(
@@ -53,8 +54,10 @@ class Distiller(nn.Module):
         teacher: Detector | None = None,
         terms: Mapping[str, WeightedTerm] | None = None,
         choose_regions: ChooseRegions | None = None,
+        task_loss: bool = True,
     ) -> None:
         super().__init__()
+        self.task_loss = task_loss
         self.student = student.module
         self.terms = nn.ModuleDict({name: weighted.term for name, weighted in (terms or {}).items()})
         self._detector = student
@@ -82,7 +85,9 @@ class Distiller(nn.Module):
         with self._timed("student forward", seconds, batch):
             seen = self._detector.observe(batch)
         parts = {name: loss.detach() for name, loss in seen.losses.items()}
-        total: Tensor = torch.stack(list(seen.losses.values())).sum()
+        total: Tensor = batch.images[0].new_zeros(())
+        if self.task_loss:
+            total = torch.stack(list(seen.losses.values())).sum()
         weights: dict[str, float] = {}
         if self._weights:
             pair = self._observe_pair(batch, seen, seconds)

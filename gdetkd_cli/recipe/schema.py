@@ -190,6 +190,9 @@ class Distill(Strict):
     class_kd: PredictionKD | Literal["auto"] | None = "auto"
     box_kd: PredictionKD | Literal["auto"] | None = "auto"
     head_transfer: bool | Literal["auto"] = Field("auto", description="start the student's RoI head from the teacher's")
+    task_loss: Literal["own", "none"] = Field(
+        "own", description="none: the student's own losses are left out; it learns from the teacher alone"
+    )
 
 
 # ------------------------------------------------------------------------------------------------------- training

@@ -162,7 +162,7 @@ def _prepared(recipe: Recipe, observer: Observer) -> tuple[Job, Accelerator]:
     check_distills(recipe)
     settings = build.resolve_runtime(recipe.runtime)
     torch.set_num_threads(settings.threads)
-    accelerator = accelerator_for(settings)
+    accelerator = accelerator_for(settings, recipe)
     job = prepare(recipe, settings, accelerator.device)
     for note in job.notes:
         observer(Note(note))

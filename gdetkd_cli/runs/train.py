@@ -10,15 +10,16 @@ from typing import Literal
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list
 
 from gdetkd_cli import build
 from gdetkd_cli.data.loader import validation_batches
 from gdetkd_cli.data.split import Split
 from gdetkd_cli.detectors import architectures, catalog
 from gdetkd_cli.detectors.protocol import Detector
+from gdetkd_cli.detectors.trainable import TrainableDetector
 from gdetkd_cli.distill.distiller import Distiller
-from gdetkd_cli.errors import RecipeError
+from gdetkd_cli.errors import PairError, RecipeError
 from gdetkd_cli.evaluation.coco_metrics import CocoMetrics, evaluate_coco
 from gdetkd_cli.evaluation.predict import gather_predictions, predict_split
 from gdetkd_cli.recipe.load import dump_recipe, load_recipe
@@ -34,6 +35,7 @@ from gdetkd_cli.training.run_folder import RunFolder
 from gdetkd_cli.training.schedule import build_optimizer, build_schedule
 
 PICTURES = 6
+_NO_METRICS = CocoMetrics(None, None, None, None, None, None, None, {}, 0, 0)
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,11 @@ def check_distills(recipe: Recipe) -> None:
             )
 
 
+def _has_task_loss(recipe: Recipe) -> bool:
+    """Whether the student's own losses count."""
+    return recipe.distill is None or recipe.distill.task_loss == "own"
+
+
 def prepare(recipe: Recipe, settings: ComputeSettings, device: torch.device) -> Job:
     """Builds everything a run needs on this process's device; nothing is written.
 
@@ -117,6 +124,11 @@ def prepare(recipe: Recipe, settings: ComputeSettings, device: torch.device) -> 
     train = build.build_split(recipe.data, "train")
     val = build.build_split(recipe.data, "val")
     student = build.build_detector(recipe.student, train.class_names, recipe.seed)
+    if _features_only(student.detector) and _has_task_loss(recipe):
+        raise PairError(
+            f"{build.title_of(recipe.student)} takes images and no targets, so it has no losses of its own; with a "
+            "teacher, `distill.task_loss: none` trains its features"
+        )
     train, val = (build.relabel(split, student.detector) for split in (train, val))
     notes = [f"{train.name}: {note}" for note in train.notes] + [f"{val.name}: {note}" for note in val.notes]
     notes += [f"student: {note}" for note in student.notes]
@@ -144,9 +156,12 @@ def optimizer_for(recipe: Recipe, distiller: Distiller) -> torch.optim.Optimizer
     )
 
 
-def accelerator_for(settings: ComputeSettings) -> Accelerator:
+def accelerator_for(settings: ComputeSettings, recipe: Recipe) -> Accelerator:
     """accelerate's view of the run: device, precision, processes."""
+    # Without its own losses, parts of the student get no gradient, and DDP would wait for them.
+    partly = DistributedDataParallelKwargs(find_unused_parameters=not _has_task_loss(recipe))
     return Accelerator(
+        kwargs_handlers=[partly],
         cpu=settings.device == "cpu",
         mixed_precision="no" if settings.precision == "fp32" else settings.precision,
         log_with="tensorboard",
@@ -158,7 +173,7 @@ def _run(recipe: Recipe, *, output: Path | None, resume: Path | None, observer: 
     started = perf_counter()
     settings = build.resolve_runtime(recipe.runtime)
     torch.set_num_threads(settings.threads)
-    accelerator = accelerator_for(settings)
+    accelerator = accelerator_for(settings, recipe)
     folder = _choose_folder(recipe, output, resume, accelerator)
     job = prepare(recipe, settings, accelerator.device)
     if not accelerator.is_main_process:
@@ -185,6 +200,8 @@ def _run(recipe: Recipe, *, output: Path | None, resume: Path | None, observer: 
     seed_everything(recipe.seed, accelerator.process_index)
 
     def evaluate() -> CocoMetrics | None:
+        if _features_only(job.student.detector):
+            return None
         return evaluate_split(job.student.detector, job.val, accelerator, recipe.train.batch_size)
 
     loop = Loop(
@@ -214,13 +231,16 @@ def _run(recipe: Recipe, *, output: Path | None, resume: Path | None, observer: 
             interrupt.add_note(f"continue with `gdetkd {command} --resume {folder.path}`")
         raise
     seconds = perf_counter() - started
+    if metrics is None:  # not the main process, or a student that detects nothing
+        metrics = _NO_METRICS
     if accelerator.is_main_process:
-        assert metrics is not None
         _write_results(folder, job, metrics, seconds)
     accelerator.end_training()
-    if metrics is None:  # only the main process has results
-        metrics = CocoMetrics(None, None, None, None, None, None, None, {}, 0, 0)
     return TrainResult(run=folder.path, steps=recipe.train.steps, metrics=metrics, seconds=seconds)
+
+
+def _features_only(detector: Detector) -> bool:
+    return isinstance(detector, TrainableDetector) and detector.features_only
 
 
 def evaluate_split(detector: Detector, split: Split, accelerator: Accelerator, batch_size: int) -> CocoMetrics | None:
@@ -268,6 +288,11 @@ def _announce(job: Job, observer: Observer) -> None:
     for term in job.pair.terms:
         observer(Note(f"term {term.name}: " + (f"weight {term.weight:g}" if term.weight is not None else term.reason)))
     observer(Note(f"head transfer: {job.pair.head_transfer}"))
+    if not job.distiller.task_loss:
+        learnt = ", ".join(term.name for term in job.pair.terms if term.weight is not None)
+        observer(Note(f"task loss: none; the student learns from {learnt} alone, and its own losses do not count"))
+    if _features_only(student):
+        observer(Note("the student's detections are not known, so it is not evaluated"))
 
 
 def _write_facts(folder: RunFolder, job: Job, processes: int) -> None:
@@ -299,6 +324,8 @@ def _write_results(folder: RunFolder, job: Job, metrics: CocoMetrics, seconds: f
         folder.metrics,
         json.dumps({**metrics.to_json(), "steps": job.recipe.train.steps, "seconds": seconds}, indent=2),
     )
+    if _features_only(detector):
+        return
     draw_predictions(
         split=job.val,
         predictors={"student": detector},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from gdetkd_cli.detectors import catalog
 from gdetkd_cli.detectors.factory import is_reference, make
 from gdetkd_cli.detectors.trainable import TrainableDetector
 from gdetkd_cli.errors import ModelError, PairError
-from gdetkd_cli.recipe.schema import FactoryDetector, Recipe
+from gdetkd_cli.recipe.schema import Distill, FactoryDetector, Recipe
 from gdetkd_cli.runs import run_distill, run_eval, run_probe, run_train
 from gdetkd_cli.structures import Batch, Target
 from gdetkd_cli.trust import trust_code
@@ -157,8 +158,27 @@ def test_a_teacher_of_ones_own(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("consent")
-def test_a_student_without_losses_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(PairError, match=r"own_code:bare cannot be trained: called with \(images, targets\)"):
+def test_a_student_without_losses_learns_from_the_teacher_alone(tmp_path: Path) -> None:
+    told: list[str] = []
+    distill = Distill.model_validate({"regions": {"per_image": 8}, "task_loss": "none"})
+    changed = recipe(factory("bare")).model_copy(update={"distill": distill})
+    result = run_distill(changed, output=tmp_path / "run", observer=lambda event: told.append(str(event)))
+
+    lines = [json.loads(line) for line in (result.run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2]
+    for line in lines:
+        assert line["loss"] == pytest.approx(line["sgfi"] + line["ckd"], rel=1e-4)
+    assert result.metrics.ap is None
+    assert any("learns from sgfi, ckd alone" in note for note in told)
+    assert any("is not evaluated" in note for note in told)
+    trained = torch.load(result.run / "student.pt", weights_only=True)["model"]
+    fresh = catalog.build(description("bare"), ("a",)).module.state_dict()
+    assert trained.keys() == fresh.keys()
+
+
+@pytest.mark.usefixtures("consent")
+def test_a_student_without_losses_is_refused_where_they_count(tmp_path: Path) -> None:
+    with pytest.raises(PairError, match=r"own_code:bare takes images and no targets, so it has no losses of its own"):
         run_train(recipe(factory("bare")), output=tmp_path / "run")
 
 

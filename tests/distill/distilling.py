@@ -73,7 +73,13 @@ def choose(seen: Observation, batch: Batch, step: int) -> Regions:
 
 
 def make_distiller(
-    student: Detector, teacher: Detector, names: tuple[str, ...], *, weight: float = 1.0, warmup_steps: int = 0
+    student: Detector,
+    teacher: Detector,
+    names: tuple[str, ...],
+    *,
+    weight: float = 1.0,
+    warmup_steps: int = 0,
+    task_loss: bool = True,
 ) -> Distiller:
     teacher.module.eval().requires_grad_(False)
     distiller = Distiller(
@@ -81,6 +87,7 @@ def make_distiller(
         teacher=teacher,
         terms={name: WeightedTerm(make_term(name, student, teacher), weight, warmup_steps) for name in names},
         choose_regions=choose,
+        task_loss=task_loss,
     )
     return distiller.train()
 

@@ -67,6 +67,22 @@ def test_plain_training_is_the_students_own(tiny_detector: TinyDetector, tiny_ba
 # ------------------------------------------------------------------------------------------------------- distilling
 
 
+@pytest.mark.parametrize(("teacher", "student"), PAIRS[:2])
+def test_without_the_task_loss_the_terms_are_all(
+    teacher: str, student: str, tiny_detector: TinyDetector, tiny_batch: Batch
+) -> None:
+    learner = tiny_detector(student)
+    distiller = make_distiller(learner, tiny_detector(teacher, seed=1), FEATURE_TERMS, task_loss=False)
+    report = forward(distiller, tiny_batch)
+    report.total.backward()
+
+    torch.testing.assert_close(report.total.detach(), report.parts["sgfi"] + report.parts["ckd"])
+    assert set(report.parts) > set(FEATURE_TERMS)  # its own losses are still told
+    assert first_layer(learner).grad is not None
+    name = "rpn.head" if student == "faster-rcnn" else "head.regression_head.bbox_reg"
+    assert all(p.grad is None for p in learner.module.get_submodule(name).parameters())
+
+
 @pytest.mark.parametrize(("teacher", "student", "name"), EVERY_TERM)
 def test_each_term_reaches_the_whole_student(
     teacher: str, student: str, name: str, tiny_detector: TinyDetector, tiny_batch: Batch
