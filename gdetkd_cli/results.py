@@ -36,6 +36,7 @@ class PyramidReport:
         family: ``two-stage``, ``dense``, or ``unknown``.
         levels: fine to coarse.
         region_embedding: channels of the region embedding, and where it is read.
+        detections: in which form it returns what it detects; None where that is not known.
         size: (height, width) pixels of the probe image.
         classes: class names; empty where they are unknown.
         parameters: number of parameters.
@@ -47,6 +48,7 @@ class PyramidReport:
     family: str
     levels: tuple[LevelReport, ...]
     region_embedding: dict[str, object] | None
+    detections: str | None
     size: tuple[int, int]
     classes: tuple[str, ...]
     parameters: int

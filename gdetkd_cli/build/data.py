@@ -3,31 +3,70 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import assert_never
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
 
 from gdetkd_cli.data.coco import align_classes, read_coco
 from gdetkd_cli.data.dataset import DetectionDataset
+from gdetkd_cli.data.folder import read_folder
 from gdetkd_cli.data.loader import training_batches
 from gdetkd_cli.data.split import Split
 from gdetkd_cli.data.synthetic import synthetic_split
 from gdetkd_cli.data.transforms import build_augmentation
 from gdetkd_cli.detectors.protocol import Detector
-from gdetkd_cli.recipe.schema import CocoData, Recipe, SyntheticData
+from gdetkd_cli.errors import DataError
+from gdetkd_cli.recipe.schema import CocoData, Data, FolderData, Recipe, SyntheticData
 from gdetkd_cli.structures import Batch
 from gdetkd_cli.training.device import ComputeSettings
 
+Which = Literal["train", "val"]
+SPLITS: tuple[Which, ...] = ("train", "val")
 
-def build_split(data: SyntheticData | CocoData, which: str) -> Split:
-    """The ``train`` or ``val`` split."""
+
+def build_split(data: Data, which: Which, labels: Path | None = None) -> Split:
+    """The ``train`` or ``val`` split.
+
+    Args:
+        data: the recipe's block.
+        which: of the two.
+        labels: folder of what the teacher's labels were written to in a run.
+
+    Raises:
+        DataError: it cannot be read, or it has no truth but what a teacher would say.
+    """
     if isinstance(data, SyntheticData):
         images = data.train_images if which == "train" else data.val_images
         return synthetic_split(split=which, images=images, size=data.size, seed=data.seed)
-    if isinstance(data, CocoData):
-        annotations, images_folder = (
-            (data.train, data.train_images) if which == "train" else (data.val, data.val_images)
-        )
-        return read_coco(annotations=data.root / annotations, images=data.root / images_folder, classes=data.classes)
-    assert_never(data)
+    if needs_labels(data, which):
+        if labels is None:
+            raise DataError(
+                f"the {which} pictures in {data.root / data.train_images} are to be labelled by a teacher, which "
+                "`gdetkd distill` does; a run keeps the labels as COCO files, in its folder `labels`"
+            )
+        return read_coco(annotations=labels / f"{which}.json", images=data.root / data.train_images)
+    if isinstance(data, CocoData) and which == "train":
+        annotations, folder = data.train, data.train_images
+    else:
+        assert data.val is not None
+        annotations, folder = data.val, data.val_images
+    return read_coco(annotations=data.root / annotations, images=data.root / folder, classes=data.classes)
+
+
+def needs_labels(data: Data, which: Which) -> bool:
+    """Whether the teacher labels the split."""
+    if isinstance(data, FolderData):
+        return which == "train" or data.val is None
+    return isinstance(data, CocoData) and which == "train" and data.labels != "annotations"
+
+
+def unlabelled_split(data: CocoData | FolderData, which: Which) -> Split:
+    """The pictures that the teacher is to label; without classes where those are to be the teacher's."""
+    folder = data.root / data.train_images
+    if isinstance(data, FolderData):
+        split = read_folder(folder, "all" if data.val is not None else which)
+        return replace(split, class_names=tuple(data.classes or ()))
+    return read_coco(annotations=data.root / data.train, images=folder, classes=data.classes)
 
 
 def relabel(split: Split, detector: Detector) -> Split:

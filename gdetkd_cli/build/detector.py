@@ -111,7 +111,12 @@ def _made(spec: FactoryDetector, class_names: tuple[str, ...], seed: int) -> Bui
         "kind": "factory",
         "factory": spec.factory,
         "arguments": spec.arguments,
-        "input": {"scale": 255.0 if options.range == "0-255" else 1.0, "mean": options.mean, "std": options.std},
+        "input": {
+            "scale": 255.0 if options.range == "0-255" else 1.0,
+            "mean": options.mean,
+            "std": options.std,
+            "fit": options.size if options.fit else None,
+        },
         "size": list(options.size),
     }
     torch.manual_seed(seed)
@@ -129,12 +134,14 @@ def _probed(spec: CheckpointDetector, path: Path, kind: Kind, *, teaches: bool) 
         raise ModelError(f"{path} is {_KINDS[kind]}, which can teach but not be trained here; name another student")
     options, runner = spec.input, open_runner(path, kind)
     scale = 255.0 if options.range == "0-255" or runner.bytes else 1.0
+    fit = options.size if options.fit else runner.size
     detector = ProbedDetector(
         runner=runner,
         source=str(path),
         kind=kind,
-        model_input=ModelInput(scale=scale, mean=options.mean, std=options.std, fit=runner.size),
+        model_input=ModelInput(scale=scale, mean=options.mean, std=options.std, fit=fit),
         size=options.size,
+        class_names=tuple(spec.classes or ()),
     )
     notes = (f"{path}: called with a {detector.probed.call.name}", f"{path}: {detector.probed.reason}")
     return BuiltDetector(detector, {}, notes)

@@ -152,7 +152,8 @@ def probed(report: PyramidReport) -> RenderableType:
     ]
     embedding = report.region_embedding
     found = ", ".join(f"{key} {value}" for key, value in embedding.items()) if embedding else "none"
-    return Group(*map(_line, lines), _levels(report, None, values=True), _line(f"region embedding: {found}"))
+    beside = [f"region embedding: {found}", f"detections: {report.detections or 'in no known form'}"]
+    return Group(*map(_line, lines), _levels(report, None, values=True), *map(_line, beside))
 
 
 def begun(result: CheckedRecipe) -> RenderableType:

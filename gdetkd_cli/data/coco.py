@@ -44,10 +44,20 @@ def read_coco(*, annotations: Path, images: Path, classes: Sequence[str] | None 
         DataError: the file or pictures are missing, the file is not COCO detection JSON, or ``classes`` does not
             fit its categories.
     """
-    tables = _load(annotations)
-    names = _category_names(tables["categories"], file=annotations)
-    class_names = _choose(classes, names=names, file=annotations)
-    ids, pictures = _find_pictures(tables["images"], folder=images, file=annotations)
+    return split_of(_load(annotations), source=annotations, images=images, classes=classes)
+
+
+def split_of(
+    tables: Mapping[str, Sequence[Mapping[str, Any]]],
+    *,
+    source: Path,
+    images: Path,
+    classes: Sequence[str] | None = None,
+) -> Split:
+    """The split of COCO's three tables; ``source`` is the file that they are from or go to, the rest as above."""
+    names = _category_names(tables["categories"], file=source)
+    class_names = _choose(classes, names=names, file=source)
+    ids, pictures = _find_pictures(tables["images"], folder=images, file=source)
 
     counts: Counter[str] = Counter()
     sizes = dict(zip(ids, pictures.sizes, strict=True))
@@ -69,7 +79,7 @@ def read_coco(*, annotations: Path, images: Path, classes: Sequence[str] | None 
     records = [_record(image_id, sizes[image_id], truth[image_id]) for image_id in ids]
     counts[_NEGATIVE] = sum(len(record.labels) == 0 for record in records)
     return Split(
-        name="/".join(annotations.absolute().parts[-2:]),
+        name="/".join(source.absolute().parts[-2:]),
         class_names=class_names,
         records=records,
         read=pictures,

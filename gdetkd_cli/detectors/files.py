@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 import zipfile
 from pathlib import Path
@@ -12,8 +13,11 @@ import torchvision  # noqa: F401  # registers the operators that a scripted dete
 
 from gdetkd_cli.detectors.exported_program import load_exported
 from gdetkd_cli.errors import ModelError
+from gdetkd_cli.probing.class_names import class_names_in
 from gdetkd_cli.probing.runner import ModuleRunner, Runner
 
+DESCRIPTION_FILE = "gdetkd.json"  # in a TorchScript file that gdetkd exported
+_YOLO_FILE = "config.txt"  # in one that ultralytics exported; JSON as well
 _ONNX_START = b"\x08"  # the first field of every ONNX file: the version of its format
 
 
@@ -47,7 +51,17 @@ def open_runner(path: Path, kind: Kind) -> Runner:
         return OnnxRunner(path)
     if kind == "exported":
         return load_exported(path)
-    return ModuleRunner(load_torchscript(path).eval())
+    notes = {DESCRIPTION_FILE: "", _YOLO_FILE: ""}
+    module = load_torchscript(path, extra_files=notes).eval()
+    return ModuleRunner(module, class_names=class_names_in(_parsed(notes[DESCRIPTION_FILE] or notes[_YOLO_FILE])))
+
+
+def _parsed(text: str) -> dict[str, object]:
+    try:
+        notes = json.loads(text or "{}")
+    except ValueError:  # another tool's file, in a format of its own
+        return {}
+    return notes if isinstance(notes, dict) else {}
 
 
 def load_torchscript(

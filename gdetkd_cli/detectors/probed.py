@@ -6,18 +6,21 @@ Shapes: N images, R regions; boxes xyxy.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from gdetkd_cli.detectors.outputs import OutputForm, recognise_form
 from gdetkd_cli.detectors.pooling import assign_levels, channels_of, pool_assigned
 from gdetkd_cli.detectors.protocol import Family, Observation, RegionView, View
-from gdetkd_cli.detectors.torchvision_common import evaluating
-from gdetkd_cli.errors import PairError
+from gdetkd_cli.detectors.torchvision_common import device_of, evaluating
+from gdetkd_cli.errors import ModelError, PairError
 from gdetkd_cli.probing.geometry import Geometry
 from gdetkd_cli.probing.inputs import ModelInput
-from gdetkd_cli.probing.probe import Probed, frame_of, probe
+from gdetkd_cli.probing.probe import Probed, frame_of, probe, probe_image
 from gdetkd_cli.probing.runner import Runner
 from gdetkd_cli.structures import Batch, Detections, Frame, LevelSpec, Pyramid, Regions
 
@@ -27,14 +30,20 @@ _CELLS_PER_SIDE = 14.0  # of a region on its level: the usual rule, 224 pixels a
 class ProbedDetector:
     """A model of unknown code, from a TorchScript file for example. It can teach by its features, but not be trained.
 
-    Its region embedding is the mean of a region's pooled feature.
+    Its region embedding is the mean of a region's pooled feature. Its detections are read where their form is known.
     """
 
     family: Family = "unknown"
-    class_names: tuple[str, ...] = ()
 
     def __init__(
-        self, *, runner: Runner, source: str, kind: str, model_input: ModelInput, size: tuple[int, int]
+        self,
+        *,
+        runner: Runner,
+        source: str,
+        kind: str,
+        model_input: ModelInput,
+        size: tuple[int, int],
+        class_names: tuple[str, ...] = (),
     ) -> None:
         """Probes the model.
 
@@ -44,6 +53,7 @@ class ProbedDetector:
             kind: of its file.
             model_input: what it wants its images to be.
             size: (height, width) pixels of an image that it can be run on.
+            class_names: K names of what it detects; by default those that its file tells.
 
         Raises:
             ModelError, NoPyramidError: probing does not understand it.
@@ -52,7 +62,9 @@ class ProbedDetector:
         self._runner = runner
         self._source = source
         self.kind = kind
+        self.class_names = class_names or runner.class_names
         self._input = model_input
+        self._size = size
         self._frames: dict[tuple[int, int], Geometry] = {}
         self.probed: Probed = probe(runner, size, model_input)
         self.levels = tuple(
@@ -75,8 +87,43 @@ class ProbedDetector:
     def observe(self, batch: Batch) -> Observation:
         raise PairError(f"{self._source} can teach, but not be trained: its losses are not known")
 
+    @cached_property
+    @torch.no_grad()
+    def output_form(self) -> OutputForm | None:
+        """How its detections are read; None where their form is not known."""
+        image = self._input.prepare(probe_image(self._size).to(device_of(self.module)))
+        with evaluating(self.module):
+            returned = self._run([image])
+        return recognise_form(returned, (image.shape[-2], image.shape[-1]), len(self.class_names) or None)
+
+    @torch.no_grad()
     def predict(self, images: list[Tensor]) -> list[Detections]:
-        raise PairError(f"{self._source} can teach by its features; its detections are not read")
+        if self.output_form is None:
+            known = f"{len(self.class_names)} classes" if self.class_names else "classes that are not known"
+            raise PairError(
+                f"{self._source}, a detector of {known}, can teach by its features, but its detections cannot be read; "
+                "expected boxes, scores and labels, or YOLO's one tensor, whose classes the recipe must name if the "
+                "file does not (teacher.classes)"
+            )
+        if not self.class_names:
+            raise PairError(f"the classes that {self._source} detects are not known; name them with teacher.classes")
+        prepared = [self._input.prepare(image) for image in images]
+        with evaluating(self.module):
+            groups = [
+                self.output_form.read(self._run(group), len(group)) for group in self.probed.call.groups(prepared)
+            ]
+        found = list(chain(*groups))
+        unknown = [label for one in found for label in one.labels.tolist() if label > len(self.class_names)]
+        if unknown:
+            raise PairError(
+                f"{self._source} detects a class number {unknown[0]}, counted from 1, but {len(self.class_names)} "
+                "classes are named; correct teacher.classes"
+            )
+        sizes = [(image.shape[-2], image.shape[-1]) for image in images]
+        return [
+            Detections(boxes=self._input.to_image(one.boxes, size), scores=one.scores, labels=one.labels)
+            for one, size in zip(found, sizes, strict=True)
+        ]
 
     @torch.no_grad()
     def look(self, batch: Batch) -> Observation:
@@ -103,6 +150,18 @@ class ProbedDetector:
             pooled_channels=channels_of(self.levels, assignment),
             embedding=pooled.mean(dim=(2, 3)) if "embedding" in needs else None,
         )
+
+    def _run(self, images: list[Tensor]) -> object:
+        """What the model returns for prepared images that one call takes."""
+        try:
+            return self._runner.run(self.probed.call, images)
+        except RuntimeError as error:
+            height, width = images[0].shape[-2:]
+            raise ModelError(
+                f"{self._source} cannot be run on an image of {height} x {width} pixels "
+                f"({str(error).strip().splitlines()[-1]}); if it was made for one size, say so with input.size and "
+                "input.fit: true"
+            ) from error
 
     def _read(self, images: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """The network's input and the levels, (N, C, H, W), of prepared images that one call takes."""

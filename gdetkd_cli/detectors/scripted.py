@@ -13,15 +13,15 @@ import torch
 from torch import nn
 
 from gdetkd_cli.detectors import catalog
-from gdetkd_cli.detectors.files import load_torchscript
+from gdetkd_cli.detectors.files import DESCRIPTION_FILE, load_torchscript
 from gdetkd_cli.detectors.recognise import Recognised, recognise
 from gdetkd_cli.detectors.torchvision_common import predict
 from gdetkd_cli.detectors.weights import load_state, torchvision_categories
 from gdetkd_cli.errors import ModelError
+from gdetkd_cli.probing.class_names import OWN
 from gdetkd_cli.probing.probe import probe_image
 
-DESCRIPTION_FILE = "gdetkd.json"  # in a TorchScript file that gdetkd exported
-CLASSES, ARCHITECTURE = "gdetkd.classes", "gdetkd.architecture"  # what that says, each as JSON
+CLASSES, ARCHITECTURE = OWN, "gdetkd.architecture"  # what gdetkd's own files say of themselves, each as JSON
 _SIZE = (256, 320)  # pixels of the picture that both forms are compared on
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import torch
@@ -47,6 +48,12 @@ def frame_of(images: Sequence[Tensor], resized: Any) -> Frame:
     after = torch.tensor([[w, h] for h, w in resized.image_sizes], dtype=torch.float32, device=device)
     height, width = resized.tensors.shape[-2:]
     return Frame(scale=after / before, shift=torch.zeros_like(before), size=(height, width))
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where a module's tensors are; the CPU where it has none, as a frozen TorchScript model."""
+    tensors = chain(module.parameters(), module.buffers())
+    return next((tensor.device for tensor in tensors), torch.device("cpu"))
 
 
 @contextmanager

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from gdetkd_cli import __version__
-from gdetkd_cli.detectors.files import load_torchscript
+from gdetkd_cli.detectors.files import DESCRIPTION_FILE, load_torchscript
 from gdetkd_cli.detectors.protocol import Detector
-from gdetkd_cli.detectors.scripted import ARCHITECTURE, CLASSES, DESCRIPTION_FILE
+from gdetkd_cli.detectors.scripted import ARCHITECTURE, CLASSES
 from gdetkd_cli.errors import ModelError
 from gdetkd_cli.structures import Detections
 

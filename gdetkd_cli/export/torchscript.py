@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
+from gdetkd_cli.detectors.files import DESCRIPTION_FILE
 from gdetkd_cli.detectors.protocol import Detector
-from gdetkd_cli.detectors.scripted import DESCRIPTION_FILE
 from gdetkd_cli.errors import ExportError
 from gdetkd_cli.evaluation.exported import describe
 from gdetkd_cli.export.single_picture import SinglePicture

@@ -40,13 +40,28 @@ class ModelInput:
             image = image / image.new_tensor(self.std)[:, None, None]
         return image
 
+    def to_image(self, boxes: Tensor, size: tuple[int, int]) -> Tensor:
+        """Boxes (D, 4) xyxy in pixels of what the model was given -> in pixels of the image, (height, width), clipped.
+
+        D detections.
+        """
+        if self.fit is not None:
+            inner = _inner(size, self.fit)
+            boxes = boxes * boxes.new_tensor([size[1] / inner[1], size[0] / inner[0]]).repeat(2)
+        return boxes.clamp(min=0).minimum(boxes.new_tensor([size[1], size[0]]).repeat(2))
+
+
+def _inner(size: tuple[int, int], fit: tuple[int, int]) -> tuple[int, int]:
+    """(height, width) that an image has inside ``fit``."""
+    scale = min(fit[0] / size[0], fit[1] / size[1])
+    return min(fit[0], round(size[0] * scale)), min(fit[1], round(size[1] * scale))
+
 
 def _fitted(image: Tensor, size: tuple[int, int]) -> Tensor:
     height, width = image.shape[-2:]
     if (height, width) == size:
         return image
-    scale = min(size[0] / height, size[1] / width)
-    inner = (min(size[0], round(height * scale)), min(size[1], round(width * scale)))
+    inner = _inner((height, width), size)
     resized = interpolate(image[None], size=inner, mode="bilinear", antialias=True)[0]
     return pad(resized, (0, size[1] - inner[1], 0, size[0] - inner[0]), value=_GREY)
 

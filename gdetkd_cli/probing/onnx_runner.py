@@ -17,6 +17,7 @@ from onnx import AttributeProto, ModelProto, NodeProto, TensorProto
 from torch import Tensor, nn
 
 from gdetkd_cli.errors import ModelError, NoPyramidError
+from gdetkd_cli.probing.class_names import class_names_in
 from gdetkd_cli.probing.inputs import Call, alone, stacked
 from gdetkd_cli.probing.record import Address, Value, Window
 
@@ -62,6 +63,7 @@ class OnnxRunner:
         self._weights = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
         self.parameters = sum(int(np.prod(shape)) for shape in self._weights.values())
         self._session: tuple[tuple[str, ...], onnxruntime.InferenceSession] | None = None
+        self._whole: onnxruntime.InferenceSession | None = None  # for what the model itself returns
         self._tensors: dict[Address, str] = {}
         self._network_input = ""
         self._paddings: dict[str, tuple[int, ...]] = {}  # of the Pad operators, by the name of their value
@@ -75,6 +77,7 @@ class OnnxRunner:
         self._image = images[0]
         self._others = [i for i in inputs if i.name != self._image.name]
         self.bytes = self._image.type == "tensor(uint8)"
+        self.class_names = class_names_in({entry.key: entry.value for entry in self._model.metadata_props})
         self._call, self.size = self._convention(list(self._image.shape))
 
     def _convention(self, shape: list[Any]) -> tuple[Call, tuple[int, int] | None]:
@@ -138,6 +141,14 @@ class OnnxRunner:
         # As floats: a quantised map's values.
         found = [torch.from_numpy(np.asarray(known[name])).to(device).float() for name in wanted]
         return found[0] if found[0].dim() == 4 else found[0][None], found[1:]
+
+    def run(self, call: Call, images: Sequence[Tensor]) -> object:
+        if self._whole is None:
+            self._whole = self._open(self._model)
+        names = [output.name for output in self._whole.get_outputs()]
+        found = self._run(self._whole, self._feed(call, images), names)
+        device = images[0].device
+        return {name: torch.from_numpy(np.asarray(array)).to(device) for name, array in zip(names, found, strict=True)}
 
     def _shapes(self, image: Tensor) -> dict[str, tuple[int, ...]]:
         """By value, its shape for this image; shapes are asked for, so that the values need not be kept."""

@@ -29,6 +29,7 @@ class Runner(Protocol):
         parameters: number of the model's parameters.
         size: (height, width), where it takes images of this size alone.
         bytes: whether it takes whole numbers 0..255.
+        class_names: of what it detects, where its file tells; else empty.
     """
 
     @property
@@ -42,6 +43,9 @@ class Runner(Protocol):
 
     @property
     def bytes(self) -> bool: ...
+
+    @property
+    def class_names(self) -> tuple[str, ...]: ...
 
     def record(self, image: Tensor) -> tuple[Call, tuple[Value, ...]]:
         """Finds out how the model is called, and what it computes of one image (3, H, W).
@@ -58,6 +62,9 @@ class Runner(Protocol):
             ModelError: the forward ended without one of the values.
         """
 
+    def run(self, call: Call, images: Sequence[Tensor]) -> object:
+        """What the model returns for images in one call; of a file with named outputs, tensors by name."""
+
 
 class ModuleRunner:
     """An nn.Module in evaluation mode: eager, TorchScript, or of an exported program."""
@@ -65,9 +72,15 @@ class ModuleRunner:
     bytes = False
 
     def __init__(
-        self, module: nn.Module, *, calls: Sequence[Call] = CALLS, size: tuple[int, int] | None = None
+        self,
+        module: nn.Module,
+        *,
+        calls: Sequence[Call] = CALLS,
+        size: tuple[int, int] | None = None,
+        class_names: tuple[str, ...] = (),
     ) -> None:
         self.module = module
+        self.class_names = class_names
         self.size = size
         self._calls = calls
 
@@ -82,7 +95,7 @@ class ModuleRunner:
         reasons = []
         for call in self._calls:
             try:
-                return call, record(partial(self._run, call, [image]), weights, [image], submodules).values
+                return call, record(partial(self.run, call, [image]), weights, [image], submodules).values
             except (RuntimeError, TypeError, ValueError, AttributeError, LookupError, AssertionError) as error:
                 lines = [line.strip() for line in str(error).splitlines() if line.strip()]
                 reasons.append(f"{call.name}: {lines[-1] if lines else type(error).__name__}")
@@ -92,7 +105,7 @@ class ModuleRunner:
         )
 
     def read(self, call: Call, images: Sequence[Tensor], addresses: Sequence[Address]) -> tuple[Tensor, list[Tensor]]:
-        return read(partial(self._run, call, images), addresses)
+        return read(partial(self.run, call, images), addresses)
 
-    def _run(self, call: Call, images: Sequence[Tensor]) -> object:
+    def run(self, call: Call, images: Sequence[Tensor]) -> object:
         return self.module(call.argument(images))

@@ -15,7 +15,7 @@ from gdetkd_cli.recipe import yaml_text
 from gdetkd_cli.recipe.builtin import list_builtin
 from gdetkd_cli.recipe.overrides import Override, apply, parse_override
 from gdetkd_cli.recipe.problems import Problem, problems
-from gdetkd_cli.recipe.schema import CocoData, Recipe, SyntheticData
+from gdetkd_cli.recipe.schema import CocoData, Data, Recipe
 
 
 def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -63,7 +63,7 @@ def find_recipe(source: str | Path) -> Path:
     raise RecipeError(f"there is no recipe file {source}, and no built-in recipe of that name; {hint}")
 
 
-def load_data(source: str) -> SyntheticData | CocoData:
+def load_data(source: str) -> Data:
     """The data block that ``--data`` means.
 
     Args:

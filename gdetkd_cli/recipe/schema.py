@@ -32,6 +32,13 @@ class SyntheticData(Strict):
     seed: int = Field(0, description="another seed draws another data set")
 
 
+class TeacherLabels(Strict):
+    """The teacher's confident detections as the truth of pictures."""
+
+    score: Fraction = Field(0.5, description="lowest score of a detection that becomes a target")
+    per_class: dict[str, Fraction] = Field(default_factory=dict, description="other lowest scores, by class name")
+
+
 class CocoData(Strict):
     """COCO JSON annotations. Relative paths are relative to ``root``."""
 
@@ -42,6 +49,26 @@ class CocoData(Strict):
     train_images: Path = Field(Path("images"), description="folder of the training pictures")
     val_images: Path = Field(Path("images"), description="folder of the validation pictures")
     classes: list[str] | None = Field(None, description="category names to use, in this order; default: all")
+    labels: Literal["annotations", "teacher"] | TeacherLabels = Field(
+        "annotations", description="targets of the training pictures: their annotations, or what the teacher detects"
+    )
+
+
+class FolderData(Strict):
+    """Pictures without annotations: what the teacher detects are the targets."""
+
+    format: Literal["folder"]
+    root: Path = Field(Path("."), description="folder that the other paths start from")
+    train_images: Path = Field(Path("."), description="folder of the training pictures, searched to any depth")
+    val: Path | None = Field(
+        None, description="COCO annotations for evaluation; default: every tenth picture, as the teacher labels it"
+    )
+    val_images: Path = Field(Path("."), description="folder of the pictures that val names")
+    classes: list[str] | None = Field(None, description="the teacher's classes to use; default: all")
+    labels: Literal["teacher"] | TeacherLabels = "teacher"
+
+
+Data = SyntheticData | CocoData | FolderData
 
 
 class Augment(Strict):
@@ -111,6 +138,9 @@ class ModelInput(Strict):
     mean: tuple[float, float, float] | None = Field(None, description="subtracted per channel, in that range")
     std: tuple[float, float, float] | None = Field(None, description="divided by per channel, after that")
     size: tuple[PositiveInt, PositiveInt] = Field((480, 640), description="height and width of the probe image")
+    fit: bool = Field(
+        False, description="bring every image to that size, its shape kept and padded: for a model made for one size"
+    )
 
 
 class CheckpointDetector(Strict):
@@ -121,6 +151,9 @@ class CheckpointDetector(Strict):
         description="run folder, student.pt, state_dict, TorchScript, exported program, ONNX, or builtin:NAME"
     )
     input: ModelInput = ModelInput()
+    classes: list[str] | None = Field(
+        None, description="names of the classes that another tool's model detects, in its order; default: as it says"
+    )
 
 
 class FactoryDetector(Strict):
@@ -238,7 +271,7 @@ class Recipe(Strict):
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="also the default run folder's name")
     seed: int = Field(0, ge=0)
-    data: Annotated[SyntheticData | CocoData, Field(discriminator="format")]
+    data: Annotated[Data, Field(discriminator="format")]
     augment: Augment = Augment()
     student: Detector
     teacher: Detector | None = None

@@ -21,10 +21,11 @@ from gdetkd_cli.evaluation.coco_metrics import evaluate_coco
 from gdetkd_cli.evaluation.exported import OnnxDetector, ScriptedDetector
 from gdetkd_cli.evaluation.predict import Predictor, predict_split
 from gdetkd_cli.recipe.load import load_recipe
-from gdetkd_cli.recipe.schema import CocoData, SyntheticData
+from gdetkd_cli.recipe.schema import Data
 from gdetkd_cli.results import EvalResult
 from gdetkd_cli.structures import Detections
 from gdetkd_cli.training.events import Note, Observer, silent
+from gdetkd_cli.training.run_folder import RunFolder
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class _Subject:
     parameters: int | None
 
 
-def run_eval(target: str, *, data: SyntheticData | CocoData | None, observer: Observer = silent) -> EvalResult:
+def run_eval(target: str, *, data: Data | None, observer: Observer = silent) -> EvalResult:
     """Evaluates a detector on the validation split, one picture at a time, on the GPU where there is one.
 
     Args:
@@ -52,7 +53,7 @@ def run_eval(target: str, *, data: SyntheticData | CocoData | None, observer: Ob
     """
     path = catalog.locate(target)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    split = build.build_split(data or _data_beside(path), "val")
+    split = build.build_split(data, "val") if data else build.build_split(_data_beside(path), "val", _labels(path))
     subject = _open(path, device, split.class_names, run=Path(target).is_dir(), observer=observer)
     for note in split.notes:
         observer(Note(f"{split.name}: {note}"))
@@ -112,7 +113,13 @@ def _open(path: Path, device: torch.device, class_names: tuple[str, ...], *, run
     return _Subject(detector, detector.class_names, "run" if run else kind, parameters)
 
 
-def _data_beside(path: Path) -> SyntheticData | CocoData:
+def _labels(path: Path) -> Path | None:
+    """The labels that a teacher gave in the detector's run, if it did."""
+    labels = RunFolder(path.parent).labels
+    return labels if labels.is_dir() else None
+
+
+def _data_beside(path: Path) -> Data:
     recipe = path.parent / "recipe.yaml"
     if not recipe.exists():
         raise DataError(f"there is no recipe.yaml beside {path} that would name the data; name them with --data")

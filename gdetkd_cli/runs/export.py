@@ -27,7 +27,7 @@ from gdetkd_cli.export.parity import (
 )
 from gdetkd_cli.export.torchscript import export_torchscript
 from gdetkd_cli.recipe.load import load_recipe
-from gdetkd_cli.recipe.schema import CocoData, SyntheticData
+from gdetkd_cli.recipe.schema import Data, SyntheticData
 from gdetkd_cli.results import ExportedFile, ExportResult, Parity
 from gdetkd_cli.training.events import Note, Observer, silent
 
@@ -147,7 +147,7 @@ def _pictures(source: Path, observer: Observer) -> list[Tensor]:
     return _stretched(SyntheticData())
 
 
-def _stretched(data: SyntheticData | CocoData) -> list[Tensor]:
+def _stretched(data: Data) -> list[Tensor]:
     if isinstance(data, SyntheticData):  # a scene is drawn when the split is made; a few will do
         data = data.model_copy(update={"val_images": min(data.val_images, len(_STRETCHES))})
     split = build.build_split(data, "val")

@@ -19,8 +19,8 @@ from gdetkd_cli.detectors.factory import is_reference
 from gdetkd_cli.errors import ModelError, RecipeError
 from gdetkd_cli.recipe.schema import Recipe
 from gdetkd_cli.results import CheckedRecipe, PyramidReport, TermPlan
+from gdetkd_cli.runs.job import check_distills
 from gdetkd_cli.runs.probe import report_of
-from gdetkd_cli.runs.train import check_distills
 from gdetkd_cli.training.events import Note, Observer, silent
 
 _EPOCHS = 24  # the usual "2x" schedule

@@ -15,14 +15,16 @@ from gdetkd_cli import build
 from gdetkd_cli.distill.distiller import Distiller, synchronize
 from gdetkd_cli.recipe.schema import Recipe
 from gdetkd_cli.results import Plan, Profile
+from gdetkd_cli.runs.job import Job, accelerator_for, check_distills, prepare
 from gdetkd_cli.runs.probe import report_of
-from gdetkd_cli.runs.train import Job, accelerator_for, check_distills, optimizer_for, prepare
+from gdetkd_cli.runs.train import optimizer_for
 from gdetkd_cli.structures import Batch, LossReport
 from gdetkd_cli.training.events import Note, Observer, silent
 from gdetkd_cli.training.loop import clip_apart, seed_everything
 
 _PLAN_STEPS = 4  # the first one warms up
 _WARMUP = 2
+_LABELLED = 40  # pictures that a teacher labels for a look
 
 
 class _Stepper:
@@ -163,7 +165,7 @@ def _prepared(recipe: Recipe, observer: Observer) -> tuple[Job, Accelerator]:
     settings = build.resolve_runtime(recipe.runtime)
     torch.set_num_threads(settings.threads)
     accelerator = accelerator_for(settings, recipe)
-    job = prepare(recipe, settings, accelerator.device)
+    job = prepare(recipe, settings, accelerator, most_labelled=_LABELLED)
     for note in job.notes:
         observer(Note(note))
     seed_everything(recipe.seed)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 
 import torch
@@ -16,8 +15,10 @@ from gdetkd_cli.data.pictures import Pictures, picture_size
 from gdetkd_cli.detectors import architectures, catalog
 from gdetkd_cli.detectors.factory import is_reference, make
 from gdetkd_cli.detectors.files import kind_of, open_runner
+from gdetkd_cli.detectors.outputs import ROWS, recognise_form
 from gdetkd_cli.detectors.probed import ProbedDetector
 from gdetkd_cli.detectors.protocol import Detector
+from gdetkd_cli.detectors.torchvision_common import device_of
 from gdetkd_cli.errors import ModelError
 from gdetkd_cli.probing.inputs import ModelInput
 from gdetkd_cli.probing.probe import probe, probe_image
@@ -127,6 +128,10 @@ def _unknown(runner: Runner, source: str, format: str, options: _Options, observ
     addresses = [level.address for level in found.levels]
     maps = runner.read(found.call, [model_input.prepare(picture)], addresses)[1]
     maps = [m.movedim(-1, 1) if level.channels_last else m for m, level in zip(maps, found.levels, strict=True)]
+    prepared = model_input.prepare(picture)
+    with torch.no_grad():
+        returned = runner.run(found.call, [prepared])
+    form = recognise_form(returned, (prepared.shape[-2], prepared.shape[-1]), len(runner.class_names) or None)
     embedding = found.region_embedding
     report = PyramidReport(
         source=source,
@@ -145,8 +150,9 @@ def _unknown(runner: Runner, source: str, format: str, options: _Options, observ
             for level, features in zip(found.levels, maps, strict=True)
         ),
         region_embedding=None if embedding is None else {"channels": embedding[1], "source": embedding[0]},
+        detections=form.name if form else None,
         size=size,
-        classes=(),
+        classes=runner.class_names,
         parameters=runner.parameters,
     )
     _finish(report, maps, picture, options, observer)
@@ -195,10 +201,7 @@ def _looked_at(
     detector: Detector, picture: Tensor, *, source: str, format: str, classes: tuple[str, ...] | None
 ) -> tuple[PyramidReport, tuple[Tensor, ...]]:
     """What was measured of a detector, in pixels of a picture (3, H, W) in 0..1, and its levels on that picture."""
-    # A frozen TorchScript model has neither.
-    tensors = chain(detector.module.parameters(), detector.module.buffers())
-    device = next((tensor.device for tensor in tensors), torch.device("cpu"))
-    batch = Batch(images=[picture.to(device)], targets=[], image_ids=torch.zeros(1))
+    batch = Batch(images=[picture.to(device_of(detector.module))], targets=[], image_ids=torch.zeros(1))
     with torch.no_grad():
         pyramid = detector.look(batch).pyramid
     scale_x, scale_y = pyramid.frame.scale[0].tolist()
@@ -215,6 +218,7 @@ def _looked_at(
         for level, features in zip(pyramid.levels, pyramid.maps, strict=True)
     )
     probed = detector if isinstance(detector, ProbedDetector) else None
+    form = probed.output_form if probed else ROWS
     report = PyramidReport(
         source=source,
         format=probed.kind if probed else format,
@@ -222,6 +226,7 @@ def _looked_at(
         family=detector.family,
         levels=levels,
         region_embedding={"channels": detector.embedding_channels, "source": detector.embedding_source},
+        detections=form.name if form else None,
         size=(picture.shape[-2], picture.shape[-1]),
         classes=detector.class_names if classes is None else classes,
         parameters=probed.parameters if probed else sum(p.numel() for p in detector.module.parameters()),

@@ -3,32 +3,33 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from time import perf_counter
 from typing import Literal
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list
+from accelerate.utils import broadcast_object_list
 
 from gdetkd_cli import build
+from gdetkd_cli.build.labels import write_labels
 from gdetkd_cli.data.loader import validation_batches
 from gdetkd_cli.data.split import Split
 from gdetkd_cli.detectors import architectures, catalog
 from gdetkd_cli.detectors.protocol import Detector
-from gdetkd_cli.detectors.trainable import TrainableDetector
 from gdetkd_cli.distill.distiller import Distiller
-from gdetkd_cli.errors import PairError, RecipeError
+from gdetkd_cli.errors import RecipeError
 from gdetkd_cli.evaluation.coco_metrics import CocoMetrics, evaluate_coco
 from gdetkd_cli.evaluation.predict import gather_predictions, predict_split
 from gdetkd_cli.recipe.load import dump_recipe, load_recipe
 from gdetkd_cli.recipe.schema import Recipe
 from gdetkd_cli.report.pictures import draw_predictions
 from gdetkd_cli.results import TrainResult
+from gdetkd_cli.runs.job import Job, accelerator_for, check_distills, features_only, prepare
 from gdetkd_cli.runs.probe import report_of
 from gdetkd_cli.training import run_folder
-from gdetkd_cli.training.device import ComputeSettings, environment
+from gdetkd_cli.training.device import environment
 from gdetkd_cli.training.events import Note, Observer, silent
 from gdetkd_cli.training.loop import Loop, LoopOptions, seed_everything
 from gdetkd_cli.training.run_folder import RunFolder
@@ -36,27 +37,6 @@ from gdetkd_cli.training.schedule import build_optimizer, build_schedule
 
 PICTURES = 6
 _NO_METRICS = CocoMetrics(None, None, None, None, None, None, None, {}, 0, 0)
-
-
-@dataclass(frozen=True)
-class Job:
-    """Everything a run is made of, before it starts.
-
-    Attributes:
-        student: the detector that is trained, and the description that rebuilds it.
-        pair: what was decided about distillation; None for plain training.
-        train, val: the splits, in the student's classes.
-        notes: what there was to say.
-    """
-
-    recipe: Recipe
-    settings: ComputeSettings
-    student: build.BuiltDetector
-    distiller: Distiller
-    pair: build.BuiltPair | None
-    train: Split
-    val: Split
-    notes: tuple[str, ...]
 
 
 def run_train(
@@ -101,49 +81,6 @@ def resume_run(run: Path, *, observer: Observer = silent) -> TrainResult:
     return _run(load_recipe(folder.recipe), output=None, resume=run, observer=observer)
 
 
-def check_distills(recipe: Recipe) -> None:
-    """Raises a RecipeError where the recipe has no teacher or no ``distill`` block."""
-    for name in ("teacher", "distill"):
-        if getattr(recipe, name) is None:
-            raise RecipeError(
-                f"the recipe {recipe.name!r} has no `{name}:` block; add one, or use `gdetkd train` for plain training"
-            )
-
-
-def _has_task_loss(recipe: Recipe) -> bool:
-    """Whether the student's own losses count."""
-    return recipe.distill is None or recipe.distill.task_loss == "own"
-
-
-def prepare(recipe: Recipe, settings: ComputeSettings, device: torch.device) -> Job:
-    """Builds everything a run needs on this process's device; nothing is written.
-
-    Raises:
-        GDetKDError: anything the recipe names that cannot be used.
-    """
-    train = build.build_split(recipe.data, "train")
-    val = build.build_split(recipe.data, "val")
-    student = build.build_detector(recipe.student, train.class_names, recipe.seed)
-    if _features_only(student.detector) and _has_task_loss(recipe):
-        raise PairError(
-            f"{build.title_of(recipe.student)} takes images and no targets, so it has no losses of its own; with a "
-            "teacher, `distill.task_loss: none` trains its features"
-        )
-    train, val = (build.relabel(split, student.detector) for split in (train, val))
-    notes = [f"{train.name}: {note}" for note in train.notes] + [f"{val.name}: {note}" for note in val.notes]
-    notes += [f"student: {note}" for note in student.notes]
-    pair = None
-    if recipe.distill is not None and recipe.teacher is not None:
-        teacher = build.build_detector(recipe.teacher, train.class_names, recipe.seed, keep_classes=True)
-        notes += [f"teacher: {note}" for note in teacher.notes]
-        for built in (student, teacher):  # both are measured where they will run
-            built.detector.module.to(device)
-        pair = build.build_pair(recipe.distill, student.detector, teacher.detector, recipe.seed)
-    distiller = pair.distiller if pair else Distiller(student=student.detector)
-    build.apply_runtime(settings, recipe, student.detector, pair, device)
-    return Job(recipe, settings, student, distiller, pair, train, val, tuple(notes))
-
-
 def optimizer_for(recipe: Recipe, distiller: Distiller) -> torch.optim.Optimizer:
     """The recipe's optimizer over the student and what distillation adds."""
     options = recipe.train.optimizer
@@ -156,26 +93,13 @@ def optimizer_for(recipe: Recipe, distiller: Distiller) -> torch.optim.Optimizer
     )
 
 
-def accelerator_for(settings: ComputeSettings, recipe: Recipe) -> Accelerator:
-    """accelerate's view of the run: device, precision, processes."""
-    # Without its own losses, parts of the student get no gradient, and DDP would wait for them.
-    partly = DistributedDataParallelKwargs(find_unused_parameters=not _has_task_loss(recipe))
-    return Accelerator(
-        kwargs_handlers=[partly],
-        cpu=settings.device == "cpu",
-        mixed_precision="no" if settings.precision == "fp32" else settings.precision,
-        log_with="tensorboard",
-        project_dir=".",  # a tracker must be given one here; the run's own is set when its folder is known
-    )
-
-
 def _run(recipe: Recipe, *, output: Path | None, resume: Path | None, observer: Observer) -> TrainResult:
     started = perf_counter()
     settings = build.resolve_runtime(recipe.runtime)
     torch.set_num_threads(settings.threads)
     accelerator = accelerator_for(settings, recipe)
     folder = _choose_folder(recipe, output, resume, accelerator)
-    job = prepare(recipe, settings, accelerator.device)
+    job = prepare(recipe, settings, accelerator, labels=folder.labels)
     if not accelerator.is_main_process:
         observer = silent
     for note in job.notes:
@@ -183,6 +107,8 @@ def _run(recipe: Recipe, *, output: Path | None, resume: Path | None, observer: 
     _announce(job, observer)
     if accelerator.is_main_process:
         folder.make()
+        if job.labels:
+            write_labels(folder.labels, job.labels)
         _write_facts(folder, job, accelerator.num_processes)
     accelerator.project_configuration.logging_dir = str(folder.path)
     accelerator.init_trackers("tensorboard")
@@ -200,7 +126,7 @@ def _run(recipe: Recipe, *, output: Path | None, resume: Path | None, observer: 
     seed_everything(recipe.seed, accelerator.process_index)
 
     def evaluate() -> CocoMetrics | None:
-        if _features_only(job.student.detector):
+        if features_only(job.student.detector):
             return None
         return evaluate_split(job.student.detector, job.val, accelerator, recipe.train.batch_size)
 
@@ -237,10 +163,6 @@ def _run(recipe: Recipe, *, output: Path | None, resume: Path | None, observer: 
         _write_results(folder, job, metrics, seconds)
     accelerator.end_training()
     return TrainResult(run=folder.path, steps=recipe.train.steps, metrics=metrics, seconds=seconds)
-
-
-def _features_only(detector: Detector) -> bool:
-    return isinstance(detector, TrainableDetector) and detector.features_only
 
 
 def evaluate_split(detector: Detector, split: Split, accelerator: Accelerator, batch_size: int) -> CocoMetrics | None:
@@ -291,7 +213,7 @@ def _announce(job: Job, observer: Observer) -> None:
     if not job.distiller.task_loss:
         learnt = ", ".join(term.name for term in job.pair.terms if term.weight is not None)
         observer(Note(f"task loss: none; the student learns from {learnt} alone, and its own losses do not count"))
-    if _features_only(student):
+    if features_only(student):
         observer(Note("the student's detections are not known, so it is not evaluated"))
 
 
@@ -324,7 +246,7 @@ def _write_results(folder: RunFolder, job: Job, metrics: CocoMetrics, seconds: f
         folder.metrics,
         json.dumps({**metrics.to_json(), "steps": job.recipe.train.steps, "seconds": seconds}, indent=2),
     )
-    if _features_only(detector):
+    if features_only(detector):
         return
     draw_predictions(
         split=job.val,

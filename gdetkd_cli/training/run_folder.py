@@ -18,6 +18,7 @@ class RunFolder:
     recipe.yaml        the resolved recipe
     environment.json   versions, seed, device, threads, git revision
     probe.json         both pyramids as they were measured
+    labels/            train.json, val.json: what the teacher labelled, where it did
     metrics.jsonl      one line per log step and evaluation
     tensorboard/       the same as events
     resume/            the last checkpoint: student, terms, optimizer, random numbers
@@ -32,6 +33,7 @@ class RunFolder:
         self.recipe = path / "recipe.yaml"
         self.environment = path / "environment.json"
         self.probe = path / "probe.json"
+        self.labels = path / "labels"
         self.metrics_log = path / "metrics.jsonl"
         self.resume = path / "resume"
         self.student = path / "student.pt"

@@ -50,6 +50,7 @@ def pyramid(source: str = "teacher.pt") -> results.PyramidReport:
         family="two-stage",
         levels=(level, results.LevelReport("p3", 256, (60, 80), (8.0, 8.0), (4.0, 4.0), None, None)),
         region_embedding={"channels": 1024, "name": "roi_heads.box_head"},
+        detections="boxes, scores and labels of each image",
         size=(480, 640),
         classes=("disc", "box"),
         parameters=41_000_000,

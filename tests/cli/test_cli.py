@@ -152,6 +152,7 @@ def test_json_of_a_probe(runs: Any) -> None:
         "family",
         "levels",
         "region_embedding",
+        "detections",
         "size",
         "classes",
         "parameters",

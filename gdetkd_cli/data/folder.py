@@ -1,0 +1,47 @@
+"""A folder of pictures without annotations."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+import torch
+from PIL import Image
+
+from gdetkd_cli.data.pictures import Pictures, picture_size
+from gdetkd_cli.data.split import Record, Split
+from gdetkd_cli.errors import DataError
+
+_HELD_OUT = 10  # one picture in so many is for validation
+
+
+def read_folder(folder: Path, which: Literal["train", "val", "all"] = "all") -> Split:
+    """The pictures in a folder and the folders in it, in the order of their paths; nothing is known of what they show.
+
+    Args:
+        folder: to search.
+        which: every tenth picture is ``val``, the others are ``train``.
+
+    Raises:
+        DataError: there is no such folder, or too few pictures are in it.
+    """
+    if not folder.is_dir():
+        raise DataError(f"there is no folder {folder}; name one with pictures in it")
+    every = sorted(_pictures(folder))
+    paths = [p for i, p in enumerate(every) if which == "all" or (i % _HELD_OUT == 0) == (which == "val")]
+    if not paths:
+        raise DataError(f"{folder} has {len(every)} pictures; at least 2 were expected, one of them to validate with")
+    sizes = [picture_size(path) for path in paths]
+    nothing = torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64)
+    return Split(
+        name=f"{folder.name}/{which}",
+        class_names=(),
+        records=[Record(number, size, *nothing) for number, size in enumerate(sizes, start=1)],
+        read=Pictures(paths=paths, sizes=sizes),
+    )
+
+
+def _pictures(folder: Path) -> Iterator[Path]:
+    known = Image.registered_extensions()
+    return (path for path in folder.rglob("*") if path.suffix.lower() in known and path.is_file())

@@ -1,0 +1,116 @@
+"""Detections of models of unknown code, read from hand-made outputs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from gdetkd_cli.detectors.outputs import recognise_form
+from gdetkd_cli.structures import Detections
+
+SIZE = (64, 96)
+BOXES = torch.tensor([[2.0, 4, 12, 24], [30, 10, 50, 40], [5, 5, 9, 9]])
+SCORES = torch.tensor([0.3, 0.9, 0.6])
+
+
+def read(returned: object, *, classes: int | None = None, images: int = 1) -> tuple[str, list[Detections]]:
+    form = recognise_form(returned, SIZE, classes)
+    assert form is not None
+    return form.name, form.read(returned, images)
+
+
+def assert_found(one: Detections, boxes: Tensor, scores: list[float], labels: list[int]) -> None:
+    torch.testing.assert_close(one.boxes, boxes)
+    torch.testing.assert_close(one.scores, torch.tensor(scores))
+    assert one.labels.tolist() == labels
+    assert one.labels.dtype == torch.int64
+
+
+@pytest.mark.parametrize("scripted", [False, True], ids=["eager", "scripted"])
+def test_torchvisions_rows(scripted: bool) -> None:
+    row = {"boxes": BOXES, "scores": SCORES, "labels": torch.tensor([3, 1, 0])}
+    empty = {"boxes": BOXES[:0], "scores": SCORES[:0], "labels": torch.zeros(0, dtype=torch.int64)}
+    rows = [row, empty]
+    name, found = read(({}, rows) if scripted else rows, images=2)
+
+    assert name == "boxes, scores and labels of each image"
+    assert_found(found[0], BOXES[[1, 0]], [0.9, 0.3], [1, 3])  # by falling score, without background
+    assert len(found[1].scores) == 0
+
+
+def test_three_tensors_count_labels_from_1_as_torchvision_does() -> None:
+    labels = torch.tensor([3, 1, 2])
+    for returned in ((BOXES, labels, SCORES), {"labels": labels, "boxes": BOXES, "scores": SCORES}):
+        _, (one,) = read(returned)
+        assert_found(one, BOXES[[1, 2, 0]], [0.9, 0.6, 0.3], [1, 2, 3])
+
+
+def test_three_tensors_by_image_count_labels_from_0_as_detr_does() -> None:
+    returned = (torch.tensor([[2, 0, 1]]), BOXES[None], SCORES[None])
+    _, (one,) = read(returned)
+    assert_found(one, BOXES[[1, 2, 0]], [0.9, 0.6, 0.3], [1, 2, 3])
+
+
+def cells(*rows: list[float]) -> Tensor:
+    """(1, A, C)."""
+    return torch.tensor([rows])
+
+
+# Two cells see one object of class 2 (from 0), another sees one of class 0; the last one sees nothing.
+CELLS = cells(
+    [40.0, 25, 20, 30, 0.1, 0.0, 0.9],
+    [41.0, 25, 20, 30, 0.1, 0.0, 0.8],
+    [7.0, 14, 10, 20, 0.7, 0.2, 0.0],
+    [80.0, 50, 10, 10, 0.0, 0.01, 0.02],
+)
+KEPT = torch.tensor([[30.0, 10, 50, 40], [2, 4, 12, 24]])
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_class_scores_of_each_cell(transposed: bool) -> None:
+    returned = CELLS.transpose(1, 2) if transposed else CELLS
+    name, (one,) = read([returned, [torch.rand(1, 8, 4, 4)]], classes=3)  # the heads' maps beside it are left aside
+
+    assert name == "box and class scores of each cell"
+    assert_found(one, KEPT, [0.9, 0.7], [3, 1])
+
+
+def test_objectness_multiplies() -> None:
+    returned = torch.cat([CELLS[..., :4], torch.tensor([[0.5], [0.5], [1.0], [0.0]])[None], CELLS[..., 4:]], dim=2)
+    name, (one,) = read(returned, classes=3)
+
+    assert name == "box and objectness and class scores of each cell"
+    assert_found(one, KEPT[[1, 0]], [0.7, 0.45], [1, 3])
+
+
+def test_boxes_as_fractions_of_the_image() -> None:
+    fractions = CELLS.clone()
+    fractions[..., :4] /= torch.tensor([SIZE[1], SIZE[0]] * 2)
+    _, (one,) = read(fractions, classes=3)
+    assert_found(one, KEPT, [0.9, 0.7], [3, 1])
+
+
+def test_suppressed_rows() -> None:
+    returned = torch.cat([BOXES, SCORES[:, None], torch.tensor([[2.0], [0], [1]])], dim=1)[None]
+    name, (one,) = read(returned, classes=3)
+
+    assert name == "rows of box, score and class"
+    assert_found(one, BOXES[[1, 2, 0]], [0.9, 0.6, 0.3], [1, 2, 3])
+
+
+@pytest.mark.parametrize(
+    ("returned", "classes"),
+    [
+        (CELLS, None),  # what the columns are depends on the classes
+        (CELLS, 5),
+        (CELLS * 3, 3),  # no scores
+        (torch.rand(1, 3, 4, 4), 3),
+        ([torch.rand(1, 3, 9), torch.rand(1, 3, 4)], 3),  # DETR's logits and boxes
+        ([], 3),
+        ([{"boxes": BOXES, "scores": SCORES}], 3),
+        ("text", 3),
+    ],
+)
+def test_what_is_not_known_is_not_guessed_at(returned: object, classes: int | None) -> None:
+    assert recognise_form(returned, SIZE, classes) is None
