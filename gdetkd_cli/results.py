@@ -1,4 +1,4 @@
-"""What each ``run_*`` returns. Plain data: the command line renders it, ``--json`` prints it."""
+"""What passes between the command line and each ``run_*``: plain data; results are rendered, or printed as JSON."""
 
 from __future__ import annotations
 
@@ -6,6 +6,30 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from gdetkd_cli.evaluation.coco_metrics import CocoMetrics
+
+
+@dataclass(frozen=True)
+class ProbeOptions:
+    """How to probe.
+
+    Attributes:
+        size: (height, width) pixels of the picture; None: the only size that the model takes, else 480 x 640.
+        scale, mean, std, bgr: what a model of unknown code wants its pictures to be, as ``ModelInput`` has it.
+        last: a model of unknown code takes its pictures as (H, W, 3).
+        levels: names of the levels, where someone knows better.
+        image: file of the picture that the levels' values are looked at on; None: a built-in pattern.
+        plot: file to draw the levels' activations over the picture into.
+    """
+
+    size: tuple[int, int] | None = None
+    scale: float | None = None
+    mean: tuple[float, float, float] | None = None
+    std: tuple[float, float, float] | None = None
+    bgr: bool = False
+    last: bool = False
+    levels: tuple[str, ...] = ()
+    image: Path | None = None
+    plot: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -26,6 +50,14 @@ class LevelReport:
 
 
 @dataclass(frozen=True)
+class Alternative:
+    """Other maps that might be meant as the levels, by name, and why."""
+
+    levels: tuple[str, ...]
+    reason: str
+
+
+@dataclass(frozen=True)
 class PyramidReport:
     """What probing found.
 
@@ -40,6 +72,10 @@ class PyramidReport:
         size: (height, width) pixels of the probe image.
         classes: class names; empty where they are unknown.
         parameters: number of parameters.
+        reason: why these are the levels.
+        confidence: how often this reason was right over the detectors in docs/probe.md, in 0..1; 1 where the
+            architecture is known.
+        alternatives: runners-up.
     """
 
     source: str
@@ -52,6 +88,9 @@ class PyramidReport:
     size: tuple[int, int]
     classes: tuple[str, ...]
     parameters: int
+    reason: str = "the architecture is known"
+    confidence: float = 1.0
+    alternatives: tuple[Alternative, ...] = ()
 
 
 @dataclass(frozen=True)

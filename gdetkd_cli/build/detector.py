@@ -116,7 +116,10 @@ def _made(spec: FactoryDetector, class_names: tuple[str, ...], seed: int) -> Bui
             "mean": options.mean,
             "std": options.std,
             "fit": options.size if options.fit else None,
+            "bgr": options.channels == "bgr",
         },
+        "last": options.layout == "hwc",
+        "levels": spec.levels,
         "size": list(options.size),
     }
     torch.manual_seed(seed)
@@ -132,16 +135,18 @@ def _probed(spec: CheckpointDetector, path: Path, kind: Kind, *, teaches: bool) 
     """A file of another tool, by what probing finds."""
     if not teaches:
         raise ModelError(f"{path} is {_KINDS[kind]}, which can teach but not be trained here; name another student")
-    options, runner = spec.input, open_runner(path, kind)
+    options = spec.input
+    runner = open_runner(path, kind, last=options.layout == "hwc")
     scale = 255.0 if options.range == "0-255" or runner.bytes else 1.0
     fit = options.size if options.fit else runner.size
     detector = ProbedDetector(
         runner=runner,
         source=str(path),
         kind=kind,
-        model_input=ModelInput(scale=scale, mean=options.mean, std=options.std, fit=fit),
+        model_input=ModelInput(scale=scale, mean=options.mean, std=options.std, fit=fit, bgr=options.channels == "bgr"),
         size=options.size,
         class_names=tuple(spec.classes or ()),
+        levels=tuple(spec.levels or ()),
     )
     notes = (f"{path}: called with a {detector.probed.call.name}", f"{path}: {detector.probed.reason}")
     return BuiltDetector(detector, {}, notes)

@@ -23,6 +23,20 @@ def _height_width(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
+class Channels(StrEnum):
+    """Order of the channels that a model takes."""
+
+    RGB = "rgb"
+    BGR = "bgr"
+
+
+class Layout(StrEnum):
+    """Whether a model takes its channels first or last."""
+
+    CHW = "chw"
+    HWC = "hwc"
+
+
 class Range(StrEnum):
     """Values of the images that a model takes."""
 
@@ -55,12 +69,25 @@ def probe(
     std: Annotated[
         tuple[float, float, float] | None, typer.Option(help="Divided by, for each channel, after that.")
     ] = None,
+    channels: Annotated[Channels, typer.Option(help="Their order in what it takes; bgr is OpenCV's.")] = Channels.RGB,
+    layout: Annotated[
+        Layout, typer.Option(help="Channels first or last; ONNX files and exported programs say it themselves.")
+    ] = Layout.CHW,
+    levels: Annotated[
+        str | None,
+        typer.Option("--levels", metavar="NAME,…", help="The levels, where you know better; names as shown here."),
+    ] = None,
     image: Annotated[
         Path | None, typer.Option("--image", metavar="FILE", help="Picture to look at the levels' values on.")
     ] = None,
     plot: Annotated[
         Path | None, typer.Option("--plot", metavar="FILE", help="Draw each level's activation over the picture.")
     ] = None,
+    recipe: Annotated[
+        Path | None,
+        typer.Option("--recipe", metavar="OUT.yaml", help="Write a recipe with this model as the teacher."),
+    ] = None,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Show the runners-up as well.")] = False,
     trust_code: options.TrustOption = False,
     as_json: options.JsonOption = False,
 ) -> None:
@@ -72,16 +99,19 @@ def probe(
 
     from gdetkd_cli.cli import render
     from gdetkd_cli.cli.output import perform
-    from gdetkd_cli.runs import run_probe
+    from gdetkd_cli.results import ProbeOptions
+    from gdetkd_cli.runs import run_probe, run_probe_to_recipe
 
-    call = partial(
-        run_probe,
-        model,
+    how = ProbeOptions(
         size=height_width,
         scale=None if value_range is None else 255.0 if value_range == Range.BYTES else 1.0,
         mean=mean,
         std=std,
+        bgr=channels == Channels.BGR,
+        last=layout == Layout.HWC,
+        levels=() if levels is None else tuple(name.strip() for name in levels.split(",")),
         image=image,
         plot=plot,
     )
-    perform(call, render.probed, as_json=as_json)
+    call = partial(run_probe, model, how) if recipe is None else partial(run_probe_to_recipe, model, how, recipe)
+    perform(call, partial(render.probed, verbose=verbose), as_json=as_json)

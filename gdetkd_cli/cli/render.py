@@ -142,8 +142,8 @@ def _about(report: PyramidReport) -> str:
     return f"{report.source}: {report.family}, {report.format}, {_millions(report.parameters)} parameters"
 
 
-def probed(report: PyramidReport) -> RenderableType:
-    """What probing found; strides and offsets are (y, x) pixels."""
+def probed(report: PyramidReport, *, verbose: bool = False) -> RenderableType:
+    """What probing found; strides and offsets are (y, x) pixels. ``verbose``: the runners-up as well."""
     height, width = report.size
     lines = [
         _about(report),
@@ -153,6 +153,10 @@ def probed(report: PyramidReport) -> RenderableType:
     embedding = report.region_embedding
     found = ", ".join(f"{key} {value}" for key, value in embedding.items()) if embedding else "none"
     beside = [f"region embedding: {found}", f"detections: {report.detections or 'in no known form'}"]
+    beside.append(f"levels: {report.reason} (confidence {report.confidence:.2f})")
+    if verbose:
+        beside += [f"or: {', '.join(other.levels)}: {other.reason}" for other in report.alternatives]
+        beside += [] if report.alternatives else ["no other set of maps comes into question"]
     return Group(*map(_line, lines), _levels(report, None, values=True), *map(_line, beside))
 
 

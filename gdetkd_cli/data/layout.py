@@ -34,8 +34,7 @@ def find_layout(root: Path) -> Layout:
     """
     if not root.is_dir():
         raise DataError(f"{root} is not a folder; expected one with COCO annotations and pictures")
-    files = sorted([*root.glob("*.json"), *root.glob("*/*.json")])
-    found = {file: name for file in files if (name := _first_picture(file)) is not None}
+    found = _detection_files(root)
     train, val = (_of_split(found, root, words) for words in (_TRAIN, _VAL))
     if train is None or val is None:
         names = ", ".join(str(file.relative_to(root)) for file in found) or "no COCO detection file"
@@ -46,6 +45,17 @@ def find_layout(root: Path) -> Layout:
         )
     folders = {split: _pictures_of(split, found[split], root) for split in (train, val)}
     return Layout(*(path.relative_to(root) for path in (train, val, folders[train], folders[val])))
+
+
+def has_annotations(root: Path) -> bool:
+    """Whether a folder has COCO detection files where ``find_layout`` looks."""
+    return bool(_detection_files(root))
+
+
+def _detection_files(root: Path) -> dict[Path, str]:
+    """COCO detection files, with the file name of each one's first picture."""
+    files = sorted([*root.glob("*.json"), *root.glob("*/*.json")])
+    return {file: name for file in files if (name := _first_picture(file)) is not None}
 
 
 def _first_picture(file: Path) -> str | None:

@@ -86,6 +86,8 @@ def _made(description: dict[str, Any], class_names: tuple[str, ...]) -> Detector
             class_names=class_names,
             model_input=ModelInput(**description["input"]),
             size=tuple(description["size"]),
+            last=description.get("last", False),
+            levels=tuple(description.get("levels") or ()),
         )
     if not all(hasattr(made, name) for name in ("module", "levels", "observe", "look", "view_regions", "predict")):
         raise ModelError(

@@ -21,9 +21,11 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.fx import GraphModule, Interpreter, Node
 
 from gdetkd_cli.errors import ModelError
-from gdetkd_cli.probing.inputs import Call, alone, stacked
+from gdetkd_cli.probing.inputs import Call, channels_last, stacked
+from gdetkd_cli.probing.record import Tell
 from gdetkd_cli.probing.runner import CALLS, ModuleRunner
 
 # Sizes are sympy expressions, as in Mul(Integer(32), Symbol('s0', positive=True)): names in quotes, and calls of
@@ -73,32 +75,52 @@ def _silence() -> Iterator[None]:
         logger.disabled = False
 
 
+class _Telling(Interpreter):
+    """Runs a graph node by node, and tells each node's name and value."""
+
+    def __init__(self, graph: GraphModule, tell: Tell) -> None:
+        super().__init__(graph)
+        self._tell = tell
+
+    def run_node(self, n: Node) -> Any:
+        result = super().run_node(n)
+        self._tell(n.name, result)
+        return result
+
+
 class _Program(nn.Module):
     """An exported graph; it has one mode, and refuses to be asked for another."""
 
-    def __init__(self, graph: nn.Module) -> None:
+    def __init__(self, graph: GraphModule) -> None:
         super().__init__()
         self.graph = graph
 
     def forward(self, images: object) -> object:
         return self.graph(images)
 
+    def run_told(self, argument: object, tell: Tell) -> object:
+        """A forward that tells the names of the graph's nodes."""
+        return _Telling(self.graph, tell).run(argument)
+
     def train(self, mode: bool = True) -> Self:
         return self
 
 
 def _convention(path: Path, shape: tuple[Any, ...]) -> dict[str, Any]:
-    sides = shape[-2:]
+    last = shape[-1] == 3 and shape[-3] != 3
+    sides = shape[-3:-1] if last else shape[-2:]
     size = (int(sides[0]), int(sides[1])) if all(isinstance(side, int) for side in sides) else None
     listed, batch, single = CALLS
     if len(shape) == 3:
         # torch.export flattens a list of one image into one input, and takes it back as a list.
-        return {"calls": (single, Call(listed.name, "one", listed.argument)), "size": size}
-    if isinstance(shape[0], int):
-        if shape[0] != 1:
-            raise ModelError(f"{path} takes {shape[0]} images at once; one made for 1, or for any number, was expected")
-        return {"calls": (Call("(1, 3, H, W) tensor", "one", lambda images: alone(images)[None]),), "size": size}
-    return {"calls": (Call(batch.name, "one size", stacked),), "size": size}
+        calls = [single, Call(listed.name, "one", listed.argument)]
+    elif not isinstance(shape[0], int):
+        calls = [Call(batch.name, "one size", stacked)]
+    elif shape[0] == 1:
+        calls = [Call("(1, 3, H, W) tensor", "one", stacked)]
+    else:
+        raise ModelError(f"{path} takes {shape[0]} images at once; one made for 1, or for any number, was expected")
+    return {"calls": [channels_last(call) for call in calls] if last else calls, "size": size}
 
 
 def _check(path: Path) -> None:

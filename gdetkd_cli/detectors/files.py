@@ -14,7 +14,7 @@ import torchvision  # noqa: F401  # registers the operators that a scripted dete
 from gdetkd_cli.detectors.exported_program import load_exported
 from gdetkd_cli.errors import ModelError
 from gdetkd_cli.probing.class_names import class_names_in
-from gdetkd_cli.probing.runner import ModuleRunner, Runner
+from gdetkd_cli.probing.runner import ModuleRunner, Runner, calls_for
 
 DESCRIPTION_FILE = "gdetkd.json"  # in a TorchScript file that gdetkd exported
 _YOLO_FILE = "config.txt"  # in one that ultralytics exported; JSON as well
@@ -39,8 +39,13 @@ def kind_of(path: Path) -> Kind:
     return "checkpoint"
 
 
-def open_runner(path: Path, kind: Kind) -> Runner:
+def open_runner(path: Path, kind: Kind, *, last: bool = False) -> Runner:
     """A model that another tool wrote, ready to be probed.
+
+    Args:
+        path: the file.
+        kind: of it.
+        last: a TorchScript model takes its images as (H, W, 3); the other kinds say so themselves.
 
     Raises:
         ModelError: not a whole file of its kind, or one that needs pickled code.
@@ -53,7 +58,16 @@ def open_runner(path: Path, kind: Kind) -> Runner:
         return load_exported(path)
     notes = {DESCRIPTION_FILE: "", _YOLO_FILE: ""}
     module = load_torchscript(path, extra_files=notes).eval()
-    return ModuleRunner(module, class_names=class_names_in(_parsed(notes[DESCRIPTION_FILE] or notes[_YOLO_FILE])))
+    said = _parsed(notes[DESCRIPTION_FILE] or notes[_YOLO_FILE])
+    calls = calls_for(last=last)
+    return ModuleRunner(module, calls=calls, size=_size(said.get("imgsz")), class_names=class_names_in(said))
+
+
+def _size(told: object) -> tuple[int, int] | None:
+    """(height, width) pixels that ultralytics made a file for."""
+    if isinstance(told, list) and len(told) == 2 and all(isinstance(side, int) and side > 0 for side in told):
+        return told[0], told[1]
+    return None
 
 
 def _parsed(text: str) -> dict[str, object]:

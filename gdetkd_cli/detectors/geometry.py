@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gdetkd_cli.errors import ModelError
 from gdetkd_cli.probing.geometry import cells_of
-from gdetkd_cli.probing.record import record
+from gdetkd_cli.probing.record import Tell, record
 from gdetkd_cli.structures import LevelSpec
 
 Forward = Callable[[Tensor], Mapping[str, Tensor]]
@@ -45,7 +45,7 @@ def measure_levels(forward: Forward, *, device: torch.device | str = "cpu") -> t
 def _measure(forward: Forward, image: Tensor) -> tuple[LevelSpec, ...]:
     maps: dict[str, Tensor] = {}
 
-    def run() -> list[Tensor]:
+    def run(_: Tell) -> list[Tensor]:
         maps.update(forward(image))
         return list(maps.values())
 

@@ -21,7 +21,7 @@ from gdetkd_cli.errors import ModelError, PairError
 from gdetkd_cli.probing.geometry import Geometry
 from gdetkd_cli.probing.inputs import ModelInput
 from gdetkd_cli.probing.probe import Probed, frame_of, probe, probe_image
-from gdetkd_cli.probing.runner import Runner
+from gdetkd_cli.probing.runner import Runner, reason_of
 from gdetkd_cli.structures import Batch, Detections, Frame, LevelSpec, Pyramid, Regions
 
 _CELLS_PER_SIDE = 14.0  # of a region on its level: the usual rule, 224 pixels at stride 16
@@ -44,6 +44,7 @@ class ProbedDetector:
         model_input: ModelInput,
         size: tuple[int, int],
         class_names: tuple[str, ...] = (),
+        levels: tuple[str, ...] = (),
     ) -> None:
         """Probes the model.
 
@@ -54,6 +55,7 @@ class ProbedDetector:
             model_input: what it wants its images to be.
             size: (height, width) pixels of an image that it can be run on.
             class_names: K names of what it detects; by default those that its file tells.
+            levels: names of the pyramid's levels, where someone knows better.
 
         Raises:
             ModelError, NoPyramidError: probing does not understand it.
@@ -66,7 +68,7 @@ class ProbedDetector:
         self._input = model_input
         self._size = size
         self._frames: dict[tuple[int, int], Geometry] = {}
-        self.probed: Probed = probe(runner, size, model_input)
+        self.probed: Probed = probe(runner, size, model_input, levels)
         self.levels = tuple(
             LevelSpec(level.name, level.channels, level.cells.stride, level.cells.offset, level.shape)
             for level in self.probed.levels
@@ -159,7 +161,7 @@ class ProbedDetector:
             height, width = images[0].shape[-2:]
             raise ModelError(
                 f"{self._source} cannot be run on an image of {height} x {width} pixels "
-                f"({str(error).strip().splitlines()[-1]}); if it was made for one size, say so with input.size and "
+                f"({reason_of(error)}); if it was made for one size, say so with input.size and "
                 "input.fit: true"
             ) from error
 

@@ -16,11 +16,11 @@ from gdetkd_cli.detectors import torchvision_common as common
 from gdetkd_cli.detectors.probed import ProbedDetector, stack
 from gdetkd_cli.detectors.protocol import Candidates, Observation
 from gdetkd_cli.detectors.tap import Tap
-from gdetkd_cli.errors import ModelError, PairError
+from gdetkd_cli.errors import PairError
 from gdetkd_cli.probing.inputs import ModelInput
 from gdetkd_cli.probing.record import Output, tensors_in
-from gdetkd_cli.probing.runner import CALLS, ModuleRunner
-from gdetkd_cli.structures import Batch, Detections, Pyramid
+from gdetkd_cli.probing.runner import ModuleRunner, calls_for
+from gdetkd_cli.structures import Batch, Pyramid
 
 _JITTERED = 4  # boxes near each true one
 _ANYWHERE = 32  # boxes of each image, wherever
@@ -53,6 +53,8 @@ class TrainableDetector(ProbedDetector):
         class_names: tuple[str, ...],
         model_input: ModelInput,
         size: tuple[int, int],
+        last: bool = False,
+        levels: tuple[str, ...] = (),
     ) -> None:
         """Probes the module.
 
@@ -62,30 +64,39 @@ class TrainableDetector(ProbedDetector):
             class_names: K names of the labels 1..K.
             model_input: what it wants its images to be.
             size: (height, width) pixels of an image that it can be run on.
+            last: it takes its images as (H, W, 3).
+            levels: names of the pyramid's levels, where someone knows better.
 
         Raises:
             ModelError, NoPyramidError: probing does not understand it.
         """
         training = module.training
         module.eval()
-        runner = ModuleRunner(module)
-        super().__init__(runner=runner, source=source, kind="factory", model_input=model_input, size=size)
+        runner = ModuleRunner(module, calls=calls_for(last=last))
+        super().__init__(
+            runner=runner, source=source, kind="factory", model_input=model_input, size=size, levels=levels
+        )
         module.train(training)
         self.class_names = class_names
 
     @property
     def features_only(self) -> bool:
         """Whether it has neither losses nor detections that are known here."""
-        return self.probed.call is not CALLS[0]
+        return self.probed.call.takes != "any"
 
     def observe(self, batch: Batch) -> Observation:
+        if self._input.fit is not None:
+            raise PairError(
+                f"{self._source} takes one size alone, so it can teach but not be trained; leave out input.fit"
+            )
         outputs = [self._output(level.name, level.output) for level in self.probed.levels]
         prepared = [self._input.prepare(image) for image in batch.images]
         if self.features_only:
             groups = [self._tapped(outputs, self.probed.call.argument(g)) for g in self.probed.call.groups(prepared)]
             losses: Any = {}
         else:
-            groups = [self._tapped(outputs, prepared, common.targets_for(batch))]
+            argument = self.probed.call.argument(prepared)
+            groups = [self._tapped(outputs, argument, common.targets_for(batch))]
             losses = groups[0].returned
             if not isinstance(losses, dict) or not losses or not all(isinstance(v, Tensor) for v in losses.values()):
                 raise PairError(
@@ -112,13 +123,6 @@ class TrainableDetector(ProbedDetector):
             handle.remove()
         maps = [tensors_in(tap.outputs(output.module)[output.call])[output.leaf] for output in outputs]
         return _Tapped(returned, network[0], maps)
-
-    def predict(self, images: list[Tensor]) -> list[Detections]:
-        prepared = [self._input.prepare(image) for image in images]
-        found = common.predict(self.module, prepared)
-        if self._input.fit is not None:
-            raise ModelError(f"{self._source} takes one size alone; its detections are not mapped back")
-        return found
 
     def _output(self, level: str, output: Output | None) -> Output:
         if output is None:

@@ -19,21 +19,23 @@ class ModelInput:
 
     Attributes:
         scale: what values in 0..1 are multiplied by (255 for models that take 0..255).
-        mean, std: subtracted from and divided by, per channel, after that.
+        mean, std: subtracted from and divided by, per channel in its own order, after that.
         fit: (height, width) of a model that takes this size alone: images are resized to fit in, and padded at the
             right and the bottom.
+        bgr: blue first, as OpenCV reads images.
     """
 
     scale: float = 1.0
     mean: tuple[float, float, float] | None = None
     std: tuple[float, float, float] | None = None
     fit: tuple[int, int] | None = None
+    bgr: bool = False
 
     def prepare(self, image: Tensor) -> Tensor:
         """(3, H, W) in 0..1 -> what the model wants."""
         if self.fit is not None:
             image = _fitted(image, self.fit)
-        image = image * self.scale
+        image = (image.flip(0) if self.bgr else image) * self.scale
         if self.mean is not None:
             image = image - image.new_tensor(self.mean)[:, None, None]
         if self.std is not None:
@@ -97,3 +99,17 @@ def alone(images: Sequence[Tensor]) -> Tensor:
     """The one image there is, (3, H, W)."""
     (image,) = images
     return image
+
+
+def channels_last(call: Call) -> Call:
+    """The same call of a model that takes its images as (H, W, 3)."""
+    name = call.name.replace("3, H, W", "H, W, 3")
+    return Call(name, call.takes, lambda images: _last(call.argument(images)))
+
+
+def _last(given: object) -> object:
+    """Channels first to last."""
+    if isinstance(given, Tensor):
+        return given.movedim(-3, -1)
+    assert isinstance(given, list)
+    return [image.movedim(-3, -1) for image in given]

@@ -12,7 +12,7 @@ The reference is the tensor that the first convolution reads: images may be resi
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 from gdetkd_cli.errors import NoPyramidError
@@ -35,6 +35,8 @@ class Found:
         stem: index of the first convolution.
         reference: index of the tensor that it reads.
         reason: why these, for people.
+        confidence: how often this reason was right, in 0..1 (see ``_CONFIDENCE``).
+        alternatives: other sets of maps that might be meant, and why, by falling likelihood.
     """
 
     levels: tuple[int, ...]
@@ -43,6 +45,8 @@ class Found:
     stem: int
     reference: int
     reason: str
+    confidence: float
+    alternatives: tuple[tuple[tuple[int, ...], str], ...] = ()
 
 
 def find_levels(values: Sequence[Value]) -> Found:
@@ -51,24 +55,65 @@ def find_levels(values: Sequence[Value]) -> Found:
     Raises:
         NoPyramidError: there is none.
     """
+    flow = _Flow(values, _stem(values))
+    if _says_one_thing(flow):
+        raise NoPyramidError("this model says one thing of the whole image, as a classifier does; it detects nothing")
+    sets = [found for rule in (_shared_head, _token_exits, _own_heads) if (found := rule(flow)).levels]
+    if not sets:
+        raise NoPyramidError("no feature map of this model reaches a detection head with its places intact")
+    ordered = [replace(found, levels=tuple(sorted(found.levels, key=lambda i: -flow.area(i)))) for found in sets]
+    best = ordered[0]  # equal sizes stay in the head's order
+    others = {found.levels: found.reason for found in (*ordered, _body(flow, best.levels)) if found.levels}
+    others.pop(best.levels)
+    return _found(flow, best, tuple(others.items()))
+
+
+def choose_levels(values: Sequence[Value], chosen: Sequence[int]) -> Found:
+    """The pyramid that someone chose, in the order of its sizes.
+
+    Raises:
+        NoPyramidError: there is no convolution, or a choice is no map over the image.
+    """
+    flow = _Flow(values, _stem(values))
+    strange = [i for i in chosen if flow.maps[i] is None]
+    if strange:
+        shape = " x ".join(map(str, values[strange[0]].shape))
+        raise NoPyramidError(f"a chosen level, of shape {shape}, is no feature map over the image")
+    levels = tuple(sorted(chosen, key=lambda i: -flow.area(i)))
+    return _found(flow, _Set(levels, "chosen by you", 1.0), ())
+
+
+@dataclass(frozen=True)
+class _Set:
+    """Levels that a rule found, why, and how often that rule is right."""
+
+    levels: tuple[int, ...]
+    reason: str = ""
+    confidence: float = 0.0
+
+
+# (right + 1) / (tried + 2) of each rule over the detectors in docs/probe.md.
+_CONFIDENCE = {"shared head": 0.95, "own heads": 0.94, "tokens": 0.5, "one level": 0.5}
+
+
+def _stem(values: Sequence[Value]) -> int:
     stem = next((i for i, v in enumerate(values) if v.window and v.op == "convolution" and v.parents), None)
     if stem is None:
         raise NoPyramidError("no convolution reads an image in this model, so it has no feature maps")
-    flow = _Flow(values, stem)
-    if _says_one_thing(flow):
-        raise NoPyramidError("this model says one thing of the whole image, as a classifier does; it detects nothing")
-    levels, reason = _shared_head(flow) or _own_heads(flow)
-    if not levels:
-        raise NoPyramidError("no feature map of this model reaches a detection head with its places intact")
-    levels = sorted(levels, key=lambda i: -flow.area(i))  # equal ones stay in the head's order
-    maps = [found for i in levels if (found := flow.maps[i])]
+    return stem
+
+
+def _found(flow: _Flow, best: _Set, others: tuple[tuple[tuple[int, ...], str], ...]) -> Found:
+    maps = [found for i in best.levels if (found := flow.maps[i])]
     return Found(
-        levels=tuple(levels),
+        levels=best.levels,
         sizes=tuple(size for size, _ in maps),
         channels_last=tuple(last for _, last in maps),
-        stem=stem,
-        reference=values[stem].parents[0],
-        reason=reason,
+        stem=flow.stem,
+        reference=flow.values[flow.stem].parents[0],
+        reason=best.reason,
+        confidence=best.confidence,
+        alternatives=others,
     )
 
 
@@ -156,7 +201,7 @@ def _says_one_thing(flow: _Flow) -> bool:
     return all(shape[:1] == (1,) and prod(shape[:-1]) == 1 for shape in ends)
 
 
-def _shared_head(flow: _Flow) -> tuple[list[int], str] | None:
+def _shared_head(flow: _Flow) -> _Set:
     """The maps of several sizes that one convolution reads, the earliest such convolution of the model."""
     uses: dict[str, list[int]] = {}
     for i, weighted in enumerate(flow.weighted):
@@ -165,11 +210,12 @@ def _shared_head(flow: _Flow) -> tuple[list[int], str] | None:
     for weight, made in uses.items():  # in the order of their first use
         if len({flow.size(i) for i in made}) > 1:
             levels = [next(p for p in flow.parents(i) if flow.maps[p]) for i in made]
-            return levels, f"{weight} reads {len(levels)} maps, so it is a head's and they are the levels"
-    return None
+            reason = f"{weight} reads {len(levels)} maps, so it is a head's and they are the levels"
+            return _Set(tuple(levels), reason, _CONFIDENCE["shared head"])
+    return _Set(())
 
 
-def _own_heads(flow: _Flow) -> tuple[list[int], str]:
+def _own_heads(flow: _Flow) -> _Set:
     """For each size, the last map that all final convolutions of that size depend on."""
     count = len(flow.values)
     weights_below = [False] * count
@@ -191,14 +237,15 @@ def _own_heads(flow: _Flow) -> tuple[list[int], str]:
             common &= ~(1 << i)
         candidates = [i for i in range(flow.stem, count) if common >> i & 1 and flow.size(i) == size]
         levels += candidates[-1:]
-    exits = _token_exits(flow)
-    if not exits.keys() <= {flow.size(i) for i in levels}:
-        return list(exits.values()), "the last map of each size that a decoder takes its tokens from"
-    return levels, "the last map of each size that all of that size's final convolutions depend on"
+    reason = "the last map of each size that all of that size's final convolutions depend on"
+    return _Set(tuple(levels), reason, _CONFIDENCE["own heads" if len(levels) > 1 else "one level"])
 
 
-def _token_exits(flow: _Flow) -> dict[Size, int]:
-    """By size, the last map that is read as tokens by linear layers which no map comes after."""
+def _token_exits(flow: _Flow) -> _Set:
+    """For each size, the last map that is read as tokens by linear layers which no map comes after.
+
+    Nothing where heads account for all of these sizes.
+    """
     count = len(flow.values)
     maps_below, linear = [False] * count, [False] * count  # linear: such layers follow, through no map
     for i in range(count - 1, flow.stem, -1):
@@ -211,7 +258,27 @@ def _token_exits(flow: _Flow) -> dict[Size, int]:
         size = flow.size(i)
         if size and any(linear[c] and flow.maps[c] is None for c in flow.children[i]):
             exits[size] = i
-    return exits
+    if exits.keys() <= {flow.size(i) for i in _own_heads(flow).levels}:
+        return _Set(())
+    reason = "the last map of each size that a decoder takes its tokens from"
+    return _Set(tuple(exits.values()), reason, _CONFIDENCE["tokens"])
+
+
+def _body(flow: _Flow, levels: Sequence[int]) -> _Set:
+    """For each size of the levels, the last map on the way down: what was made before any coarser map came back."""
+    least = [0] * len(flow.values)  # the smallest map so far on any path to a value
+    last: dict[Size, int] = {}
+    for i in range(flow.stem, len(flow.values)):
+        if not flow.reached[i]:
+            continue
+        before = [least[p] for p in flow.parents(i) if least[p]]
+        area, size = flow.area(i), flow.size(i)
+        least[i] = min([*before, area] if area else before, default=0)
+        goes_on = any(0 < flow.area(c) != area for c in flow.children[i])
+        if size and area == least[i] and goes_on:
+            last[size] = i
+    wanted = [flow.size(i) for i in levels]
+    return _Set(tuple(i for size, i in last.items() if size in wanted), "the body's last map of each size")
 
 
 def _pooled(flow: _Flow, start: int) -> bool:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from functools import partial
+from collections.abc import Iterable, Sequence
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 
 from gdetkd_cli.errors import ModelError, NoPyramidError
 from gdetkd_cli.probing.class_names import class_names_in
-from gdetkd_cli.probing.inputs import Call, alone, stacked
+from gdetkd_cli.probing.inputs import Call, alone, channels_last, stacked
 from gdetkd_cli.probing.record import Address, Value, Window
 
 # As aten names them, since that is what levels are recognised by.
@@ -85,18 +84,17 @@ class OnnxRunner:
         last = shape[-1] == 3 and shape[-3] != 3
         height, width = shape[-3:-1] if last else shape[-2:]
         size = (height, width) if isinstance(height, int) and isinstance(width, int) else None
-        one = "(H, W, 3)" if last else "(3, H, W)"
-        many = "(N, H, W, 3)" if last else "(N, 3, H, W)"
         if len(shape) == 3:
-            return Call(f"one {one} image", "one", partial(_arranged, arrange=alone, last=last)), size
-        if isinstance(shape[0], int) and shape[0] != 1:
+            call = Call("one (3, H, W) image", "one", alone)
+        elif isinstance(shape[0], int) and shape[0] != 1:
             raise ModelError(
                 f"{self._path} takes {shape[0]} images at once; one made for 1, or for any number, was expected"
             )
-        takes = Call(f"{many} tensor", "one size", partial(_arranged, arrange=stacked, last=last))
-        if shape[0] == 1:
-            takes = Call(f"{many.replace('N', '1')} tensor", "one", takes.argument)
-        return takes, size
+        elif shape[0] == 1:
+            call = Call("(1, 3, H, W) tensor", "one", stacked)
+        else:
+            call = Call("(N, 3, H, W) tensor", "one size", stacked)
+        return channels_last(call) if last else call, size
 
     def record(self, image: Tensor) -> tuple[Call, tuple[Value, ...]]:
         shapes = self._shapes(image)
@@ -257,12 +255,6 @@ class OnnxRunner:
                 for a in (0, 1)
             ]
         return Window(*((int(p[0]), int(p[1])) for p in (kernel, stride, padding, dilation)))
-
-
-def _arranged(images: Sequence[Tensor], *, arrange: Callable[[Sequence[Tensor]], Tensor], last: bool) -> Tensor:
-    """Images (3, H, W) as the input wants them, channels last or not."""
-    given = arrange(images)
-    return given.movedim(-3, -1) if last else given
 
 
 def _same(length: int, reach: int, stride: int, *, lower: bool) -> int:

@@ -5,15 +5,17 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from gdetkd_cli.errors import ModelError
 from gdetkd_cli.probing.geometry import Geometry, cells_of, evenly, measure_frame, through
 from gdetkd_cli.probing.inputs import Call, ModelInput
-from gdetkd_cli.probing.levels import LINEAR, find_levels
+from gdetkd_cli.probing.levels import LINEAR, choose_levels, find_levels
 from gdetkd_cli.probing.record import Address, Output, Value
 from gdetkd_cli.probing.runner import Runner
 
@@ -53,6 +55,8 @@ class Probed:
         levels: fine to coarse.
         region_embedding: name and channels of what a region head's predictors read.
         reason: why these are the levels, for people.
+        confidence: how often this reason was right, in 0..1.
+        alternatives: names of other sets of maps that might be meant, and why.
         first: the submodule of the first convolution, as far as its weights tell.
     """
 
@@ -61,25 +65,28 @@ class Probed:
     levels: tuple[ProbedLevel, ...]
     region_embedding: tuple[str, int] | None
     reason: str
+    confidence: float
+    alternatives: tuple[tuple[tuple[str, ...], str], ...]
     first: str
 
 
-def probe(runner: Runner, size: tuple[int, int], model_input: ModelInput) -> Probed:
+def probe(runner: Runner, size: tuple[int, int], model_input: ModelInput, chosen: Sequence[str] = ()) -> Probed:
     """Finds the pyramid of a model.
 
     Args:
         runner: the model, on the CPU.
         size: (height, width) pixels of the image that it is run on.
         model_input: what it wants of its images.
+        chosen: names of the levels, where someone knows better; empty: they are found.
 
     Raises:
-        ModelError: it cannot be called in any known way.
+        ModelError: it cannot be called in any known way, or has no value of a chosen name.
         NoPyramidError: it has no feature pyramid.
     """
     image = probe_image(size)
     with warnings.catch_warnings(action="ignore"):  # the model's own
         call, values = runner.record(model_input.prepare(image))
-        found = find_levels(values)
+        found = choose_levels(values, _indices(values, chosen)) if chosen else find_levels(values)
         frame = frame_of(runner, call, image, model_input)
     levels = []
     for index, shape, last in zip(found.levels, found.sizes, found.channels_last, strict=True):
@@ -88,7 +95,7 @@ def probe(runner: Runner, size: tuple[int, int], model_input: ModelInput) -> Pro
         cells = cells or evenly(values[found.reference].shape[-2:], shape)
         levels.append(
             ProbedLevel(
-                name=_name(values, index),
+                name=name_of(value),
                 address=Address(value.op, value.call, value.output),
                 channels_last=last,
                 channels=value.shape[-1 if last else 1],
@@ -105,7 +112,9 @@ def probe(runner: Runner, size: tuple[int, int], model_input: ModelInput) -> Pro
         levels=tuple(levels),
         region_embedding=None if pooled is None else _region_embedding(values, pooled),
         reason=found.reason,
-        first=_name(values, found.stem),
+        confidence=found.confidence,
+        alternatives=tuple((tuple(name_of(values[i]) for i in levels), why) for levels, why in found.alternatives),
+        first=_module_of(values[found.stem]),
     )
 
 
@@ -121,14 +130,40 @@ def frame_of(runner: Runner, call: Call, image: Tensor, model_input: ModelInput)
     return measure_frame(lambda changed: runner.read(call, [model_input.prepare(changed)], ())[0], image)
 
 
-def _name(values: Sequence[Value], index: int) -> str:
-    """Its own name; else the module that made it, where its weights tell; else which call of which operator it was."""
-    value = values[index]
+def name_of(value: Value) -> str:
+    """Its own name; else the submodule's output that it is; else what made it, as far as weights tell, or its call."""
     if value.name:
         return value.name
-    if value.weights and not value.weights[0].startswith("constant "):
-        return value.weights[0].rpartition(".")[0]
-    return f"{value.op}:{value.call}"
+    if value.returned:
+        return value.returned.name
+    return _module_of(value) or f"{value.op}:{value.call}"
+
+
+def _module_of(value: Value) -> str:
+    """The module whose weights made it; empty where they do not tell."""
+    known = bool(value.weights) and not value.weights[0].startswith("constant ")
+    return value.weights[0].rpartition(".")[0] if known else ""
+
+
+def _indices(values: Sequence[Value], names: Sequence[str]) -> list[int]:
+    """The values of these names.
+
+    Raises:
+        ModelError: there is none of a name, or several.
+    """
+    known: dict[str, list[int]] = {}
+    for i, value in enumerate(values):
+        for name in {name_of(value), f"{value.op}:{value.call}"}:
+            known.setdefault(name, []).append(i)
+    for name in names:
+        if name not in known:
+            near = get_close_matches(name, known, n=3, cutoff=0.4)
+            hint = f"; near it: {', '.join(near)}" if near else ""
+            raise ModelError(f"the model computes nothing named {name!r}{hint}")
+        if len(known[name]) > 1:
+            calls = ", ".join(f"{values[i].op}:{values[i].call}" for i in known[name])
+            raise ModelError(f"{len(known[name])} values are named {name!r}; name one of them by its call: {calls}")
+    return [known[name][0] for name in names]
 
 
 def _region_embedding(values: Sequence[Value], pooled: int) -> tuple[str, int] | None:
@@ -139,4 +174,4 @@ def _region_embedding(values: Sequence[Value], pooled: int) -> tuple[str, int] |
             for parent in value.parents:
                 readers[parent] = readers.get(parent, 0) + 1
     shared = [index for index, count in readers.items() if count > 1 and len(values[index].shape) == 2]
-    return (_name(values, shared[-1]), values[shared[-1]].shape[1]) if shared else None
+    return (name_of(values[shared[-1]]), values[shared[-1]].shape[1]) if shared else None

@@ -41,11 +41,18 @@ class Window:
 
 @dataclass(frozen=True)
 class Output:
-    """Where a value can be had with its gradient: tensor number ``leaf`` of what a submodule's call returns."""
+    """Where a value can be had with its gradient: tensor ``leaf`` of the ``of`` that a submodule's call returns."""
 
     module: str
     call: int
     leaf: int
+    of: int = 1
+
+    @property
+    def name(self) -> str:
+        """``neck.out3``; ``neck.0`` for the first of several, ``neck:1`` for the second call."""
+        element = self.module if self.of == 1 else f"{self.module}.{self.leaf}"
+        return f"{element}:{self.call}" if self.call else element
 
 
 @dataclass(frozen=True)
@@ -89,9 +96,12 @@ class Record:
     results: tuple[int | None, ...]
 
 
+Tell = Callable[[str, object], None]  # a name in the model's file, and the value that it is of
+
+
 @torch.no_grad()
 def record(
-    call: Callable[[], object],
+    call: Callable[[Tell], object],
     weights: Mapping[str, Tensor],
     inputs: Sequence[Tensor],
     submodules: Mapping[str, nn.Module] | None = None,
@@ -99,7 +109,7 @@ def record(
     """Runs ``call`` once.
 
     Args:
-        call: runs the model on the inputs, and returns what the model returns.
+        call: runs the model on the inputs, and returns what the model returns; it may tell the names of values.
         weights: the model's parameters and buffers by name.
         inputs: the tensors that it is given.
         submodules: by name, those whose outputs are of interest.
@@ -110,11 +120,14 @@ def record(
     hooks = [m.register_forward_hook(partial(recorder.returned, name)) for name, m in (submodules or {}).items()]
     try:
         with recorder:
-            result = call()
+            result = call(recorder.told)
     finally:
         for hook in hooks:
             hook.remove()
-    values = [replace(value, returned=recorder.outputs.get(i)) for i, value in enumerate(recorder.values)]
+    values = [
+        replace(value, name=recorder.names.get(i, ""), returned=recorder.outputs.get(i))
+        for i, value in enumerate(recorder.values)
+    ]
     return Record(tuple(values), tuple(recorder.index_of(leaf) for leaf in tensors_in(result)))
 
 
@@ -134,13 +147,21 @@ class _Recorder(TorchDispatchMode):
         self._calls: Counter[str] = Counter()
         self._module_calls: Counter[str] = Counter()
         self.outputs: dict[int, Output] = {}
+        self.names: dict[int, str] = {}
+
+    def told(self, name: str, result: object) -> None:
+        """The name of what was just made."""
+        index = self.index_of(result) if isinstance(result, Tensor) else None
+        if index is not None:  # later ones are names of the same
+            self.names.setdefault(index, name)
 
     def returned(self, name: str, module: nn.Module, inputs: object, result: object) -> None:
         """A submodule returned: a forward hook."""
-        for leaf, tensor in enumerate(tensors_in(result)):
+        tensors = tensors_in(result)
+        for leaf, tensor in enumerate(tensors):
             index = self.index_of(tensor)
             if index is not None:  # the innermost returns first
-                self.outputs.setdefault(index, Output(name, self._module_calls[name], leaf))
+                self.outputs.setdefault(index, Output(name, self._module_calls[name], leaf, len(tensors)))
         self._module_calls[name] += 1
 
     def add(self, value: Value, tensor: Tensor) -> None:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from gdetkd_cli.errors import ModelError
-from gdetkd_cli.probing.inputs import Call, alone, stacked
-from gdetkd_cli.probing.record import Address, Value, read, record
+from gdetkd_cli.probing.inputs import Call, alone, channels_last, stacked
+from gdetkd_cli.probing.record import Address, Tell, Value, read, record
 
 # Ways of calling a module, tried in this order.
 CALLS = (
@@ -19,6 +19,11 @@ CALLS = (
     Call("(N, 3, H, W) tensor", "one size", stacked),
     Call("one (3, H, W) image", "one", alone),
 )
+
+
+def calls_for(*, last: bool) -> tuple[Call, ...]:
+    """Ways of calling a module that takes its channels first, or last."""
+    return tuple(map(channels_last, CALLS)) if last else CALLS
 
 
 class Runner(Protocol):
@@ -66,6 +71,21 @@ class Runner(Protocol):
         """What the model returns for images in one call; of a file with named outputs, tensors by name."""
 
 
+def reason_of(error: Exception) -> str:
+    """The line of an error's message that says what is wrong; TorchScript puts its own traceback before it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    marked = [line.removeprefix("RuntimeError: ") for line in lines if line.startswith("RuntimeError: ")]
+    return (marked[-1:] or lines[:1] or [type(error).__name__])[0]
+
+
+@runtime_checkable
+class NamesValues(Protocol):
+    """A module whose file names its values."""
+
+    def run_told(self, argument: object, tell: Tell) -> object:
+        """A forward that tells each value's name as it is made."""
+
+
 class ModuleRunner:
     """An nn.Module in evaluation mode: eager, TorchScript, or of an exported program."""
 
@@ -95,10 +115,9 @@ class ModuleRunner:
         reasons = []
         for call in self._calls:
             try:
-                return call, record(partial(self.run, call, [image]), weights, [image], submodules).values
+                return call, record(partial(self._told, call, [image]), weights, [image], submodules).values
             except (RuntimeError, TypeError, ValueError, AttributeError, LookupError, AssertionError) as error:
-                lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-                reasons.append(f"{call.name}: {lines[-1] if lines else type(error).__name__}")
+                reasons.append(f"{call.name}: {reason_of(error)}")
         raise ModelError(
             f"the model cannot be called with an image of {image.shape[-2]} x {image.shape[-1]} pixels in any known "
             f"way ({'; '.join(reasons)}); if it was made for one size, give that with --size"
@@ -106,6 +125,12 @@ class ModuleRunner:
 
     def read(self, call: Call, images: Sequence[Tensor], addresses: Sequence[Address]) -> tuple[Tensor, list[Tensor]]:
         return read(partial(self.run, call, images), addresses)
+
+    def _told(self, call: Call, images: Sequence[Tensor], tell: Tell) -> object:
+        """As ``run``; a graph whose values have names tells them."""
+        if isinstance(self.module, NamesValues):
+            return self.module.run_told(call.argument(images), tell)
+        return self.run(call, images)
 
     def run(self, call: Call, images: Sequence[Tensor]) -> object:
         return self.module(call.argument(images))

@@ -135,12 +135,22 @@ class ModelInput(Strict):
     """What a model wants its images to be, where it does not know it itself as torchvision's and this tool's do."""
 
     range: Literal["0-1", "0-255"] = Field("0-1", description="values of the images that it takes")
+    channels: Literal["rgb", "bgr"] = Field("rgb", description="their order; bgr is OpenCV's")
+    layout: Literal["chw", "hwc"] = Field(
+        "chw", description="channels first or last; ONNX files and exported programs say it themselves"
+    )
     mean: tuple[float, float, float] | None = Field(None, description="subtracted per channel, in that range")
     std: tuple[float, float, float] | None = Field(None, description="divided by per channel, after that")
     size: tuple[PositiveInt, PositiveInt] = Field((480, 640), description="height and width of the probe image")
     fit: bool = Field(
         False, description="bring every image to that size, its shape kept and padded: for a model made for one size"
     )
+
+
+Levels = Annotated[
+    list[str] | None,
+    Field(description="names of the pyramid's levels, as `gdetkd probe` tells them, where it finds others by itself"),
+]
 
 
 class CheckpointDetector(Strict):
@@ -151,6 +161,7 @@ class CheckpointDetector(Strict):
         description="run folder, student.pt, state_dict, TorchScript, exported program, ONNX, or builtin:NAME"
     )
     input: ModelInput = ModelInput()
+    levels: Levels = None
     classes: list[str] | None = Field(
         None, description="names of the classes that another tool's model detects, in its order; default: as it says"
     )
@@ -164,6 +175,7 @@ class FactoryDetector(Strict):
     arguments: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of the function")
     weights: str | None = Field(None, description="file of weights, or nothing where the function loads them")
     input: ModelInput = ModelInput()
+    levels: Levels = None
 
 
 Detector = Annotated[

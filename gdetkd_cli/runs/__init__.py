@@ -3,7 +3,7 @@
 from gdetkd_cli.runs.demo import run_demo
 from gdetkd_cli.runs.evaluate import run_eval
 from gdetkd_cli.runs.export import run_export
-from gdetkd_cli.runs.init import check_recipe, run_init
+from gdetkd_cli.runs.init import check_recipe, run_init, run_probe_to_recipe
 from gdetkd_cli.runs.plan import plan_distill, profile_distill
 from gdetkd_cli.runs.probe import run_probe
 from gdetkd_cli.runs.train import resume_run, run_distill, run_train
@@ -19,5 +19,6 @@ __all__ = [
     "run_export",
     "run_init",
     "run_probe",
+    "run_probe_to_recipe",
     "run_train",
 ]

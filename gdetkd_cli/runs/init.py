@@ -12,15 +12,16 @@ import yaml
 
 from gdetkd_cli import build
 from gdetkd_cli.data.coco import read_coco
-from gdetkd_cli.data.layout import find_layout
+from gdetkd_cli.data.folder import read_folder
+from gdetkd_cli.data.layout import find_layout, has_annotations
 from gdetkd_cli.data.split import Split
 from gdetkd_cli.detectors import architectures
 from gdetkd_cli.detectors.factory import is_reference
 from gdetkd_cli.errors import ModelError, RecipeError
-from gdetkd_cli.recipe.schema import Recipe
-from gdetkd_cli.results import CheckedRecipe, PyramidReport, TermPlan
+from gdetkd_cli.recipe.schema import CocoData, Data, FolderData, Recipe
+from gdetkd_cli.results import CheckedRecipe, ProbeOptions, PyramidReport, TermPlan
 from gdetkd_cli.runs.job import check_distills
-from gdetkd_cli.runs.probe import report_of
+from gdetkd_cli.runs.probe import report_of, run_probe
 from gdetkd_cli.training.events import Note, Observer, silent
 
 _EPOCHS = 24  # the usual "2x" schedule
@@ -34,7 +35,7 @@ def run_init(teacher: str, student: str, data: Path, *, output: Path, observer: 
         teacher: a run folder, a model file, ``builtin:NAME``, a torchvision detector's name, or
             ``package.module:function``.
         student: any of these, or ``BACKBONE+HEAD``, for example ``resnet18+retinanet``.
-        data: folder with COCO annotations and pictures.
+        data: folder with COCO annotations and pictures, or with pictures alone, which the teacher will label.
         output: the file to write.
         observer: is told of progress.
 
@@ -44,18 +45,13 @@ def run_init(teacher: str, student: str, data: Path, *, output: Path, observer: 
     """
     if output.exists():
         raise RecipeError(f"{output} exists already; name another file with --output")
-    layout = find_layout(data)
-    train, val = (
-        read_coco(annotations=data / annotations, images=data / images)
-        for annotations, images in ((layout.train, layout.train_images), (layout.val, layout.val_images))
-    )
-    observer(Note(f"{len(train)} training and {len(val)} validation pictures, classes: {', '.join(train.class_names)}"))
+    block, train = _data(data, observer)
     cuda = torch.cuda.is_available()
     short, long = _image_size(train, largest=800 if cuda else 320)
     batch_size = 8 if cuda else 4
     recipe: dict[str, Any] = {
         "name": output.stem,
-        "data": {"format": "coco", "root": str(data), **{name: str(path) for name, path in vars(layout).items()}},
+        "data": block,
         "student": _detector(student, (short, long), trains=True),
         "teacher": _detector(teacher, (short, long), trains=False),
         "distill": {},
@@ -70,11 +66,58 @@ def run_init(teacher: str, student: str, data: Path, *, output: Path, observer: 
         recipe["distill"] = {"regions": {"per_image": 32}}
     valid = Recipe.model_validate(recipe)
     checked = _checked(valid, str(output), train, (student, teacher), (short, long), observer)
-    text = _text(recipe, checked)
-    assert Recipe.model_validate(yaml.safe_load(text)) == valid
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(text, encoding="utf-8")
+    _write(output, _text(recipe, checked), recipe)
     return checked
+
+
+def run_probe_to_recipe(
+    model: str, options: ProbeOptions, output: Path, *, observer: Observer = silent
+) -> PyramidReport:
+    """Probes a model, and writes a recipe with it as the teacher; student and data are for its reader to fill in.
+
+    Args:
+        model, options: as ``run_probe`` has them.
+        output: the file to write.
+        observer: is told of progress.
+
+    Raises:
+        RecipeError: the file exists already.
+        ModelError, NoPyramidError: the model cannot be probed.
+    """
+    if output.exists():
+        raise RecipeError(f"{output} exists already; name another file with --recipe")
+    report = run_probe(model, options, observer=observer)
+    size = (min(report.size), max(report.size))
+    teacher = _detector(model, size, trains=False)
+    if "input" in teacher:
+        teacher |= {"input": _input_of(options, report.size)}
+        teacher |= {"levels": list(options.levels)} if options.levels else {}
+    head = "faster-rcnn" if report.family == "two-stage" else "fcos"
+    recipe: dict[str, Any] = {
+        "name": output.stem,
+        "data": {"format": "coco", "root": "data"},
+        "student": {"arch": "composed", "backbone": "resnet18", "head": head, "image_size": list(size)},
+        "teacher": teacher,
+        "distill": {},
+        "train": {"steps": 10_000, "batch_size": 8, "optimizer": {"lr": 2e-4, "weight_decay": 0.05}},
+    }
+    comments = {
+        "data": ["A folder with train.json and val.json (COCO), and the pictures in images/: put yours here."],
+        "student": ["Any detector that gdetkd trains: see `gdetkd recipe schema`."],
+        "teacher": [*_found(report), f"classes: {', '.join(report.classes) or 'not known'}"],
+    }
+    _write(output, _lines(output, f"with {model} as the teacher, made by gdetkd probe", recipe, comments), recipe)
+    return report
+
+
+def _input_of(options: ProbeOptions, size: tuple[int, int]) -> dict[str, Any]:
+    """The recipe's ``teacher.input``: what was told, defaults left out."""
+    told: dict[str, Any] = {"size": list(size)}
+    told |= {"range": "0-255"} if options.scale == 255.0 else {}
+    told |= {"channels": "bgr"} if options.bgr else {}
+    told |= {"layout": "hwc"} if options.last else {}
+    told |= {name: list(value) for name in ("mean", "std") if (value := getattr(options, name)) is not None}
+    return told
 
 
 def check_recipe(recipe: Recipe, source: str, observer: Observer = silent) -> CheckedRecipe:
@@ -90,13 +133,37 @@ def check_recipe(recipe: Recipe, source: str, observer: Observer = silent) -> Ch
     """
     check_distills(recipe)
     assert recipe.teacher is not None
-    train = build.build_split(recipe.data, "train")
-    val = build.build_split(recipe.data, "val")
-    for split in (train, val):
+    splits = [_split(recipe.data, which) for which in build.SPLITS]
+    for split in splits:
         for note in split.notes:
             observer(Note(f"{split.name}: {note}"))
+    train = splits[0]
     titles = (build.title_of(recipe.student), build.title_of(recipe.teacher))
     return _checked(recipe, source, train, titles, train.records[0].size, observer)
+
+
+def _data(folder: Path, observer: Observer) -> tuple[dict[str, Any], Split]:
+    """The recipe's block for a folder, and the training split."""
+    if not has_annotations(folder):
+        train, val = (read_folder(folder, which) for which in build.SPLITS)
+        observer(
+            Note(f"no annotations: the teacher will label {len(train)} training and {len(val)} validation pictures")
+        )
+        return {"format": "folder", "root": str(folder)}, train
+    layout = find_layout(folder)
+    train, val = (
+        read_coco(annotations=folder / annotations, images=folder / images)
+        for annotations, images in ((layout.train, layout.train_images), (layout.val, layout.val_images))
+    )
+    observer(Note(f"{len(train)} training and {len(val)} validation pictures, classes: {', '.join(train.class_names)}"))
+    return {"format": "coco", "root": str(folder), **{name: str(path) for name, path in vars(layout).items()}}, train
+
+
+def _split(data: Data, which: build.Which) -> Split:
+    if build.needs_labels(data, which):
+        assert isinstance(data, CocoData | FolderData)
+        return build.unlabelled_split(data, which)
+    return build.build_split(data, which)
 
 
 def _checked(
@@ -104,8 +171,11 @@ def _checked(
 ) -> CheckedRecipe:
     """Builds and probes the pair; the pyramids are reported for a picture of ``size`` (height, width) pixels."""
     assert recipe.teacher is not None and recipe.distill is not None
-    student = build.build_detector(recipe.student, train.class_names, recipe.seed)
     teacher = build.build_detector(recipe.teacher, train.class_names, recipe.seed, keep_classes=True)
+    if build.needs_labels(recipe.data, "train"):
+        teacher.detector.predict([train.read(0).float() / 255])  # it has to label: an error tells where it cannot
+    names = train.class_names or teacher.detector.class_names
+    student = build.build_detector(recipe.student, names, recipe.seed)
     for note in (*student.notes, *teacher.notes):
         observer(Note(note))
     pair = build.build_pair(recipe.distill, student.detector, teacher.detector, recipe.seed)
@@ -152,16 +222,28 @@ def _text(recipe: dict[str, Any], checked: CheckedRecipe) -> str:
         "distill": [f"A {checked.pair} pair.", *map(_said, checked.terms)],
         "train": [f"{_EPOCHS} epochs, but at least {_LEAST_STEPS} steps."],
     }
+    title = f"{checked.teacher.source} -> {checked.student.source}, made by gdetkd init"
+    return _lines(Path(checked.recipe), title, recipe, comments)
+
+
+def _lines(path: Path, title: str, recipe: dict[str, Any], comments: dict[str, list[str]]) -> str:
     lines = [
-        f"# gdetkd distill --recipe {checked.recipe}",
-        f"# {checked.teacher.source} -> {checked.student.source}, made by gdetkd init.",
-        f"# First:  gdetkd distill --recipe {checked.recipe} --dry-run",
+        f"# gdetkd distill --recipe {path}",
+        f"# {title}.",
+        f"# First:  gdetkd distill --recipe {path} --dry-run",
         "# Every field there is:  gdetkd recipe schema",
     ]
     for key, value in recipe.items():
         lines += [f"# {comment}" for comment in comments.get(key, [])]
         lines.append(yaml.safe_dump({key: value}, sort_keys=False).rstrip())
     return "\n".join(lines) + "\n"
+
+
+def _write(path: Path, text: str, recipe: dict[str, Any]) -> None:
+    """Writes a recipe whose text says the same as its fields."""
+    assert Recipe.model_validate(yaml.safe_load(text)) == Recipe.model_validate(recipe)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
 
 
 def _found(report: PyramidReport) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -22,8 +22,8 @@ from gdetkd_cli.detectors.torchvision_common import device_of
 from gdetkd_cli.errors import ModelError
 from gdetkd_cli.probing.inputs import ModelInput
 from gdetkd_cli.probing.probe import probe, probe_image
-from gdetkd_cli.probing.runner import CALLS, ModuleRunner, Runner
-from gdetkd_cli.results import LevelReport, PyramidReport
+from gdetkd_cli.probing.runner import CALLS, ModuleRunner, Runner, calls_for
+from gdetkd_cli.results import Alternative, LevelReport, ProbeOptions, PyramidReport
 from gdetkd_cli.structures import Batch
 from gdetkd_cli.training.events import Note, Observer, silent
 
@@ -31,45 +31,20 @@ _SIZE = (480, 640)  # pixels
 _COCO_CLASSES = 90  # torchvision's detection weights have this many, background left out
 
 
-@dataclass(frozen=True)
-class _Options:
-    """How to probe, as ``run_probe`` was told."""
-
-    size: tuple[int, int] | None
-    scale: float | None
-    mean: tuple[float, float, float] | None
-    std: tuple[float, float, float] | None
-    image: Path | None
-    plot: Path | None
-
-
-def run_probe(
-    model: str,
-    *,
-    size: tuple[int, int] | None = None,
-    scale: float | None = None,
-    mean: tuple[float, float, float] | None = None,
-    std: tuple[float, float, float] | None = None,
-    image: Path | None = None,
-    plot: Path | None = None,
-    observer: Observer = silent,
-) -> PyramidReport:
+def run_probe(model: str, options: ProbeOptions | None = None, *, observer: Observer = silent) -> PyramidReport:
     """Probes any detector that can be read.
 
     Args:
         model: a torchvision detector's name, a run folder, a student.pt, a state_dict of a torchvision detector, a
             TorchScript, exported or ONNX file, ``builtin:NAME``, or ``package.module:function``.
-        size: (height, width) pixels of the picture; None: the only size that the model takes, else 480 x 640.
-        scale, mean, std: what a model of unknown code wants its pictures to be, as ``ModelInput`` has it.
-        image: file of the picture that the levels' values are looked at on; None: a built-in pattern.
-        plot: file to draw the levels' activations over the picture into.
+        options: how to probe it.
         observer: is told of progress.
 
     Raises:
         ModelError: the model is none of these, or it cannot be run.
         NoPyramidError: it has no feature pyramid.
     """
-    options = _Options(size, scale, mean, std, image, plot)
+    options = options or ProbeOptions()
     if model in architectures.TORCHVISION_DETECTORS:
         names = tuple(f"class {i}" for i in range(1, _COCO_CLASSES + 1))
         observer(Note(f"{model} with fresh weights"))
@@ -87,7 +62,7 @@ def run_probe(
     path = catalog.locate(model)
     kind = kind_of(path)
     if kind != "checkpoint":
-        return _unknown(open_runner(path, kind), model, kind, options, observer)
+        return _unknown(open_runner(path, kind, last=options.last), model, kind, options, observer)
     loaded = catalog.load(path)
     for note in loaded.notes:
         observer(Note(note))
@@ -95,10 +70,11 @@ def run_probe(
     return _known(loaded.detector, model, format, options, observer)
 
 
-def _made(reference: str, options: _Options, observer: Observer) -> PyramidReport:
+def _made(reference: str, options: ProbeOptions, observer: Observer) -> PyramidReport:
     made = make(reference, {})
     if isinstance(made, nn.Module):
-        return _unknown(ModuleRunner(made.eval()), reference, "factory", options, observer)
+        runner = ModuleRunner(made.eval(), calls=calls_for(last=options.last))
+        return _unknown(runner, reference, "factory", options, observer)
     return _known(made, reference, "factory", options, observer)
 
 
@@ -106,24 +82,25 @@ def _known(
     detector: Detector,
     source: str,
     format: str,
-    options: _Options,
+    options: ProbeOptions,
     observer: Observer,
     classes: tuple[str, ...] | None = None,
 ) -> PyramidReport:
     """Of a detector whose family is known."""
+    if options.levels:
+        raise ModelError(f"{source} is {format}, whose levels are known; --levels is for models of unknown code")
     picture = _picture(options, options.size or _SIZE)
     report, maps = _looked_at(detector, picture, source=source, format=format, classes=classes)
     _finish(report, maps, picture, options, observer)
     return report
 
 
-def _unknown(runner: Runner, source: str, format: str, options: _Options, observer: Observer) -> PyramidReport:
+def _unknown(runner: Runner, source: str, format: str, options: ProbeOptions, observer: Observer) -> PyramidReport:
     """Of a model that is known by running it alone."""
     scale = options.scale or (255.0 if runner.bytes else 1.0)
-    model_input = ModelInput(scale=scale, mean=options.mean, std=options.std, fit=runner.size)
+    model_input = ModelInput(scale=scale, mean=options.mean, std=options.std, fit=runner.size, bgr=options.bgr)
     size = options.size or runner.size or _SIZE
-    found = probe(runner, size, model_input)
-    observer(Note(f"{source}: {found.reason}"))
+    found = probe(runner, size, model_input, options.levels)
     picture = _picture(options, size)
     addresses = [level.address for level in found.levels]
     maps = runner.read(found.call, [model_input.prepare(picture)], addresses)[1]
@@ -154,12 +131,15 @@ def _unknown(runner: Runner, source: str, format: str, options: _Options, observ
         size=size,
         classes=runner.class_names,
         parameters=runner.parameters,
+        reason=found.reason,
+        confidence=found.confidence,
+        alternatives=tuple(Alternative(names, why) for names, why in found.alternatives),
     )
     _finish(report, maps, picture, options, observer)
     return report
 
 
-def _picture(options: _Options, size: tuple[int, int]) -> Tensor:
+def _picture(options: ProbeOptions, size: tuple[int, int]) -> Tensor:
     """(3, H, W) in 0..1: the user's picture at the probe's size, or the built-in pattern."""
     if options.image is None:
         return probe_image(size)
@@ -168,7 +148,7 @@ def _picture(options: _Options, size: tuple[int, int]) -> Tensor:
 
 
 def _finish(
-    report: PyramidReport, maps: Sequence[Tensor], picture: Tensor, options: _Options, observer: Observer
+    report: PyramidReport, maps: Sequence[Tensor], picture: Tensor, options: ProbeOptions, observer: Observer
 ) -> None:
     """Warns of levels that carry nothing, and draws them."""
     for level in report.levels:
@@ -231,4 +211,6 @@ def _looked_at(
         classes=detector.class_names if classes is None else classes,
         parameters=probed.parameters if probed else sum(p.numel() for p in detector.module.parameters()),
     )
+    if probed:
+        report = replace(report, reason=probed.probed.reason, confidence=probed.probed.confidence)
     return report, pyramid.maps

@@ -124,6 +124,7 @@ RESULTS: dict[str, Any] = {
     "run_eval": EVALUATED,
     "run_export": EXPORTED,
     "run_probe": pyramid(),
+    "run_probe_to_recipe": pyramid(),
     "run_init": results.CheckedRecipe("mine.yaml", "heterogeneous", pyramid("s"), pyramid("t"), plan().terms),
     "run_demo": DEMONSTRATED,
 }

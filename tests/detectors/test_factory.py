@@ -17,6 +17,7 @@ from gdetkd_cli.detectors.factory import is_reference, make
 from gdetkd_cli.detectors.trainable import TrainableDetector
 from gdetkd_cli.errors import ModelError, PairError
 from gdetkd_cli.recipe.schema import Distill, FactoryDetector, Recipe
+from gdetkd_cli.results import ProbeOptions
 from gdetkd_cli.runs import run_distill, run_eval, run_probe, run_train
 from gdetkd_cli.structures import Batch, Target
 from gdetkd_cli.trust import trust_code
@@ -184,7 +185,7 @@ def test_a_student_without_losses_is_refused_where_they_count(tmp_path: Path) ->
 
 @pytest.mark.usefixtures("consent")
 def test_probing_a_function(tmp_path: Path) -> None:
-    report = run_probe("own_code:own", size=SIZE, plot=tmp_path / "levels.png")
+    report = run_probe("own_code:own", ProbeOptions(size=SIZE, plot=tmp_path / "levels.png"))
 
     assert report.format == "factory"
     assert [level.name for level in report.levels] == list(LEVELS)

@@ -29,7 +29,8 @@ from gdetkd_cli.detectors.files import kind_of, open_runner
 from gdetkd_cli.errors import ModelError, NoPyramidError
 from gdetkd_cli.probing.inputs import ModelInput
 from gdetkd_cli.probing.probe import Probed, probe
-from gdetkd_cli.probing.runner import ModuleRunner, Runner
+from gdetkd_cli.probing.record import Output
+from gdetkd_cli.probing.runner import ModuleRunner, Runner, calls_for
 
 SIZE = (192, 256)
 
@@ -46,15 +47,17 @@ def frozen(model: nn.Module) -> nn.Module:
     return torch.jit.freeze(torch.jit.trace(model, torch.rand(1, 3, *SIZE)))
 
 
-def exported(model: nn.Module) -> Runner:
+def exported(model: nn.Module, example: Tensor | None = None) -> Runner:
+    images = torch.rand(1, 3, *SIZE) if example is None else example
     with NamedTemporaryFile(suffix=".pt2") as file:
-        torch.export.save(torch.export.export(model, (torch.rand(1, 3, *SIZE),)), file.name)
+        torch.export.save(torch.export.export(model, (images,)), file.name)
         return open_runner(Path(file.name), kind_of(Path(file.name)))
 
 
-def onnx(model: nn.Module) -> Runner:
+def onnx(model: nn.Module, example: Tensor | None = None) -> Runner:
+    images = torch.rand(1, 3, *SIZE) if example is None else example
     with NamedTemporaryFile(suffix=".onnx") as file:
-        torch.onnx.export(model, (torch.rand(1, 3, *SIZE),), file.name, dynamo=False)
+        torch.onnx.export(model, (images,), file.name, dynamo=False)
         return open_runner(Path(file.name), kind_of(Path(file.name)))
 
 
@@ -120,7 +123,7 @@ def test_a_pyramid_of_the_head_and_not_of_the_body_is_taken() -> None:
     found = run(model)
 
     assert [level.shape for level in found.levels] == [tuple(kept[name].shape[-2:]) for name in ("up3", "n4", "n5")]
-    assert [level.name.partition(":")[0] for level in found.levels] == ["silu"] * 3
+    assert [level.name for level in found.levels] == ["up3.last.2", "n4.last.2", "n5.last.2"]
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -236,3 +239,94 @@ def test_what_reads_no_image_has_no_pyramid() -> None:
 def test_a_model_that_cannot_be_called_says_how_it_was_tried() -> None:
     with pytest.raises(ModelError, match=r"192 x 256 pixels .*list of .*tensor: .*to have 1 channels.*with --size"):
         run(build(lambda: nn.Conv2d(1, 1, 3)))
+
+
+# ------------------------------------------------------------------------------------------------- confidence, choice
+
+
+def test_the_runners_up_are_the_bodys_maps() -> None:
+    found = run(build(TwoWay))
+
+    assert found.confidence == 0.94
+    assert [names for names, _ in found.alternatives] == [("body.c3.2", "body.c4.2", "body.c5.2")]
+    shared = run(build(SharedHead))
+    assert shared.confidence == 0.95
+    assert any("body's last map" in why for _, why in shared.alternatives)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("form", "names"),
+    [
+        ("eager", ("body.c4.2", "body.c3.2")),
+        ("exported", ("silu_2", "silu_1")),
+        ("traced", ("silu:2", "silu:1")),
+    ],
+)
+def test_levels_that_someone_chose(form: str, names: tuple[str, ...]) -> None:
+    model = build(TwoWay)
+    runner = FORMATS[form](model)
+    runner = runner if form == "exported" else ModuleRunner(runner)
+    found = probe(runner, SIZE, ModelInput(), names)
+
+    assert [level.name for level in found.levels] == [names[1], names[0]]  # fine to coarse
+    assert [level.cells.stride for level in found.levels] == [(8, 8), (16, 16)]
+    assert (found.reason, found.confidence, found.alternatives) == ("chosen by you", 1.0, ())
+    image = torch.rand(3, *SIZE)
+    with torch.no_grad():
+        c3, c4, _ = model.body(image[None])
+    _, maps = runner.read(found.call, [image], [level.address for level in found.levels])
+    for ours, theirs in zip(maps, (c3, c4), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_choices_that_are_none() -> None:
+    runner = ModuleRunner(build(SharedHead))
+    with pytest.raises(ModelError, match=r"nothing named 'neck\.out9'; near it: neck\.out\d"):
+        probe(runner, SIZE, ModelInput(), ["neck.out9"])
+    with pytest.raises(ModelError, match=r"3 values are named 'tower\.0'; .* by its call: convolution:\d+, "):
+        probe(ModuleRunner(torch.jit.script(build(SharedHead)).eval()), SIZE, ModelInput(), ["tower.0"])
+    with pytest.raises(NoPyramidError, match=r"of shape 1 x 10 x \d+, is no feature map"):
+        probe(runner, SIZE, ModelInput(), ["cat:3"])
+
+
+def test_the_second_call_and_the_elements_of_a_tuple_have_names() -> None:
+    assert Output("neck", 0, 1, 3).name == "neck.1"
+    assert Output("neck", 1, 0, 1).name == "neck:1"
+    assert Output("neck", 0, 0).name == "neck"
+
+
+class LastBgr(nn.Module):
+    """Takes (N, H, W, 3), blue first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = SharedHead()
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.inner(x.permute(0, 3, 1, 2).flip(1))
+        return found
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("form", ["eager", "exported", "onnx"])
+def test_channels_last_and_blue_first(form: str) -> None:
+    model = build(LastBgr)
+    example = torch.rand(1, *SIZE, 3)
+    if form == "eager":
+        runner: Runner = ModuleRunner(model, calls=calls_for(last=True))
+    elif form == "exported":
+        runner = exported(model, example)
+    else:
+        runner = onnx(model, example)
+    told = ModelInput(bgr=True)
+    found = probe(runner, SIZE, told)
+
+    assert found.call.name.endswith("H, W, 3) tensor")
+    image = torch.rand(3, *SIZE)
+    with torch.no_grad():
+        expected = model.inner.neck(image[None])
+    _, maps = runner.read(found.call, [told.prepare(image)], [level.address for level in found.levels])
+    for ours, theirs in zip(maps, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)

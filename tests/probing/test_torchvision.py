@@ -10,6 +10,7 @@ import torch
 from torchvision.models import detection
 
 from gdetkd_cli.errors import ModelError
+from gdetkd_cli.results import ProbeOptions
 from gdetkd_cli.runs import run_probe
 
 # name -> (arguments, strides in pixels of the network's input, region embedding's channels)
@@ -29,7 +30,7 @@ def test_a_scripted_detector(name: str, tmp_path: Path) -> None:
     with warnings.catch_warnings(action="ignore"):
         torch.jit.save(torch.jit.script(module), path)
 
-    report = run_probe(str(path), size=(192, 256))
+    report = run_probe(str(path), ProbeOptions(size=(192, 256)))
     path.unlink()
 
     scale = (1.0, 1.0) if arguments else (192 / 320, 256 / 320)

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 
 import pytest
+import torch
 import toy
 from PIL import Image
+from twins import TwoWay
 
 from gdetkd_cli.errors import ModelError, RecipeError
 from gdetkd_cli.recipe.load import load_recipe
-from gdetkd_cli.recipe.schema import CheckpointDetector, ComposedDetector
-from gdetkd_cli.runs import check_recipe, plan_distill, run_init, run_train
+from gdetkd_cli.recipe.schema import CheckpointDetector, ComposedDetector, FolderData, ModelInput
+from gdetkd_cli.results import ProbeOptions
+from gdetkd_cli.runs import check_recipe, plan_distill, run_init, run_probe_to_recipe, run_train
 
 
 @pytest.fixture
@@ -59,6 +63,36 @@ def test_the_recipe_runs_as_it_is(data: Path, teacher: str, tmp_path: Path) -> N
     assert check_recipe(recipe, str(path)).terms == result.terms
     plan = plan_distill(recipe)
     assert (plan.train_images, plan.val_images) == (3, 1)
+
+
+def test_pictures_alone_are_labelled_by_the_teacher(data: Path, tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    run_init("builtin:shapes-teacher", "resnet18+retinanet", data / "images", output=path)
+
+    recipe = load_recipe(str(path), ())
+    assert recipe.data == FolderData(format="folder", root=data / "images")
+    plan = check_recipe(recipe, str(path))
+    assert plan.student.classes == plan.teacher.classes
+    assert len(plan.student.classes) == 9
+
+
+def test_a_recipe_from_a_probe(teacher: str, tmp_path: Path) -> None:
+    path = tmp_path / "odd.yaml"
+    with warnings.catch_warnings(action="ignore"):
+        torch.jit.trace(TwoWay().eval(), torch.rand(1, 3, 64, 96)).save(tmp_path / "traced.pt")
+    options = ProbeOptions(size=(64, 96), scale=255.0, mean=(1.0, 2.0, 3.0), bgr=True, levels=("silu:1", "silu:2"))
+    report = run_probe_to_recipe(str(tmp_path / "traced.pt"), options, path)
+
+    recipe = load_recipe(str(path), ())
+    assert isinstance(recipe.teacher, CheckpointDetector)
+    assert recipe.teacher.levels == ["silu:1", "silu:2"] == [level.name for level in report.levels]
+    assert recipe.teacher.input == ModelInput.model_validate(
+        {"size": [64, 96], "range": "0-255", "mean": [1, 2, 3], "channels": "bgr"}
+    )
+    assert isinstance(recipe.student, ComposedDetector)
+    assert recipe.student.head == "fcos"
+    with pytest.raises(RecipeError, match=r"odd\.yaml exists already; name another file with --recipe"):
+        run_probe_to_recipe(teacher, ProbeOptions(), path)
 
 
 def test_nothing_is_overwritten(data: Path, teacher: str, tmp_path: Path) -> None:
