@@ -191,7 +191,7 @@ class TrainResult:
 
 @dataclass(frozen=True)
 class EvalResult:
-    """An evaluated detector file. ``format`` is ``run``, ``checkpoint``, ``onnx`` or ``torchscript``."""
+    """An evaluated detector. ``format`` is ``run``, ``checkpoint``, ``onnx``, ``torchscript``, ``exported``, …"""
 
     source: str
     format: str

@@ -98,9 +98,14 @@ class ProbedDetector:
             returned = self._run([image])
         return recognise_form(returned, (image.shape[-2], image.shape[-1]), len(self.class_names) or None)
 
-    @torch.no_grad()
-    def predict(self, images: list[Tensor]) -> list[Detections]:
-        if self.output_form is None:
+    def check_detects(self) -> OutputForm:
+        """The form of its detections.
+
+        Raises:
+            PairError: they cannot be read, or their classes are not known.
+        """
+        form = self.output_form
+        if form is None:
             known = f"{len(self.class_names)} classes" if self.class_names else "classes that are not known"
             raise PairError(
                 f"{self._source}, a detector of {known}, can teach by its features, but its detections cannot be read; "
@@ -108,12 +113,17 @@ class ProbedDetector:
                 "file does not (teacher.classes)"
             )
         if not self.class_names:
-            raise PairError(f"the classes that {self._source} detects are not known; name them with teacher.classes")
+            raise PairError(
+                f"the classes that {self._source} detects are not known; name them in a recipe, with teacher.classes"
+            )
+        return form
+
+    @torch.no_grad()
+    def predict(self, images: list[Tensor]) -> list[Detections]:
+        form = self.check_detects()
         prepared = [self._input.prepare(image) for image in images]
         with evaluating(self.module):
-            groups = [
-                self.output_form.read(self._run(group), len(group)) for group in self.probed.call.groups(prepared)
-            ]
+            groups = [form.read(self._run(group), len(group)) for group in self.probed.call.groups(prepared)]
         found = list(chain(*groups))
         unknown = [label for one in found for label in one.labels.tolist() if label > len(self.class_names)]
         if unknown:

@@ -24,6 +24,10 @@ _VERSION = "gdetkd"
 _FATAL = 4  # onnxruntime logs errors to stderr as well as raising them; only the latter is wanted
 
 
+class NotOursError(ModelError):
+    """A whole file, but not one that gdetkd exported."""
+
+
 def describe(detector: Detector, architecture: dict[str, Any]) -> dict[str, str]:
     """What an exported file says of itself: gdetkd's version, the class names and the architecture (both JSON)."""
     return {
@@ -48,7 +52,8 @@ class OnnxDetector:
             device: ``cpu``, or ``cuda`` to use a GPU where this onnxruntime can.
 
         Raises:
-            ModelError: missing, not a whole ONNX file, or not one that gdetkd exported.
+            NotOursError: gdetkd did not export it.
+            ModelError: not a whole ONNX file.
         """
         options = onnxruntime.SessionOptions()
         options.log_severity_level = _FATAL
@@ -61,7 +66,7 @@ class OnnxDetector:
             raise ModelError(f"{path} is not a whole ONNX file ({_first_line(error)})") from error
         outputs = tuple(output.name for output in self._session.get_outputs())
         if outputs != OUTPUTS:
-            raise ModelError(
+            raise NotOursError(
                 f"{path} was not exported by gdetkd: expected the outputs {', '.join(OUTPUTS)}, "
                 f"got {', '.join(outputs)}"
             )
@@ -88,7 +93,8 @@ class ScriptedDetector:
         """Reads the file.
 
         Raises:
-            ModelError: missing, not a whole TorchScript file, or not one that gdetkd exported.
+            NotOursError: gdetkd did not export it.
+            ModelError: not a whole TorchScript file.
         """
         files = {DESCRIPTION_FILE: ""}
         self._module = load_torchscript(path, device, files)
@@ -102,7 +108,7 @@ class ScriptedDetector:
 
 def _class_names(path: Path, description: dict[str, str]) -> tuple[str, ...]:
     if CLASSES not in description:
-        raise ModelError(f"{path} was not exported by gdetkd: it does not name its classes")
+        raise NotOursError(f"{path} was not exported by gdetkd: it does not name its classes")
     return tuple(json.loads(description[CLASSES]))
 
 

@@ -11,17 +11,19 @@ import torch
 from torch import Tensor
 
 from gdetkd_cli import build
+from gdetkd_cli.build.detector import DetectorSpec
 from gdetkd_cli.data.coco import align_classes
 from gdetkd_cli.data.loader import validation_batches
 from gdetkd_cli.detectors import catalog
-from gdetkd_cli.detectors.files import kind_of
+from gdetkd_cli.detectors.files import Kind, kind_of
+from gdetkd_cli.detectors.probed import ProbedDetector
 from gdetkd_cli.distill.distiller import synchronize
-from gdetkd_cli.errors import DataError
+from gdetkd_cli.errors import DataError, RecipeError
 from gdetkd_cli.evaluation.coco_metrics import evaluate_coco
-from gdetkd_cli.evaluation.exported import OnnxDetector, ScriptedDetector
+from gdetkd_cli.evaluation.exported import NotOursError, OnnxDetector, ScriptedDetector
 from gdetkd_cli.evaluation.predict import Predictor, predict_split
 from gdetkd_cli.recipe.load import load_recipe
-from gdetkd_cli.recipe.schema import Data
+from gdetkd_cli.recipe.schema import CheckpointDetector, Data
 from gdetkd_cli.results import EvalResult
 from gdetkd_cli.structures import Detections
 from gdetkd_cli.training.events import Note, Observer, silent
@@ -30,31 +32,41 @@ from gdetkd_cli.training.run_folder import RunFolder
 
 @dataclass(frozen=True)
 class _Subject:
-    """What is evaluated. ``parameters`` is None where the file does not tell."""
+    """What is evaluated. ``parameters`` is None where the file does not tell; ``size_mb`` is the file's."""
 
     predictor: Predictor
     class_names: tuple[str, ...]
     format: str
     parameters: int | None
+    size_mb: float
 
 
 def run_eval(target: str, *, data: Data | None, observer: Observer = silent) -> EvalResult:
     """Evaluates a detector on the validation split, one picture at a time, on the GPU where there is one.
 
     Args:
-        target: a run folder, a student.pt, builtin:NAME, or a file that ``gdetkd export`` wrote.
+        target: a run folder, a model file of any kind whose detections can be read, builtin:NAME, or a recipe, whose
+            teacher is evaluated as the recipe describes it.
         data: the data; None: that of the recipe.yaml beside the detector.
         observer: hears what was found on reading the data.
 
     Raises:
-        ModelError: the target is not a detector of this tool.
+        ModelError, PairError: the target is no detector, or its detections cannot be read.
         DataError: there are no data, or they do not have the detector's classes.
         RecipeError: the recipe beside the detector is not usable.
     """
-    path = catalog.locate(target)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    split = build.build_split(data, "val") if data else build.build_split(_data_beside(path), "val", _labels(path))
-    subject = _open(path, device, split.class_names, run=Path(target).is_dir(), observer=observer)
+    if Path(target).suffix in (".yaml", ".yml"):
+        recipe = load_recipe(target)
+        if recipe.teacher is None:
+            raise RecipeError(f"the recipe {target} has no teacher to evaluate; name a run or a model file instead")
+        split = build.build_split(data or recipe.data, "val")
+        subject = _built(recipe.teacher, device, split.class_names, observer)
+    else:
+        path = catalog.locate(target)
+        beside = (data, None) if data else (_data_beside(path), _labels(path))
+        split = build.build_split(beside[0], "val", beside[1])
+        subject = _open(path, device, split.class_names, run=Path(target).is_dir(), observer=observer)
     for note in split.notes:
         observer(Note(f"{split.name}: {note}"))
     if len(split) == 0:
@@ -68,7 +80,7 @@ def run_eval(target: str, *, data: Data | None, observer: Observer = silent) -> 
         data=split.name,
         metrics=evaluate_coco(split.records, split.class_names, found),
         parameters=subject.parameters,
-        size_mb=path.stat().st_size / 1e6,
+        size_mb=subject.size_mb,
         ms_per_image=stopwatch.ms_per_call,
     )
 
@@ -97,20 +109,45 @@ class _Stopwatch:
 
 def _open(path: Path, device: torch.device, class_names: tuple[str, ...], *, run: bool, observer: Observer) -> _Subject:
     """The detector in a file, whatever its name ends in; ``class_names`` are the data's, for a file without any."""
-    kind = kind_of(path)
-    if kind == "onnx":
-        onnx = OnnxDetector(path, device=device.type)
-        return _Subject(onnx, onnx.class_names, kind, None)
-    if kind == "torchscript":
-        scripted = ScriptedDetector(path, device=device.type)
-        return _Subject(scripted, scripted.class_names, kind, None)
+    kind, size_mb = kind_of(path), path.stat().st_size / 1e6
+    if kind != "checkpoint":
+        own = _exported(path, kind, device)
+        if own is None:
+            return _built(CheckpointDetector(arch="checkpoint", path=str(path)), device, class_names, observer)
+        return _Subject(own, own.class_names, kind, None, size_mb)
     loaded = catalog.load(path, class_names)
     for note in loaded.notes:
         observer(Note(note))
     detector = loaded.detector
     detector.module.to(device)
     parameters = sum(p.numel() for p in detector.module.parameters())
-    return _Subject(detector, detector.class_names, "run" if run else kind, parameters)
+    return _Subject(detector, detector.class_names, "run" if run else kind, parameters, size_mb)
+
+
+def _exported(path: Path, kind: Kind, device: torch.device) -> OnnxDetector | ScriptedDetector | None:
+    """A file that gdetkd exported; None for another tool's."""
+    try:
+        if kind == "onnx":
+            return OnnxDetector(path, device=device.type)
+        return ScriptedDetector(path, device=device.type) if kind == "torchscript" else None
+    except NotOursError:
+        return None
+
+
+def _built(spec: DetectorSpec, device: torch.device, class_names: tuple[str, ...], observer: Observer) -> _Subject:
+    """A detector as a recipe describes it, or a file of another tool; ``class_names`` are the data's."""
+    built = build.build_detector(spec, class_names, seed=0, keep_classes=True)
+    for note in built.notes:
+        observer(Note(note))
+    detector = built.detector
+    detector.module.to(device)
+    probed = detector if isinstance(detector, ProbedDetector) else None
+    if probed:
+        probed.check_detects()
+    parameters = probed.parameters if probed else sum(p.numel() for p in detector.module.parameters())
+    file = Path(spec.path) if isinstance(spec, CheckpointDetector) else Path()
+    size_mb = (file.stat().st_size if file.is_file() else 4 * parameters) / 1e6
+    return _Subject(detector, detector.class_names, probed.kind if probed else "torchvision", parameters, size_mb)
 
 
 def _labels(path: Path) -> Path | None:

@@ -17,6 +17,7 @@ from gdetkd_cli.data.layout import find_layout, has_annotations
 from gdetkd_cli.data.split import Split
 from gdetkd_cli.detectors import architectures
 from gdetkd_cli.detectors.factory import is_reference
+from gdetkd_cli.detectors.probed import ProbedDetector
 from gdetkd_cli.errors import ModelError, RecipeError
 from gdetkd_cli.recipe.schema import CocoData, Data, FolderData, Recipe
 from gdetkd_cli.results import CheckedRecipe, ProbeOptions, PyramidReport, TermPlan
@@ -172,8 +173,8 @@ def _checked(
     """Builds and probes the pair; the pyramids are reported for a picture of ``size`` (height, width) pixels."""
     assert recipe.teacher is not None and recipe.distill is not None
     teacher = build.build_detector(recipe.teacher, train.class_names, recipe.seed, keep_classes=True)
-    if build.needs_labels(recipe.data, "train"):
-        teacher.detector.predict([train.read(0).float() / 255])  # it has to label: an error tells where it cannot
+    if build.needs_labels(recipe.data, "train") and isinstance(teacher.detector, ProbedDetector):
+        teacher.detector.check_detects()  # it has to label
     names = train.class_names or teacher.detector.class_names
     student = build.build_detector(recipe.student, names, recipe.seed)
     for note in (*student.notes, *teacher.notes):

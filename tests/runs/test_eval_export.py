@@ -9,17 +9,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 import torch
+import toy
 from torchvision.utils import save_image
 
 from gdetkd_cli.data.synthetic import synthetic_split
 from gdetkd_cli.detectors import catalog
 from gdetkd_cli.detectors.protocol import Detector
-from gdetkd_cli.errors import DataError, ExportError, ModelError
+from gdetkd_cli.errors import DataError, ExportError, ModelError, PairError
 from gdetkd_cli.export.onnx import export_onnx
 from gdetkd_cli.recipe.load import dump_recipe
-from gdetkd_cli.recipe.schema import CocoData, Recipe, SyntheticData
+from gdetkd_cli.recipe.schema import CheckpointDetector, CocoData, Recipe, SyntheticData
 from gdetkd_cli.runs import export, run_eval, run_export
 from gdetkd_cli.training.events import Event, Note
 
@@ -94,6 +96,39 @@ def _names(folder: Path) -> set[str]:
 
 
 # ----------------------------------------------------------------------------------------------------------- export
+
+
+def test_another_tools_file_is_read_by_the_form_of_its_output(finished: Path, data: CocoData, tmp_path: Path) -> None:
+    model = onnx.load(finished / "student.onnx")
+    names = json.loads(next(entry.value for entry in model.metadata_props if entry.key == "gdetkd.classes"))
+    del model.metadata_props[:]
+    foreign = tmp_path / "foreign.onnx"
+    onnx.save(model, foreign)
+    with pytest.raises(
+        PairError, match=r"the classes that .*foreign\.onnx detects are not known; name them in a recipe"
+    ):
+        run_eval(str(foreign), data=data)
+
+    teacher = CheckpointDetector(arch="checkpoint", path=str(foreign), classes=names)
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(dump_recipe(toy.recipe().model_copy(update={"teacher": teacher, "data": data})))
+    expected = run_eval(str(finished), data=None)
+    for target in (str(recipe), str(_named(foreign, names))):
+        found = run_eval(target, data=data if target.endswith(".onnx") else None)
+        assert found.format == "onnx"
+        assert found.parameters == pytest.approx(expected.parameters, rel=0.02)  # norms are folded into convolutions
+        assert found.metrics.ap == pytest.approx(expected.metrics.ap, abs=0.1)
+    assert expected.metrics.ap is not None
+    assert expected.metrics.ap > 50
+
+
+def _named(path: Path, names: list[str]) -> Path:
+    """The file with its classes noted as ultralytics does it."""
+    model = onnx.load(path)
+    onnx.helper.set_model_props(model, {"names": str(dict(enumerate(names)))})
+    named = path.with_name("named.onnx")
+    onnx.save(model, named)
+    return named
 
 
 def test_writes_both_formats_beside_the_detector(run: Path, detector: Detector) -> None:
