@@ -31,6 +31,9 @@ class NoPyramidError(GDetKDError):
     exit_code = 3
 
 
+NO_CONVOLUTION = "no convolution reads an image in this model, so it has no feature maps"
+
+
 class PairError(GDetKDError):
     """A distillation term does not fit this pair of detectors."""
 

@@ -17,7 +17,9 @@ def init(
         typer.Option(metavar="T", help="A run folder, a model file, a torchvision name, or module:function."),
     ],
     student: Annotated[str, typer.Option(metavar="S", help="Any of these, or BACKBONE+HEAD: resnet18+retinanet.")],
-    data: Annotated[Path, typer.Option(metavar="DIR", help="Folder with COCO annotations and pictures.")],
+    data: Annotated[
+        Path, typer.Option(metavar="DIR", help="Folder with COCO annotations and pictures, or pictures only.")
+    ],
     output: Annotated[Path, typer.Option(metavar="FILE", help="The recipe to write.")] = Path("recipe.yaml"),
     trust_code: options.TrustOption = False,
     as_json: options.JsonOption = False,

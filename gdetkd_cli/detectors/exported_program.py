@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
 
-from gdetkd_cli.errors import ModelError
+from gdetkd_cli.errors import NO_CONVOLUTION, ModelError, NoPyramidError
 from gdetkd_cli.probing.inputs import Call, channels_last, stacked
 from gdetkd_cli.probing.record import Tell
 from gdetkd_cli.probing.runner import CALLS, ModuleRunner
@@ -40,6 +40,7 @@ def load_exported(path: Path) -> ModuleRunner:
 
     Raises:
         ModelError: not a whole file, or one that needs pickled code.
+        NoPyramidError: nothing in it could be a feature map.
     """
     _check(path)
     try:
@@ -49,6 +50,8 @@ def load_exported(path: Path) -> ModuleRunner:
         module = _Program(program.module(check_guards=False))
     except (RuntimeError, ValueError, LookupError, AssertionError, TypeError) as error:
         raise ModelError(f"torch {torch.__version__} cannot read the program in {path} ({_line(error)})") from error
+    if not any("conv" in str(node.target) for node in program.graph.nodes):
+        raise NoPyramidError(NO_CONVOLUTION)
     inputs = [
         node.meta["val"]
         for node in program.graph.nodes

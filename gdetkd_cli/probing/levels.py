@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import prod
 
-from gdetkd_cli.errors import NoPyramidError
+from gdetkd_cli.errors import NO_CONVOLUTION, NoPyramidError
 from gdetkd_cli.probing.record import Value
 
 _POOLS = ("mean", "_adaptive_avg_pool2d", "adaptive_avg_pool2d", "adaptive_max_pool2d")
@@ -99,7 +99,7 @@ _CONFIDENCE = {"shared head": 0.95, "own heads": 0.94, "tokens": 0.5, "one level
 def _stem(values: Sequence[Value]) -> int:
     stem = next((i for i, v in enumerate(values) if v.window and v.op == "convolution" and v.parents), None)
     if stem is None:
-        raise NoPyramidError("no convolution reads an image in this model, so it has no feature maps")
+        raise NoPyramidError(NO_CONVOLUTION)
     return stem
 
 

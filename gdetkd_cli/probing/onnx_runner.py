@@ -15,7 +15,7 @@ import torch
 from onnx import AttributeProto, ModelProto, NodeProto, TensorProto
 from torch import Tensor, nn
 
-from gdetkd_cli.errors import ModelError, NoPyramidError
+from gdetkd_cli.errors import NO_CONVOLUTION, ModelError, NoPyramidError
 from gdetkd_cli.probing.class_names import class_names_in
 from gdetkd_cli.probing.inputs import Call, alone, channels_last, stacked
 from gdetkd_cli.probing.record import Address, Value, Window
@@ -46,6 +46,7 @@ class OnnxRunner:
 
     Raises:
         ModelError: not a whole ONNX file, or not one that takes images.
+        NoPyramidError: nothing in it could be a feature map.
     """
 
     def __init__(self, path: Path) -> None:
@@ -67,6 +68,8 @@ class OnnxRunner:
         self._network_input = ""
         self._paddings: dict[str, tuple[int, ...]] = {}  # of the Pad operators, by the name of their value
         inputs = self._open(self._model).get_inputs()
+        if not any("Conv" in node.op_type for node in graph.node):
+            raise NoPyramidError(NO_CONVOLUTION)
         images = [i for i in inputs if len(i.shape) in (3, 4) and i.type in _NUMPY_TYPES]
         if len(images) != 1:
             raise ModelError(
@@ -124,7 +127,7 @@ class OnnxRunner:
 
     def read(self, call: Call, images: Sequence[Tensor], addresses: Sequence[Address]) -> tuple[Tensor, list[Tensor]]:
         if not self._network_input:
-            raise NoPyramidError("no convolution reads an image in this model, so it has no feature maps")
+            raise NoPyramidError(NO_CONVOLUTION)
         wanted = (self._network_input, *(self._tensors[address] for address in addresses))
         feed = self._feed(call, images)
         if self._session is None or self._session[0] != wanted:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from gdetkd_cli.errors import ModelError, NoPyramidError
+from gdetkd_cli.errors import NO_CONVOLUTION, ModelError, NoPyramidError
 
 # These take a tensor's shape or type, and nothing of its values.
 _FRESH = frozenset(
@@ -278,7 +278,7 @@ def read(call: Callable[[], object], addresses: Sequence[Address]) -> tuple[Tens
         if reader.missing() or reader.network_input is None:
             raise
     if reader.network_input is None:
-        raise NoPyramidError("no convolution reads an image in this model, so it has no feature maps")
+        raise NoPyramidError(NO_CONVOLUTION)
     missing = reader.missing()
     if missing:
         raise ModelError(f"the model's forward ended without {missing[0].op}:{missing[0].call}; its path has changed")

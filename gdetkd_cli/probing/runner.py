@@ -9,7 +9,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from gdetkd_cli.errors import ModelError
+from gdetkd_cli.errors import NO_CONVOLUTION, ModelError, NoPyramidError
 from gdetkd_cli.probing.inputs import Call, alone, channels_last, stacked
 from gdetkd_cli.probing.record import Address, Tell, Value, read, record
 
@@ -57,6 +57,7 @@ class Runner(Protocol):
 
         Raises:
             ModelError: it cannot be called in any known way.
+            NoPyramidError: nothing in it could be a feature map.
         """
 
     def read(self, call: Call, images: Sequence[Tensor], addresses: Sequence[Address]) -> tuple[Tensor, list[Tensor]]:
@@ -118,6 +119,8 @@ class ModuleRunner:
                 return call, record(partial(self._told, call, [image]), weights, [image], submodules).values
             except (RuntimeError, TypeError, ValueError, AttributeError, LookupError, AssertionError) as error:
                 reasons.append(f"{call.name}: {reason_of(error)}")
+        if weights and all(tensor.dim() < 4 for tensor in weights.values()):
+            raise NoPyramidError(NO_CONVOLUTION)  # a text model, for instance, which takes no images at all
         raise ModelError(
             f"the model cannot be called with an image of {image.shape[-2]} x {image.shape[-1]} pixels in any known "
             f"way ({'; '.join(reasons)}); if it was made for one size, give that with --size"

@@ -236,6 +236,32 @@ def test_what_reads_no_image_has_no_pyramid() -> None:
         run(build(lambda: nn.Sequential(nn.Flatten(2), nn.Linear(192 * 256, 4))))
 
 
+class Sequence(nn.Module):
+    """Reads rows of numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows = nn.LSTM(5, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.rows(x)[0]
+        return found
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("form", ["eager", "traced", "exported", "onnx"])
+def test_what_takes_no_image_has_no_pyramid(form: str) -> None:
+    model, example = build(Sequence), torch.rand(7, 1, 5)
+    made: dict[str, Callable[[], object]] = {
+        "eager": lambda: model,
+        "traced": lambda: torch.jit.trace(model, example),
+        "exported": lambda: exported(model, example),
+        "onnx": lambda: onnx(model, example),
+    }
+    with pytest.raises(NoPyramidError, match="no convolution reads an image"):
+        run(made[form]())
+
+
 def test_a_model_that_cannot_be_called_says_how_it_was_tried() -> None:
     with pytest.raises(ModelError, match=r"192 x 256 pixels .*list of .*tensor: .*to have 1 channels.*with --size"):
         run(build(lambda: nn.Conv2d(1, 1, 3)))
