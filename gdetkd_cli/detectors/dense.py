@@ -16,14 +16,12 @@ from torchvision.models.detection.ssd import SSD
 from torchvision.ops import clip_boxes_to_image
 
 from gdetkd_cli.detectors import torchvision_common as common
-from gdetkd_cli.detectors.pooling import assign_levels, cells, channels_of, pool_all_levels, pool_assigned
+from gdetkd_cli.detectors.pooling import DENSE_CELLS, assign_levels, cells, channels_of, pool_all_levels, pool_assigned
 from gdetkd_cli.detectors.protocol import Candidates, Family, Observation, RegionView, View
 from gdetkd_cli.detectors.tap import Tap
 from gdetkd_cli.structures import Batch, Detections, LevelSpec, Pyramid, Regions
 
 _TOWER = "head.classification_head.conv"
-# Dense heads give a level the objects whose sides are 4 to 8 of its cells (RetinaNet's anchors, FCOS's ranges).
-_CELLS_PER_SIDE = 4 * 2**0.5
 _CANDIDATES_PER_IMAGE = 1000
 
 
@@ -93,7 +91,7 @@ class DenseDetector:
 
     def view_regions(self, seen: Observation, regions: Regions, needs: frozenset[View]) -> RegionView:
         assert isinstance(seen, DenseObservation), "an observation of another detector"
-        assignment = assign_levels(seen.pyramid, regions, cells_per_side=_CELLS_PER_SIDE)
+        assignment = assign_levels(seen.pyramid, regions, cells_per_side=DENSE_CELLS)
         pooled, pooled_channels = None, None
         if "pooled" in needs:
             pooled = pool_assigned(seen.pyramid, regions, assignment, size=7, sampling_ratio=2)

@@ -14,6 +14,10 @@ from torchvision.ops import roi_align
 
 from gdetkd_cli.structures import LevelSpec, Pyramid, Regions
 
+# Sides of a level's regions, in its cells: the middle of an octave. Two-stage detectors with a pyramid: 14 to 28 (224
+# pixels are the least at stride 16). Dense ones: 4 to 8 (RetinaNet's anchors, FCOS's ranges).
+TWO_STAGE_CELLS = 14 * 2**0.5
+DENSE_CELLS = 4 * 2**0.5
 _SEPARABLE_CELLS = 4096  # maps up to 64 x 64 cells: beyond, the matrix products cost more than RoIAlign's samples
 
 

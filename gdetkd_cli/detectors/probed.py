@@ -14,17 +14,15 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from gdetkd_cli.detectors.outputs import OutputForm, recognise_form
-from gdetkd_cli.detectors.pooling import assign_levels, channels_of, pool_assigned
+from gdetkd_cli.detectors.pooling import DENSE_CELLS, TWO_STAGE_CELLS, assign_levels, channels_of, pool_assigned
 from gdetkd_cli.detectors.protocol import Family, Observation, RegionView, View
 from gdetkd_cli.detectors.torchvision_common import device_of, evaluating
 from gdetkd_cli.errors import ModelError, PairError
 from gdetkd_cli.probing.geometry import Geometry
 from gdetkd_cli.probing.inputs import ModelInput
 from gdetkd_cli.probing.probe import Probed, frame_of, probe, probe_image
-from gdetkd_cli.probing.runner import Runner, reason_of
+from gdetkd_cli.probing.runner import RUN_ERRORS, Runner, reason_of
 from gdetkd_cli.structures import Batch, Detections, Frame, LevelSpec, Pyramid, Regions
-
-_CELLS_PER_SIDE = 14.0  # of a region on its level: the usual rule, 224 pixels at stride 16
 
 
 class ProbedDetector:
@@ -155,7 +153,7 @@ class ProbedDetector:
         return Frame(scale=1 / stride, shift=0.5 - offset / stride, size=size)
 
     def view_regions(self, seen: Observation, regions: Regions, needs: frozenset[View]) -> RegionView:
-        assignment = assign_levels(seen.pyramid, regions, cells_per_side=_CELLS_PER_SIDE)
+        assignment = assign_levels(seen.pyramid, regions, cells_per_side=self.cells_per_side)
         pooled = pool_assigned(seen.pyramid, regions, assignment, size=7, sampling_ratio=2)
         return RegionView(
             pooled=pooled,
@@ -163,11 +161,18 @@ class ProbedDetector:
             embedding=pooled.mean(dim=(2, 3)) if "embedding" in needs else None,
         )
 
+    @property
+    def cells_per_side(self) -> float:
+        """Of a region on its level: as the model itself does it, where that was seen."""
+        if self.probed.least_side is not None:
+            return self.probed.least_side * 2**0.5
+        return TWO_STAGE_CELLS if self.probed.family == "two-stage" else DENSE_CELLS
+
     def _run(self, images: list[Tensor]) -> object:
         """What the model returns for prepared images that one call takes."""
         try:
             return self._runner.run(self.probed.call, images)
-        except RuntimeError as error:
+        except RUN_ERRORS as error:
             height, width = images[0].shape[-2:]
             raise ModelError(
                 f"{self._source} cannot be run on an image of {height} x {width} pixels "

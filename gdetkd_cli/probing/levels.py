@@ -1,10 +1,11 @@
 """Which of a model's values are its feature pyramid: the last full set of maps before the detection heads.
 
-Two things give heads away. Where one convolution reads maps of several sizes, as the heads of RetinaNet, FCOS or a
-region proposal network do, the maps that it reads are the pyramid. Where every level has a head of its own (SSD, YOLO),
-a head ends in the last convolutions of its size, those that no map with weights comes after. The level is then the last
-map that all of these final convolutions depend on. A transformer that decodes the maps as tokens has no such
-heads: there the levels are the last maps of each size that tokens are made of, if heads do not account for all of them.
+Where one convolution reads maps of several sizes, as the heads of RetinaNet, FCOS or a region proposal network do, the
+maps that it reads are the pyramid. Where no such head is and regions are pooled from maps, those are. Where every level
+has a head of its own (SSD, YOLO), a head ends in the last convolutions of its size, those that no map with weights comes
+after; the level is then the last map that all of these final convolutions depend on. A transformer that decodes the maps
+as tokens has no heads of this kind: there the levels are the last maps of each size that tokens are made of, if heads do
+not account for all of them.
 
 The reference is the tensor that the first convolution reads: images may be resized, padded and put in a batch before.
 """
@@ -58,7 +59,7 @@ def find_levels(values: Sequence[Value]) -> Found:
     flow = _Flow(values, _stem(values))
     if _says_one_thing(flow):
         raise NoPyramidError("this model says one thing of the whole image, as a classifier does; it detects nothing")
-    sets = [found for rule in (_shared_head, _token_exits, _own_heads) if (found := rule(flow)).levels]
+    sets = [found for rule in (_shared_head, _pooled_regions, _token_exits, _own_heads) if (found := rule(flow)).levels]
     if not sets:
         raise NoPyramidError("no feature map of this model reaches a detection head with its places intact")
     ordered = [replace(found, levels=tuple(sorted(found.levels, key=lambda i: -flow.area(i)))) for found in sets]
@@ -93,7 +94,7 @@ class _Set:
 
 
 # (right + 1) / (tried + 2) of each rule over the detectors in docs/probe.md.
-_CONFIDENCE = {"shared head": 0.95, "own heads": 0.94, "tokens": 0.5, "one level": 0.5}
+_CONFIDENCE = {"shared head": 0.95, "pooled": 0.5, "own heads": 0.94, "tokens": 0.5, "one level": 0.5}
 
 
 def _stem(values: Sequence[Value]) -> int:
@@ -213,6 +214,17 @@ def _shared_head(flow: _Flow) -> _Set:
             reason = f"{weight} reads {len(levels)} maps, so it is a head's and they are the levels"
             return _Set(tuple(levels), reason, _CONFIDENCE["shared head"])
     return _Set(())
+
+
+def _pooled_regions(flow: _Flow) -> _Set:
+    """The maps that regions are pooled from, where no head reads them all, as in Sparse R-CNN."""
+    read = [next((p for p in flow.parents(i) if flow.maps[p]), None) for i in _of(flow, "roi_align")]
+    levels = tuple(dict.fromkeys(i for i in read if i is not None))
+    return _Set(levels, "the maps that regions are pooled from", _CONFIDENCE["pooled"])
+
+
+def _of(flow: _Flow, op: str) -> list[int]:
+    return [i for i, value in enumerate(flow.values) if flow.reached[i] and value.op == op]
 
 
 def _own_heads(flow: _Flow) -> _Set:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from gdetkd_cli.errors import NO_CONVOLUTION, ModelError, NoPyramidError
 from gdetkd_cli.probing.class_names import class_names_in
 from gdetkd_cli.probing.inputs import Call, alone, channels_last, stacked
-from gdetkd_cli.probing.record import Address, Value, Window
+from gdetkd_cli.probing.record import Address, Value, Window, sides_of
 
 # As aten names them, since that is what levels are recognised by.
 _NAMES = {
@@ -67,6 +67,7 @@ class OnnxRunner:
         self._tensors: dict[Address, str] = {}
         self._network_input = ""
         self._paddings: dict[str, tuple[int, ...]] = {}  # of the Pad operators, by the name of their value
+        self._sides: dict[str, tuple[float, float] | None] = {}  # of the RoiAlign operators' boxes, by output
         inputs = self._open(self._model).get_inputs()
         if not any("Conv" in node.op_type for node in graph.node):
             raise NoPyramidError(NO_CONVOLUTION)
@@ -119,7 +120,9 @@ class OnnxRunner:
                 if name in shapes:
                     index[name] = len(values)
                     window = self._window(node, shapes)
-                    values.append(Value(op, call, output, shapes[name], parents, weights, window, name))
+                    values.append(
+                        Value(op, call, output, shapes[name], parents, weights, window, self._sides.get(name), name)
+                    )
                     self._tensors[Address(op, call, output)] = name
                     if op == "convolution" and parents and not self._network_input:
                         self._network_input = node.input[0]
@@ -161,11 +164,20 @@ class OnnxRunner:
         paddings = {node.input[1] for node in graph.node if node.op_type == "Pad" and len(node.input) > 1}
         computed = {f"gdetkd value of {name}": name for name in sorted(paddings)}  # often by a chain of small operators
         graph.node.extend(onnx.helper.make_node("Shape", [name], [output]) for output, name in asked.items())
-        graph.node.extend(onnx.helper.make_node("Identity", [name], [output]) for output, name in computed.items())
-        outputs = [*asked, *computed]
-        graph.output.extend(onnx.helper.make_tensor_value_info(name, TensorProto.INT64, None) for name in outputs)
+        regions = [node for node in graph.node if node.op_type == "RoiAlign"]
+        boxes = {f"gdetkd boxes of {node.output[0]}": node.input[1] for node in regions}
+        for output, name in [*computed.items(), *boxes.items()]:
+            graph.node.append(onnx.helper.make_node("Identity", [name], [output]))
+        whole = [onnx.helper.make_tensor_value_info(name, TensorProto.INT64, None) for name in (*asked, *computed)]
+        graph.output.extend(whole)
+        graph.output.extend(onnx.helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in boxes)
+        outputs = [*asked, *computed, *boxes]
         feed = self._feed(self._call, [image])
-        found = [tuple(int(n) for n in row) for row in self._run(self._open(model), feed, outputs)]
+        rows = self._run(self._open(model), feed, outputs)
+        for node, row in zip(regions, rows[len(outputs) - len(boxes) :], strict=True):
+            scale = next((float(a.f) for a in node.attribute if a.name == "spatial_scale"), 1.0)
+            self._sides[node.output[0]] = sides_of(torch.from_numpy(row), scale)
+        found = [tuple(int(n) for n in row) for row in rows[: len(asked) + len(computed)]]
         self._paddings = dict(zip(computed.values(), found[len(asked) :], strict=True))
         shapes = dict(zip(asked.values(), found, strict=False))
         return shapes | {self._image.name: tuple(feed[self._image.name].shape)}

@@ -54,6 +54,8 @@ class Probed:
         family: two-stage where regions of the maps are pooled; else unknown.
         levels: fine to coarse.
         region_embedding: name and channels of what a region head's predictors read.
+        least_side: of a region on its level, in cells, where the regions that were pooled tell: one of twice that side
+            belongs to the next level.
         reason: why these are the levels, for people.
         confidence: how often this reason was right, in 0..1.
         alternatives: names of other sets of maps that might be meant, and why.
@@ -64,6 +66,7 @@ class Probed:
     family: Literal["two-stage", "unknown"]
     levels: tuple[ProbedLevel, ...]
     region_embedding: tuple[str, int] | None
+    least_side: float | None
     reason: str
     confidence: float
     alternatives: tuple[tuple[tuple[str, ...], str], ...]
@@ -111,6 +114,7 @@ def probe(runner: Runner, size: tuple[int, int], model_input: ModelInput, chosen
         family="unknown" if pooled is None else "two-stage",
         levels=tuple(levels),
         region_embedding=None if pooled is None else _region_embedding(values, pooled),
+        least_side=None if pooled is None else _least_side(values, pooled, found.levels),
         reason=found.reason,
         confidence=found.confidence,
         alternatives=tuple((tuple(name_of(values[i]) for i in levels), why) for levels, why in found.alternatives),
@@ -175,3 +179,18 @@ def _region_embedding(values: Sequence[Value], pooled: int) -> tuple[str, int] |
                 readers[parent] = readers.get(parent, 0) + 1
     shared = [index for index, count in readers.items() if count > 1 and len(values[index].shape) == 2]
     return (name_of(values[shared[-1]]), values[shared[-1]].shape[1]) if shared else None
+
+
+def _least_side(values: Sequence[Value], pooled: int, levels: Sequence[int]) -> float | None:
+    """The least side s, in cells, of regions on their levels, from what went to each: s <= side < 2 s."""
+    spans = [
+        (levels.index(parent), value.sides)
+        for value in values[pooled:]
+        for parent in value.parents
+        if value.sides and parent in levels and value.shape[-2:] == values[pooled].shape[-2:]
+    ]
+    ordered = [sides for _, sides in sorted(spans)]
+    least = min((low for low, _ in ordered[1:]), default=0.0)
+    most = max((high / 2 for _, high in ordered[:-1]), default=0.0)
+    # Boxes are continuous, so that both are near s; regions that no octave explains say nothing.
+    return (least * most) ** 0.5 if 0 < most <= 1.05 * least else None

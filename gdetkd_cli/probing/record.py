@@ -68,6 +68,7 @@ class Value:
         parents: indices of the recorded values that the operator read.
         weights: names of the parameters and buffers that it read.
         window: of a convolution, pooling or padding.
+        sides: of RoIAlign, the least and the greatest side of its boxes, in cells of the map.
         name: in the model's file; empty where only modules and operators have names.
         returned: the innermost submodule's output that it is, where there is one.
     """
@@ -79,6 +80,7 @@ class Value:
     parents: tuple[int, ...]
     weights: tuple[str, ...] = ()
     window: Window | None = None
+    sides: tuple[float, float] | None = None
     name: str = ""
     returned: Output | None = None
 
@@ -199,8 +201,17 @@ class _Recorder(TorchDispatchMode):
         for output, tensor in enumerate(tensors_in(result)):
             if tensor.is_floating_point():
                 shape = tuple(tensor.shape)
-                self.add(Value(op, call, output, shape, parents, weights, _window(op, args)), tensor)
+                sides = sides_of(args[1], float(args[2])) if op == "roi_align" else None
+                self.add(Value(op, call, output, shape, parents, weights, _window(op, args), sides), tensor)
         return result
+
+
+def sides_of(boxes: Tensor, scale: float) -> tuple[float, float] | None:
+    """Least and greatest side, the root of the area, of boxes (R, 5) or (R, 4), xyxy last, after scaling."""
+    if not len(boxes):
+        return None
+    sides = (boxes[:, -2:] - boxes[:, -4:-2]).prod(dim=1).clamp(min=0).sqrt() * scale
+    return float(sides.min()), float(sides.max())
 
 
 def _window(op: str, args: Sequence[Any]) -> Window | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from functools import partial
 from typing import Protocol, runtime_checkable
@@ -13,6 +14,8 @@ from gdetkd_cli.errors import NO_CONVOLUTION, ModelError, NoPyramidError
 from gdetkd_cli.probing.inputs import Call, alone, channels_last, stacked
 from gdetkd_cli.probing.record import Address, Tell, Value, read, record
 
+RUN_ERRORS = (RuntimeError, torch.jit.Error)  # of PyTorch; the second is what scripted code raises itself
+_MARKED = re.compile(r"[\w.]*Error: (.+)")
 # Ways of calling a module, tried in this order.
 CALLS = (
     Call("list of (3, H, W) images", "any", list),
@@ -75,7 +78,7 @@ class Runner(Protocol):
 def reason_of(error: Exception) -> str:
     """The line of an error's message that says what is wrong; TorchScript puts its own traceback before it."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    marked = [line.removeprefix("RuntimeError: ") for line in lines if line.startswith("RuntimeError: ")]
+    marked = [found[1] for line in lines if (found := _MARKED.fullmatch(line))]
     return (marked[-1:] or lines[:1] or [type(error).__name__])[0]
 
 
@@ -117,7 +120,7 @@ class ModuleRunner:
         for call in self._calls:
             try:
                 return call, record(partial(self._told, call, [image]), weights, [image], submodules).values
-            except (RuntimeError, TypeError, ValueError, AttributeError, LookupError, AssertionError) as error:
+            except (*RUN_ERRORS, TypeError, ValueError, AttributeError, LookupError, AssertionError) as error:
                 reasons.append(f"{call.name}: {reason_of(error)}")
         if weights and all(tensor.dim() < 4 for tensor in weights.values()):
             raise NoPyramidError(NO_CONVOLUTION)  # a text model, for instance, which takes no images at all

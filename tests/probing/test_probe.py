@@ -30,7 +30,7 @@ from gdetkd_cli.errors import ModelError, NoPyramidError
 from gdetkd_cli.probing.inputs import ModelInput
 from gdetkd_cli.probing.probe import Probed, probe
 from gdetkd_cli.probing.record import Output
-from gdetkd_cli.probing.runner import ModuleRunner, Runner, calls_for
+from gdetkd_cli.probing.runner import ModuleRunner, Runner, calls_for, reason_of
 
 SIZE = (192, 256)
 
@@ -260,6 +260,39 @@ def test_what_takes_no_image_has_no_pyramid(form: str) -> None:
     }
     with pytest.raises(NoPyramidError, match="no convolution reads an image"):
         run(made[form]())
+
+
+class Strict(nn.Module):
+    """Takes one image, and raises an error of its own at anything else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = SharedHead()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dim() != 3:
+            raise ValueError("one image is wanted")
+        return self.inner(x[None])
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("form", ["eager", "scripted"])
+def test_a_call_that_raises_is_followed_by_the_next(form: str) -> None:
+    model = FORMATS[form](build(Strict))
+    assert run(model).call.name == "one (3, H, W) image"
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("The following operation failed.\n  Traceback\nRuntimeError: sizes differ\n", "sizes differ"),
+        ("Traceback\nbuiltins.ValueError: images is expected to be a list", "images is expected to be a list"),
+        ("forward() Expected a value of type 'Tensor'\nPosition: 1", "forward() Expected a value of type 'Tensor'"),
+        ("", "RuntimeError"),
+    ],
+)
+def test_the_reason_of_an_error(text: str, reason: str) -> None:
+    assert reason_of(RuntimeError(text)) == reason
 
 
 def test_a_model_that_cannot_be_called_says_how_it_was_tried() -> None:
