@@ -1,11 +1,11 @@
 """Which of a model's values are its feature pyramid: the last full set of maps before the detection heads.
 
-Where one convolution reads maps of several sizes, as the heads of RetinaNet, FCOS or a region proposal network do, the
-maps that it reads are the pyramid. Where no such head is and regions are pooled from maps, those are. Where every level
-has a head of its own (SSD, YOLO), a head ends in the last convolutions of its size, those that no map with weights comes
-after; the level is then the last map that all of these final convolutions depend on. A transformer that decodes the maps
-as tokens has no heads of this kind: there the levels are the last maps of each size that tokens are made of, if heads do
-not account for all of them.
+Where one convolution reads maps of several sizes, as the heads of RetinaNet, FCOS or a region proposal network do,
+the maps that it reads are the pyramid. Where no such head is and regions are pooled from maps, those are. Where every
+level has a head of its own (SSD, YOLO), a head ends in the last convolutions of its size, those that no map with
+weights comes after; the level is then the last map that all of these final convolutions depend on. A transformer that
+decodes the maps as tokens has no heads of this kind: there the levels are the last maps of each size that tokens are
+made of, if heads do not account for all of them.
 
 The reference is the tensor that the first convolution reads: images may be resized, padded and put in a batch before.
 """
