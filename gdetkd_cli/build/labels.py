@@ -26,10 +26,11 @@ Tables = Mapping[str, list[dict[str, Any]]]
 
 @dataclass(frozen=True)
 class Labelled:
-    """A split that a teacher labelled, and the same as COCO's tables."""
+    """A split that a teacher labelled, the same as COCO's tables, and how many pictures there are to label."""
 
     split: Split
     tables: Tables
+    pictures: int
 
 
 def label_split(
@@ -58,8 +59,8 @@ def label_split(
         PairError: its detections cannot be read.
     """
     images = data.root / data.train_images
-    if most is not None:
-        split = replace(split, records=split.records[:most])
+    pictures = len(split)
+    split = replace(split, records=split.records[:most])
     options = data.labels if isinstance(data.labels, TeacherLabels) else TeacherLabels()
     class_names = split.class_names or teacher.class_names
     strangers = [n for n in (*class_names, *options.per_class) if n not in teacher.class_names]
@@ -107,7 +108,7 @@ def label_split(
         "categories": [{"id": number, "name": name} for name, number in categories.items()],
         "annotations": annotations,
     }
-    return Labelled(split_of(tables, source=Path(split.name), images=images), tables)
+    return Labelled(split_of(tables, source=Path(split.name), images=images), tables, pictures)
 
 
 def write_labels(folder: Path, labels: Mapping[Which, Tables]) -> None:
@@ -117,8 +118,10 @@ def write_labels(folder: Path, labels: Mapping[Which, Tables]) -> None:
         (folder / f"{which}.json").write_text(json.dumps(tables), encoding="utf-8")
 
 
-def told(split: Split) -> str:
+def told(labelled: Labelled) -> str:
     """How many targets of each class there are, for people."""
+    split = labelled.split
     counts = Counter(int(label) for record in split.records for label in record.labels)
     each = ", ".join(f"{name} {counts[number]}" for number, name in enumerate(split.class_names, start=1))
-    return f"{split.name}: labelled by the teacher, {len(split)} pictures, {sum(counts.values())} objects ({each})"
+    pictures = f"{len(split)} pictures" + (f" of {labelled.pictures}" if len(split) < labelled.pictures else "")
+    return f"{split.name}: labelled by the teacher, {pictures}, {sum(counts.values())} objects ({each})"

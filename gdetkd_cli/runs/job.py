@@ -27,6 +27,7 @@ class Job:
         student: the detector that is trained, and the description that rebuilds it.
         pair: what was decided about distillation; None for plain training.
         train, val: the splits, in the student's classes.
+        pictures: in each split, those included that the teacher was not asked to label for a mere look.
         labels: what the teacher said of pictures without annotations, by split, as COCO's tables.
         notes: what there was to say.
     """
@@ -38,6 +39,7 @@ class Job:
     pair: build.BuiltPair | None
     train: Split
     val: Split
+    pictures: dict[build.Which, int]
     labels: dict[build.Which, Tables]
     notes: tuple[str, ...]
 
@@ -91,7 +93,7 @@ def prepare(
     student.detector.module.to(device)
     train, val = (build.relabel(splits[which], student.detector) for which in build.SPLITS)
     notes = [f"{split.name}: {note}" for split in (train, val) for note in split.notes]
-    notes += [told(one.split) for one in labelled.values()]
+    notes += [told(one) for one in labelled.values()]
     notes += [f"student: {note}" for note in student.notes]
     pair = None
     if recipe.distill is not None and teacher is not None:
@@ -99,8 +101,19 @@ def prepare(
         pair = build.build_pair(recipe.distill, student.detector, teacher.detector, recipe.seed)
     distiller = pair.distiller if pair else Distiller(student=student.detector)
     build.apply_runtime(settings, recipe, student.detector, pair, device)
-    tables = {which: one.tables for which, one in labelled.items()}
-    return Job(recipe, settings, student, distiller, pair, train, val, tables, tuple(notes))
+    pictures: dict[build.Which, int] = {"train": len(train), "val": len(val)}
+    return Job(
+        recipe=recipe,
+        settings=settings,
+        student=student,
+        distiller=distiller,
+        pair=pair,
+        train=train,
+        val=val,
+        pictures=pictures | {which: one.pictures for which, one in labelled.items()},
+        labels={which: one.tables for which, one in labelled.items()},
+        notes=tuple(notes),
+    )
 
 
 def has_task_loss(recipe: Recipe) -> bool:

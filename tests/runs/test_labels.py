@@ -17,7 +17,7 @@ from gdetkd_cli.data.folder import read_folder
 from gdetkd_cli.data.synthetic import synthetic_split
 from gdetkd_cli.errors import DataError
 from gdetkd_cli.recipe.schema import CheckpointDetector, CocoData, FolderData, Recipe
-from gdetkd_cli.runs import run_distill, run_eval, run_train
+from gdetkd_cli.runs import plan_distill, run_distill, run_eval, run_train
 from gdetkd_cli.runs.train import resume_run
 from gdetkd_cli.structures import Detections
 
@@ -108,6 +108,13 @@ def test_what_the_teacher_cannot_say(folder: Path) -> None:
     strict = FolderData.model_validate({"format": "folder", "root": folder, "labels": {"score": 0.95}})
     with pytest.raises(DataError, match=r"detects nothing in .* with a score of 0\.95 or more \(its best is 0\.90\)"):
         label_split(split, strict, teacher, device=CPU)
+
+
+def test_a_look_labels_a_few(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gdetkd_cli.runs.plan._LABELLED", 3)
+    plan = plan_distill(recipe(folder))
+    assert (plan.train_images, plan.val_images) == (10, 2)
+    assert any("labelled by the teacher, 3 pictures of 10, " in note for note in plan.notes)
 
 
 def test_a_folder_of_pictures_is_a_data_set(folder: Path, tmp_path: Path) -> None:
