@@ -216,9 +216,11 @@ def test_images_are_fitted_into_a_fixed_size(form: str, tmp_path: Path) -> None:
     assert [tuple(m.shape) for m in seen.pyramid.maps] == [(2, 8, 12, 16), (2, 12, 6, 8), (2, 16, 3, 4)]
 
 
-@pytest.mark.parametrize("student", ["faster-rcnn", "retinanet"])
-@pytest.mark.parametrize("form", FORMS)
-def test_a_file_distils(student: str, form: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("form", "student"),
+    [*((form, "faster-rcnn") for form in FORMS), ("traced", "fcos"), ("exported", "retinanet"), ("onnx", "retinanet")],
+)
+def test_a_file_distils(form: str, student: str, tmp_path: Path) -> None:
     path = written(form, tmp_path / "teacher")
     recipe = toy.recipe(steps=2, student=student)
     teacher = CheckpointDetector.model_validate({"arch": "checkpoint", "path": str(path), "input": {"size": SIZE}})

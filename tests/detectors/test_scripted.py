@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,26 @@ def test_a_scripted_torchvision_detector_trains(tmp_path: Path) -> None:
     run = run_distill(toy.recipe(steps=1).model_copy(update={"student": student(path)}), output=tmp_path / "run").run
     trained = torch.load(run / "student.pt", weights_only=True)["model"]
     assert trained.keys() == faster_rcnn().state_dict().keys()
+
+
+def test_a_scripted_torchvision_detector_teaches_a_dense_student(tmp_path: Path) -> None:
+    path = scripted(faster_rcnn(), tmp_path / "teacher.pt")
+    recipe = toy.recipe(steps=1, student="retinanet").model_copy(update={"teacher": student(path)})
+    run = run_distill(recipe, output=tmp_path / "run").run
+    lines = (run / "metrics.jsonl").read_text()
+    assert all(f'"{term}"' in lines for term in ("sgfi", "ckd"))
+    probed = json.loads((run / "probe.json").read_text())
+    assert probed["teacher"]["family"] == "two-stage"
+    assert probed["teacher"]["region_embedding"]["channels"] == 1024
+
+
+def test_settings_that_are_not_torchvisions_teach_by_their_features(tmp_path: Path) -> None:
+    path = scripted(faster_rcnn(box_detections_per_img=7), tmp_path / "odd.pt")
+    told: list[str] = []
+    recipe = toy.recipe(steps=1, student="retinanet").model_copy(update={"teacher": student(path)})
+    run = run_distill(recipe, output=tmp_path / "run", observer=lambda event: told.append(str(event))).run
+    assert any("only its features can teach, since it has the weights of torchvision's" in note for note in told)
+    assert '"sgfi"' in (run / "metrics.jsonl").read_text()
 
 
 def test_an_ssd(tmp_path: Path) -> None:
