@@ -16,6 +16,7 @@ from gdetkd_cli.data.coco import split_of
 from gdetkd_cli.data.loader import validation_batches
 from gdetkd_cli.data.pictures import Pictures
 from gdetkd_cli.data.split import Split
+from gdetkd_cli.detectors.probed import ProbedDetector
 from gdetkd_cli.detectors.protocol import Detector
 from gdetkd_cli.errors import DataError
 from gdetkd_cli.evaluation.predict import gather_predictions, predict_split
@@ -56,8 +57,10 @@ def label_split(
 
     Raises:
         DataError: a class that the teacher does not know, or it finds nothing at all.
-        PairError: its detections cannot be read.
+        PairError: its detections cannot be read, or their classes are not known.
     """
+    if isinstance(teacher, ProbedDetector):
+        teacher.check_detects()
     images = data.root / data.train_images
     pictures = len(split)
     split = replace(split, records=split.records[:most])

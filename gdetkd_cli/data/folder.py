@@ -43,5 +43,6 @@ def read_folder(folder: Path, which: Literal["train", "val", "all"] = "all") -> 
 
 
 def _pictures(folder: Path) -> Iterator[Path]:
-    known = Image.registered_extensions()
+    endings = Image.registered_extensions()  # some are of formats that Pillow writes only
+    known = {ending for ending, format in endings.items() if format in Image.OPEN}
     return (path for path in folder.rglob("*") if path.suffix.lower() in known and path.is_file())
