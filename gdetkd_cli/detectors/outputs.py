@@ -19,8 +19,10 @@ from torchvision.ops import batched_nms, box_convert
 from gdetkd_cli.probing.record import tensors_in
 from gdetkd_cli.structures import Detections
 
-_LEAST_SCORE = 0.05
-_NMS_IOU = 0.6
+# As YOLO models are usually evaluated.
+_LEAST_SCORE = 0.001
+_NMS_IOU = 0.7
+_MOST_CANDIDATES = 30_000  # boxes of one image before suppression
 _MOST = 300  # detections of one image
 _FIELDS = ("boxes", "scores", "labels")
 
@@ -151,9 +153,11 @@ def _read_cells(
 def _suppressed(cells: Tensor, objectness: bool, unit: tuple[float, float]) -> Detections:
     """(A, 4 + K) or (A, 5 + K): centre, width, height, scores -> what is left after suppression, class by class."""
     boxes = box_convert(cells[:, :4], "cxcywh", "xyxy") * cells.new_tensor(unit * 2)
-    scores, labels = (cells[:, 5:] * cells[:, 4:5] if objectness else cells[:, 4:]).max(dim=1)
-    likely = scores > _LEAST_SCORE
-    boxes, scores, labels = boxes[likely], scores[likely], labels[likely]
+    by_class = cells[:, 5:] * cells[:, 4:5] if objectness else cells[:, 4:]
+    places, labels = (by_class > _LEAST_SCORE).nonzero().unbind(1)  # a cell may say several classes
+    scores = by_class[places, labels]
+    best = scores.argsort(descending=True, stable=True)[:_MOST_CANDIDATES]
+    boxes, scores, labels = boxes[places[best]], scores[best], labels[best]
     kept = batched_nms(boxes, scores, labels, _NMS_IOU)[:_MOST]
     return _kept(boxes[kept], scores[kept], labels[kept] + 1)
 

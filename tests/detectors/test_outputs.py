@@ -57,14 +57,15 @@ def cells(*rows: list[float]) -> Tensor:
     return torch.tensor([rows])
 
 
-# Two cells see one object of class 2 (from 0), another sees one of class 0; the last one sees nothing.
+# Two cells see one object of class 2 (from 0), another is not sure whether its own is of class 0 or 1; the last sees
+# nothing.
 CELLS = cells(
-    [40.0, 25, 20, 30, 0.1, 0.0, 0.9],
-    [41.0, 25, 20, 30, 0.1, 0.0, 0.8],
+    [40.0, 25, 20, 30, 0.0, 0.0, 0.9],
+    [41.0, 25, 20, 30, 0.0, 0.0, 0.8],
     [7.0, 14, 10, 20, 0.7, 0.2, 0.0],
-    [80.0, 50, 10, 10, 0.0, 0.01, 0.02],
+    [80.0, 50, 10, 10, 0.0, 0.0, 0.0005],
 )
-KEPT = torch.tensor([[30.0, 10, 50, 40], [2, 4, 12, 24]])
+KEPT = torch.tensor([[30.0, 10, 50, 40], [2, 4, 12, 24], [2, 4, 12, 24]])
 
 
 @pytest.mark.parametrize("transposed", [False, True])
@@ -73,7 +74,7 @@ def test_class_scores_of_each_cell(transposed: bool) -> None:
     name, (one,) = read([returned, [torch.rand(1, 8, 4, 4)]], classes=3)  # the heads' maps beside it are left aside
 
     assert name == "box and class scores of each cell"
-    assert_found(one, KEPT, [0.9, 0.7], [3, 1])
+    assert_found(one, KEPT, [0.9, 0.7, 0.2], [3, 1, 2])
 
 
 def test_objectness_multiplies() -> None:
@@ -81,14 +82,14 @@ def test_objectness_multiplies() -> None:
     name, (one,) = read(returned, classes=3)
 
     assert name == "box and objectness and class scores of each cell"
-    assert_found(one, KEPT[[1, 0]], [0.7, 0.45], [1, 3])
+    assert_found(one, KEPT[[1, 0, 2]], [0.7, 0.45, 0.2], [1, 3, 2])
 
 
 def test_boxes_as_fractions_of_the_image() -> None:
     fractions = CELLS.clone()
     fractions[..., :4] /= torch.tensor([SIZE[1], SIZE[0]] * 2)
     _, (one,) = read(fractions, classes=3)
-    assert_found(one, KEPT, [0.9, 0.7], [3, 1])
+    assert_found(one, KEPT, [0.9, 0.7, 0.2], [3, 1, 2])
 
 
 def test_suppressed_rows() -> None:
