@@ -6,21 +6,20 @@ Shapes: N images, R regions; boxes xyxy.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property
 from itertools import chain
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from gdetkd_cli.detectors.outputs import OutputForm, recognise_form
 from gdetkd_cli.detectors.pooling import DENSE_CELLS, TWO_STAGE_CELLS, assign_levels, channels_of, pool_assigned
 from gdetkd_cli.detectors.protocol import Family, Observation, RegionView, View
-from gdetkd_cli.detectors.torchvision_common import device_of, evaluating
+from gdetkd_cli.detectors.torchvision_common import evaluating
 from gdetkd_cli.errors import ModelError, PairError
 from gdetkd_cli.probing.geometry import Geometry
 from gdetkd_cli.probing.inputs import ModelInput
-from gdetkd_cli.probing.probe import Probed, frame_of, probe, probe_image
+from gdetkd_cli.probing.outputs import OutputForm
+from gdetkd_cli.probing.probe import Probed, frame_of, probe
 from gdetkd_cli.probing.runner import RUN_ERRORS, Runner, reason_of
 from gdetkd_cli.structures import Batch, Detections, Frame, LevelSpec, Pyramid, Regions
 
@@ -64,9 +63,8 @@ class ProbedDetector:
         self.kind = kind
         self.class_names = class_names or runner.class_names
         self._input = model_input
-        self._size = size
         self._frames: dict[tuple[int, int], Geometry] = {}
-        self.probed: Probed = probe(runner, size, model_input, levels)
+        self.probed: Probed = probe(runner, size, model_input, levels, len(self.class_names) or None)
         self.levels = tuple(
             LevelSpec(level.name, level.channels, level.cells.stride, level.cells.offset, level.shape)
             for level in self.probed.levels
@@ -87,22 +85,13 @@ class ProbedDetector:
     def observe(self, batch: Batch) -> Observation:
         raise PairError(f"{self._source} can teach, but not be trained: its losses are not known")
 
-    @cached_property
-    @torch.no_grad()
-    def output_form(self) -> OutputForm | None:
-        """How its detections are read; None where their form is not known."""
-        image = self._input.prepare(probe_image(self._size).to(device_of(self.module)))
-        with evaluating(self.module):
-            returned = self._run([image])
-        return recognise_form(returned, (image.shape[-2], image.shape[-1]), len(self.class_names) or None)
-
     def check_detects(self) -> OutputForm:
         """The form of its detections.
 
         Raises:
             PairError: they cannot be read, or their classes are not known.
         """
-        form = self.output_form
+        form = self.probed.detections
         if form is None:
             known = f"{len(self.class_names)} classes" if self.class_names else "classes that are not known"
             raise PairError(

@@ -19,6 +19,7 @@ from gdetkd_cli.errors import NO_CONVOLUTION, ModelError, NoPyramidError
 from gdetkd_cli.probing.class_names import class_names_in
 from gdetkd_cli.probing.inputs import Call, alone, channels_last, stacked
 from gdetkd_cli.probing.record import Address, Value, Window, sides_of
+from gdetkd_cli.probing.runner import Recorded
 
 # As aten names them, since that is what levels are recognised by.
 _NAMES = {
@@ -100,8 +101,8 @@ class OnnxRunner:
             call = Call("(N, 3, H, W) tensor", "one size", stacked)
         return channels_last(call) if last else call, size
 
-    def record(self, image: Tensor) -> tuple[Call, tuple[Value, ...]]:
-        shapes = self._shapes(image)
+    def record(self, image: Tensor) -> Recorded:
+        shapes, returned = self._shapes(image)
         aliases = {name: name for name in self._weights}  # a weight that was converted or scaled is that weight
         index = {self._image.name: 0}
         values = [Value("input", 0, 0, shapes[self._image.name], (), name=self._image.name)]
@@ -126,7 +127,7 @@ class OnnxRunner:
                     self._tensors[Address(op, call, output)] = name
                     if op == "convolution" and parents and not self._network_input:
                         self._network_input = node.input[0]
-        return self._call, tuple(values)
+        return Recorded(self._call, tuple(values), returned)
 
     def read(self, call: Call, images: Sequence[Tensor], addresses: Sequence[Address]) -> tuple[Tensor, list[Tensor]]:
         if not self._network_input:
@@ -152,14 +153,17 @@ class OnnxRunner:
         names = [output.name for output in self._whole.get_outputs()]
         found = self._run(self._whole, self._feed(call, images), names)
         device = images[0].device
-        return {name: torch.from_numpy(np.asarray(array)).to(device) for name, array in zip(names, found, strict=True)}
+        return {name: value.to(device) for name, value in _numbers(names, found).items()}
 
-    def _shapes(self, image: Tensor) -> dict[str, tuple[int, ...]]:
-        """By value, its shape for this image; shapes are asked for, so that the values need not be kept."""
+    def _shapes(self, image: Tensor) -> tuple[dict[str, tuple[int, ...]], dict[str, Tensor]]:
+        """By value, its shape for this image, and the model's own outputs.
+
+        Shapes are asked for, so that the values need not be kept.
+        """
         model = ModelProto()
         model.CopyFrom(self._model)
         graph = model.graph
-        del graph.output[:]
+        own = [output.name for output in graph.output]
         asked = {f"gdetkd shape of {name}": name for name in self._maps()}
         paddings = {node.input[1] for node in graph.node if node.op_type == "Pad" and len(node.input) > 1}
         computed = {f"gdetkd value of {name}": name for name in sorted(paddings)}  # often by a chain of small operators
@@ -171,16 +175,17 @@ class OnnxRunner:
         whole = [onnx.helper.make_tensor_value_info(name, TensorProto.INT64, None) for name in (*asked, *computed)]
         graph.output.extend(whole)
         graph.output.extend(onnx.helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in boxes)
-        outputs = [*asked, *computed, *boxes]
+        outputs = [*asked, *computed, *boxes, *own]
         feed = self._feed(self._call, [image])
         rows = self._run(self._open(model), feed, outputs)
-        for node, row in zip(regions, rows[len(outputs) - len(boxes) :], strict=True):
+        for node, row in zip(regions, rows[len(asked) + len(computed) :], strict=False):
             scale = next((float(a.f) for a in node.attribute if a.name == "spatial_scale"), 1.0)
             self._sides[node.output[0]] = sides_of(torch.from_numpy(row), scale)
         found = [tuple(int(n) for n in row) for row in rows[: len(asked) + len(computed)]]
         self._paddings = dict(zip(computed.values(), found[len(asked) :], strict=True))
         shapes = dict(zip(asked.values(), found, strict=False))
-        return shapes | {self._image.name: tuple(feed[self._image.name].shape)}
+        returned = _numbers(own, rows[len(rows) - len(own) :])
+        return shapes | {self._image.name: tuple(feed[self._image.name].shape)}, returned
 
     def _maps(self) -> Iterable[str]:
         """Names of the values that may be maps, in the order of their making."""
@@ -270,6 +275,12 @@ class OnnxRunner:
                 for a in (0, 1)
             ]
         return Window(*((int(p[0]), int(p[1])) for p in (kernel, stride, padding, dilation)))
+
+
+def _numbers(names: Sequence[str], rows: Sequence[Any]) -> dict[str, Tensor]:
+    """Outputs by name; those that are no arrays of numbers (text, sequences) are left out."""
+    pairs = zip(names, rows, strict=True)
+    return {n: torch.from_numpy(r) for n, r in pairs if isinstance(r, np.ndarray) and r.dtype.kind in "fiub"}
 
 
 def _same(length: int, reach: int, stride: int, *, lower: bool) -> int:

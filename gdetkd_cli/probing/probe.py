@@ -16,6 +16,7 @@ from gdetkd_cli.errors import ModelError
 from gdetkd_cli.probing.geometry import Geometry, cells_of, evenly, measure_frame, through
 from gdetkd_cli.probing.inputs import Call, ModelInput
 from gdetkd_cli.probing.levels import LINEAR, choose_levels, find_levels
+from gdetkd_cli.probing.outputs import OutputForm, recognise_form
 from gdetkd_cli.probing.record import Address, Output, Value
 from gdetkd_cli.probing.runner import Runner
 
@@ -57,6 +58,7 @@ class Probed:
         least_side: of a region on its level, in cells, where the regions that were pooled tell: one of twice that side
             belongs to the next level.
         reason: why these are the levels, for people.
+        detections: how what the model returns is read; None where its form is not known.
         confidence: how often this reason was right, in 0..1.
         alternatives: names of other sets of maps that might be meant, and why.
         first: the submodule of the first convolution, as far as its weights tell.
@@ -67,13 +69,20 @@ class Probed:
     levels: tuple[ProbedLevel, ...]
     region_embedding: tuple[str, int] | None
     least_side: float | None
+    detections: OutputForm | None
     reason: str
     confidence: float
     alternatives: tuple[tuple[tuple[str, ...], str], ...]
     first: str
 
 
-def probe(runner: Runner, size: tuple[int, int], model_input: ModelInput, chosen: Sequence[str] = ()) -> Probed:
+def probe(
+    runner: Runner,
+    size: tuple[int, int],
+    model_input: ModelInput,
+    chosen: Sequence[str] = (),
+    classes: int | None = None,
+) -> Probed:
     """Finds the pyramid of a model.
 
     Args:
@@ -81,6 +90,7 @@ def probe(runner: Runner, size: tuple[int, int], model_input: ModelInput, chosen
         size: (height, width) pixels of the image that it is run on.
         model_input: what it wants of its images.
         chosen: names of the levels, where someone knows better; empty: they are found.
+        classes: how many it detects, where that is known.
 
     Raises:
         ModelError: it cannot be called in any known way, or has no value of a chosen name.
@@ -88,7 +98,9 @@ def probe(runner: Runner, size: tuple[int, int], model_input: ModelInput, chosen
     """
     image = probe_image(size)
     with warnings.catch_warnings(action="ignore"):  # the model's own
-        call, values = runner.record(model_input.prepare(image))
+        given = model_input.prepare(image)
+        recorded = runner.record(given)
+        call, values = recorded.call, recorded.values
         found = choose_levels(values, _indices(values, chosen)) if chosen else find_levels(values)
         frame = frame_of(runner, call, image, model_input)
     levels = []
@@ -115,6 +127,7 @@ def probe(runner: Runner, size: tuple[int, int], model_input: ModelInput, chosen
         levels=tuple(levels),
         region_embedding=None if pooled is None else _region_embedding(values, pooled),
         least_side=None if pooled is None else _least_side(values, pooled, found.levels),
+        detections=recognise_form(recorded.returned, (given.shape[-2], given.shape[-1]), classes),
         reason=found.reason,
         confidence=found.confidence,
         alternatives=tuple((tuple(name_of(values[i]) for i in levels), why) for levels, why in found.alternatives),

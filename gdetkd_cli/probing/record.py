@@ -92,10 +92,12 @@ class Record:
     Attributes:
         values: floating-point values in the order of their making; the inputs come first.
         results: by leaf tensor of what the model returned, the index of its value; None where it has none.
+        returned: what the model returned.
     """
 
     values: tuple[Value, ...]
     results: tuple[int | None, ...]
+    returned: object
 
 
 Tell = Callable[[str, object], None]  # a name in the model's file, and the value that it is of
@@ -130,7 +132,7 @@ def record(
         replace(value, name=recorder.names.get(i, ""), returned=recorder.outputs.get(i))
         for i, value in enumerate(recorder.values)
     ]
-    return Record(tuple(values), tuple(recorder.index_of(leaf) for leaf in tensors_in(result)))
+    return Record(tuple(values), tuple(recorder.index_of(leaf) for leaf in tensors_in(result)), result)
 
 
 def tensors_in(result: object) -> list[Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Protocol, runtime_checkable
 
@@ -27,6 +28,16 @@ CALLS = (
 def calls_for(*, last: bool) -> tuple[Call, ...]:
     """Ways of calling a module that takes its channels first, or last."""
     return tuple(map(channels_last, CALLS)) if last else CALLS
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """One forward: how the model was called, what it computed, and what it returned (tensors by name, of a file that
+    names its outputs)."""
+
+    call: Call
+    values: tuple[Value, ...]
+    returned: object
 
 
 class Runner(Protocol):
@@ -55,7 +66,7 @@ class Runner(Protocol):
     @property
     def class_names(self) -> tuple[str, ...]: ...
 
-    def record(self, image: Tensor) -> tuple[Call, tuple[Value, ...]]:
+    def record(self, image: Tensor) -> Recorded:
         """Finds out how the model is called, and what it computes of one image (3, H, W).
 
         Raises:
@@ -112,14 +123,15 @@ class ModuleRunner:
     def parameters(self) -> int:
         return sum(p.numel() for p in self.module.parameters())
 
-    def record(self, image: Tensor) -> tuple[Call, tuple[Value, ...]]:
+    def record(self, image: Tensor) -> Recorded:
         weights = dict(self.module.named_parameters()) | dict(self.module.named_buffers())
         scripted = isinstance(self.module, torch.jit.ScriptModule)  # whose submodules take no hooks
         submodules = {} if scripted else {name: module for name, module in self.module.named_modules() if name}
         reasons = []
         for call in self._calls:
             try:
-                return call, record(partial(self._told, call, [image]), weights, [image], submodules).values
+                found = record(partial(self._told, call, [image]), weights, [image], submodules)
+                return Recorded(call, found.values, found.returned)
             except (*RUN_ERRORS, TypeError, ValueError, AttributeError, LookupError, AssertionError) as error:
                 reasons.append(f"{call.name}: {reason_of(error)}")
         if weights and all(tensor.dim() < 4 for tensor in weights.values()):

@@ -15,12 +15,12 @@ from gdetkd_cli.data.pictures import Pictures, picture_size
 from gdetkd_cli.detectors import architectures, catalog
 from gdetkd_cli.detectors.factory import is_reference, make
 from gdetkd_cli.detectors.files import kind_of, open_runner
-from gdetkd_cli.detectors.outputs import ROWS, recognise_form
 from gdetkd_cli.detectors.probed import ProbedDetector
 from gdetkd_cli.detectors.protocol import Detector
 from gdetkd_cli.detectors.torchvision_common import device_of
 from gdetkd_cli.errors import ModelError
 from gdetkd_cli.probing.inputs import ModelInput
+from gdetkd_cli.probing.outputs import ROWS
 from gdetkd_cli.probing.probe import probe, probe_image
 from gdetkd_cli.probing.runner import CALLS, ModuleRunner, Runner, calls_for
 from gdetkd_cli.results import Alternative, LevelReport, ProbeOptions, PyramidReport
@@ -100,15 +100,11 @@ def _unknown(runner: Runner, source: str, format: str, options: ProbeOptions, ob
     scale = options.scale or (255.0 if runner.bytes else 1.0)
     model_input = ModelInput(scale=scale, mean=options.mean, std=options.std, fit=runner.size, bgr=options.bgr)
     size = options.size or runner.size or _SIZE
-    found = probe(runner, size, model_input, options.levels)
+    found = probe(runner, size, model_input, options.levels, len(runner.class_names) or None)
     picture = _picture(options, size)
     addresses = [level.address for level in found.levels]
     maps = runner.read(found.call, [model_input.prepare(picture)], addresses)[1]
     maps = [m.movedim(-1, 1) if level.channels_last else m for m, level in zip(maps, found.levels, strict=True)]
-    prepared = model_input.prepare(picture)
-    with torch.no_grad():
-        returned = runner.run(found.call, [prepared])
-    form = recognise_form(returned, (prepared.shape[-2], prepared.shape[-1]), len(runner.class_names) or None)
     embedding = found.region_embedding
     report = PyramidReport(
         source=source,
@@ -127,7 +123,7 @@ def _unknown(runner: Runner, source: str, format: str, options: ProbeOptions, ob
             for level, features in zip(found.levels, maps, strict=True)
         ),
         region_embedding=None if embedding is None else {"channels": embedding[1], "source": embedding[0]},
-        detections=form.name if form else None,
+        detections=found.detections.name if found.detections else None,
         size=size,
         classes=runner.class_names,
         parameters=runner.parameters,
@@ -198,7 +194,7 @@ def _looked_at(
         for level, features in zip(pyramid.levels, pyramid.maps, strict=True)
     )
     probed = detector if isinstance(detector, ProbedDetector) else None
-    form = probed.output_form if probed else ROWS
+    form = probed.probed.detections if probed else ROWS
     report = PyramidReport(
         source=source,
         format=probed.kind if probed else format,

@@ -48,11 +48,12 @@ def rewritten(program: Path, path: Path, change: Callable[[str, bytes], bytes]) 
 def test_a_program_of_free_sizes_is_read(program: Path) -> None:
     runner = load_exported(program)
     assert runner.size is None
-    call, values = runner.record(torch.rand(3, 64, 128))
+    recorded = runner.record(torch.rand(3, 64, 128))
+    call, values = recorded.call, recorded.values
     assert call.takes == "one"
     assert len(values) > 10
     runner.module.train()  # has one mode
-    assert runner.record(torch.rand(3, 64, 128))[1] == values
+    assert runner.record(torch.rand(3, 64, 128)).values == values
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gdetkd_cli.detectors.outputs import recognise_form
+from gdetkd_cli.probing.outputs import recognise_form
 from gdetkd_cli.structures import Detections
 
 SIZE = (64, 96)
