@@ -197,7 +197,7 @@ class RegionChoice(Strict):
 class SGFI(Strict):
     """Semantic-guided feature imitation (METHOD, section 2)."""
 
-    weight: NonNegativeFloat = 1.0
+    weight: NonNegativeFloat = Field(10.0, description="of the term; its target is standardised, so 10 suits most")
     normalize: Literal["channel", "scalar", "none"] = Field(
         "channel", description="teacher features are standardised per channel, as a whole, or (as in the paper) not"
     )

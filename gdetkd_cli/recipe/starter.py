@@ -60,7 +60,7 @@ teacher:
 # What the student learns from the teacher, besides the boxes. `null` leaves a term out.
 distill:
   sgfi:                         # imitates the teacher's features, region by region
-    weight: 1.0
+    weight: 10
     # normalize: channel        # teacher features standardised per channel; or: scalar, none (the paper)
     # warmup_steps: 0           # steps over which the weight rises from 0
   ckd:                          # contrast between regions; or: auto, where the teacher has a region embedding
