@@ -170,7 +170,7 @@ def test_the_plan_runs_and_writes_nothing(student: str, tmp_path: Path, monkeypa
         "heterogeneous, two-stage -> dense" if heterogeneous else "homogeneous, two-stage -> two-stage"
     )
     assert weights == {
-        "sgfi": 1.0,
+        "sgfi": 10.0,
         "ckd": 1.0,
         "class_kd": None if heterogeneous else 1.0,
         "box_kd": None if heterogeneous else 1.0,
