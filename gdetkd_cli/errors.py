@@ -31,9 +31,6 @@ class NoPyramidError(GDetKDError):
     exit_code = 3
 
 
-NO_CONVOLUTION = "no convolution reads an image in this model, so it has no feature maps"
-
-
 class PairError(GDetKDError):
     """A distillation term does not fit this pair of detectors."""
 
@@ -64,3 +61,12 @@ class ExportError(GDetKDError):
     """An export failed, or the exported file disagrees with the detector it came from."""
 
     exit_code = 5
+
+
+NO_CONVOLUTION = "no convolution reads an image in this model, so it has no feature maps"
+
+
+def first_line(error: Exception) -> str:
+    """Of an error's message; its type where there is none."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeGuard
 
 from gdetkd_cli.data.coco import align_classes, read_coco
 from gdetkd_cli.data.dataset import DetectionDataset
@@ -53,7 +53,7 @@ def build_split(data: Data, which: Which, labels: Path | None = None) -> Split:
     return read_coco(annotations=data.root / annotations, images=data.root / folder, classes=data.classes)
 
 
-def needs_labels(data: Data, which: Which) -> bool:
+def needs_labels(data: Data, which: Which) -> TypeGuard[CocoData | FolderData]:
     """Whether the teacher labels the split."""
     if isinstance(data, FolderData):
         return which == "train" or data.val is None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, assert_never
 
@@ -26,6 +26,8 @@ from gdetkd_cli.detectors.weights import (
 )
 from gdetkd_cli.errors import ModelError
 from gdetkd_cli.probing.inputs import ModelInput
+from gdetkd_cli.probing.runner import Runner
+from gdetkd_cli.recipe import schema
 from gdetkd_cli.recipe.schema import CheckpointDetector, ComposedDetector, FactoryDetector, TorchvisionDetector
 
 _KINDS = {"torchscript": "TorchScript", "exported": "an exported program", "onnx": "ONNX"}
@@ -111,13 +113,7 @@ def _made(spec: FactoryDetector, class_names: tuple[str, ...], seed: int) -> Bui
         "kind": "factory",
         "factory": spec.factory,
         "arguments": spec.arguments,
-        "input": {
-            "scale": 255.0 if options.range == "0-255" else 1.0,
-            "mean": options.mean,
-            "std": options.std,
-            "fit": options.size if options.fit else None,
-            "bgr": options.channels == "bgr",
-        },
+        "input": asdict(_model_input(options)),
         "last": options.layout == "hwc",
         "levels": spec.levels,
         "size": list(options.size),
@@ -137,19 +133,30 @@ def _probed(spec: CheckpointDetector, path: Path, kind: Kind, *, teaches: bool) 
         raise ModelError(f"{path} is {_KINDS[kind]}, which can teach but not be trained here; name another student")
     options = spec.input
     runner = open_runner(path, kind, last=options.layout == "hwc")
-    scale = 255.0 if options.range == "0-255" or runner.bytes else 1.0
-    fit = options.size if options.fit else runner.size
     detector = ProbedDetector(
         runner=runner,
         source=str(path),
         kind=kind,
-        model_input=ModelInput(scale=scale, mean=options.mean, std=options.std, fit=fit, bgr=options.channels == "bgr"),
+        model_input=_model_input(options, runner),
         size=options.size,
         class_names=tuple(spec.classes or ()),
         levels=tuple(spec.levels or ()),
     )
     notes = (f"{path}: called with a {detector.probed.call.name}", f"{path}: {detector.probed.reason}")
     return BuiltDetector(detector, {}, notes)
+
+
+def _model_input(options: schema.ModelInput, runner: Runner | None = None) -> ModelInput:
+    """What a recipe says that a model wants its images to be, and what its ``runner`` knows of it."""
+    takes_bytes = options.range == "0-255" or (runner is not None and runner.bytes)
+    only = None if runner is None else runner.size
+    return ModelInput(
+        scale=255.0 if takes_bytes else 1.0,
+        mean=options.mean,
+        std=options.std,
+        fit=options.size if options.fit else only,
+        bgr=options.channels == "bgr",
+    )
 
 
 def _description(spec: TorchvisionDetector | ComposedDetector, norm: str) -> dict[str, Any]:

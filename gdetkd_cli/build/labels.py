@@ -21,6 +21,7 @@ from gdetkd_cli.detectors.protocol import Detector
 from gdetkd_cli.errors import DataError
 from gdetkd_cli.evaluation.predict import gather_predictions, predict_split
 from gdetkd_cli.recipe.schema import CocoData, FolderData, TeacherLabels
+from gdetkd_cli.training.run_folder import write_text
 
 Tables = Mapping[str, list[dict[str, Any]]]
 
@@ -118,7 +119,7 @@ def write_labels(folder: Path, labels: Mapping[Which, Tables]) -> None:
     """Writes the tables of each split as ``SPLIT.json``, COCO's format."""
     folder.mkdir(exist_ok=True)
     for which, tables in labels.items():
-        (folder / f"{which}.json").write_text(json.dumps(tables), encoding="utf-8")
+        write_text(folder / f"{which}.json", json.dumps(tables))
 
 
 def told(labelled: Labelled) -> str:

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
         Plan,
         Profile,
         PyramidReport,
-        TermPlan,
         TrainResult,
     )
 
@@ -164,17 +163,20 @@ def begun(result: CheckedRecipe) -> RenderableType:
     """What ``init`` found and wrote."""
     return Group(
         _line(f"{result.recipe}: a {result.pair} pair"),
-        _line(f"student {_about(result.student)}"),
-        _line(f"teacher {_about(result.teacher)}"),
-        Columns([_levels(result.student, "student"), _levels(result.teacher, "teacher")], padding=(0, 2)),
-        _terms(result.terms),
+        *_both(result),
         _line(f"next: gdetkd distill --recipe {result.recipe} --dry-run"),
     )
 
 
-def _terms(terms: Sequence[TermPlan]) -> Table:
-    rows = [(term.name, "left out" if term.weight is None else f"{term.weight:g}", term.reason) for term in terms]
-    return _table(None, ("term", "weight", "why"), rows, words=3)
+def _both(found: CheckedRecipe | Plan) -> list[RenderableType]:
+    """Both detectors, their levels side by side, and the terms between them."""
+    rows = [(term.name, "left out" if term.weight is None else f"{term.weight:g}", term.reason) for term in found.terms]
+    return [
+        _line(f"student {_about(found.student)}"),
+        _line(f"teacher {_about(found.teacher)}"),
+        Columns([_levels(found.student, "student"), _levels(found.teacher, "teacher")], padding=(0, 2)),
+        _table(None, ("term", "weight", "why"), rows, words=3),
+    ]
 
 
 def planned(plan: Plan) -> RenderableType:
@@ -190,10 +192,7 @@ def planned(plan: Plan) -> RenderableType:
     ]
     return Group(
         _line(f"{plan.recipe}: {plan.pair}"),
-        _line(f"student {_about(plan.student)}"),
-        _line(f"teacher {_about(plan.teacher)}"),
-        Columns([_levels(plan.student, "student"), _levels(plan.teacher, "teacher")], padding=(0, 2)),
-        _terms(plan.terms),
+        *_both(plan),
         *map(_line, [*facts, *plan.notes]),
     )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,18 +23,22 @@ class Layout:
     val_images: Path
 
 
-def find_layout(root: Path) -> Layout:
+def find_layout(root: Path, files: Mapping[Path, str] | None = None) -> Layout:
     """Looks for two COCO detection files and the pictures that they name.
 
     Files are told apart by their own name or their folder's: ``train.json``, ``annotations/instances_val2017.json``,
     ``valid/_annotations.coco.json``.
+
+    Args:
+        root: the folder.
+        files: its ``detection_files``, where they are known already.
 
     Raises:
         DataError: a split's annotations or pictures are not found, with what was looked at.
     """
     if not root.is_dir():
         raise DataError(f"{root} is not a folder; expected one with COCO annotations and pictures")
-    found = _detection_files(root)
+    found = detection_files(root) if files is None else files
     train, val = (_of_split(found, root, words) for words in (_TRAIN, _VAL))
     if train is None or val is None:
         names = ", ".join(str(file.relative_to(root)) for file in found) or "no COCO detection file"
@@ -47,12 +51,7 @@ def find_layout(root: Path) -> Layout:
     return Layout(*(path.relative_to(root) for path in (train, val, folders[train], folders[val])))
 
 
-def has_annotations(root: Path) -> bool:
-    """Whether a folder has COCO detection files where ``find_layout`` looks."""
-    return bool(_detection_files(root))
-
-
-def _detection_files(root: Path) -> dict[Path, str]:
+def detection_files(root: Path) -> dict[Path, str]:
     """COCO detection files, with the file name of each one's first picture."""
     files = sorted([*root.glob("*.json"), *root.glob("*/*.json")])
     return {file: name for file in files if (name := _first_picture(file)) is not None}

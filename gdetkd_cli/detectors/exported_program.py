@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
 
-from gdetkd_cli.errors import NO_CONVOLUTION, ModelError, NoPyramidError
+from gdetkd_cli.errors import NO_CONVOLUTION, ModelError, NoPyramidError, first_line
 from gdetkd_cli.probing.inputs import Call, channels_last, stacked
 from gdetkd_cli.probing.record import Tell
 from gdetkd_cli.probing.runner import CALLS, ModuleRunner
@@ -49,7 +49,9 @@ def load_exported(path: Path) -> ModuleRunner:
         # Guards are Python in the file; sizes are checked without them.
         module = _Program(program.module(check_guards=False))
     except (RuntimeError, ValueError, LookupError, AssertionError, TypeError) as error:
-        raise ModelError(f"torch {torch.__version__} cannot read the program in {path} ({_line(error)})") from error
+        raise ModelError(
+            f"torch {torch.__version__} cannot read the program in {path} ({first_line(error)})"
+        ) from error
     if not any("conv" in str(node.target) for node in program.graph.nodes):
         raise NoPyramidError(NO_CONVOLUTION)
     inputs = [
@@ -136,7 +138,7 @@ def _check(path: Path) -> None:
                 elif "/sample_inputs/" in name or name.endswith(".pt"):
                     _check_pickle(path, archive.read(name))
     except (zipfile.BadZipFile, ValueError, EOFError) as error:
-        raise ModelError(f"{path} is not a whole file written by torch.export.save ({_line(error)})") from error
+        raise ModelError(f"{path} is not a whole file written by torch.export.save ({first_line(error)})") from error
 
 
 def _check_pickle(path: Path, content: bytes) -> None:
@@ -175,8 +177,3 @@ def _is_harmless(expression: str) -> bool:
 
 def _refusal(path: Path, reason: str) -> ModelError:
     return ModelError(f"{path} cannot be read without executing code from it ({reason}), which gdetkd never does")
-
-
-def _line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

@@ -12,7 +12,7 @@ import torch
 import torchvision  # noqa: F401  # registers the operators that a scripted detector calls
 
 from gdetkd_cli.detectors.exported_program import load_exported
-from gdetkd_cli.errors import ModelError
+from gdetkd_cli.errors import ModelError, first_line
 from gdetkd_cli.probing.class_names import class_names_in
 from gdetkd_cli.probing.runner import ModuleRunner, Runner, calls_for
 
@@ -94,5 +94,5 @@ def load_torchscript(
         unknown = [line.strip() for line in str(error).splitlines() if "Unknown builtin op" in line]
         if unknown:
             raise ModelError(f"{path} calls an operator that is not installed here ({unknown[0]})") from error
-        raise ModelError(f"{path} is not a whole TorchScript file ({str(error).strip().splitlines()[0]})") from error
+        raise ModelError(f"{path} is not a whole TorchScript file ({first_line(error)})") from error
     return module.to(device)

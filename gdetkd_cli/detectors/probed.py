@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from gdetkd_cli.detectors.pooling import DENSE_CELLS, TWO_STAGE_CELLS, assign_levels, channels_of, pool_assigned
-from gdetkd_cli.detectors.protocol import Family, Observation, RegionView, View
+from gdetkd_cli.detectors.protocol import Detector, Family, Observation, RegionView, View
 from gdetkd_cli.detectors.torchvision_common import evaluating
 from gdetkd_cli.errors import ModelError, PairError
 from gdetkd_cli.probing.geometry import Geometry
@@ -183,6 +183,13 @@ class ProbedDetector:
             with evaluating(self.module):
                 self._frames[size] = frame_of(self._runner, self.probed.call, image, self._input)
         return self._frames[size]
+
+
+def parameters_of(detector: Detector) -> int:
+    """Number of a detector's parameters, wherever its file keeps them."""
+    if isinstance(detector, ProbedDetector):
+        return detector.parameters
+    return sum(p.numel() for p in detector.module.parameters())
 
 
 def stack(maps: Sequence[Tensor]) -> Tensor:

@@ -14,7 +14,7 @@ from gdetkd_cli import __version__
 from gdetkd_cli.detectors.files import DESCRIPTION_FILE, load_torchscript
 from gdetkd_cli.detectors.protocol import Detector
 from gdetkd_cli.detectors.scripted import ARCHITECTURE, CLASSES
-from gdetkd_cli.errors import ModelError
+from gdetkd_cli.errors import ModelError, first_line
 from gdetkd_cli.structures import Detections
 
 INPUT = "image"
@@ -63,7 +63,7 @@ class OnnxDetector:
         try:
             self._session = onnxruntime.InferenceSession(path, options, providers=[*providers, "CPUExecutionProvider"])
         except Exception as error:  # onnxruntime's errors have no base of their own
-            raise ModelError(f"{path} is not a whole ONNX file ({_first_line(error)})") from error
+            raise ModelError(f"{path} is not a whole ONNX file ({first_line(error)})") from error
         outputs = tuple(output.name for output in self._session.get_outputs())
         if outputs != OUTPUTS:
             raise NotOursError(
@@ -110,7 +110,3 @@ def _class_names(path: Path, description: dict[str, str]) -> tuple[str, ...]:
     if CLASSES not in description:
         raise NotOursError(f"{path} was not exported by gdetkd: it does not name its classes")
     return tuple(json.loads(description[CLASSES]))
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]

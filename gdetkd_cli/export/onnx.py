@@ -16,7 +16,7 @@ from torch import Tensor
 from torchvision.models.detection._utils import BoxCoder
 
 from gdetkd_cli.detectors.protocol import Detector
-from gdetkd_cli.errors import ExportError
+from gdetkd_cli.errors import ExportError, first_line
 from gdetkd_cli.evaluation.exported import INPUT, OUTPUTS, describe
 from gdetkd_cli.export.single_picture import SinglePicture, example_picture
 
@@ -64,7 +64,7 @@ def export_onnx(detector: Detector, path: Path, *, architecture: dict[str, Any])
         TypeError,
         ValueError,
     ) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise ExportError(f"torch {torch.__version__} cannot write this detector as ONNX: {reason}") from error
     onnx.helper.set_model_props(model, describe(detector, architecture))
     onnx.save(model, path)

@@ -11,7 +11,7 @@ import torch
 
 from gdetkd_cli.detectors.files import DESCRIPTION_FILE
 from gdetkd_cli.detectors.protocol import Detector
-from gdetkd_cli.errors import ExportError
+from gdetkd_cli.errors import ExportError, first_line
 from gdetkd_cli.evaluation.exported import describe
 from gdetkd_cli.export.single_picture import SinglePicture
 
@@ -37,6 +37,6 @@ def export_torchscript(detector: Detector, path: Path, *, architecture: dict[str
             description = json.dumps(describe(detector, architecture))
             torch.jit.save(scripted, path, _extra_files={DESCRIPTION_FILE: description})
     except RuntimeError as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise ExportError(f"torch {torch.__version__} cannot script this detector: {reason}") from error
     return f"torch.jit.script, torch {torch.__version__}"

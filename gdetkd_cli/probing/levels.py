@@ -59,7 +59,9 @@ def find_levels(values: Sequence[Value]) -> Found:
     flow = _Flow(values, _stem(values))
     if _says_one_thing(flow):
         raise NoPyramidError("this model says one thing of the whole image, as a classifier does; it detects nothing")
-    sets = [found for rule in (_shared_head, _pooled_regions, _token_exits, _own_heads) if (found := rule(flow)).levels]
+    own_heads = _own_heads(flow)
+    rules = (_shared_head(flow), _pooled_regions(flow), _token_exits(flow, own_heads), own_heads)
+    sets = [found for found in rules if found.levels]
     if not sets:
         raise NoPyramidError("no feature map of this model reaches a detection head with its places intact")
     ordered = [replace(found, levels=tuple(sorted(found.levels, key=lambda i: -flow.area(i)))) for found in sets]
@@ -218,13 +220,10 @@ def _shared_head(flow: _Flow) -> _Set:
 
 def _pooled_regions(flow: _Flow) -> _Set:
     """The maps that regions are pooled from, where no head reads them all, as in Sparse R-CNN."""
-    read = [next((p for p in flow.parents(i) if flow.maps[p]), None) for i in _of(flow, "roi_align")]
+    poolings = [i for i, value in enumerate(flow.values) if flow.reached[i] and value.op == "roi_align"]
+    read = [next((p for p in flow.parents(i) if flow.maps[p]), None) for i in poolings]
     levels = tuple(dict.fromkeys(i for i in read if i is not None))
     return _Set(levels, "the maps that regions are pooled from", _CONFIDENCE["pooled"])
-
-
-def _of(flow: _Flow, op: str) -> list[int]:
-    return [i for i, value in enumerate(flow.values) if flow.reached[i] and value.op == op]
 
 
 def _own_heads(flow: _Flow) -> _Set:
@@ -253,10 +252,10 @@ def _own_heads(flow: _Flow) -> _Set:
     return _Set(tuple(levels), reason, _CONFIDENCE["own heads" if len(levels) > 1 else "one level"])
 
 
-def _token_exits(flow: _Flow) -> _Set:
+def _token_exits(flow: _Flow, own_heads: _Set) -> _Set:
     """For each size, the last map that is read as tokens by linear layers which no map comes after.
 
-    Nothing where heads account for all of these sizes.
+    Nothing where ``own_heads`` account for all of these sizes.
     """
     count = len(flow.values)
     maps_below, linear = [False] * count, [False] * count  # linear: such layers follow, through no map
@@ -270,7 +269,7 @@ def _token_exits(flow: _Flow) -> _Set:
         size = flow.size(i)
         if size and any(linear[c] and flow.maps[c] is None for c in flow.children[i]):
             exits[size] = i
-    if exits.keys() <= {flow.size(i) for i in _own_heads(flow).levels}:
+    if exits.keys() <= {flow.size(i) for i in own_heads.levels}:
         return _Set(())
     reason = "the last map of each size that a decoder takes its tokens from"
     return _Set(tuple(exits.values()), reason, _CONFIDENCE["tokens"])

@@ -15,7 +15,7 @@ import torch
 from onnx import AttributeProto, ModelProto, NodeProto, TensorProto
 from torch import Tensor, nn
 
-from gdetkd_cli.errors import NO_CONVOLUTION, ModelError, NoPyramidError
+from gdetkd_cli.errors import NO_CONVOLUTION, ModelError, NoPyramidError, first_line
 from gdetkd_cli.probing.class_names import class_names_in
 from gdetkd_cli.probing.inputs import Call, alone, channels_last, stacked
 from gdetkd_cli.probing.record import Address, Value, Window, sides_of
@@ -57,7 +57,7 @@ class OnnxRunner:
             self._model = onnx.load(path)
             inferred = onnx.shape_inference.infer_shapes(self._model)
         except Exception as error:  # protobuf's and onnx's errors have no base of their own
-            raise ModelError(f"{path} is not a whole ONNX file ({_first_line(error)})") from error
+            raise ModelError(f"{path} is not a whole ONNX file ({first_line(error)})") from error
         self._types = {info.name: info.type.tensor_type.elem_type for info in inferred.graph.value_info}
         self._types |= {info.name: info.type.tensor_type.elem_type for info in inferred.graph.output}
         graph = self._model.graph
@@ -218,7 +218,7 @@ class OnnxRunner:
         try:
             return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime's errors have no base of their own
-            raise ModelError(f"onnxruntime cannot open {self._path} ({_first_line(error)})") from error
+            raise ModelError(f"onnxruntime cannot open {self._path} ({first_line(error)})") from error
 
     def _run(
         self, session: onnxruntime.InferenceSession, feed: dict[str, np.ndarray], names: list[str]
@@ -229,7 +229,7 @@ class OnnxRunner:
         except Exception as error:  # onnxruntime's errors have no base of their own
             raise ModelError(
                 f"onnxruntime cannot run {self._path} on an image of shape {list(feed[self._image.name].shape)} "
-                f"({_first_line(error)})"
+                f"({first_line(error)})"
             ) from error
         return found
 
@@ -300,8 +300,3 @@ def _read_by(node: NodeProto) -> Iterable[str]:
                 yield from (name for name in _read_by(inner) if name not in own)
                 own.update(inner.output)
             yield from (info.name for info in graph.output if info.name not in own)
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

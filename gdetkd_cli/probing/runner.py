@@ -11,7 +11,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from gdetkd_cli.errors import NO_CONVOLUTION, ModelError, NoPyramidError
+from gdetkd_cli.errors import NO_CONVOLUTION, ModelError, NoPyramidError, first_line
 from gdetkd_cli.probing.inputs import Call, alone, channels_last, stacked
 from gdetkd_cli.probing.record import Address, Tell, Value, read, record
 
@@ -88,9 +88,8 @@ class Runner(Protocol):
 
 def reason_of(error: Exception) -> str:
     """The line of an error's message that says what is wrong; TorchScript puts its own traceback before it."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    marked = [found[1] for line in lines if (found := _MARKED.fullmatch(line))]
-    return (marked[-1:] or lines[:1] or [type(error).__name__])[0]
+    marked = [found[1] for line in str(error).splitlines() if (found := _MARKED.fullmatch(line.strip()))]
+    return marked[-1] if marked else first_line(error)
 
 
 @runtime_checkable

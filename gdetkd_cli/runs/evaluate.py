@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -16,7 +16,7 @@ from gdetkd_cli.data.coco import align_classes
 from gdetkd_cli.data.loader import validation_batches
 from gdetkd_cli.detectors import catalog
 from gdetkd_cli.detectors.files import Kind, kind_of
-from gdetkd_cli.detectors.probed import ProbedDetector
+from gdetkd_cli.detectors.probed import ProbedDetector, parameters_of
 from gdetkd_cli.distill.distiller import synchronize
 from gdetkd_cli.errors import DataError, RecipeError
 from gdetkd_cli.evaluation.coco_metrics import evaluate_coco
@@ -109,23 +109,16 @@ class _Stopwatch:
 
 def _open(path: Path, device: torch.device, class_names: tuple[str, ...], *, run: bool, observer: Observer) -> _Subject:
     """The detector in a file, whatever its name ends in; ``class_names`` are the data's, for a file without any."""
-    kind, size_mb = kind_of(path), path.stat().st_size / 1e6
-    if kind != "checkpoint":
-        own = _exported(path, kind, device)
-        if own is None:
-            return _built(CheckpointDetector(arch="checkpoint", path=str(path)), device, class_names, observer)
-        return _Subject(own, own.class_names, kind, None, size_mb)
-    loaded = catalog.load(path, class_names)
-    for note in loaded.notes:
-        observer(Note(note))
-    detector = loaded.detector
-    detector.module.to(device)
-    parameters = sum(p.numel() for p in detector.module.parameters())
-    return _Subject(detector, detector.class_names, "run" if run else kind, parameters, size_mb)
+    kind = kind_of(path)
+    own = _exported(path, kind, device)
+    if own is not None:
+        return _Subject(own, own.class_names, kind, None, path.stat().st_size / 1e6)
+    subject = _built(CheckpointDetector(arch="checkpoint", path=str(path)), device, class_names, observer)
+    return replace(subject, format="run" if run else kind) if kind == "checkpoint" else subject
 
 
 def _exported(path: Path, kind: Kind, device: torch.device) -> OnnxDetector | ScriptedDetector | None:
-    """A file that gdetkd exported; None for another tool's."""
+    """A file that gdetkd exported; None for a checkpoint, and for another tool's."""
     try:
         if kind == "onnx":
             return OnnxDetector(path, device=device.type)
@@ -144,7 +137,7 @@ def _built(spec: DetectorSpec, device: torch.device, class_names: tuple[str, ...
     probed = detector if isinstance(detector, ProbedDetector) else None
     if probed:
         probed.check_detects()
-    parameters = probed.parameters if probed else sum(p.numel() for p in detector.module.parameters())
+    parameters = parameters_of(detector)
     file = Path(spec.path) if isinstance(spec, CheckpointDetector) else Path()
     size_mb = (file.stat().st_size if file.is_file() else 4 * parameters) / 1e6
     return _Subject(detector, detector.class_names, probed.kind if probed else "torchvision", parameters, size_mb)

@@ -13,13 +13,13 @@ import yaml
 from gdetkd_cli import build
 from gdetkd_cli.data.coco import read_coco
 from gdetkd_cli.data.folder import read_folder
-from gdetkd_cli.data.layout import find_layout, has_annotations
+from gdetkd_cli.data.layout import detection_files, find_layout
 from gdetkd_cli.data.split import Split
 from gdetkd_cli.detectors import architectures
 from gdetkd_cli.detectors.factory import is_reference
 from gdetkd_cli.detectors.probed import ProbedDetector
 from gdetkd_cli.errors import ModelError, RecipeError
-from gdetkd_cli.recipe.schema import CocoData, Data, FolderData, Recipe
+from gdetkd_cli.recipe.schema import Data, Recipe
 from gdetkd_cli.results import CheckedRecipe, ProbeOptions, PyramidReport, TermPlan
 from gdetkd_cli.runs.job import check_distills
 from gdetkd_cli.runs.probe import report_of, run_probe
@@ -145,13 +145,14 @@ def check_recipe(recipe: Recipe, source: str, observer: Observer = silent) -> Ch
 
 def _data(folder: Path, observer: Observer) -> tuple[dict[str, Any], Split]:
     """The recipe's block for a folder, and the training split."""
-    if not has_annotations(folder):
+    files = detection_files(folder)
+    if not files:
         train, val = (read_folder(folder, which) for which in build.SPLITS)
         observer(
             Note(f"no annotations: the teacher will label {len(train)} training and {len(val)} validation pictures")
         )
         return {"format": "folder", "root": str(folder)}, train
-    layout = find_layout(folder)
+    layout = find_layout(folder, files)
     train, val = (
         read_coco(annotations=folder / annotations, images=folder / images)
         for annotations, images in ((layout.train, layout.train_images), (layout.val, layout.val_images))
@@ -162,7 +163,6 @@ def _data(folder: Path, observer: Observer) -> tuple[dict[str, Any], Split]:
 
 def _split(data: Data, which: build.Which) -> Split:
     if build.needs_labels(data, which):
-        assert isinstance(data, CocoData | FolderData)
         return build.unlabelled_split(data, which)
     return build.build_split(data, which)
 

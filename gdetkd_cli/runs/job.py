@@ -155,7 +155,6 @@ def _read(recipe: Recipe, labels: Path | None) -> tuple[dict[build.Which, Split]
     for which in build.SPLITS:
         kept = labels if labels is not None and (labels / f"{which}.json").exists() else None
         if recipe.distill is not None and kept is None and build.needs_labels(recipe.data, which):
-            assert isinstance(recipe.data, CocoData | FolderData)
             unlabelled[which] = build.unlabelled_split(recipe.data, which)
         else:
             known[which] = build.build_split(recipe.data, which, kept)

@@ -15,7 +15,7 @@ from gdetkd_cli.data.pictures import Pictures, picture_size
 from gdetkd_cli.detectors import architectures, catalog
 from gdetkd_cli.detectors.factory import is_reference, make
 from gdetkd_cli.detectors.files import kind_of, open_runner
-from gdetkd_cli.detectors.probed import ProbedDetector
+from gdetkd_cli.detectors.probed import ProbedDetector, parameters_of
 from gdetkd_cli.detectors.protocol import Detector
 from gdetkd_cli.detectors.torchvision_common import device_of
 from gdetkd_cli.errors import ModelError
@@ -205,7 +205,7 @@ def _looked_at(
         detections=form.name if form else None,
         size=(picture.shape[-2], picture.shape[-1]),
         classes=detector.class_names if classes is None else classes,
-        parameters=probed.parameters if probed else sum(p.numel() for p in detector.module.parameters()),
+        parameters=parameters_of(detector),
     )
     if probed:
         report = replace(report, reason=probed.probed.reason, confidence=probed.probed.confidence)

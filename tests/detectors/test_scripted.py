@@ -39,6 +39,14 @@ def student(path: Path) -> CheckpointDetector:
     return CheckpointDetector(arch="checkpoint", path=str(path))
 
 
+def exported(folder: Path) -> tuple[Path, Path]:
+    """A run, and its student as TorchScript."""
+    run = run_distill(toy.recipe(steps=1), output=folder / "first").run
+    path = folder / "exported.ts"
+    run_export(str(run), onnx=False, torchscript=True, output=path)
+    return run, path
+
+
 def test_a_scripted_torchvision_detector_trains(tmp_path: Path) -> None:
     path = scripted(faster_rcnn(), tmp_path / "student.pt")
     loaded = load_scripted(path, NAMES)
@@ -86,9 +94,7 @@ def test_other_settings_are_not_taken_for_torchvisions(tmp_path: Path) -> None:
 
 
 def test_what_gdetkd_exported_trains_again(tmp_path: Path) -> None:
-    run = run_distill(toy.recipe(steps=1), output=tmp_path / "first").run
-    path = tmp_path / "student.ts"
-    run_export(str(run), onnx=False, torchscript=True, output=path)
+    run, path = exported(tmp_path)
     recipe = toy.recipe(steps=1).model_copy(update={"student": student(path)})
     again = run_distill(recipe, output=tmp_path / "second").run
     first, second = (torch.load(r / "student.pt", weights_only=True) for r in (run, again))
@@ -97,9 +103,7 @@ def test_what_gdetkd_exported_trains_again(tmp_path: Path) -> None:
 
 
 def test_what_gdetkd_exported_teaches_by_its_head_as_well(tmp_path: Path) -> None:
-    run = run_distill(toy.recipe(steps=1), output=tmp_path / "first").run
-    path = tmp_path / "teacher.ts"
-    run_export(str(run), onnx=False, torchscript=True, output=path)
+    _, path = exported(tmp_path)
     recipe = toy.recipe(steps=1).model_copy(update={"teacher": student(path)})
     again = run_distill(recipe, output=tmp_path / "second").run
     lines = (again / "metrics.jsonl").read_text()
