@@ -2,7 +2,7 @@
 
     python benchmarks/pairs.py --recipe shapes/frcnn-frcnn --steps 400 --seeds 0 1 2 --csv docs/benchmarks/shapes.csv
 
-A run that has a row is not run again. Every row is a whole run through ``gdetkd train`` or ``gdetkd distill``; their
+A run that has a row is not run again, and one that was killed goes on where it was. Every row is a whole run through ``gdetkd train`` or ``gdetkd distill``; their
 folders stay under ``--output``.
 """
 
@@ -45,10 +45,13 @@ def run_cell(arguments: argparse.Namespace, recipe: str, steps: int, seed: int, 
         return
     name = "-".join([recipe.replace("/", "-"), method, *filter(None, [arguments.label]), str(steps), str(seed)])
     folder = arguments.output / name
-    command = [sys.executable, "-m", "gdetkd_cli", "distill" if method == "distilled" else "train", "--recipe", recipe]
-    command += ["--output", str(folder), "--json", "--set", f"train.steps={steps}", "--set", f"seed={seed}"]
-    for override in arguments.set:
-        command += ["--set", override]
+    command = [sys.executable, "-m", "gdetkd_cli", "distill" if method == "distilled" else "train", "--json"]
+    if (folder / "resume").exists():
+        command += ["--resume", str(folder)]
+    else:
+        command += ["--recipe", recipe, "--output", str(folder)]
+        for override in [f"train.steps={steps}", f"seed={seed}", *arguments.set]:
+            command += ["--set", override]
     print("+", " ".join(command[1:]), file=sys.stderr, flush=True)
     found = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
     row = {**key, **{name: f"{found[name]:.2f}" for name in FIELDS[5:-1] if found[name] is not None}}
