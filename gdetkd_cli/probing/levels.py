@@ -14,15 +14,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from math import prod
 
-from gdetkd_cli.errors import NO_CONVOLUTION, NoPyramidError
+from gdetkd_cli.errors import NoPyramidError
+from gdetkd_cli.probing.flow import LINEAR, Flow, Size, dominators, is_averaged, stem_of
 from gdetkd_cli.probing.record import Value
-
-_POOLS = ("mean", "_adaptive_avg_pool2d", "adaptive_avg_pool2d", "adaptive_max_pool2d")
-LINEAR = ("mm", "addmm", "bmm", "baddbmm")
-
-Size = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -56,7 +53,7 @@ def find_levels(values: Sequence[Value]) -> Found:
     Raises:
         NoPyramidError: there is none.
     """
-    flow = _Flow(values, _stem(values))
+    flow = Flow(values, stem_of(values))
     if _says_one_thing(flow):
         raise NoPyramidError("this model says one thing of the whole image, as a classifier does; it detects nothing")
     own_heads = _own_heads(flow)
@@ -77,7 +74,7 @@ def choose_levels(values: Sequence[Value], chosen: Sequence[int]) -> Found:
     Raises:
         NoPyramidError: there is no convolution, or a choice is no map over the image.
     """
-    flow = _Flow(values, _stem(values))
+    flow = Flow(values, stem_of(values))
     strange = [i for i in chosen if flow.maps[i] is None]
     if strange:
         shape = " x ".join(map(str, values[strange[0]].shape))
@@ -99,14 +96,7 @@ class _Set:
 _CONFIDENCE = {"shared head": 0.95, "pooled": 0.5, "own heads": 0.94, "tokens": 0.5, "one level": 0.5}
 
 
-def _stem(values: Sequence[Value]) -> int:
-    stem = next((i for i, v in enumerate(values) if v.window and v.op == "convolution" and v.parents), None)
-    if stem is None:
-        raise NoPyramidError(NO_CONVOLUTION)
-    return stem
-
-
-def _found(flow: _Flow, best: _Set, others: tuple[tuple[tuple[int, ...], str], ...]) -> Found:
+def _found(flow: Flow, best: _Set, others: tuple[tuple[tuple[int, ...], str], ...]) -> Found:
     maps = [found for i in best.levels if (found := flow.maps[i])]
     return Found(
         levels=best.levels,
@@ -120,91 +110,19 @@ def _found(flow: _Flow, best: _Set, others: tuple[tuple[tuple[int, ...], str], .
     )
 
 
-class _Flow:
-    """What depends on the first convolution, and how.
-
-    Attributes:
-        maps: by value, ((height, width), channels last) where it is a map over the image, else None.
-        children: by value, the values that read it.
-        weighted: by value, whether it is a map made by a convolution or linear layer with weights.
-        folded: by value, whether it is a map with its axes cut.
-    """
-
-    def __init__(self, values: Sequence[Value], stem: int) -> None:
-        self.values = values
-        self.stem = stem
-        frame = values[values[stem].parents[0]].shape[2:]
-        reached = [False] * len(values)
-        sizes: set[Size] = set()
-        self.children: list[list[int]] = [[] for _ in values]
-        self.maps: list[tuple[Size, bool] | None] = [None] * len(values)
-        self.weighted = [False] * len(values)
-        self.folded = [False] * len(values)
-        for i in range(stem, len(values)):
-            parents = [p for p in values[i].parents if reached[p]]
-            reached[i] = i == stem or bool(parents)
-            if not reached[i]:
-                continue
-            for parent in parents:
-                self.children[parent].append(i)
-            window = values[i].window
-            # One cell is a map where a window came to it, or it was one already; an average over all places is none.
-            single = values[i].op == "convolution" and window is not None and window.kernel != (1, 1)
-            single = single or any(self.size(p) == (1, 1) for p in parents)
-            found = _as_map(values[i].shape, (frame[0], frame[1]), single)
-            # A map cut into patches, or along one axis: it may be put together as a map of another size.
-            cut = len(values[i].shape) > 4 or (values[i].op == "slice" and not found)
-            self.folded[i] = cut and any(self.maps[p] or self.folded[p] for p in parents)
-            if found and any(self.maps[p] or self.folded[p] for p in parents):
-                sizes.add(found[0])
-            elif found and i > stem and found[0] not in sizes:
-                found = None  # of tokens or scores: a map only where its size is one that a map has had
-            self.maps[i] = found
-            made_by_weights = values[i].op == "convolution" or values[i].op in LINEAR
-            self.weighted[i] = bool(values[i].weights) and made_by_weights and self.maps[i] is not None
-        self.reached = reached
-
-    def size(self, i: int) -> Size | None:
-        found = self.maps[i]
-        return found[0] if found else None
-
-    def area(self, i: int) -> int:
-        size = self.size(i)
-        return size[0] * size[1] if size else 0
-
-    def parents(self, i: int) -> list[int]:
-        return [p for p in self.values[i].parents if self.reached[p]]
-
-
-def _as_map(shape: Sequence[int], frame: Size, single: bool) -> tuple[Size, bool] | None:
-    """(height, width) of a shape that lies over the frame with one stride, give or take a cell; whether NHWC.
-
-    ``single``: one cell counts as well.
-    """
-    if len(shape) != 4 or shape[0] != 1:
-        return None
-    for height, width, last in ((shape[2], shape[3], False), (shape[1], shape[2], True)):
-        if not 1 <= height <= frame[0] or not 1 <= width <= frame[1] or (height * width == 1 and (last or not single)):
-            continue
-        # The interval of strides that each axis allows.
-        low = max(frame[0] / (height + 1), frame[1] / (width + 1))
-        high = min(frame[0] / max(height - 1, 0.5), frame[1] / max(width - 1, 0.5))
-        if low <= high:
-            return (height, width), last
-    return None
-
-
-def _says_one_thing(flow: _Flow) -> bool:
+def _says_one_thing(flow: Flow) -> bool:
     """Whether all that the model gives is a row of numbers for the whole image, as a classifier's scores are."""
-    ends = [
-        value.shape
-        for value, reached, children in zip(flow.values, flow.reached, flow.children, strict=True)
-        if reached and not children and value.output == 0
+    reached = [
+        (value, children) for value, on, children in zip(flow.values, flow.reached, flow.children, strict=True) if on
     ]
-    return all(shape[:1] == (1,) and prod(shape[:-1]) == 1 for shape in ends)
+    ends = [value.shape for value, children in reached if not children and value.output == 0]
+    results = [value.shape for value, _ in reached if value.result]
+    # Beside one box there is its score, of shape (1,): no row.
+    rows = bool(results) and all(len(shape) > 1 and prod(shape[:-1]) == 1 for shape in results)
+    return rows or all(shape[:1] == (1,) and prod(shape[:-1]) == 1 for shape in ends)
 
 
-def _shared_head(flow: _Flow) -> _Set:
+def _shared_head(flow: Flow) -> _Set:
     """The maps of several sizes that one convolution reads, the earliest such convolution of the model."""
     uses: dict[str, list[int]] = {}
     for i, weighted in enumerate(flow.weighted):
@@ -218,7 +136,7 @@ def _shared_head(flow: _Flow) -> _Set:
     return _Set(())
 
 
-def _pooled_regions(flow: _Flow) -> _Set:
+def _pooled_regions(flow: Flow) -> _Set:
     """The maps that regions are pooled from, where no head reads them all, as in Sparse R-CNN."""
     poolings = [i for i, value in enumerate(flow.values) if flow.reached[i] and value.op == "roi_align"]
     read = [next((p for p in flow.parents(i) if flow.maps[p]), None) for i in poolings]
@@ -226,56 +144,122 @@ def _pooled_regions(flow: _Flow) -> _Set:
     return _Set(levels, "the maps that regions are pooled from", _CONFIDENCE["pooled"])
 
 
-def _own_heads(flow: _Flow) -> _Set:
-    """For each size, the last map that all final convolutions of that size depend on."""
+def _own_heads(flow: Flow) -> _Set:
+    """For each size, the last map that all final convolutions of that size depend on.
+
+    Convolutions that nothing of the result comes from are no heads. Those that project maps for a decoder of tokens
+    count as heads where there are several levels, as RT-DETR's decoder has them; where there is one, as in DETR, its
+    projection is the level.
+    """
     count = len(flow.values)
-    weights_below = [False] * count
+    tokens = _read_as_tokens(flow)
+    weights_below, used = [False] * count, [False] * count
     for i in range(count - 1, flow.stem - 1, -1):
+        tokens[i] = tokens[i] or any(tokens[child] for child in flow.children[i])
         weights_below[i] = any(weights_below[child] or flow.weighted[child] for child in flow.children[i])
+        used[i] = flow.values[i].result or any(used[child] for child in flow.children[i])
+    known = any(used)  # a result may be something else than tensors
     last: dict[Size, list[int]] = {}
     for i in range(flow.stem, count):
         size = flow.size(i)
-        if size and flow.weighted[i] and not weights_below[i] and not _pooled(flow, i):
+        if size and flow.weighted[i] and not weights_below[i] and not is_averaged(flow, i):
             last.setdefault(size, []).append(i)
 
-    needed = _dominators(flow)
-    levels = []
+    needed = dominators(flow)
+    levels, heads = [], []
     for size, finals in last.items():
+        if known and not any(used[i] for i in finals):
+            continue
         common = needed[finals[0]]
         for i in finals[1:]:
             common &= needed[i]
         for i in finals:
             common &= ~(1 << i)
-        candidates = [i for i in range(flow.stem, count) if common >> i & 1 and flow.size(i) == size]
-        levels += candidates[-1:]
+        chain = [i for i in range(flow.stem, count) if common >> i & 1 and flow.size(i) == size]
+        if chain:
+            levels.append(chain)
+            heads += finals
+    if len(levels) == 1 and all(tokens[i] for i in heads):
+        return _Set(())
     reason = "the last map of each size that all of that size's final convolutions depend on"
-    return _Set(tuple(levels), reason, _CONFIDENCE["own heads" if len(levels) > 1 else "one level"])
+    chosen = _given_to_head(flow, levels, heads)
+    return _Set(chosen, reason, _CONFIDENCE["own heads" if len(levels) > 1 else "one level"])
 
 
-def _token_exits(flow: _Flow, own_heads: _Set) -> _Set:
+def _given_to_head(flow: Flow, chains: Sequence[Sequence[int]], finals: Sequence[int]) -> tuple[int, ...]:
+    """The last map of each chain; before it, where the module that holds all final convolutions begins before it.
+
+    As in YOLOX, whose head has a convolution of its own for each level first. A level goes back no further than to
+    where other levels come from it. The coarsest or the finest has no such place: it goes back as far as the others.
+
+    Args:
+        flow: the record.
+        chains: by level, the maps of its size that its final convolutions depend on.
+        finals: all levels' final convolutions.
+    """
+    levels = tuple(chain[-1] for chain in chains)
+    head = _common_module([flow.values[i].module for i in finals])
+    if not head or _within(flow.values[flow.stem].module, head):
+        return levels
+    towards = [0] * len(flow.values)  # the levels, as bits, that come of a value
+    for i in range(len(flow.values) - 1, flow.stem - 1, -1):
+        for child in flow.children[i]:
+            towards[i] |= towards[child] | (1 << levels.index(child) if child in levels else 0)
+    lengths = []
+    for level, chain in enumerate(chains):
+        leaves = [at for at, i in enumerate(chain) if towards[i] & ~(1 << level)]
+        lengths.append(len(chain) - 1 - leaves[-1] if leaves else None)
+    known = {length for length in lengths if length is not None}
+    if len(known) != 1 or not (back := known.pop()) or any(len(chain) <= back for chain in chains):
+        return levels
+    skipped = [chain[-back:] for chain in chains]
+    alike = len({tuple(flow.values[i].op for i in part) for part in skipped}) == 1
+    inside = all(_within(flow.values[i].module, head) for part in skipped for i in part if flow.weighted[i])
+    return tuple(chain[-back - 1] for chain in chains) if alike and inside else levels
+
+
+def _common_module(paths: Sequence[str]) -> str:
+    """The innermost module that holds all of these; not a mere list of them, by level."""
+    parts = zip(*(path.split(".")[:-1] for path in paths), strict=False)
+    same = [names[0] for names in takewhile(lambda names: len(set(names)) == 1, parts)]
+    if all(path.split(".")[len(same) :][0].isdigit() for path in paths):
+        same = same[:-1]
+    return ".".join(same)
+
+
+def _within(path: str, module: str) -> bool:
+    return path == module or path.startswith(f"{module}.")
+
+
+def _read_as_tokens(flow: Flow) -> list[bool]:
+    """By value, whether it is a map whose cells become tokens of linear layers which no map comes after."""
+    count = len(flow.values)
+    maps_below, linear = [False] * count, [False] * count  # linear: such layers follow, through no map
+    read = [False] * count
+    for i in range(count - 1, flow.stem - 1, -1):
+        children = flow.children[i]
+        maps_below[i] = any(maps_below[c] or flow.maps[c] is not None for c in children)
+        own = flow.values[i].op in LINEAR and bool(flow.values[i].weights) and not maps_below[i]
+        after = any(linear[c] and flow.maps[c] is None for c in children)
+        linear[i] = own or after
+        read[i] = after and flow.maps[i] is not None
+    return read
+
+
+def _token_exits(flow: Flow, own_heads: _Set) -> _Set:
     """For each size, the last map that is read as tokens by linear layers which no map comes after.
 
     Nothing where ``own_heads`` account for all of these sizes.
     """
-    count = len(flow.values)
-    maps_below, linear = [False] * count, [False] * count  # linear: such layers follow, through no map
-    for i in range(count - 1, flow.stem, -1):
-        children = flow.children[i]
-        maps_below[i] = any(maps_below[c] or flow.maps[c] is not None for c in children)
-        own = flow.values[i].op in LINEAR and bool(flow.values[i].weights) and not maps_below[i]
-        linear[i] = own or any(linear[c] and flow.maps[c] is None for c in children)
-    exits = {}
-    for i in range(flow.stem + 1, count):
-        size = flow.size(i)
-        if size and any(linear[c] and flow.maps[c] is None for c in flow.children[i]):
-            exits[size] = i
+    tokens = _read_as_tokens(flow)
+    exits = {size: i for i in range(flow.stem + 1, len(flow.values)) if tokens[i] and (size := flow.size(i))}
     if exits.keys() <= {flow.size(i) for i in own_heads.levels}:
         return _Set(())
     reason = "the last map of each size that a decoder takes its tokens from"
     return _Set(tuple(exits.values()), reason, _CONFIDENCE["tokens"])
 
 
-def _body(flow: _Flow, levels: Sequence[int]) -> _Set:
+def _body(flow: Flow, levels: Sequence[int]) -> _Set:
     """For each size of the levels, the last map on the way down: what was made before any coarser map came back."""
     least = [0] * len(flow.values)  # the smallest map so far on any path to a value
     last: dict[Size, int] = {}
@@ -290,34 +274,3 @@ def _body(flow: _Flow, levels: Sequence[int]) -> _Set:
             last[size] = i
     wanted = [flow.size(i) for i in levels]
     return _Set(tuple(i for size, i in last.items() if size in wanted), "the body's last map of each size")
-
-
-def _pooled(flow: _Flow, start: int) -> bool:
-    """Whether all that becomes of a map is averaged over all places, as in a classifier."""
-    if flow.size(start) == (1, 1):
-        return False
-    open_, seen = [start], {start}
-    while open_:
-        children = flow.children[open_.pop()]
-        if not children:
-            return False
-        for child in children:
-            averaged = flow.values[child].op in _POOLS or flow.values[child].shape[-2:] == (1, 1)
-            # Statistics beside a normalised map are no use that is made of it.
-            if child not in seen and flow.values[child].output == 0 and (flow.maps[child] or not averaged):
-                seen.add(child)
-                open_.append(child)
-    return True
-
-
-def _dominators(flow: _Flow) -> list[int]:
-    """By value, the set (as bits) of values that every path from the image to it passes; itself included."""
-    sets = [0] * len(flow.values)
-    for i in range(flow.stem, len(flow.values)):
-        if flow.reached[i]:
-            parents = flow.parents(i)
-            common = sets[parents[0]] if parents else 0
-            for parent in parents[1:]:
-                common &= sets[parent]
-            sets[i] = common | 1 << i
-    return sets

@@ -13,9 +13,10 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from gdetkd_cli.errors import ModelError
+from gdetkd_cli.probing.flow import LINEAR
 from gdetkd_cli.probing.geometry import Geometry, cells_of, evenly, measure_frame, through
 from gdetkd_cli.probing.inputs import Call, ModelInput
-from gdetkd_cli.probing.levels import LINEAR, choose_levels, find_levels
+from gdetkd_cli.probing.levels import choose_levels, find_levels
 from gdetkd_cli.probing.outputs import OutputForm, recognise_form
 from gdetkd_cli.probing.record import Address, Output, Value
 from gdetkd_cli.probing.runner import Runner
@@ -131,7 +132,7 @@ def probe(
         reason=found.reason,
         confidence=found.confidence,
         alternatives=tuple((tuple(name_of(values[i]) for i in levels), why) for levels, why in found.alternatives),
-        first=_module_of(values[found.stem]),
+        first=values[found.stem].module,
     )
 
 
@@ -153,13 +154,7 @@ def name_of(value: Value) -> str:
         return value.name
     if value.returned:
         return value.returned.name
-    return _module_of(value) or f"{value.op}:{value.call}"
-
-
-def _module_of(value: Value) -> str:
-    """The module whose weights made it; empty where they do not tell."""
-    known = bool(value.weights) and not value.weights[0].startswith("constant ")
-    return value.weights[0].rpartition(".")[0] if known else ""
+    return value.module or f"{value.op}:{value.call}"
 
 
 def _indices(values: Sequence[Value], names: Sequence[str]) -> list[int]:

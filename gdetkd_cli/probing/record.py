@@ -71,6 +71,7 @@ class Value:
         sides: of RoIAlign, the least and the greatest side of its boxes, in cells of the map.
         name: in the model's file; empty where only modules and operators have names.
         returned: the innermost submodule's output that it is, where there is one.
+        result: whether the model returned it.
     """
 
     op: str
@@ -83,6 +84,15 @@ class Value:
     sides: tuple[float, float] | None = None
     name: str = ""
     returned: Output | None = None
+    result: bool = False
+
+    @property
+    def module(self) -> str:
+        """The module whose weights made it, or that its name in an ONNX file tells; empty where neither does."""
+        if self.name.startswith("/"):  # as torch.onnx names them: /neck/out3/Conv_output_0
+            return ".".join(self.name.split("/")[1:-1])
+        known = bool(self.weights) and not self.weights[0].startswith("constant ")
+        return self.weights[0].rpartition(".")[0] if known else ""
 
 
 @dataclass(frozen=True)
@@ -128,11 +138,12 @@ def record(
     finally:
         for hook in hooks:
             hook.remove()
+    results = tuple(recorder.index_of(leaf) for leaf in tensors_in(result))
     values = [
-        replace(value, name=recorder.names.get(i, ""), returned=recorder.outputs.get(i))
+        replace(value, name=recorder.names.get(i, ""), returned=recorder.outputs.get(i), result=i in results)
         for i, value in enumerate(recorder.values)
     ]
-    return Record(tuple(values), tuple(recorder.index_of(leaf) for leaf in tensors_in(result)), result)
+    return Record(tuple(values), results, result)
 
 
 def tensors_in(result: object) -> list[Tensor]:

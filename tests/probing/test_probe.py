@@ -19,10 +19,15 @@ from twins import (
     OneConvolutionHeads,
     OneLevel,
     PatchMerging,
+    PlainTransformer,
+    Queries,
     SharedHead,
+    Smoothed,
+    Stems,
     TokenDecoder,
     Tokens,
     TwoWay,
+    Unused,
 )
 
 from gdetkd_cli.detectors.files import kind_of, open_runner
@@ -61,7 +66,7 @@ def onnx(model: nn.Module, example: Tensor | None = None) -> Runner:
         return open_runner(Path(file.name), kind_of(Path(file.name)))
 
 
-NOT_SCRIPTED = (Functional, TwoWay, OneConvolutionHeads, Tokens, PatchMerging, TokenDecoder)
+NOT_SCRIPTED = (Functional, TwoWay, OneConvolutionHeads, Tokens, PatchMerging, TokenDecoder, Stems, Smoothed)
 FORMATS: dict[str, Callable[[nn.Module], nn.Module | Runner]] = {
     "eager": lambda model: model,
     "scripted": scripted,
@@ -82,7 +87,14 @@ TWINS: dict[type[nn.Module], list[tuple[int, int]]] = {
     Tokens: [(12, 16), (16, 32)],
     PatchMerging: [(12, 8), (12, 16), (12, 32)],
     TokenDecoder: [(12, 8), (12, 16), (12, 32)],
+    Stems: [(8, 8), (12, 16), (16, 32)],
+    Smoothed: [(6, 8), (6, 16), (6, 32)],
+    Unused: [(16, 32)],
+    Queries: [(10, 32)],
+    PlainTransformer: [(10, 16)],
 }
+# Nothing in a frozen graph says where a head begins: there its stems' outputs are the levels.
+FROZEN: dict[type[nn.Module], list[tuple[int, int]]] = {Stems: [(6, 8), (6, 16), (6, 32)]}
 
 
 def run(model: Any, size: tuple[int, int] = SIZE) -> Probed:
@@ -101,11 +113,12 @@ def test_every_kind_in_every_format(twin: type[nn.Module], form: str) -> None:
     if form == "scripted" and twin in NOT_SCRIPTED:
         pytest.skip("TorchScript cannot script this way of writing it")
     found = run(FORMATS[form](build(twin)))
+    expected = FROZEN.get(twin, TWINS[twin]) if form == "frozen" else TWINS[twin]
 
     assert [(level.channels, level.geometry.stride) for level in found.levels] == [
-        (channels, pytest.approx((stride, stride), rel=1e-3)) for channels, stride in TWINS[twin]
+        (channels, pytest.approx((stride, stride), rel=1e-3)) for channels, stride in expected
     ]
-    assert [level.shape for level in found.levels] == [(192 // stride, 256 // stride) for _, stride in TWINS[twin]]
+    assert [level.shape for level in found.levels] == [(192 // stride, 256 // stride) for _, stride in expected]
     assert found.call.name == CALLS.get(form, "(N, 3, H, W) tensor")
     assert found.region_embedding is None
 

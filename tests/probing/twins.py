@@ -102,6 +102,50 @@ class TwoWay(nn.Module):
         return torch.cat(flat, dim=2)
 
 
+class Stems(nn.Module):
+    """YOLOX-like: the head has a convolution of its own for each level first, and is a module of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.neck, self.head = TwoWay(), StemHead((8, 12, 16))
+        self.neck.classes, self.neck.boxes = nn.ModuleList(), nn.ModuleList()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.neck.levels(x))
+
+
+class Smoothed(nn.Module):
+    """The neck, not the head, has a convolution of its own for each level last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.neck, self.head = TopDown(), StemHead((6, 6, 6))
+        self.neck.out3, self.neck.out4, self.neck.out5 = (nn.Conv2d(16, 6, 3, padding=1) for _ in range(3))
+        self.head.stems = nn.ModuleList(nn.Identity() for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.neck(x))
+
+
+class StemHead(nn.Module):
+    """A stem, and two branches, by level."""
+
+    def __init__(self, channels: tuple[int, ...]) -> None:
+        super().__init__()
+        self.stems = nn.ModuleList(conv(c, 6, 1) for c in channels)
+        self.class_towers, self.box_towers = (nn.ModuleList(conv(6, 6) for _ in channels) for _ in range(2))
+        self.classes = nn.ModuleList(nn.Conv2d(6, 5, 1) for _ in channels)
+        self.boxes = nn.ModuleList(nn.Conv2d(6, 4, 1) for _ in channels)
+
+    def forward(self, levels: list[Tensor]) -> Tensor:
+        flat = []
+        for i, level in enumerate(levels):
+            x = self.stems[i](level)
+            classes, boxes = self.classes[i](self.class_towers[i](x)), self.boxes[i](self.box_towers[i](x))
+            flat.append(torch.cat([boxes, classes.sigmoid()], dim=1).flatten(2))
+        return torch.cat(flat, dim=2)
+
+
 class OneConvolutionHeads(TwoWay):
     """As older YOLOs: one convolution a level gives everything."""
 
@@ -143,6 +187,54 @@ class OneLevel(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         level = self.body(x)[2]
         return self.classes(level).flatten(2), self.boxes(level).flatten(2)
+
+
+class Unused(OneLevel):
+    """CenterNet-like: on its way, the body computes maps that nothing comes of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.project = nn.Conv2d(12, 6, 1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        _, c4, level = self.body(x)
+        self.project(c4.relu())
+        return self.classes(level).flatten(2), self.boxes(level).flatten(2)
+
+
+class Queries(nn.Module):
+    """DETR-like: one map, projected, is decoded as tokens by queries."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.project = Body(), nn.Conv2d(16, 10, 1)
+        self.queries = nn.Parameter(torch.randn(1, 7, 10))
+        self.encode, self.classes, self.boxes = nn.Linear(10, 10), nn.Linear(10, 5), nn.Linear(10, 4)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.decode(self.project(self.body(x)[2]))
+
+    def decode(self, level: Tensor) -> tuple[Tensor, Tensor]:
+        tokens = self.encode(level.flatten(2).transpose(1, 2))
+        weights = (self.queries @ tokens.transpose(1, 2)).softmax(dim=-1)
+        found = weights @ tokens
+        return self.classes(found), self.boxes(found).sigmoid()
+
+
+class PlainTransformer(Queries):
+    """RF-DETR-like: patches are tokens all along, made a map again before the projection and a norm of its channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.norm = nn.Conv2d(3, 16, 16, stride=16), nn.LayerNorm(10)
+        self.block = nn.Sequential(nn.LayerNorm(16), nn.Linear(16, 16), nn.GELU(), nn.Linear(16, 16))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        patches = self.body(x)
+        tokens = patches.flatten(2).transpose(1, 2)
+        tokens = tokens + self.block(tokens)
+        level = self.project(tokens.transpose(1, 2).reshape(patches.shape))
+        return self.decode(self.norm(level.permute(0, 2, 3, 1)).permute(0, 3, 1, 2))
 
 
 class Functional(nn.Module):
