@@ -173,8 +173,10 @@ class ProbedDetector:
         """The network's input and the levels, (N, C, H, W), of prepared images that one call takes."""
         addresses = [level.address for level in self.probed.levels]
         network_input, values = self._runner.read(self.probed.call, images, addresses)
-        levels = zip(values, self.probed.levels, strict=True)
-        return network_input, [v.permute(0, 3, 1, 2) if level.channels_last else v for v, level in levels]
+        size = network_input.shape[-2:]
+        return network_input, [
+            level.as_map(value, size) for value, level in zip(values, self.probed.levels, strict=True)
+        ]
 
     def _frame(self, image: Tensor) -> Geometry:
         """Where the network's input lies in images of this size; measured once for each size."""

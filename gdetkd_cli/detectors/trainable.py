@@ -121,7 +121,9 @@ class TrainableDetector(ProbedDetector):
             raise PairError(f"{self._source} cannot be trained: called with {called}, {error}") from error
         finally:
             handle.remove()
-        maps = [tensors_in(tap.outputs(output.module)[output.call])[output.leaf] for output in outputs]
+        values = [tensors_in(tap.outputs(output.module)[output.call])[output.leaf] for output in outputs]
+        size = network[0].shape[-2:]
+        maps = [level.as_map(value, size) for value, level in zip(values, self.probed.levels, strict=True)]
         return _Tapped(returned, network[0], maps)
 
     def _output(self, level: str, output: Output | None) -> Output:

@@ -5,7 +5,8 @@ the maps that it reads are the pyramid. Where no such head is and regions are po
 level has a head of its own (SSD, YOLO), a head ends in the last convolutions of its size, those that no map with
 weights comes after; the level is then the last map that all of these final convolutions depend on. A transformer that
 decodes the maps as tokens has no heads of this kind: there the levels are the last maps of each size that tokens are
-made of, if heads do not account for all of them.
+made of, if heads do not account for all of them. Where patches are tokens from the start and to the end, the last
+tokens are the one level.
 
 The reference is the tensor that the first convolution reads: images may be resized, padded and put in a batch before.
 """
@@ -16,10 +17,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import takewhile
 from math import prod
+from typing import Literal
 
 from gdetkd_cli.errors import NoPyramidError
 from gdetkd_cli.probing.flow import LINEAR, Flow, Size, dominators, is_averaged, stem_of
 from gdetkd_cli.probing.record import Value
+
+Layout = Literal["NCHW", "NHWC", "tokens"]  # tokens: (N, T, C), some of the T being the cells, row by row
 
 
 @dataclass(frozen=True)
@@ -29,22 +33,24 @@ class Found:
     Attributes:
         levels: indices of the values, fine to coarse.
         sizes: (height, width) cells of each.
-        channels_last: for each, whether the map is (N, H, W, C).
+        layouts: for each, how its axes lie.
         stem: index of the first convolution.
         reference: index of the tensor that it reads.
         reason: why these, for people.
         confidence: how often this reason was right, in 0..1 (see ``_CONFIDENCE``).
         alternatives: other sets of maps that might be meant, and why, by falling likelihood.
+        embedded: where the level is a sequence of tokens, the index of the first value that is this sequence.
     """
 
     levels: tuple[int, ...]
     sizes: tuple[Size, ...]
-    channels_last: tuple[bool, ...]
+    layouts: tuple[Layout, ...]
     stem: int
     reference: int
     reason: str
     confidence: float
     alternatives: tuple[tuple[tuple[int, ...], str], ...] = ()
+    embedded: int | None = None
 
 
 def find_levels(values: Sequence[Value]) -> Found:
@@ -59,6 +65,8 @@ def find_levels(values: Sequence[Value]) -> Found:
     own_heads = _own_heads(flow)
     rules = (_shared_head(flow), _pooled_regions(flow), _token_exits(flow, own_heads), own_heads)
     sets = [found for found in rules if found.levels]
+    if not sets and (sequence := _token_sequence(flow)):
+        return sequence
     if not sets:
         raise NoPyramidError("no feature map of this model reaches a detection head with its places intact")
     ordered = [replace(found, levels=tuple(sorted(found.levels, key=lambda i: -flow.area(i)))) for found in sets]
@@ -93,7 +101,14 @@ class _Set:
 
 
 # (right + 1) / (tried + 2) of each rule over the detectors in docs/probe.md.
-_CONFIDENCE = {"shared head": 0.95, "pooled": 0.5, "own heads": 0.94, "tokens": 0.5, "one level": 0.5}
+_CONFIDENCE = {
+    "shared head": 0.95,
+    "pooled": 0.5,
+    "own heads": 0.95,
+    "decoder": 0.86,
+    "one level": 0.75,
+    "tokens": 0.67,
+}
 
 
 def _found(flow: Flow, best: _Set, others: tuple[tuple[tuple[int, ...], str], ...]) -> Found:
@@ -101,7 +116,7 @@ def _found(flow: Flow, best: _Set, others: tuple[tuple[tuple[int, ...], str], ..
     return Found(
         levels=best.levels,
         sizes=tuple(size for size, _ in maps),
-        channels_last=tuple(last for _, last in maps),
+        layouts=tuple("NHWC" if last else "NCHW" for _, last in maps),
         stem=flow.stem,
         reference=flow.values[flow.stem].parents[0],
         reason=best.reason,
@@ -256,7 +271,37 @@ def _token_exits(flow: Flow, own_heads: _Set) -> _Set:
     if exits.keys() <= {flow.size(i) for i in own_heads.levels}:
         return _Set(())
     reason = "the last map of each size that a decoder takes its tokens from"
-    return _Set(tuple(exits.values()), reason, _CONFIDENCE["tokens"])
+    return _Set(tuple(exits.values()), reason, _CONFIDENCE["decoder"])
+
+
+def _token_sequence(flow: Flow) -> Found | None:
+    """The last tokens of a detector that has tokens alone, one for each patch and some more, as YOLOS has them.
+
+    It must give boxes, and the patches must have been made by the first convolution.
+    """
+    size = flow.size(flow.stem)
+    boxes = any(value.result and value.shape[-1:] == (4,) and len(value.shape) > 1 for value in flow.values)
+    if not size or not boxes:
+        return None
+    patches, channels = size[0] * size[1], flow.values[flow.stem].shape[1]
+    sequences = [
+        i
+        for i, value in enumerate(flow.values)
+        if flow.reached[i] and len(value.shape) == 3 and value.shape[::2] == (1, channels) and value.shape[1] >= patches
+    ]
+    if not sequences:
+        return None
+    last = sequences[-1]
+    return Found(
+        levels=(last,),
+        sizes=(size,),
+        layouts=("tokens",),
+        stem=flow.stem,
+        reference=flow.values[flow.stem].parents[0],
+        reason="the last of the tokens, one for each patch of the image, that all else is made of",
+        confidence=_CONFIDENCE["tokens"],
+        embedded=next(i for i in sequences if flow.values[i].shape == flow.values[last].shape),
+    )
 
 
 def _body(flow: Flow, levels: Sequence[int]) -> _Set:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -107,6 +108,7 @@ class OnnxRunner:
         index = {self._image.name: 0}
         values = [Value("input", 0, 0, shapes[self._image.name], (), name=self._image.name)]
         calls: Counter[str] = Counter()
+        results = {output.name for output in self._model.graph.output}
         for node in self._model.graph.node:
             read = list(_read_by(node))
             parents = tuple(index[name] for name in read if name in index)
@@ -121,9 +123,8 @@ class OnnxRunner:
                 if name in shapes:
                     index[name] = len(values)
                     window = self._window(node, shapes)
-                    values.append(
-                        Value(op, call, output, shapes[name], parents, weights, window, self._sides.get(name), name)
-                    )
+                    value = Value(op, call, output, shapes[name], parents, weights, window, self._sides.get(name))
+                    values.append(replace(value, name=name, result=name in results))
                     self._tensors[Address(op, call, output)] = name
                     if op == "convolution" and parents and not self._network_input:
                         self._network_input = node.input[0]

@@ -1,7 +1,8 @@
 """What a model of unknown code detected, read from what it returns.
 
 Forms that are known: torchvision's list of dictionaries; boxes, scores and labels as tensors, as exported detectors
-give them; and the one tensor of YOLO models, before or after suppression. Anything else is not guessed at.
+give them; the one tensor of YOLO models, before or after suppression; boxes and class scores of each cell; and boxes
+and class logits of each query, as DETR's kind gives them. Anything else is not guessed at.
 
 Shapes: N images, D detections, A cells or anchors, K classes; boxes xyxy pixels of the image that the model was given.
 """
@@ -55,7 +56,12 @@ def recognise_form(returned: object, size: tuple[int, int], classes: int | None)
         batched = fields[0].dim() == 3
         return OutputForm(f"tensors of boxes, scores and labels{' by image' if batched else ''}", _read_fields)
     tensors = tensors_in(returned)
-    if classes is None or not tensors or tensors[0].dim() != 3 or not tensors[0].is_floating_point():
+    if classes is None:
+        return None
+    pair = _boxes_and_classes(returned, classes)
+    if pair is not None:
+        return _pair_form(*pair, size, classes)
+    if not tensors or tensors[0].dim() != 3 or not tensors[0].is_floating_point():
         return None
     return _yolo_form(tensors[0].float(), size, classes)
 
@@ -132,6 +138,61 @@ def _yolo_form(raw: Tensor, size: tuple[int, int], classes: int) -> OutputForm |
     return OutputForm(f"box and {scores} of each cell", read)
 
 
+def _boxes_and_classes(returned: object, classes: int) -> tuple[Tensor, Tensor] | None:
+    """Boxes (N, Q, 4) and what is said of their classes, (N, Q, K) or (N, Q, K + 1): by name, or the first two."""
+    found = list(tensors_in(returned))[:2]
+    if isinstance(returned, Mapping) and isinstance(returned.get("pred_boxes"), Tensor):
+        found = [returned["pred_boxes"], returned.get("pred_logits", returned.get("logits"))]
+    if len(found) != 2 or any(not isinstance(t, Tensor) or t.dim() != 3 or not t.is_floating_point() for t in found):
+        return None
+    one, other = (t.float() for t in found)
+    if one.shape[:2] != other.shape[:2]:
+        return None
+    pairs = [
+        (boxes, said)
+        for boxes, said in ((one, other), (other, one))
+        if boxes.shape[-1] == 4 and said.shape[-1] in (classes, classes + 1)
+    ]
+    # With three or four classes both may fit: boxes that are fractions of the image lie in 0..1, logits do not.
+    fitting = [pair for pair in pairs if len(pairs) == 1 or (_are_scores(pair[0]) and not _are_scores(pair[1]))]
+    return fitting[0] if len(fitting) == 1 else None
+
+
+def _pair_form(boxes: Tensor, said: Tensor, size: tuple[int, int], classes: int) -> OutputForm | None:
+    """Logits of queries, whose boxes are fractions of the image; or scores of cells, whose boxes are xyxy pixels."""
+    extra = said.shape[-1] == classes + 1
+    if _are_scores(boxes) and not _are_scores(said):
+        # Trained for one class or none, most queries say none; trained class by class, none of them says the last.
+        none = extra and bool((said.argmax(dim=-1) == classes).float().mean() > 0.5)
+        name = f"box and class logits of each query, {'one class or none' if none else 'class by class'}"
+        return OutputForm(name, partial(_read_queries, classes=classes, none=none, unit=(size[1], size[0])))
+    ordered = bool((boxes[..., 2:] >= boxes[..., :2]).all()) and float(boxes.abs().max()) > 2
+    if ordered and not extra and _are_scores(said):
+        return OutputForm("box and class scores of each cell", partial(_read_cell_pair, classes=classes))
+    return None
+
+
+def _read_queries(
+    returned: object, images: int, *, classes: int, none: bool, unit: tuple[float, float]
+) -> list[Detections]:
+    pair = _boxes_and_classes(returned, classes)
+    assert pair is not None and len(pair[0]) == images
+    found = []
+    for boxes, logits in zip(*pair, strict=True):
+        by_class = (logits.softmax(dim=-1) if none else logits.sigmoid())[:, :classes]
+        scores, best = by_class.flatten().topk(min(_MOST, by_class.numel()))
+        scores, best = scores[scores > _LEAST_SCORE], best[scores > _LEAST_SCORE]
+        corners = box_convert(boxes, "cxcywh", "xyxy") * boxes.new_tensor(unit * 2)
+        found.append(_kept(corners[best // classes], scores, best % classes + 1))
+    return found
+
+
+def _read_cell_pair(returned: object, images: int, *, classes: int) -> list[Detections]:
+    pair = _boxes_and_classes(returned, classes)
+    assert pair is not None and len(pair[0]) == images
+    return [_suppressed_classes(boxes, by_class) for boxes, by_class in zip(*pair, strict=True)]
+
+
 def _are_scores(values: Tensor) -> bool:
     return bool(((values >= -1e-4) & (values <= 1 + 1e-4)).all())
 
@@ -153,7 +214,11 @@ def _read_cells(
 def _suppressed(cells: Tensor, objectness: bool, unit: tuple[float, float]) -> Detections:
     """(A, 4 + K) or (A, 5 + K): centre, width, height, scores -> what is left after suppression, class by class."""
     boxes = box_convert(cells[:, :4], "cxcywh", "xyxy") * cells.new_tensor(unit * 2)
-    by_class = cells[:, 5:] * cells[:, 4:5] if objectness else cells[:, 4:]
+    return _suppressed_classes(boxes, cells[:, 5:] * cells[:, 4:5] if objectness else cells[:, 4:])
+
+
+def _suppressed_classes(boxes: Tensor, by_class: Tensor) -> Detections:
+    """Boxes (A, 4) xyxy and scores (A, K) -> what is left after suppression, class by class."""
     places, labels = (by_class > _LEAST_SCORE).nonzero().unbind(1)  # a cell may say several classes
     scores = by_class[places, labels]
     best = scores.argsort(descending=True, stable=True)[:_MOST_CANDIDATES]

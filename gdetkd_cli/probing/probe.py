@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from gdetkd_cli.errors import ModelError
+from gdetkd_cli.errors import ModelError, NoPyramidError
 from gdetkd_cli.probing.flow import LINEAR
 from gdetkd_cli.probing.geometry import Geometry, cells_of, evenly, measure_frame, through
 from gdetkd_cli.probing.inputs import Call, ModelInput
-from gdetkd_cli.probing.levels import choose_levels, find_levels
+from gdetkd_cli.probing.levels import Found, Layout, choose_levels, find_levels
 from gdetkd_cli.probing.outputs import OutputForm, recognise_form
 from gdetkd_cli.probing.record import Address, Output, Value
 from gdetkd_cli.probing.runner import Runner
@@ -29,22 +29,34 @@ class ProbedLevel:
     Attributes:
         name: for people.
         address: where it is read in a forward.
-        channels_last: whether it is (N, H, W, C).
+        layout: how its axes lie.
         channels: C.
         shape: (height, width) cells.
         cells: where they lie, in pixels of the network's input.
         geometry: the same in pixels of the image.
         output: the submodule's output that it is, where there is one.
+        first_token: of a level of tokens, which of them is the first cell.
     """
 
     name: str
     address: Address
-    channels_last: bool
+    layout: Layout
     channels: int
     shape: tuple[int, int]
     cells: Geometry
     geometry: Geometry
     output: Output | None
+    first_token: int = 0
+
+    def as_map(self, value: Tensor, network_size: Sequence[int]) -> Tensor:
+        """The level (N, C, H, W) of a value, and of the (height, width) pixels of the network's input."""
+        if self.layout == "NHWC":
+            return value.movedim(-1, 1)
+        if self.layout == "NCHW":
+            return value
+        height, width = (int(n / stride + 1e-6) for n, stride in zip(network_size, self.cells.stride, strict=True))
+        cells = value[:, self.first_token : self.first_token + height * width]
+        return cells.transpose(1, 2).unflatten(2, (height, width))
 
 
 @dataclass(frozen=True)
@@ -105,20 +117,23 @@ def probe(
         found = choose_levels(values, _indices(values, chosen)) if chosen else find_levels(values)
         frame = frame_of(runner, call, image, model_input)
     levels = []
-    for index, shape, last in zip(found.levels, found.sizes, found.channels_last, strict=True):
+    first_token = _first_token(runner, call, model_input.prepare(image), values, found)
+    for index, shape, layout in zip(found.levels, found.sizes, found.layouts, strict=True):
         value = values[index]
-        cells = None if last else cells_of(values, found.reference, index)
+        at = found.stem if layout == "tokens" else index
+        cells = None if layout == "NHWC" else cells_of(values, found.reference, at)
         cells = cells or evenly(values[found.reference].shape[-2:], shape)
         levels.append(
             ProbedLevel(
                 name=name_of(value),
                 address=Address(value.op, value.call, value.output),
-                channels_last=last,
-                channels=value.shape[-1 if last else 1],
+                layout=layout,
+                channels=value.shape[1 if layout == "NCHW" else -1],
                 shape=shape,
                 cells=cells,
                 geometry=through(frame, cells),
                 output=value.returned,
+                first_token=first_token,
             )
         )
     pooled = next((i for i, v in enumerate(values) if v.op == "roi_align"), None)
@@ -154,7 +169,12 @@ def name_of(value: Value) -> str:
         return value.name
     if value.returned:
         return value.returned.name
-    return value.module or f"{value.op}:{value.call}"
+    return (not value.output and value.module) or _call_of(value)
+
+
+def _call_of(value: Value) -> str:
+    """``convolution:3``; ``split:3.1`` for the second of an operator's outputs."""
+    return f"{value.op}:{value.call}{f'.{value.output}' if value.output else ''}"
 
 
 def _indices(values: Sequence[Value], names: Sequence[str]) -> list[int]:
@@ -165,7 +185,10 @@ def _indices(values: Sequence[Value], names: Sequence[str]) -> list[int]:
     """
     known: dict[str, list[int]] = {}
     for i, value in enumerate(values):
-        for name in {name_of(value), f"{value.op}:{value.call}"}:
+        own = {value.name, value.returned.name if value.returned else ""}
+        # What else an operator gives, its statistics for instance, is not what its module is named for.
+        module = "" if value.output else value.module
+        for name in (own | {_call_of(value), module}) - {""}:
             known.setdefault(name, []).append(i)
     for name in names:
         if name not in known:
@@ -173,9 +196,28 @@ def _indices(values: Sequence[Value], names: Sequence[str]) -> list[int]:
             hint = f"; near it: {', '.join(near)}" if near else ""
             raise ModelError(f"the model computes nothing named {name!r}{hint}")
         if len(known[name]) > 1:
-            calls = ", ".join(f"{values[i].op}:{values[i].call}" for i in known[name])
+            calls = ", ".join(_call_of(values[i]) for i in known[name])
             raise ModelError(f"{len(known[name])} values are named {name!r}; name one of them by its call: {calls}")
     return [known[name][0] for name in names]
+
+
+def _first_token(runner: Runner, call: Call, image: Tensor, values: Sequence[Value], found: Found) -> int:
+    """Which of a level's tokens is the first patch: where the tokens change as the patches do, if the image changes.
+
+    Raises:
+        NoPyramidError: nowhere; the patches lie in another order.
+    """
+    if found.embedded is None:
+        return 0
+    addresses = [Address(values[i].op, values[i].call, values[i].output) for i in (found.stem, found.embedded)]
+    before, after = (runner.read(call, [shown], addresses)[1] for shown in (image, image.flip(-1)))
+    patches, tokens = ((b - a)[0].double() for a, b in zip(before, after, strict=True))
+    patches = patches.flatten(1).T
+    count, tolerance = len(patches), 1e-3 * float(patches.abs().max())
+    for first in range(len(tokens) - count + 1):
+        if torch.allclose(tokens[first : first + count], patches, rtol=0, atol=tolerance):
+            return first
+    raise NoPyramidError("this model's tokens are not its image's patches, row by row, and it has no feature maps")
 
 
 def _region_embedding(values: Sequence[Value], pooled: int) -> tuple[str, int] | None:

@@ -103,8 +103,8 @@ def _unknown(runner: Runner, source: str, format: str, options: ProbeOptions, ob
     found = probe(runner, size, model_input, options.levels, len(runner.class_names) or None)
     picture = _picture(options, size)
     addresses = [level.address for level in found.levels]
-    maps = runner.read(found.call, [model_input.prepare(picture)], addresses)[1]
-    maps = [m.movedim(-1, 1) if level.channels_last else m for m, level in zip(maps, found.levels, strict=True)]
+    network_input, values = runner.read(found.call, [model_input.prepare(picture)], addresses)
+    maps = [level.as_map(value, network_input.shape[-2:]) for value, level in zip(values, found.levels, strict=True)]
     embedding = found.region_embedding
     report = PyramidReport(
         source=source,

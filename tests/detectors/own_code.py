@@ -65,6 +65,22 @@ class Bare(nn.Module):
         return [self.tower(level) for level in self.neck(images)]
 
 
+class ChannelsLast(Bare):
+    """Its neck's maps are normed with their channels last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList(nn.LayerNorm(16) for _ in STRIDES)
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        maps = zip(self.norms, self.neck(images), strict=True)
+        return [self.tower(norm(level.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)) for norm, level in maps]
+
+
+def channels_last() -> nn.Module:
+    return ChannelsLast()
+
+
 def bare() -> nn.Module:
     return Bare()
 

@@ -129,6 +129,20 @@ def test_levels_have_gradients_and_are_those_that_a_look_reads() -> None:
 
 
 @pytest.mark.usefixtures("consent")
+def test_levels_with_their_channels_last_are_turned_in_training_as_well() -> None:
+    names = ["norms.0", "norms.1", "norms.2"]
+    detector = catalog.build(description("channels_last") | {"levels": names}, ("a", "b"))
+    detector.module.eval()  # so that batch norms compute the same
+    no_boxes = Target(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64))
+    batch = Batch(images=[torch.rand(3, *SIZE)], targets=[no_boxes], image_ids=torch.tensor([1]))
+    seen, looked = detector.observe(batch), detector.look(batch)
+
+    assert [m.shape for m in seen.pyramid.maps] == [(1, 16, 8, 8), (1, 16, 4, 4), (1, 16, 2, 2)]
+    for ours, theirs in zip(seen.pyramid.maps, looked.pyramid.maps, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.usefixtures("consent")
 @pytest.mark.parametrize("name", ["own", "fcos"])
 def test_a_student_of_ones_own_is_distilled(name: str, tmp_path: Path) -> None:
     run = run_distill(recipe(factory(name)), output=tmp_path / "run").run

@@ -115,3 +115,43 @@ def test_suppressed_rows() -> None:
 )
 def test_what_is_not_known_is_not_guessed_at(returned: object, classes: int | None) -> None:
     assert recognise_form(returned, SIZE, classes) is None
+
+
+# Three queries on an image of 64 x 96 pixels: class 1 (from 0), class 0, nothing.
+QUERY_BOXES = cells([0.5, 0.5, 0.25, 0.5], [0.25, 0.25, 0.125, 0.25], [0.5, 0.5, 1.0, 1.0])
+QUERY_PIXELS = torch.tensor([[36.0, 16, 60, 48], [18, 8, 30, 24], [0, 0, 96, 64]])
+
+
+def test_logits_of_queries_for_one_class_or_none_as_detr_gives_them() -> None:
+    nothing = 100.0
+    logits = cells([-nothing, 2.0, -nothing, 1.0], [0.0, -nothing, -nothing, 1.0], [-nothing, -nothing, -nothing, 1.0])
+    for returned in ({"logits": logits, "pred_boxes": QUERY_BOXES}, (logits, QUERY_BOXES), (QUERY_BOXES, logits)):
+        name, (one,) = read(returned, classes=3)
+        assert name == "box and class logits of each query, one class or none"
+        e = torch.e
+        assert_found(one, QUERY_PIXELS[:2], [e / (e + 1), 1 / (e + 1)], [2, 1])  # softmax over the classes and none
+
+
+@pytest.mark.parametrize("extra", [0, 1])
+def test_logits_of_queries_class_by_class_as_deformable_detr_gives_them(extra: int) -> None:
+    logits = torch.full((1, 3, 3 + extra), -100.0)
+    logits[0, 0, 1], logits[0, 1, 0], logits[0, 1, 2] = 0.0, 3.0, 1.0
+    name, (one,) = read({"pred_logits": logits, "pred_boxes": QUERY_BOXES}, classes=3)
+
+    assert name == "box and class logits of each query, class by class"
+    scores = torch.tensor([3.0, 1.0, 0.0]).sigmoid().tolist()
+    assert_found(one, QUERY_PIXELS[[1, 1, 0]], scores, [1, 3, 2])  # a query may say two classes
+
+
+def test_boxes_and_class_scores_of_cells_in_two_tensors() -> None:
+    boxes = torch.tensor([[[30.0, 10, 50, 40], [31, 10, 51, 40], [2, 4, 12, 24]]])
+    scores = cells([0.0, 0.9, 0.0], [0.0, 0.8, 0.0], [0.7, 0.2, 0.0])
+    name, (one,) = read([boxes, scores, torch.rand(1, 68, 4, 4)], classes=3)
+
+    assert name == "box and class scores of each cell"
+    assert_found(one, boxes[0][[0, 2, 2]], [0.9, 0.7, 0.2], [2, 1, 2])
+
+
+def test_two_tensors_that_could_be_either_are_not_guessed_at() -> None:
+    assert recognise_form((torch.rand(1, 5, 4), torch.rand(1, 5, 4)), SIZE, 4) is None
+    assert recognise_form((torch.randn(1, 5, 4) * 9, torch.randn(1, 5, 6)), SIZE, 6) is None  # boxes of no known kind

@@ -237,6 +237,30 @@ class PlainTransformer(Queries):
         return self.decode(self.norm(level.permute(0, 2, 3, 1)).permute(0, 3, 1, 2))
 
 
+class TokensAlone(nn.Module):
+    """YOLOS-like: patches are tokens to the end, between a token of the image and those of the detections."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, 12, 16, stride=16)
+        self.before, self.after = nn.Parameter(torch.randn(1, 2, 12)), nn.Parameter(torch.randn(1, 7, 12))
+        self.positions = nn.Parameter(torch.randn(1, 2 + 12 * 16 + 7, 12))
+        self.block = nn.Sequential(nn.LayerNorm(12), nn.Linear(12, 20), nn.GELU(), nn.Linear(20, 12))
+        self.norm, self.classes, self.boxes = nn.LayerNorm(12), nn.Linear(12, 6), nn.Linear(12, 4)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        found = self.tokens(x)[:, -7:]
+        return self.classes(found), self.boxes(found).sigmoid()
+
+    def tokens(self, x: Tensor) -> Tensor:
+        patches = self.patches(x).flatten(2).transpose(1, 2)
+        rows = x.shape[0]
+        before, after = self.before.expand(rows, -1, -1), self.after.expand(rows, -1, -1)
+        tokens = torch.cat([before, patches, after], dim=1) + self.positions
+        tokens = tokens + (tokens @ tokens.transpose(1, 2)).softmax(dim=-1) @ tokens
+        return self.norm(tokens + self.block(tokens))
+
+
 class Functional(nn.Module):
     """No submodules at all: parameters and functions."""
 
