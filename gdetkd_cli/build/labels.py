@@ -6,6 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from gdetkd_cli.detectors.protocol import Detector
 from gdetkd_cli.errors import DataError
 from gdetkd_cli.evaluation.predict import gather_predictions, predict_split
 from gdetkd_cli.recipe.schema import CocoData, FolderData, TeacherLabels
+from gdetkd_cli.training.events import Observer, counting, silent
 from gdetkd_cli.training.run_folder import write_text
 
 Tables = Mapping[str, list[dict[str, Any]]]
@@ -44,6 +46,7 @@ def label_split(
     rank: int = 0,
     world_size: int = 1,
     most: int | None = None,
+    observer: Observer = silent,
 ) -> Labelled:
     """Labels the pictures of a split; every process predicts its share and gets all.
 
@@ -55,6 +58,7 @@ def label_split(
         rank: which of ``world_size`` processes asks.
         world_size: processes.
         most: pictures to label, the first ones; None: all.
+        observer: is told how far it is.
 
     Raises:
         DataError: a class that the teacher does not know, or it finds nothing at all.
@@ -73,7 +77,8 @@ def label_split(
             f"the teacher cannot label {', '.join(strangers)}; its classes are: {', '.join(teacher.class_names)}"
         )
     batches = validation_batches(split=split, batch_size=1, rank=rank, world_size=world_size)
-    found = gather_predictions(predict_split(teacher, batches, device))
+    progress = counting(observer, "labelled", ceil(len(split) / world_size))
+    found = gather_predictions(predict_split(teacher, batches, device, progress))
     assert isinstance(split.read, Pictures), "only picture files are labelled"
     categories = {name: number for number, name in enumerate(class_names, start=1)}
     annotations: list[dict[str, Any]] = []

@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from gdetkd_cli.cli.render import duration, headline
 from gdetkd_cli.cli.terminal import console, is_first_process
-from gdetkd_cli.training.events import Evaluated, Event, Note, Observer, Phase, StepDone, silent
+from gdetkd_cli.training.events import Evaluated, Event, Note, Observer, Phase, PicturesDone, StepDone, silent
 
 
 @contextmanager
@@ -71,6 +71,8 @@ def _line(event: Event) -> str:
             return f"== {event.title}"
         case StepDone():
             return f"step {event.step}/{event.steps}  {_numbers(event)}  lr {event.lr:.2g}"
+        case PicturesDone():
+            return f"{event.what} {event.done:,} of {event.total:,} pictures"
         case Evaluated():
             return f"step {event.step}: {headline(event.metrics)}"
         case _:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Protocol
 
 import torch
@@ -17,13 +17,20 @@ class Predictor(Protocol):
     def predict(self, images: list[Tensor]) -> list[Detections]: ...
 
 
-def predict_split(predictor: Predictor, batches: Iterable[Batch], device: torch.device | str) -> dict[int, Detections]:
-    """Detections by picture id, on the CPU, of the batches of this process."""
+def predict_split(
+    predictor: Predictor,
+    batches: Iterable[Batch],
+    device: torch.device | str,
+    progress: Callable[[int], None] | None = None,
+) -> dict[int, Detections]:
+    """Detections by picture id, on the CPU, of the batches of this process; ``progress`` hears how many there are."""
     found: dict[int, Detections] = {}
     for batch in batches:
         detections = predictor.predict([image.to(device) for image in batch.images])
         for image_id, one in zip(batch.image_ids.tolist(), detections, strict=True):
             found[image_id] = Detections(boxes=one.boxes.cpu(), scores=one.scores.cpu(), labels=one.labels.cpu())
+        if progress is not None:
+            progress(len(found))
     return found
 
 

@@ -26,7 +26,7 @@ from gdetkd_cli.recipe.load import load_recipe
 from gdetkd_cli.recipe.schema import CheckpointDetector, Data
 from gdetkd_cli.results import EvalResult
 from gdetkd_cli.structures import Detections
-from gdetkd_cli.training.events import Note, Observer, silent
+from gdetkd_cli.training.events import Note, Observer, counting, silent
 from gdetkd_cli.training.run_folder import RunFolder
 
 
@@ -73,7 +73,8 @@ def run_eval(target: str, *, data: Data | None, observer: Observer = silent) -> 
         raise DataError(f"{split.name} has no pictures to evaluate on; name other data with --data")
     split = align_classes(split, subject.class_names)
     stopwatch = _Stopwatch(subject.predictor, device)
-    found = predict_split(stopwatch, validation_batches(split=split, batch_size=1), device)
+    progress = counting(observer, "evaluated", len(split))
+    found = predict_split(stopwatch, validation_batches(split=split, batch_size=1), device, progress)
     return EvalResult(
         source=target,
         format=subject.format,

@@ -17,6 +17,7 @@ from gdetkd_cli.distill.distiller import Distiller
 from gdetkd_cli.errors import PairError, RecipeError
 from gdetkd_cli.recipe.schema import CocoData, FolderData, Recipe
 from gdetkd_cli.training.device import ComputeSettings
+from gdetkd_cli.training.events import Observer, silent
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ def prepare(
     *,
     labels: Path | None = None,
     most_labelled: int | None = None,
+    observer: Observer = silent,
 ) -> Job:
     """Builds everything a run needs on this process's device; nothing is written.
 
@@ -60,6 +62,7 @@ def prepare(
         accelerator: device and processes.
         labels: folder with the teacher's labels of an earlier start of the run.
         most_labelled: pictures of a split that the teacher labels at most, where it has to; None: all.
+        observer: is told of what takes long.
 
     Raises:
         GDetKDError: anything the recipe names that cannot be used.
@@ -82,6 +85,7 @@ def prepare(
             rank=accelerator.process_index,
             world_size=accelerator.num_processes,
             most=most_labelled,
+            observer=observer,
         )
         splits[which] = labelled[which].split
     student = build.build_detector(recipe.student, splits["train"].class_names, recipe.seed)

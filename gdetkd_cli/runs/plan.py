@@ -165,7 +165,7 @@ def _prepared(recipe: Recipe, observer: Observer) -> tuple[Job, Accelerator]:
     settings = build.resolve_runtime(recipe.runtime)
     torch.set_num_threads(settings.threads)
     accelerator = accelerator_for(settings, recipe)
-    job = prepare(recipe, settings, accelerator, most_labelled=_LABELLED)
+    job = prepare(recipe, settings, accelerator, most_labelled=_LABELLED, observer=observer)
     for note in job.notes:
         observer(Note(note))
     seed_everything(recipe.seed)

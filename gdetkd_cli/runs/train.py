@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
+from math import ceil
 from pathlib import Path
 from time import perf_counter
 from typing import Literal
@@ -30,7 +31,7 @@ from gdetkd_cli.runs.job import Job, accelerator_for, check_distills, features_o
 from gdetkd_cli.runs.probe import report_of
 from gdetkd_cli.training import run_folder
 from gdetkd_cli.training.device import environment
-from gdetkd_cli.training.events import Note, Observer, silent
+from gdetkd_cli.training.events import Note, Observer, counting, silent
 from gdetkd_cli.training.loop import Loop, LoopOptions, seed_everything
 from gdetkd_cli.training.run_folder import RunFolder
 from gdetkd_cli.training.schedule import build_optimizer, build_schedule
@@ -99,9 +100,9 @@ def _run(recipe: Recipe, *, output: Path | None, resume: Path | None, observer: 
     torch.set_num_threads(settings.threads)
     accelerator = accelerator_for(settings, recipe)
     folder = _choose_folder(recipe, output, resume, accelerator)
-    job = prepare(recipe, settings, accelerator, labels=folder.labels)
     if not accelerator.is_main_process:
         observer = silent
+    job = prepare(recipe, settings, accelerator, labels=folder.labels, observer=observer)
     for note in job.notes:
         observer(Note(note))
     _announce(job, observer)
@@ -128,7 +129,7 @@ def _run(recipe: Recipe, *, output: Path | None, resume: Path | None, observer: 
     def evaluate() -> CocoMetrics | None:
         if features_only(job.student.detector):
             return None
-        return evaluate_split(job.student.detector, job.val, accelerator, recipe.train.batch_size)
+        return evaluate_split(job.student.detector, job.val, accelerator, recipe.train.batch_size, observer)
 
     loop = Loop(
         accelerator=accelerator,
@@ -165,8 +166,11 @@ def _run(recipe: Recipe, *, output: Path | None, resume: Path | None, observer: 
     return TrainResult(run=folder.path, steps=recipe.train.steps, metrics=metrics, seconds=seconds)
 
 
-def evaluate_split(detector: Detector, split: Split, accelerator: Accelerator, batch_size: int) -> CocoMetrics | None:
+def evaluate_split(
+    detector: Detector, split: Split, accelerator: Accelerator, batch_size: int, observer: Observer = silent
+) -> CocoMetrics | None:
     """COCO metrics of a detector; every process predicts its share, the main process gets the result."""
+    progress = counting(observer, "evaluated", ceil(len(split) / accelerator.num_processes))
     batches = validation_batches(
         split=split,
         batch_size=batch_size,
@@ -174,7 +178,7 @@ def evaluate_split(detector: Detector, split: Split, accelerator: Accelerator, b
         world_size=accelerator.num_processes,
     )
     with accelerator.autocast():
-        own = predict_split(detector, batches, accelerator.device)
+        own = predict_split(detector, batches, accelerator.device, progress)
     everything = gather_predictions(own)
     if not accelerator.is_main_process:
         return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from time import perf_counter
 
 from gdetkd_cli.evaluation.coco_metrics import CocoMetrics
 
@@ -53,9 +54,31 @@ class Evaluated:
     metrics: CocoMetrics
 
 
-Event = Note | Phase | StepDone | Evaluated
+@dataclass(frozen=True)
+class PicturesDone:
+    """So far, ``done`` of ``total`` pictures went through a detector, to be ``what`` ("evaluated", "labelled")."""
+
+    what: str
+    done: int
+    total: int
+
+
+Event = Note | Phase | StepDone | Evaluated | PicturesDone
 Observer = Callable[[Event], None]
 
 
 def silent(event: Event) -> None:
     """The observer that says nothing."""
+
+
+def counting(observer: Observer, what: str, total: int, *, every: float = 10.0) -> Callable[[int], None]:
+    """A callback for the pictures done so far; it tells an observer every so many seconds, of a short job nothing."""
+    told = perf_counter()
+
+    def tell(done: int) -> None:
+        nonlocal told
+        if perf_counter() - told >= every:
+            told = perf_counter()
+            observer(PicturesDone(what, done, total))
+
+    return tell

@@ -15,7 +15,7 @@ from gdetkd_cli.cli.live import narration
 from gdetkd_cli.cli.output import to_json
 from gdetkd_cli.cli.terminal import is_first_process
 from gdetkd_cli.evaluation.coco_metrics import CocoMetrics
-from gdetkd_cli.training.events import Evaluated, Note, Phase, StepDone
+from gdetkd_cli.training.events import Evaluated, Event, Note, Phase, PicturesDone, StepDone
 
 STEP = StepDone(20, 600, 1.234, {"sgfi": 0.5, "ckd": 0.25}, 1e-3, 35.25, 80.0)
 
@@ -158,7 +158,7 @@ def test_json_spreads_metrics_and_has_no_nan(runs: Any, metrics: CocoMetrics) ->
 # -------------------------------------------------------------------------------------------------------- narration
 
 
-def narrated(*events: Note | Phase | StepDone | Evaluated, terminal: bool, width: int = 120) -> str:
+def narrated(*events: Event, terminal: bool, width: int = 120) -> str:
     stream = io.StringIO()
     console = Console(
         file=stream, force_terminal=terminal, width=width, markup=False, highlight=False, color_system=None
@@ -170,9 +170,12 @@ def narrated(*events: Note | Phase | StepDone | Evaluated, terminal: bool, width
 
 
 def test_elsewhere_each_event_is_one_plain_line(metrics: CocoMetrics) -> None:
-    shown = narrated(Phase("student"), Note("wrote [b]" + "x" * 200), STEP, Evaluated(20, metrics), terminal=False)
+    labelled = PicturesDone("labelled", 1200, 40_000)
+    events = (Phase("student"), labelled, Note("wrote [b]" + "x" * 200), STEP, Evaluated(20, metrics))
+    shown = narrated(*events, terminal=False)
     assert shown.splitlines() == [
         "== student",
+        "labelled 1,200 of 40,000 pictures",
         "wrote [b]" + "x" * 200,
         "step 20/600  35.2 images/s  1 min 20 s left  loss 1.23  sgfi 0.5  ckd 0.25  lr 0.001",
         f"step 20: {render.headline(metrics)}",
