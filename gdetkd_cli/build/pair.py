@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from gdetkd_cli.build.rivals import Rival, rival_term, rivals
 from gdetkd_cli.detectors.probed import ProbedDetector
 from gdetkd_cli.detectors.protocol import Detector, Observation
 from gdetkd_cli.distill.distiller import Distiller, WeightedTerm
@@ -17,6 +18,8 @@ from gdetkd_cli.errors import PairError
 from gdetkd_cli.recipe.schema import CKD, SGFI, Distill, PredictionKD
 from gdetkd_cli.results import TermPlan
 from gdetkd_cli.structures import Batch, Regions
+
+Block = SGFI | CKD | PredictionKD | Rival
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,7 @@ def build_pair(config: Distill, student: Detector, teacher: Detector, seed: int)
     plans: list[TermPlan] = []
     terms: dict[str, WeightedTerm] = {}
 
-    def add(name: str, block: SGFI | CKD | PredictionKD | None, term: nn.Module | None, reason: str) -> None:
+    def add(name: str, block: Block | None, term: nn.Module | None, reason: str) -> None:
         plans.append(TermPlan(name=name, weight=block.weight if block and term else None, reason=reason))
         if block is not None and term is not None:
             terms[name] = WeightedTerm(term, block.weight, block.warmup_steps)
@@ -74,6 +77,8 @@ def build_pair(config: Distill, student: Detector, teacher: Detector, seed: int)
     ):
         settled, reason, columns = _prediction(name, block, student, teacher)
         add(name, settled, term_class(columns=columns) if columns is not None else None, reason)
+    for name, rival in rivals(config):
+        add(name, rival, rival_term(rival, student, teacher), "")
     if not terms:
         raise PairError("the recipe leaves out every distillation term; use `gdetkd train` for plain training")
 

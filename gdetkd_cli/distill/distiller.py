@@ -10,7 +10,7 @@ from time import perf_counter
 import torch
 from torch import Tensor, nn
 
-from gdetkd_cli.detectors.protocol import Detector, Observation
+from gdetkd_cli.detectors.protocol import Detector, Observation, RegionView, View
 from gdetkd_cli.distill.terms import ObservedPair, Term, needs_of
 from gdetkd_cli.errors import TermNotComputedError
 from gdetkd_cli.structures import Batch, LossReport, Regions
@@ -107,14 +107,17 @@ class Distiller(nn.Module):
         student_needs, teacher_needs = needs_of(terms)
         with self._timed("regions", seconds, batch):
             regions = self._choose_regions(seen, batch, self.step)
-            student_view = self._detector.view_regions(seen, regions, student_needs)
+            student_view = _view(self._detector, seen, regions, student_needs)
         # no_grad, not inference_mode: the adapters' graphs need these tensors.
         with self._timed("teacher", seconds, batch), torch.no_grad():
-            teacher_view = self.teacher.view_regions(self.teacher.look(batch), regions, teacher_needs)
+            teacher_seen = self.teacher.look(batch)
+            teacher_view = _view(self.teacher, teacher_seen, regions, teacher_needs)
         return ObservedPair(
             regions=regions,
             image_ids=batch.image_ids[regions.image_index],
+            batch=batch,
             student_seen=seen,
+            teacher_seen=teacher_seen,
             student_view=student_view,
             teacher_view=teacher_view,
         )
@@ -130,6 +133,11 @@ class Distiller(nn.Module):
         yield
         synchronize(device)
         seconds[name] = perf_counter() - start
+
+
+def _view(detector: Detector, seen: Observation, regions: Regions, needs: frozenset[View]) -> RegionView:
+    """What a detector says of the regions; nothing where nothing is needed."""
+    return detector.view_regions(seen, regions, needs) if needs else RegionView()
 
 
 def synchronize(device: torch.device) -> None:

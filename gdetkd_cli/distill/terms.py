@@ -20,7 +20,7 @@ from gdetkd_cli.distill.queue import RegionQueue
 from gdetkd_cli.losses.ckd import contrastive_loss, overlap_negatives
 from gdetkd_cli.losses.prediction import box_loss, class_loss
 from gdetkd_cli.losses.sgfi import imitation_loss
-from gdetkd_cli.structures import Regions
+from gdetkd_cli.structures import Batch, Regions
 
 
 @dataclass(frozen=True)
@@ -30,13 +30,16 @@ class ObservedPair:
     Attributes:
         regions: R regions.
         image_ids: (R,) the data set's id of each region's picture.
-        student_seen: the student's forward.
+        batch: the images and their truth.
+        student_seen, teacher_seen: the forward of each; the teacher's without gradient.
         student_view, teacher_view: what each says of the regions; the teacher's without gradient.
     """
 
     regions: Regions
     image_ids: Tensor
+    batch: Batch
     student_seen: Observation
+    teacher_seen: Observation
     student_view: RegionView
     teacher_view: RegionView
 

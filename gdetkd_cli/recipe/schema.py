@@ -225,6 +225,55 @@ class PredictionKD(Strict):
     warmup_steps: int = Field(0, ge=0, description="steps over which the weight rises linearly from 0")
 
 
+class FitNet(Strict):
+    """Another method, to compare with: whole maps, level by level (Romero et al., ICLR 2015)."""
+
+    weight: NonNegativeFloat = 10.0
+    warmup_steps: int = Field(0, ge=0, description="steps over which the weight rises linearly from 0")
+
+
+class GTMask(Strict):
+    """Another method, to compare with: the cells near objects (Wang et al., CVPR 2019)."""
+
+    weight: NonNegativeFloat = 10.0
+    share: Fraction = Field(0.5, description="of the best anchor's overlap that makes a cell near an object")
+    warmup_steps: int = Field(0, ge=0, description="steps over which the weight rises linearly from 0")
+
+
+class RoIImitation(Strict):
+    """Another method, to compare with: regions on the one level each detector assigns (Li et al., CVPR 2017)."""
+
+    weight: NonNegativeFloat = 10.0
+    warmup_steps: int = Field(0, ge=0, description="steps over which the weight rises linearly from 0")
+
+
+class PKD(Strict):
+    """Another method, to compare with: correlation of maps (Cao et al., NeurIPS 2022)."""
+
+    weight: NonNegativeFloat = Field(6.0, description="as published")
+    warmup_steps: int = Field(0, ge=0, description="steps over which the weight rises linearly from 0")
+
+
+class CWD(Strict):
+    """Another method, to compare with: where each channel looks (Shu et al., ICCV 2021)."""
+
+    weight: NonNegativeFloat = Field(10.0, description="as published")
+    tau: PositiveFloat = Field(1.0, description="temperature of the softmax over cells")
+    warmup_steps: int = Field(0, ge=0, description="steps over which the weight rises linearly from 0")
+
+
+class FGD(Strict):
+    """Another method, to compare with: focal and global distillation (Yang et al., CVPR 2022); published weights."""
+
+    weight: NonNegativeFloat = 1.0
+    temperature: PositiveFloat = Field(0.5, description="of the attentions")
+    objects: NonNegativeFloat = 1e-3
+    background: NonNegativeFloat = 5e-4
+    attention: NonNegativeFloat = 1e-3
+    relation: NonNegativeFloat = 5e-6
+    warmup_steps: int = Field(0, ge=0, description="steps over which the weight rises linearly from 0")
+
+
 class Distill(Strict):
     """The distillation terms. ``null`` leaves a term out; ``auto`` adds it where the pair allows it."""
 
@@ -234,6 +283,12 @@ class Distill(Strict):
     ckd: CKD | Literal["auto"] | None = Field("auto", description="auto: where the teacher has a region embedding")
     class_kd: PredictionKD | Literal["auto"] | None = "auto"
     box_kd: PredictionKD | Literal["auto"] | None = "auto"
+    fitnet: FitNet | None = None
+    gt_mask: GTMask | None = None
+    roi_imitation: RoIImitation | None = None
+    pkd: PKD | None = None
+    cwd: CWD | None = None
+    fgd: FGD | None = None
     head_transfer: bool | Literal["auto"] = Field("auto", description="start the student's RoI head from the teacher's")
     task_loss: Literal["own", "none"] = Field(
         "own", description="none: the student's own losses are left out; it learns from the teacher alone"

@@ -13,7 +13,7 @@ from gdetkd_cli.detectors.protocol import Observation, RegionView
 from gdetkd_cli.distill.terms import BoxTerm, CKDTerm, ClassTerm, ObservedPair, SGFITerm, Term, needs_of
 from gdetkd_cli.losses.ckd import contrastive_loss
 from gdetkd_cli.losses.sgfi import imitation_loss
-from gdetkd_cli.structures import Frame, LevelSpec, Pyramid, Regions
+from gdetkd_cli.structures import Batch, Frame, LevelSpec, Pyramid, Regions
 
 COLUMNS = torch.tensor([0, 2, 3, 1])  # the teacher's column for each of the student's
 
@@ -52,10 +52,13 @@ def make_pair(
         )
         for i, m in enumerate(maps)
     )
+    seen = Observation(losses={}, pyramid=Pyramid(maps=maps, levels=levels, frame=frame), candidates=None)
     return ObservedPair(
         regions=regions,
         image_ids=torch.tensor(ids, dtype=torch.int64)[regions.image_index],
-        student_seen=Observation(losses={}, pyramid=Pyramid(maps=maps, levels=levels, frame=frame), candidates=None),
+        batch=Batch(images=[torch.zeros(3, 32, 32)] * 2, targets=[], image_ids=torch.tensor(ids)),
+        student_seen=seen,
+        teacher_seen=seen,
         student_view=student or RegionView(),
         teacher_view=teacher or RegionView(),
     )

@@ -1,0 +1,91 @@
+"""Teacher maps brought to the cells of the student's maps, for terms that compare whole pyramids level by level.
+
+A student level meets the teacher level whose stride, in pixels of the image, is nearest; never the one of the same
+index. Shapes: N images, C channels, H x W cells of the student's level.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import log
+
+import torch
+from torch import Tensor
+from torch.nn.functional import avg_pool2d, grid_sample
+
+from gdetkd_cli.structures import LevelSpec, Pyramid
+
+
+@dataclass(frozen=True)
+class AlignedLevel:
+    """One level of the student and what the teacher has at its cells.
+
+    Attributes:
+        student: (N, C_s, H, W).
+        teacher: (N, C_t, H, W), float32, without gradient.
+        inside: (N, H, W) bool, cells whose centre lies in the image and on the teacher's map.
+        teacher_level: index of the teacher's level.
+    """
+
+    student: Tensor
+    teacher: Tensor
+    inside: Tensor
+    teacher_level: int
+
+
+def align(student: Pyramid, teacher: Pyramid, sizes: Sequence[tuple[int, int]]) -> list[AlignedLevel]:
+    """Every level of the student with the teacher's level of the nearest stride, resampled to its cells.
+
+    Args:
+        student: its pyramid.
+        teacher: the teacher's, of the same batch.
+        sizes: (height, width) of each batch image, in pixels.
+    """
+    ours, theirs = (_strides(pyramid) for pyramid in (student, teacher))
+    aligned = []
+    for level, stride in enumerate(ours):
+        nearest = min(range(len(theirs)), key=lambda i: abs(log(stride / theirs[i])))
+        aligned.append(_aligned(student, level, teacher, nearest, max(1, round(stride / theirs[nearest])), sizes))
+    return aligned
+
+
+def _strides(pyramid: Pyramid) -> list[float]:
+    """By level, the geometric mean of its strides over images and axes, in pixels of the image."""
+    scale = float(pyramid.frame.scale.log().mean().exp())
+    return [(level.stride[0] * level.stride[1]) ** 0.5 / scale for level in pyramid.levels]
+
+
+def _aligned(
+    student: Pyramid, level: int, teacher: Pyramid, nearest: int, samples: int, sizes: Sequence[tuple[int, int]]
+) -> AlignedLevel:
+    """``samples`` per axis and cell: a finer map is averaged over the cell, not picked from."""
+    ours, theirs = student.maps[level], teacher.maps[nearest].detach().float()
+    axes, insides = [], []
+    for axis in (0, 1):  # x, y
+        count = ours.shape[3 - axis]
+        at = (torch.arange(count * samples, device=ours.device, dtype=torch.float32) + 0.5) / samples - 0.5  # of cells
+        stride, offset = _of_axis(student.levels[level], axis)
+        image = ((at * stride + offset)[None] - student.frame.shift[:, axis, None]) / student.frame.scale[:, axis, None]
+        model = image * teacher.frame.scale[:, axis, None] + teacher.frame.shift[:, axis, None]
+        stride, offset = _of_axis(teacher.levels[nearest], axis)
+        cells, length = (model - offset) / stride + 0.5, theirs.shape[3 - axis]
+        axes.append(2 * cells / length - 1)  # as grid_sample counts
+        end = image.new_tensor([size[1 - axis] for size in sizes])[:, None]
+        centre = (image >= 0) & (image <= end) & (cells >= 0) & (cells <= length)
+        insides.append(centre.unflatten(1, (count, samples)).float().mean(dim=2) >= 0.5)
+    x, y = axes
+    grid = torch.stack([x[:, None, :].expand(-1, y.shape[1], -1), y[:, :, None].expand(-1, -1, x.shape[1])], dim=3)
+    with torch.autocast(theirs.device.type, enabled=False):
+        sampled = grid_sample(theirs, grid, mode="bilinear", padding_mode="border", align_corners=False)
+    return AlignedLevel(
+        student=ours,
+        teacher=avg_pool2d(sampled, samples) if samples > 1 else sampled,
+        inside=insides[1][:, :, None] & insides[0][:, None, :],
+        teacher_level=nearest,
+    )
+
+
+def _of_axis(level: LevelSpec, axis: int) -> tuple[float, float]:
+    """Stride and offset along x (0) or y (1)."""
+    return level.stride[1 - axis], level.offset[1 - axis]

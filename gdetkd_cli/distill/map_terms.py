@@ -1,0 +1,223 @@
+"""Terms of other methods, to be compared with: each imitates the teacher's maps, or its regions, in its own way.
+
+They get the teacher standardised by channel as SGFI does, so that none fails for its features' scale alone. Maps are
+compared on the student's cells (``alignment``). Shapes: N images, C channels, H x W cells.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from gdetkd_cli.detectors.pooling import cells
+from gdetkd_cli.detectors.protocol import View
+from gdetkd_cli.distill.alignment import align
+from gdetkd_cli.distill.heads import Standardizer
+from gdetkd_cli.distill.terms import ObservedPair
+from gdetkd_cli.losses.cwd import channel_divergence
+from gdetkd_cli.losses.fgd import ContextBlock, focal_losses, global_loss, object_masks
+from gdetkd_cli.losses.fitnet import map_imitation_loss
+from gdetkd_cli.losses.gt_mask import near_object_masks
+from gdetkd_cli.losses.pkd import pearson_loss
+from gdetkd_cli.losses.roi_imitation import region_imitation_loss
+
+_ANCHOR_CELLS = 8.0  # side of the square anchor over a pyramid's level, as detectors with a pyramid have it
+
+
+@dataclass(frozen=True)
+class _Level:
+    """One level of the student beside the teacher's, both (N, C, H, W); ``inside``: (N, H, W) bool, cells of images."""
+
+    number: int
+    adapted: Tensor
+    target: Tensor
+    inside: Tensor
+
+
+class _MapTerm(nn.Module):
+    """What terms over whole maps share.
+
+    Args:
+        student_channels, teacher_channels: channels of each level of both.
+        adapt: a 1 x 1 convolution on every student level, or only where channels differ.
+        standardize: the teacher's levels.
+    """
+
+    student_needs: frozenset[View] = frozenset()
+    teacher_needs: frozenset[View] = frozenset()
+
+    def __init__(
+        self,
+        *,
+        student_channels: Sequence[int],
+        teacher_channels: Sequence[int],
+        adapt: bool = True,
+        standardize: bool = True,
+    ) -> None:
+        super().__init__()
+        most = max(teacher_channels)
+        same = set(teacher_channels) == {most}
+        self.adapters = nn.ModuleList(
+            nn.Conv2d(c, most, 1) if adapt or c != most or not same else nn.Identity() for c in student_channels
+        )
+        self.standardizers = nn.ModuleList(
+            Standardizer(channels=c, per_channel=True) if standardize else nn.Identity() for c in teacher_channels
+        )
+
+    def levels(self, pair: ObservedPair) -> Iterator[_Level]:
+        """The pair's levels, aligned, adapted and standardised."""
+        sizes = [(image.shape[-2], image.shape[-1]) for image in pair.batch.images]
+        aligned = align(pair.student_seen.pyramid, pair.teacher_seen.pyramid, sizes)
+        for number, (level, adapter) in enumerate(zip(aligned, self.adapters, strict=True)):
+            target, standardizer = level.teacher, self.standardizers[level.teacher_level]
+            if isinstance(standardizer, Standardizer):
+                standardizer.update(target.permute(0, 2, 3, 1)[level.inside][:, :, None, None])
+                target = standardizer(target)
+            adapted = adapter(level.student)[:, : target.shape[1]].float()
+            yield _Level(number, adapted, target, level.inside)
+
+
+class FitNetTerm(_MapTerm):
+    """Every level imitates the whole map; mean over levels."""
+
+    def forward(self, pair: ObservedPair) -> Tensor:
+        losses = [map_imitation_loss(level.adapted, level.target, level.inside) for level in self.levels(pair)]
+        return torch.stack(losses).mean()
+
+
+class GTMaskTerm(_MapTerm):
+    """Every level imitates the cells near objects; mean over all of these cells.
+
+    Args:
+        share: of the best anchor's overlap with an object; see ``near_object_masks``.
+    """
+
+    def __init__(self, *, student_channels: Sequence[int], teacher_channels: Sequence[int], share: float) -> None:
+        super().__init__(student_channels=student_channels, teacher_channels=teacher_channels)
+        self.share = share
+
+    def forward(self, pair: ObservedPair) -> Tensor:
+        boxes = _boxes_in_cells(pair)
+        shapes = [(m.shape[-2], m.shape[-1]) for m in pair.student_seen.pyramid.maps]
+        masks = [near_object_masks(image, shapes, [_ANCHOR_CELLS] * len(shapes), self.share) for image in boxes]
+        losses, counts = [], []
+        for level in self.levels(pair):
+            near = torch.stack([image[level.number] for image in masks]) & level.inside
+            losses.append(map_imitation_loss(level.adapted, level.target, near))
+            counts.append(near.sum())
+        count = torch.stack(counts).float()
+        return (torch.stack(losses) * count).sum() / count.sum().clamp(min=1)
+
+
+class PKDTerm(_MapTerm):
+    """Every level correlates with the teacher's, channel by channel; sum over levels, as published."""
+
+    def __init__(self, *, student_channels: Sequence[int], teacher_channels: Sequence[int]) -> None:
+        super().__init__(
+            student_channels=student_channels, teacher_channels=teacher_channels, adapt=False, standardize=False
+        )
+
+    def forward(self, pair: ObservedPair) -> Tensor:
+        losses = [pearson_loss(level.adapted, level.target, level.inside) for level in self.levels(pair)]
+        return torch.stack(losses).sum()
+
+
+class CWDTerm(_MapTerm):
+    """Every channel of every level looks where the teacher's does; sum over levels, as published.
+
+    Args:
+        tau: temperature of the softmax over cells.
+    """
+
+    def __init__(self, *, student_channels: Sequence[int], teacher_channels: Sequence[int], tau: float) -> None:
+        super().__init__(student_channels=student_channels, teacher_channels=teacher_channels)
+        self.tau = tau
+
+    def forward(self, pair: ObservedPair) -> Tensor:
+        losses = [
+            channel_divergence(level.adapted, level.target, level.inside, self.tau) for level in self.levels(pair)
+        ]
+        return torch.stack(losses).sum()
+
+
+class FGDTerm(_MapTerm):
+    """Focal and global distillation; sum over levels, as published.
+
+    Args:
+        temperature: of the attentions.
+        objects, background, attention, relation: weights of the four parts.
+    """
+
+    def __init__(
+        self,
+        *,
+        student_channels: Sequence[int],
+        teacher_channels: Sequence[int],
+        temperature: float,
+        objects: float,
+        background: float,
+        attention: float,
+        relation: float,
+    ) -> None:
+        super().__init__(student_channels=student_channels, teacher_channels=teacher_channels, adapt=False)
+        most = max(teacher_channels)
+        self.student_blocks, self.teacher_blocks = (
+            nn.ModuleList(ContextBlock(most) for _ in student_channels) for _ in range(2)
+        )
+        if set(teacher_channels) != {most}:
+            raise ValueError("FGD's context blocks need a teacher whose levels have the same channels")
+        self.temperature = temperature
+        self.weights = (objects, background, attention, relation)
+
+    def forward(self, pair: ObservedPair) -> Tensor:
+        boxes = _boxes_in_cells(pair)
+        losses = []
+        for level in self.levels(pair):
+            objects, background = object_masks(
+                [image[level.number] for image in boxes], (level.target.shape[-2], level.target.shape[-1])
+            )
+            inside = level.inside.float()
+            parts = focal_losses(level.adapted, level.target, objects * inside, background * inside, self.temperature)
+            blocks = (self.student_blocks[level.number], self.teacher_blocks[level.number])
+            relation = global_loss(level.adapted, level.target, *blocks)  # type: ignore[arg-type]  # they are such blocks
+            losses.append(sum(w * part for w, part in zip(self.weights, (*parts, relation), strict=True)))
+        return torch.stack([torch.as_tensor(loss) for loss in losses]).sum()
+
+
+class RoIImitationTerm(nn.Module):
+    """Regions imitate the teacher's, each pooled from the level that its own detector assigns it to.
+
+    Args:
+        student_channels: most channels of a student level.
+        teacher_channels: most channels of a teacher level.
+    """
+
+    student_needs: frozenset[View] = frozenset({"pooled"})
+    teacher_needs: frozenset[View] = frozenset({"pooled"})
+
+    def __init__(self, *, student_channels: int, teacher_channels: int) -> None:
+        super().__init__()
+        self.adapter = nn.Conv2d(student_channels, teacher_channels, 1)
+        self.standardizer = Standardizer(channels=teacher_channels, per_channel=True)
+
+    def forward(self, pair: ObservedPair) -> Tensor:
+        student, target = pair.student_view.pooled, pair.teacher_view.pooled
+        channels = pair.teacher_view.pooled_channels
+        assert student is not None and target is not None
+        self.standardizer.update(target, channels)
+        target = self.standardizer(target.float(), channels)
+        return region_imitation_loss(self.adapter(student).float(), target, channels)
+
+
+def _boxes_in_cells(pair: ObservedPair) -> list[list[Tensor]]:
+    """By image and student level, its objects (M, 4) xyxy in cells."""
+    pyramid = pair.student_seen.pyramid
+    found = []
+    for image, target in enumerate(pair.batch.targets):
+        index = torch.full((len(target.boxes),), image, device=target.boxes.device)
+        pixels = pyramid.frame.to_model(target.boxes, index)
+        found.append([cells(pixels, level) for level in pyramid.levels])
+    return found

@@ -1,0 +1,78 @@
+"""The teacher's maps at the student's cells: by hand, and against a slow version for unlike geometries."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from gdetkd_cli.distill.alignment import align
+from gdetkd_cli.structures import Frame, LevelSpec, Pyramid
+
+
+def level(channels: int, stride: float, offset: float, shape: tuple[int, int]) -> LevelSpec:
+    return LevelSpec("", channels, (stride, stride), (offset, offset), shape)
+
+
+def pyramid(maps: list[Tensor], strides: list[float], *, scale: float = 1.0, shift: float = 0.0) -> Pyramid:
+    levels = [
+        level(m.shape[1], stride, stride / 2, (m.shape[2], m.shape[3])) for m, stride in zip(maps, strides, strict=True)
+    ]
+    images = maps[0].shape[0]
+    frame = Frame(
+        scale=torch.full((images, 2), scale),
+        shift=torch.full((images, 2), shift),
+        size=(int(maps[0].shape[2] * strides[0]), int(maps[0].shape[3] * strides[0])),
+    )
+    return Pyramid(maps=tuple(maps), levels=tuple(levels), frame=frame)
+
+
+def ramp(stride: float, shape: tuple[int, int]) -> Tensor:
+    """(1, 2, H, W): the x and the y of each cell's centre, in pixels."""
+    y, x = torch.meshgrid(*((torch.arange(n) + 0.5) * stride for n in shape), indexing="ij")
+    return torch.stack([x, y])[None]
+
+
+def test_equal_geometry_changes_nothing() -> None:
+    maps = [torch.randn(2, 3, 4, 6), torch.randn(2, 3, 2, 3)]
+    aligned = align(pyramid(maps, [8, 16]), pyramid(maps, [8, 16]), [(32, 48), (32, 48)])
+    for found, expected in zip(aligned, maps, strict=True):
+        torch.testing.assert_close(found.teacher, expected, atol=1e-5, rtol=1e-5)
+        assert found.inside.all()
+    assert [found.teacher_level for found in aligned] == [0, 1]
+
+
+def test_levels_meet_by_stride_in_the_image_and_not_by_index() -> None:
+    """The teacher sees the image at twice the size: its stride 16 is 8 pixels of the image."""
+    student = pyramid([torch.zeros(1, 1, 8, 8), torch.zeros(1, 1, 4, 4)], [8, 16])
+    teacher = pyramid([torch.zeros(1, 1, n, n) for n in (32, 16, 8, 4)], [4, 8, 16, 32], scale=2.0)
+    assert [found.teacher_level for found in align(student, teacher, [(64, 64)])] == [2, 3]
+
+
+def test_places_are_kept_through_unlike_strides_scales_and_shifts() -> None:
+    """The teacher's map holds its own model-pixel coordinates: a student's cell must find its own place there."""
+    student = pyramid([torch.zeros(1, 1, 6, 8)], [8], shift=4.0)
+    teacher = pyramid([ramp(10, (9, 12))], [10], scale=1.5, shift=2.0)
+    (found,) = align(student, teacher, [(44, 60)])
+    for row in range(6):
+        for column in range(8):
+            x, y = column * 8 + 4 - 4.0, row * 8 + 4 - 4.0  # pixels of the image
+            assert bool(found.inside[0, row, column]) == (x <= 60 and y <= 44)
+            expected = (x * 1.5 + 2, y * 1.5 + 2)
+            if min(expected) >= 5 and expected[0] <= 115 and expected[1] <= 85:  # between the teacher's first and last
+                assert found.teacher[0, :, row, column].tolist() == pytest.approx(expected, abs=1e-3)
+
+
+def test_a_finer_map_is_averaged_over_the_cell() -> None:
+    fine = torch.zeros(1, 1, 4, 4)
+    fine[0, 0, 0, 0] = 16.0
+    (found,) = align(pyramid([torch.zeros(1, 1, 1, 1)], [32]), pyramid([fine], [8]), [(32, 32)])
+    assert float(found.teacher) == pytest.approx(1.0)  # picked from its middle, the cell would have 0
+
+
+def test_the_teacher_gets_no_gradient() -> None:
+    theirs = torch.randn(1, 2, 4, 4, requires_grad=True)
+    ours = torch.randn(1, 2, 4, 4, requires_grad=True)
+    (found,) = align(pyramid([ours], [8]), pyramid([theirs], [8]), [(32, 32)])
+    assert found.student.requires_grad
+    assert not found.teacher.requires_grad

@@ -1,0 +1,114 @@
+"""Terms of other methods on an observed pair."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from gdetkd_cli.detectors.protocol import Observation, RegionView
+from gdetkd_cli.distill.map_terms import CWDTerm, FGDTerm, FitNetTerm, GTMaskTerm, PKDTerm, RoIImitationTerm
+from gdetkd_cli.distill.terms import ObservedPair
+from gdetkd_cli.structures import Batch, Frame, LevelSpec, Pyramid, Regions, Target
+
+STUDENT, TEACHER = [5, 5], [6, 6, 6]
+BOXES = [torch.tensor([[4.0, 4, 28, 20], [1, 0, 62, 62]]), torch.zeros(0, 4)]
+TERMS: dict[type[nn.Module], dict[str, Any]] = {
+    FitNetTerm: {},
+    GTMaskTerm: {"share": 0.5},
+    PKDTerm: {},
+    CWDTerm: {"tau": 1.0},
+    FGDTerm: {"temperature": 0.5, "objects": 1e-3, "background": 5e-4, "attention": 1e-3, "relation": 5e-6},
+}
+
+
+def seen(channels: list[int], strides: list[int], seed: int, *, grad: bool = False) -> Observation:
+    """Two images of 64 x 64 pixels."""
+    generator = torch.Generator().manual_seed(seed)
+    maps = [torch.randn(2, c, 64 // s, 64 // s, generator=generator) for c, s in zip(channels, strides, strict=True)]
+    levels = [
+        LevelSpec(str(s), c, (s, s), (s / 2, s / 2), (64 // s, 64 // s)) for c, s in zip(channels, strides, strict=True)
+    ]
+    frame = Frame(scale=torch.ones(2, 2), shift=torch.zeros(2, 2), size=(64, 64))
+    made = tuple(m.requires_grad_(grad) for m in maps)
+    return Observation(losses={}, pyramid=Pyramid(made, tuple(levels), frame), candidates=None)
+
+
+def pair(**views: RegionView) -> ObservedPair:
+    targets = [Target(boxes, torch.ones(len(boxes), dtype=torch.int64)) for boxes in BOXES]
+    index = torch.tensor([0, 0, 1])
+    return ObservedPair(
+        regions=Regions(torch.tensor([[0.0, 0, 9, 9]] * 3), index, torch.full((3,), -1)),
+        image_ids=index,
+        batch=Batch([torch.zeros(3, 64, 64)] * 2, targets, torch.tensor([1, 2])),
+        student_seen=seen(STUDENT, [4, 8], 0, grad=True),
+        teacher_seen=seen(TEACHER, [4, 8, 16], 1),
+        student_view=views.get("student", RegionView()),
+        teacher_view=views.get("teacher", RegionView()),
+    )
+
+
+def make(term: type[nn.Module]) -> nn.Module:
+    torch.manual_seed(0)
+    return term(student_channels=STUDENT, teacher_channels=TEACHER, **TERMS[term])
+
+
+@pytest.mark.parametrize("term", TERMS, ids=lambda term: term.__name__)
+def test_every_level_gets_a_gradient_and_the_term_can_be_learnt(term: type[nn.Module]) -> None:
+    observed, module = pair(), make(term)
+    maps = observed.student_seen.pyramid.maps
+    first = module(observed)
+    assert first.shape == ()
+    for gradient in torch.autograd.grad(first, maps):
+        assert gradient.isfinite().all()
+        assert gradient.abs().sum() > 0
+    free = [m.detach().clone().requires_grad_() for m in maps]
+    held = ObservedPair(**(vars(observed) | {"student_seen": _with(observed.student_seen, free)}))
+    optimizer = torch.optim.Adam([*free, *module.parameters()], lr=0.05)
+    for _ in range(60):
+        optimizer.zero_grad()
+        loss = module(held)
+        loss.backward()
+        optimizer.step()
+    assert float(loss.detach()) < 0.6 * float(first.detach())
+
+
+def _with(observation: Observation, maps: list[Tensor]) -> Observation:
+    pyramid = observation.pyramid
+    return Observation(losses={}, pyramid=Pyramid(tuple(maps), pyramid.levels, pyramid.frame), candidates=None)
+
+
+def test_near_objects_only_their_cells_get_a_gradient() -> None:
+    observed = pair()
+    fine, _ = torch.autograd.grad(make(GTMaskTerm)(observed), observed.student_seen.pyramid.maps)
+    moved = fine.abs().sum(dim=1) > 0
+    assert moved[0].any()
+    assert not moved[0].all()
+    assert not moved[1].any()  # this picture has no object
+
+
+def test_equal_channels_are_correlated_as_they_are() -> None:
+    assert not list(PKDTerm(student_channels=[6, 6], teacher_channels=[6, 6]).parameters())
+    assert list(make(PKDTerm).parameters())
+
+
+def test_teachers_levels_may_differ_in_channels() -> None:
+    term = FitNetTerm(student_channels=STUDENT, teacher_channels=[6, 4, 6])
+    observed = pair()
+    narrow = ObservedPair(**(vars(observed) | {"teacher_seen": seen([6, 4, 6], [4, 8, 16], 1)}))
+    assert term(narrow).isfinite()
+
+
+def test_regions_are_imitated_from_the_level_that_each_detector_assigns() -> None:
+    torch.manual_seed(0)
+    student, teacher = torch.randn(3, 5, 7, 7, requires_grad=True), torch.randn(3, 6, 7, 7)
+    term = RoIImitationTerm(student_channels=5, teacher_channels=6)
+    loss = term(pair(student=RegionView(pooled=student), teacher=RegionView(pooled=teacher)))
+    target = (teacher - teacher.mean(dim=(0, 2, 3), keepdim=True)) / teacher.std(
+        dim=(0, 2, 3), unbiased=False, keepdim=True
+    )
+    expected = (term.adapter(student) - target).square().mean()
+    torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-5)
+    assert torch.autograd.grad(loss, student)[0].abs().sum() > 0

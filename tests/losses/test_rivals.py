@@ -1,0 +1,219 @@
+"""Other methods' equations: by hand-made numbers, and against slow versions written from the papers."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+from torchvision.ops import box_iou
+
+from gdetkd_cli.losses.cwd import channel_divergence
+from gdetkd_cli.losses.fgd import ContextBlock, attention, focal_losses, global_loss, object_masks
+from gdetkd_cli.losses.fitnet import map_imitation_loss
+from gdetkd_cli.losses.gt_mask import near_object_masks
+from gdetkd_cli.losses.pkd import pearson_loss
+from gdetkd_cli.losses.roi_imitation import region_imitation_loss
+
+
+def row(*values: float) -> Tensor:
+    """(1, 1, 1, W)."""
+    return torch.tensor([[[list(values)]]])
+
+
+def everywhere(maps: Tensor) -> Tensor:
+    return torch.ones(maps.shape[0], *maps.shape[2:], dtype=torch.bool)
+
+
+def random_maps(seed: int, n: int = 2, c: int = 3, h: int = 4, w: int = 5) -> Tensor:
+    return torch.randn(n, c, h, w, generator=torch.Generator().manual_seed(seed))
+
+
+def some(maps: Tensor) -> Tensor:
+    """A mask that leaves out a column of one image and a row of the other."""
+    inside = everywhere(maps)
+    inside[0, :, -1] = False
+    inside[1, 0] = False
+    return inside
+
+
+# ------------------------------------------------------------------------------------------------- fitnet, regions
+
+
+def test_whole_maps_by_hand() -> None:
+    student, teacher = torch.tensor([[[[1.0, 2, 9]], [[0.0, 0, 9]]]]), torch.tensor([[[[0.0, 0, 0]], [[1.0, 4, 0]]]])
+    weight = torch.tensor([[[1.0, 3, 0]]])  # the last cell does not count
+    assert float(map_imitation_loss(student, teacher, weight)) == pytest.approx(
+        (1 * (1 + 1) / 2 + 3 * (4 + 16) / 2) / 4
+    )
+
+
+def test_no_cell_gives_zero_with_a_gradient() -> None:
+    student = random_maps(0).requires_grad_()
+    nothing = ~everywhere(student)
+    for loss in (
+        map_imitation_loss(student, random_maps(1), nothing),
+        pearson_loss(student, random_maps(1), nothing),
+        channel_divergence(student, random_maps(1), nothing, 1.0),
+    ):
+        assert float(loss.detach()) == 0
+        assert loss.requires_grad
+
+
+def test_regions_by_hand() -> None:
+    adapted, target = torch.tensor([[[[1.0]]], [[[5.0]]]]), torch.tensor([[[[0.0]]], [[[2.0]]]])
+    assert float(region_imitation_loss(adapted, target)) == pytest.approx((1 + 9) / 2)
+
+
+# --------------------------------------------------------------------------------------------------------- gt_mask
+
+
+def test_cells_near_an_object_by_hand() -> None:
+    """A box of 2 x 2 cells on a row of 6 cells; anchors of 2 x 2: overlap 1/3 one cell to either side, 1 on it."""
+    boxes = torch.tensor([[2.0, -0.5, 4, 1.5]])  # its middle is at (3, 0.5), between the centres 2.5 and 3.5
+    best = box_iou(torch.tensor([[1.5, -0.5, 3.5, 1.5]]), boxes)[0, 0]  # 3/5 at the two nearest cells
+    (mask,) = near_object_masks([boxes], [(1, 6)], [2.0], share=0.5)
+    further = box_iou(torch.tensor([[0.5, -0.5, 2.5, 1.5]]), boxes)[0, 0]  # 1/7
+    assert best == pytest.approx(0.6)
+    assert further < 0.3
+    assert mask.tolist() == [[False, False, True, True, False, False]]
+
+
+def test_an_object_counts_on_the_level_of_its_size() -> None:
+    fine, coarse = torch.tensor([[0.0, 0, 8, 8]]), torch.tensor([[0.0, 0, 4, 4]])
+    on_fine, on_coarse = near_object_masks([fine, coarse], [(8, 8), (4, 4)], [2.0, 4.0], share=0.9)
+    assert not on_fine.any()  # anchors of two cells overlap it by a sixteenth
+    assert on_coarse.any()
+    (nothing,) = near_object_masks([fine[:0]], [(8, 8)], [2.0], share=0.5)
+    assert not nothing.any()
+
+
+def test_near_cells_against_a_slow_version() -> None:
+    boxes = torch.tensor([[1.0, 2, 7, 5], [4.0, 0, 6, 8]])
+    (mask,) = near_object_masks([boxes], [(6, 9)], [3.0], share=0.5)
+    expected = torch.zeros(6, 9, dtype=torch.bool)
+    for box in boxes:
+        overlaps = torch.zeros(6, 9, 3)
+        for y in range(6):
+            for x in range(9):
+                for a, ratio in enumerate((0.5, 1.0, 2.0)):
+                    w, h = 3.0 / math.sqrt(ratio), 3.0 * math.sqrt(ratio)
+                    left, top = x + 0.5 - w / 2, y + 0.5 - h / 2
+                    iw = max(min(left + w, float(box[2])) - max(left, float(box[0])), 0)
+                    ih = max(min(top + h, float(box[3])) - max(top, float(box[1])), 0)
+                    union = w * h + float((box[2] - box[0]) * (box[3] - box[1])) - iw * ih
+                    overlaps[y, x, a] = iw * ih / union
+        expected |= (overlaps > 0.5 * overlaps.max()).any(dim=2)
+    assert torch.equal(mask, expected)
+
+
+# ------------------------------------------------------------------------------------------------------------- pkd
+
+
+def test_correlation_by_hand() -> None:
+    teacher = row(1, 2, 3)
+    for student, expected in ((row(10, 20, 30), 0.0), (row(3, 2, 1), 2.0), (row(1, -2, 1), 1.0)):  # r = 1, -1, 0
+        assert float(pearson_loss(student, teacher, everywhere(teacher))) == pytest.approx(expected, abs=1e-5)
+
+
+def test_correlation_against_numpys_kind() -> None:
+    student, teacher = random_maps(0), random_maps(1)
+    inside = some(student)
+    expected = []
+    for channel in range(3):
+        pair = torch.stack([student[:, channel][inside], teacher[:, channel][inside]])
+        expected.append(1 - torch.corrcoef(pair)[0, 1])
+    assert float(pearson_loss(student, teacher, inside)) == pytest.approx(float(torch.stack(expected).mean()), abs=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------------------- cwd
+
+
+def test_channel_divergence_by_hand() -> None:
+    """Teacher (3/4, 1/4), student (1/2, 1/2), at temperature 2: 4 KL."""
+    student, teacher = row(0, 0, 99), row(2 * math.log(3), 0, -99)
+    inside = torch.tensor([[[True, True, False]]])
+    kl = 0.75 * math.log(0.75 / 0.5) + 0.25 * math.log(0.25 / 0.5)
+    assert float(channel_divergence(student, teacher, inside, 2.0)) == pytest.approx(4 * kl, rel=1e-5)
+
+
+def test_channel_divergence_against_a_slow_version() -> None:
+    student, teacher = random_maps(0), random_maps(1)
+    inside = some(student)
+    expected = 0.0
+    for image in range(2):
+        for channel in range(3):
+            t = (teacher[image, channel][inside[image]] / 3).softmax(dim=0)
+            s = (student[image, channel][inside[image]] / 3).softmax(dim=0)
+            expected += 9 / 3 * float((t * (t / s).log()).sum()) / 2
+    assert float(channel_divergence(student, teacher, inside, 3.0)) == pytest.approx(expected, rel=1e-4)
+
+
+# ------------------------------------------------------------------------------------------------------------- fgd
+
+
+def test_object_masks_by_hand() -> None:
+    """Cells that a box touches weigh one over their number; where two boxes meet, the smaller one's weight counts."""
+    boxes = [torch.tensor([[0.2, 0, 2.5, 1], [2.0, 0, 3, 2]]), torch.zeros(0, 4)]
+    objects, background = object_masks(boxes, (2, 4))
+    third, half = 1 / 3, 1 / 2
+    torch.testing.assert_close(objects[0], torch.tensor([[third, third, half, 0], [0, 0, half, 0]]))
+    torch.testing.assert_close(background[0], torch.tensor([[0, 0, 0, 0.25], [0.25, 0.25, 0, 0.25]]))
+    assert not objects[1].any()
+    torch.testing.assert_close(background[1], torch.full((2, 4), 1 / 8))
+
+
+def test_attention_by_hand() -> None:
+    maps = torch.tensor([[[[0.0, -2.0]], [[0.0, 0.0]]]])  # one image, two channels, two cells
+    cells, channels = attention(maps, temperature=0.5)
+    odds = math.exp(1 / 0.5)  # mean absolute value 1 at the second cell, and in the first channel
+    torch.testing.assert_close(cells, torch.tensor([[[2 / (1 + odds), 2 * odds / (1 + odds)]]]))
+    torch.testing.assert_close(channels, torch.tensor([[2 * odds / (1 + odds), 2 / (1 + odds)]]))
+
+
+def test_focal_losses_against_a_slow_version() -> None:
+    student, teacher = random_maps(0), random_maps(1)
+    objects, background = object_masks([torch.tensor([[0.0, 0, 2, 2]]), torch.tensor([[1.0, 1, 5, 4]])], (4, 5))
+    found = focal_losses(student, teacher, objects, background, 0.5)
+    expected = [0.0, 0.0, 0.0]
+    attentions = []
+    for maps in (student, teacher):
+        at_cells, at_channels = torch.zeros(2, 4, 5), torch.zeros(2, 3)
+        for n in range(2):
+            raw = sum(maps[n, c].abs() for c in range(3)) / 3 / 0.5
+            at_cells[n] = 20 * raw.exp() / raw.exp().sum()
+            by_channel = torch.stack([maps[n, c].abs().mean() for c in range(3)]) / 0.5
+            at_channels[n] = 3 * by_channel.exp() / by_channel.exp().sum()
+        attentions.append((at_cells, at_channels))
+    (cells_s, channels_s), (cells_t, channels_t) = attentions
+    for n in range(2):
+        for y in range(4):
+            for x in range(5):
+                for c in range(3):
+                    error = (student[n, c, y, x] - teacher[n, c, y, x]) ** 2 * cells_t[n, y, x] * channels_t[n, c]
+                    expected[0] += float(error * objects[n, y, x]) / 2
+                    expected[1] += float(error * background[n, y, x]) / 2
+    expected[2] = float((cells_s - cells_t).abs().sum() + (channels_s - channels_t).abs().sum()) / 2
+    assert [float(part) for part in found] == pytest.approx(expected, rel=1e-4)
+
+
+def test_global_context_against_a_slow_version() -> None:
+    torch.manual_seed(0)
+    blocks = (ContextBlock(3), ContextBlock(3))
+    student, teacher = random_maps(0), random_maps(1)
+    plain = float((student - teacher).square().sum()) / 2
+    assert float(global_loss(student, teacher, *blocks).detach()) == pytest.approx(plain)
+    for block in blocks:  # with weights that add something
+        torch.nn.init.normal_(block.transform[-1].weight)  # type: ignore[arg-type]
+    through = []
+    for block, maps in zip(blocks, (student, teacher), strict=True):
+        out = torch.zeros_like(maps)
+        for n in range(2):
+            score = torch.einsum("c,chw->hw", block.attend.weight[0, :, 0, 0], maps[n]) + block.attend.bias
+            share = (score - score.max()).exp()
+            context = (maps[n] * share / share.sum()).sum(dim=(1, 2))
+            out[n] = maps[n] + block.transform(context)[:, None, None]
+        through.append(out)
+    expected = float((through[0] - through[1]).detach().square().sum()) / 2
+    assert float(global_loss(student, teacher, *blocks).detach()) == pytest.approx(expected, rel=1e-4)
