@@ -57,6 +57,10 @@ class NonFiniteLossError(GDetKDError):
     exit_code = 4
 
 
+class ComparisonError(GDetKDError):
+    """A table of methods lacks some runs."""
+
+
 class ExportError(GDetKDError):
     """An export failed, or the exported file disagrees with the detector it came from."""
 

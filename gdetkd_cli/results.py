@@ -181,12 +181,70 @@ class Profile:
 
 @dataclass(frozen=True)
 class TrainResult:
-    """A finished run. ``metrics`` is the student's last evaluation; ``seconds`` the whole run's wall time."""
+    """A finished run.
+
+    Attributes:
+        metrics: the student's last evaluation.
+        seconds: wall time of the whole run; of its last part, where it was resumed.
+        seconds_per_step: the median over the run, data included.
+        peak_memory_mb: of the process (CPU) or the device (CUDA).
+    """
 
     run: Path
     steps: int
     metrics: CocoMetrics
     seconds: float
+    seconds_per_step: float
+    peak_memory_mb: float
+
+
+@dataclass(frozen=True)
+class MethodRow:
+    """One method at one budget, over seeds.
+
+    Attributes:
+        ap: by seed.
+        mean, deviation: of these; the deviation is None of a single seed.
+        ap_small, ap_medium, ap_large: means over seeds.
+        difference: mean over seeds of AP minus plain training's of the same seed.
+        interval: the middle 95 % of that difference over pictures drawn again.
+        seconds_per_step, peak_memory_mb: medians over seeds.
+    """
+
+    method: str
+    steps: int
+    ap: dict[int, float]
+    mean: float | None = None
+    deviation: float | None = None
+    ap_small: float | None = None
+    ap_medium: float | None = None
+    ap_large: float | None = None
+    difference: float | None = None
+    interval: tuple[float, float] | None = None
+    seconds_per_step: float | None = None
+    peak_memory_mb: float | None = None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What ``gdetkd compare`` found.
+
+    Attributes:
+        teacher_ap: the teacher's own, on the same pictures; None where its detections cannot be read.
+        rows: by budget and method, in the order asked for; a row without AP was not run.
+        notes: what the table can show and what it cannot.
+        failures: cells that did not finish, and why.
+        cells, table, plot: files written.
+    """
+
+    recipe: str
+    teacher_ap: float | None
+    rows: tuple[MethodRow, ...]
+    notes: tuple[str, ...]
+    failures: tuple[str, ...]
+    cells: Path
+    table: Path
+    plot: Path
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from typer.core import TyperGroup
 from typer.exceptions import TyperException
 
 from gdetkd_cli import __version__
+from gdetkd_cli.cli.compare import compare
 from gdetkd_cli.cli.demo import demo
 from gdetkd_cli.cli.distill import distill
 from gdetkd_cli.cli.evaluate import evaluate
@@ -96,6 +97,7 @@ app.command("train")(train)
 app.command("distill")(distill)
 app.command("eval")(evaluate)
 app.command("export")(export)
+app.command("compare")(compare)
 app.add_typer(recipe_app, name="recipe")
 
 

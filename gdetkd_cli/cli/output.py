@@ -26,22 +26,26 @@ class Work(Protocol[Done_co]):
     def __call__(self, *, observer: Observer) -> Done_co: ...
 
 
-def perform(work: Work[Result], render: Callable[[Result], RenderableType], *, as_json: bool) -> None:
+def perform(work: Work[Result], render: Callable[[Result], RenderableType], *, as_json: bool) -> Result | None:
     """Does the work of a command and prints its result; of several processes only the first one speaks.
 
     Args:
         work: gives one of ``gdetkd_cli.results``.
         render: makes the tables for people.
         as_json: one JSON document in their place.
+
+    Returns:
+        The result; None in a process that does not speak.
     """
     with narration() as observer:
         result = work(observer=observer)
     if not is_first_process():
-        return
+        return None
     if as_json:
         typer.echo(json.dumps({"schema": 1, **to_json(result)}, indent=2, allow_nan=False))
     else:
         console().print(render(result), crop=False)
+    return result
 
 
 def to_json(value: object) -> Any:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from gdetkd_cli.evaluation.coco_metrics import CocoMetrics
     from gdetkd_cli.results import (
         CheckedRecipe,
+        Comparison,
         DemoResult,
         EvalResult,
         ExportedFile,
@@ -109,6 +110,34 @@ def evaluated(result: EvalResult) -> RenderableType:
         ),
         _metrics(result.metrics),
     )
+
+
+def compared(result: Comparison) -> RenderableType:
+    """A table of methods."""
+    columns = ("method", "steps", "AP by seed", "mean", "AP_S", "AP_M", "AP_L", "to none", "95 %", "s/step", "MB")
+    table = Table(*columns, box=SIMPLE_HEAD)
+    for column in table.columns[2:]:
+        column.justify = "right"
+    for row in result.rows:
+        if row.mean is None:
+            table.add_row(row.method, str(row.steps), "not run")
+            continue
+        spread = "" if row.deviation is None else f" ± {number(row.deviation)}"
+        low_high = "-" if row.interval is None else " … ".join(f"{value:+.1f}" for value in row.interval)
+        table.add_row(
+            row.method,
+            str(row.steps),
+            " / ".join(number(value) for value in row.ap.values()),
+            f"{number(row.mean)}{spread}",
+            *(number(value) for value in (row.ap_small, row.ap_medium, row.ap_large)),
+            "-" if row.difference is None else f"{row.difference:+.1f}",
+            low_high,
+            number(row.seconds_per_step, 2),
+            number(row.peak_memory_mb, 0),
+        )
+    teacher = f"teacher: AP {number(result.teacher_ap)}"
+    lines = [*result.notes, *(f"failed: {failure}" for failure in result.failures)]
+    return Group(table, _line(teacher), *map(_line, lines), _line(f"{result.table}  {result.cells}  {result.plot}"))
 
 
 # ----------------------------------------------------------------------------------------------------- probe and plan

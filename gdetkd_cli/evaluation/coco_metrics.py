@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 from gdetkd_cli.errors import DataError
 
 if TYPE_CHECKING:  # torch stays out: the command line imports CocoMetrics and must start at once
+    from pycocotools.cocoeval import COCOeval
+
     from gdetkd_cli.data.split import Record
     from gdetkd_cli.structures import Detections
 
@@ -69,6 +71,34 @@ def evaluate_coco(
     Raises:
         DataError: predictions for a picture that is not among the records, or a label that is not in 1..K.
     """
+    evaluation, detections = run_cocoeval(records, class_names, predictions)
+    with contextlib.redirect_stdout(io.StringIO()):
+        evaluation.accumulate()
+        evaluation.summarize()
+    ap, ap50, ap75, ap_small, ap_medium, ap_large, _, _, ar, *_ = (_percent(value) for value in evaluation.stats)
+    # (IoU, recall, class, area, detections a picture): all areas are the first, 100 detections the last.
+    precision = evaluation.eval["precision"][:, :, :, 0, -1]
+    return CocoMetrics(
+        ap=ap,
+        ap50=ap50,
+        ap75=ap75,
+        ap_small=ap_small,
+        ap_medium=ap_medium,
+        ap_large=ap_large,
+        ar=ar,
+        per_class={name: _percent(precision[:, :, k].mean()) for k, name in enumerate(class_names)},
+        images=len(records),
+        detections=detections,
+    )
+
+
+def run_cocoeval(
+    records: Sequence[Record], class_names: Sequence[str], predictions: Mapping[int, Detections]
+) -> tuple[COCOeval, int]:
+    """pycocotools' evaluation, matched picture by picture but not yet accumulated, and the number of detections.
+
+    Arguments and errors: as of ``evaluate_coco``.
+    """
     # Here and not above: see TYPE_CHECKING.
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
@@ -97,24 +127,7 @@ def evaluate_coco(
     with contextlib.redirect_stdout(io.StringIO()):
         evaluation = COCOeval(indexed(truth), indexed(detections), "bbox")
         evaluation.evaluate()
-        evaluation.accumulate()
-        evaluation.summarize()
-
-    ap, ap50, ap75, ap_small, ap_medium, ap_large, _, _, ar, *_ = (_percent(value) for value in evaluation.stats)
-    # (IoU, recall, class, area, detections a picture): all areas are the first, 100 detections the last.
-    precision = evaluation.eval["precision"][:, :, :, 0, -1]
-    return CocoMetrics(
-        ap=ap,
-        ap50=ap50,
-        ap75=ap75,
-        ap_small=ap_small,
-        ap_medium=ap_medium,
-        ap_large=ap_large,
-        ar=ar,
-        per_class={name: _percent(precision[:, :, k].mean()) for k, name in enumerate(class_names)},
-        images=len(records),
-        detections=len(detections),
-    )
+    return evaluation, len(detections)
 
 
 def _items(image_id: int, detections: Detections, *, classes: int) -> Iterator[dict[str, object]]:

@@ -1,5 +1,6 @@
 """What each command does: returns plain data, never prints."""
 
+from gdetkd_cli.runs.compare import run_compare
 from gdetkd_cli.runs.demo import run_demo
 from gdetkd_cli.runs.evaluate import run_eval
 from gdetkd_cli.runs.export import run_export
@@ -13,6 +14,7 @@ __all__ = [
     "plan_distill",
     "profile_distill",
     "resume_run",
+    "run_compare",
     "run_demo",
     "run_distill",
     "run_eval",

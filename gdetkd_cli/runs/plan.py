@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import resource
-import sys
 from collections.abc import Callable
 from statistics import median
 from time import perf_counter
@@ -19,6 +17,7 @@ from gdetkd_cli.runs.job import Job, accelerator_for, check_distills, prepare
 from gdetkd_cli.runs.probe import report_of
 from gdetkd_cli.runs.train import optimizer_for
 from gdetkd_cli.structures import Batch, LossReport
+from gdetkd_cli.training.device import peak_memory_mb
 from gdetkd_cli.training.events import Note, Observer, silent
 from gdetkd_cli.training.loop import clip_apart, seed_everything
 
@@ -184,11 +183,3 @@ def timed(work: Callable[[], object], device: torch.device) -> float:
     work()
     synchronize(device)
     return perf_counter() - start
-
-
-def peak_memory_mb(device: torch.device) -> float:
-    """The most memory held so far: of the device's allocator, or of this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**20 if sys.platform == "darwin" else 2**10)

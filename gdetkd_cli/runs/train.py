@@ -6,6 +6,7 @@ import json
 from dataclasses import asdict
 from math import ceil
 from pathlib import Path
+from statistics import median
 from time import perf_counter
 from typing import Literal
 
@@ -30,7 +31,7 @@ from gdetkd_cli.results import TrainResult
 from gdetkd_cli.runs.job import Job, accelerator_for, check_distills, features_only, prepare
 from gdetkd_cli.runs.probe import report_of
 from gdetkd_cli.training import run_folder
-from gdetkd_cli.training.device import environment
+from gdetkd_cli.training.device import environment, peak_memory_mb
 from gdetkd_cli.training.events import Note, Observer, counting, silent
 from gdetkd_cli.training.loop import Loop, LoopOptions, seed_everything
 from gdetkd_cli.training.run_folder import RunFolder
@@ -160,10 +161,19 @@ def _run(recipe: Recipe, *, output: Path | None, resume: Path | None, observer: 
     seconds = perf_counter() - started
     if metrics is None:  # not the main process, or a student that detects nothing
         metrics = _NO_METRICS
+    rates = [line["images_per_second"] for line in folder.read_log() if "images_per_second" in line]
+    result = TrainResult(
+        run=folder.path,
+        steps=recipe.train.steps,
+        metrics=metrics,
+        seconds=seconds,
+        seconds_per_step=recipe.train.batch_size * accelerator.num_processes / median(rates),
+        peak_memory_mb=peak_memory_mb(accelerator.device),
+    )
     if accelerator.is_main_process:
-        _write_results(folder, job, metrics, seconds)
+        _write_results(folder, job, result)
     accelerator.end_training()
-    return TrainResult(run=folder.path, steps=recipe.train.steps, metrics=metrics, seconds=seconds)
+    return result
 
 
 def evaluate_split(
@@ -241,15 +251,13 @@ def _write_facts(folder: RunFolder, job: Job, processes: int) -> None:
         run_folder.write_text(folder.probe, json.dumps(reports, indent=2))
 
 
-def _write_results(folder: RunFolder, job: Job, metrics: CocoMetrics, seconds: float) -> None:
+def _write_results(folder: RunFolder, job: Job, result: TrainResult) -> None:
     detector = job.student.detector
     catalog.save(folder.student, detector, job.student.description)
     if job.student.description.get("kind") != "factory":  # which is rebuilt by its own code
         run_folder.write_text(folder.student_script, Path(architectures.__file__).read_text())
-    run_folder.write_text(
-        folder.metrics,
-        json.dumps({**metrics.to_json(), "steps": job.recipe.train.steps, "seconds": seconds}, indent=2),
-    )
+    facts = {name: getattr(result, name) for name in ("steps", "seconds", "seconds_per_step", "peak_memory_mb")}
+    run_folder.write_text(folder.metrics, json.dumps({**result.metrics.to_json(), **facts}, indent=2))
     if features_only(detector):
         return
     draw_predictions(

@@ -83,7 +83,9 @@ def plan() -> results.Plan:
     )
 
 
-TRAINED = results.TrainResult(run=Path("runs/tiny"), steps=600, metrics=METRICS, seconds=318.2)
+TRAINED = results.TrainResult(
+    run=Path("runs/tiny"), steps=600, metrics=METRICS, seconds=318.2, seconds_per_step=0.5, peak_memory_mb=800.0
+)
 EVALUATED = results.EvalResult(
     source="runs/tiny",
     format="run",

@@ -1,0 +1,63 @@
+"""``gdetkd compare``."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from gdetkd_cli.cli import options
+from gdetkd_cli.errors import ComparisonError
+
+
+def compare(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="Recipe file (YAML), or a built-in recipe's name.")],
+    methods: Annotated[
+        str | None,
+        typer.Option(
+            "--methods",
+            metavar="A,B,C",
+            help="none (plain training), gdetkd (the recipe as it is), or terms joined by +, as in sgfi+ckd+head. "
+            "Default: all methods, each alone.",
+        ),
+    ] = None,
+    steps: Annotated[
+        str | None, typer.Option("--steps", metavar="N,M", help="Budgets of optimizer steps. Default: the recipe's.")
+    ] = None,
+    seeds: Annotated[int, typer.Option("--seeds", min=1, help="Runs of each method.")] = 3,
+    jobs: Annotated[int, typer.Option("--jobs", min=1, help="Runs at the same time.")] = 1,
+    overrides: options.SetOption = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", metavar="DIR", help="Folder of runs and table. One that exists is continued."),
+    ] = None,
+    trust_code: options.TrustOption = False,
+    as_json: options.JsonOption = False,
+) -> None:
+    """Train one student with several methods, and write a table.
+
+    A run that is finished is not run again, so a table can grow, and be stopped and continued at any time.
+    """
+    from gdetkd_cli.cli import render
+    from gdetkd_cli.cli.output import perform
+    from gdetkd_cli.recipe.load import load_recipe
+    from gdetkd_cli.recipe.methods import DEFAULT
+
+    loaded = load_recipe(recipe, overrides or ())
+    budgets = _budgets(steps)
+    from gdetkd_cli.runs import run_compare
+
+    asked = tuple(name.strip() for name in methods.split(",")) if methods else DEFAULT
+    work = partial(run_compare, loaded, methods=asked, steps=budgets, seeds=seeds, jobs=jobs, output=output)
+    found = perform(work, render.compared, as_json=as_json)
+    if found is not None and found.failures:
+        raise ComparisonError(f"{len(found.failures)} runs did not finish, the first: {found.failures[0]}")
+
+
+def _budgets(text: str | None) -> tuple[int, ...]:
+    words = [] if text is None else [word.strip() for word in text.split(",")]
+    if not all(word.isdecimal() and int(word) for word in words):
+        raise options.UsageError(f"--steps wants whole numbers joined by commas, as in 500,8000; got {text!r}")
+    return tuple(map(int, words))

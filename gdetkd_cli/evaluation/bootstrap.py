@@ -1,0 +1,123 @@
+"""How sure a difference of AP is: AP again on pictures drawn with replacement.
+
+Detections are matched once, picture by picture, as pycocotools does it; drawing pictures again only counts matches
+again. Shapes: P pictures, D detections of one class, T = 10 overlaps (0.50:0.95), B drawings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gdetkd_cli.data.split import Record
+from gdetkd_cli.evaluation.coco_metrics import run_cocoeval
+from gdetkd_cli.structures import Detections
+
+_RECALLS = np.linspace(0.0, 1.0, 101)
+_MOST = 100  # detections of one picture and class that count
+
+
+@dataclass(frozen=True)
+class _Class:
+    """One class, its detections by falling score.
+
+    Attributes:
+        picture: (D,) which picture each is of.
+        hit: (T, D) bool, matched.
+        counted: (T, D) bool, a hit or a miss; not what matched a crowd.
+        objects: (P,) objects of each picture that should be found.
+    """
+
+    picture: NDArray[np.int64]
+    hit: NDArray[np.bool_]
+    counted: NDArray[np.bool_]
+    objects: NDArray[np.int64]
+
+
+class MatchedPictures:
+    """The detections of a split, matched with the truth.
+
+    Args:
+        records: P pictures and their truth.
+        class_names: K names, label k is ``class_names[k - 1]``.
+        predictions: by image id; a picture left out has no detections.
+
+    Raises:
+        DataError: as of ``evaluate_coco``.
+    """
+
+    def __init__(
+        self, records: Sequence[Record], class_names: Sequence[str], predictions: Mapping[int, Detections]
+    ) -> None:
+        evaluation, _ = run_cocoeval(records, class_names, predictions)
+        order = {record.image_id: place for place, record in enumerate(records)}
+        whole = evaluation.params.areaRng[0]
+        found: dict[int, list[dict[str, NDArray[np.generic]]]] = {}
+        for image in evaluation.evalImgs:
+            if image is not None and image["aRng"] == whole:
+                found.setdefault(image["category_id"], []).append(image)
+        self.pictures = len(records)
+        self._classes = [_gathered(images, order) for _, images in sorted(found.items())]
+
+    def ap(self, times: NDArray[np.int64]) -> float:
+        """AP in 0-100, each picture counted so many ``times`` (P,); NaN where no object is left."""
+        by_class = [ap for one in self._classes if (ap := _ap(one, times)) is not None]
+        return 100 * float(np.mean(by_class)) if by_class else float("nan")
+
+
+def interval_of_difference(
+    ours: Sequence[MatchedPictures], theirs: Sequence[MatchedPictures], *, drawings: int = 1000, seed: int = 0
+) -> tuple[float, float]:
+    """The middle 95 % of the mean difference in AP between paired runs, over drawings of the same pictures for all.
+
+    Args:
+        ours, theirs: runs of two methods, of the same pictures; the same seed at the same place.
+        drawings: B.
+        seed: of the drawings.
+    """
+    generator, pictures = np.random.default_rng(seed), ours[0].pictures
+    differences = []
+    for _ in range(drawings):
+        times = np.bincount(generator.integers(pictures, size=pictures), minlength=pictures)
+        differences.append(np.mean([a.ap(times) - b.ap(times) for a, b in zip(ours, theirs, strict=True)]))
+    low, high = np.nanquantile(differences, [0.025, 0.975])
+    return float(low), float(high)
+
+
+def _gathered(images: Sequence[Mapping[str, NDArray[np.generic]]], order: Mapping[int, int]) -> _Class:
+    """pycocotools' findings of one class, put together."""
+    objects = np.zeros(len(order), dtype=np.int64)
+    pictures, scores, hits, ignored = [], [], [], []
+    for image in images:
+        place = order[int(image["image_id"])]
+        objects[place] = int((np.asarray(image["gtIgnore"]) == 0).sum())
+        own = np.asarray(image["dtScores"], dtype=float)[:_MOST]
+        scores.append(own)
+        pictures.append(np.full(len(own), place, dtype=np.int64))
+        hits.append(np.asarray(image["dtMatches"])[:, :_MOST] != 0)
+        ignored.append(np.asarray(image["dtIgnore"], dtype=bool)[:, :_MOST])
+    ranks = np.argsort(-np.concatenate(scores), kind="mergesort")
+    hit, ignore = np.concatenate(hits, axis=1)[:, ranks], np.concatenate(ignored, axis=1)[:, ranks]
+    return _Class(np.concatenate(pictures)[ranks], hit & ~ignore, ~ignore, objects)
+
+
+def _ap(one: _Class, times: NDArray[np.int64]) -> float | None:
+    """AP of a class in 0..1; None where there is nothing to find."""
+    wanted = int((one.objects * times).sum())
+    if wanted == 0:
+        return None
+    if not len(one.picture):
+        return 0.0
+    weight = times[one.picture]
+    hits, counted = (np.cumsum(flags * weight, axis=1) for flags in (one.hit, one.counted))
+    recall = hits / wanted
+    precision = hits / np.maximum(counted, 1)
+    best = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
+    total = 0.0
+    for at, values in zip(recall, best, strict=True):
+        places = np.searchsorted(at, _RECALLS, side="left")
+        total += float(values[places[places < len(values)]].sum()) / len(_RECALLS)
+    return total / len(recall)

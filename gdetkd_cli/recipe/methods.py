@@ -1,0 +1,79 @@
+"""The methods that ``gdetkd compare`` knows, and the recipe of each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import BaseModel
+
+from gdetkd_cli.errors import RecipeError
+from gdetkd_cli.recipe.schema import (
+    CKD,
+    CWD,
+    FGD,
+    PKD,
+    SGFI,
+    Distill,
+    FitNet,
+    GTMask,
+    PredictionKD,
+    Recipe,
+    RoIImitation,
+)
+
+NONE, WHOLE, HEAD = "none", "gdetkd", "head"
+TERMS: Mapping[str, type[BaseModel]] = {
+    "sgfi": SGFI,
+    "ckd": CKD,
+    "class_kd": PredictionKD,
+    "box_kd": PredictionKD,
+    "fitnet": FitNet,
+    "gt_mask": GTMask,
+    "roi_imitation": RoIImitation,
+    "pkd": PKD,
+    "cwd": CWD,
+    "fgd": FGD,
+}
+DEFAULT = (NONE, "fitnet", "gt_mask", "roi_imitation", "pkd", "cwd", "fgd", "sgfi", "ckd", WHOLE)
+
+
+def recipe_of(recipe: Recipe, method: str, *, steps: int, seed: int) -> Recipe:
+    """The recipe, but with one method.
+
+    Args:
+        recipe: with a teacher and a distill block.
+        method: ``none`` (plain training), ``gdetkd`` (the recipe's own block), or names of terms joined by ``+``, with
+            ``head`` for head transfer. A term has the recipe's settings where it is there, else its defaults.
+        steps: optimizer steps.
+        seed: of the student's weights and the order of pictures.
+
+    Raises:
+        RecipeError: there is no such method, or the recipe has nothing to compare.
+    """
+    if recipe.teacher is None or recipe.distill is None:
+        raise RecipeError(f"the recipe {recipe.name} has no teacher or no distill block: nothing to compare")
+    train = recipe.train.model_copy(update={"steps": steps, "evaluate_every": None})
+    changed: dict[str, Any] = {"train": train, "seed": seed}
+    if method == NONE:
+        changed |= {"teacher": None, "distill": None}
+    elif method != WHOLE:
+        changed["distill"] = _only(recipe.distill, method)
+    return recipe.model_copy(update=changed)
+
+
+def _only(block: Distill, method: str) -> Distill:
+    """The block with the terms of a method alone."""
+    names = method.split("+")
+    unknown = [name for name in names if name not in TERMS and name != HEAD]
+    if unknown or names == [HEAD]:
+        raise RecipeError(
+            f"there is no method {method!r}; expected {NONE}, {WHOLE}, or terms joined by '+', of: "
+            f"{', '.join(TERMS)}, {HEAD}"
+        )
+    terms = {}
+    for name, settings in TERMS.items():
+        own = getattr(block, name)
+        # Not "auto": a term that is asked for by name is there, or the pair is refused.
+        terms[name] = None if name not in names else own if isinstance(own, settings) else settings()
+    return block.model_copy(update={**terms, "head_transfer": HEAD in names})

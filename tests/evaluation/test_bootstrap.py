@@ -1,0 +1,84 @@
+"""AP on pictures drawn again: against pycocotools on data in which the pictures stand as often as they were drawn."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from gdetkd_cli.data.split import Record
+from gdetkd_cli.evaluation.bootstrap import MatchedPictures, interval_of_difference
+from gdetkd_cli.evaluation.coco_metrics import evaluate_coco
+from gdetkd_cli.structures import Detections
+
+CLASSES = ("cat", "dog", "bird")
+
+
+def scenes(pictures: int = 12, quality: float = 6.0) -> tuple[list[Record], dict[int, Detections]]:
+    """Pictures with a few objects, one of them a crowd, and detections that are off by some pixels, or made up."""
+    generator = torch.Generator().manual_seed(0)
+    records, predictions = [], {}
+    for image_id in range(10, 10 + pictures):
+        count = int(torch.randint(1, 6, (1,), generator=generator))
+        corner = torch.rand(count, 2, generator=generator) * 100
+        boxes = torch.cat([corner, corner + 12 + torch.rand(count, 2, generator=generator) * 60], dim=1)
+        labels = torch.randint(1, 3, (count,), generator=generator)
+        truth: list[dict[str, object]] = [
+            {
+                "bbox": [x1, y1, x2 - x1, y2 - y1],
+                "area": (x2 - x1) * (y2 - y1),
+                "category_id": label,
+                "iscrowd": int(image_id == 10),
+            }
+            for (x1, y1, x2, y2), label in zip(boxes.tolist(), labels.tolist(), strict=True)
+        ]
+        records.append(Record(image_id, (200, 200), torch.zeros(0, 4), labels[:0], truth))
+        off = boxes + torch.randn(boxes.shape, generator=generator) * quality
+        predictions[image_id] = Detections(
+            boxes=torch.cat([off, off[:2] + 7]),
+            scores=torch.rand(count + len(off[:2]), generator=generator),
+            labels=torch.cat([labels, labels[:2]]),
+        )
+    return records, predictions
+
+
+def test_every_picture_once_is_pycocotools_ap() -> None:
+    records, predictions = scenes()
+    expected = evaluate_coco(records, CLASSES, predictions).ap
+    once = np.ones(len(records), dtype=np.int64)
+    assert MatchedPictures(records, CLASSES, predictions).ap(once) == pytest.approx(expected, abs=1e-9)
+
+
+def test_pictures_drawn_again_are_pycocotools_ap_on_copies() -> None:
+    records, predictions = scenes()
+    times = np.random.default_rng(0).integers(0, 4, size=len(records))
+    copies, copied = [], {}
+    for record, count in zip(records, times.tolist(), strict=True):
+        for copy in range(count):
+            image_id = record.image_id + 1000 * copy
+            copies.append(Record(image_id, record.size, record.boxes, record.labels, record.truth))
+            copied[image_id] = predictions[record.image_id]
+    expected = evaluate_coco(copies, CLASSES, copied).ap
+    assert MatchedPictures(records, CLASSES, predictions).ap(times) == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_class_without_detections_counts_as_zero_and_one_without_objects_not() -> None:
+    records, predictions = scenes()
+    cats = {}
+    for image_id, one in predictions.items():
+        kept = one.labels == 1
+        cats[image_id] = Detections(one.boxes[kept], one.scores[kept], one.labels[kept])
+    once = np.ones(len(records), dtype=np.int64)
+    expected = evaluate_coco(records, CLASSES, cats).ap
+    assert MatchedPictures(records, CLASSES, cats).ap(once) == pytest.approx(expected, abs=1e-9)
+    assert np.isnan(MatchedPictures(records, CLASSES, cats).ap(0 * once))
+
+
+def test_the_interval_says_whether_a_difference_is_more_than_chance() -> None:
+    records, _ = scenes(pictures=40)
+    good, bad = ([MatchedPictures(records, CLASSES, scenes(pictures=40, quality=q)[1])] for q in (2.0, 10.0))
+    low, high = interval_of_difference(good, bad, drawings=200)
+    assert 0 < low < high
+    assert interval_of_difference(good, good, drawings=50) == (0.0, 0.0)
+    back = interval_of_difference(bad, good, drawings=200)
+    assert back == pytest.approx((-high, -low))
