@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE_HEAD
 from rich.columns import Columns
-from rich.console import Group, RenderableType
+from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -135,6 +135,7 @@ def compared(result: Comparison) -> RenderableType:
             number(row.seconds_per_step, 2),
             number(row.peak_memory_mb, 0),
         )
+    table.width = Console(width=500).measure(table).maximum  # not folded: its rows are read across
     teacher = f"teacher: AP {number(result.teacher_ap)}"
     lines = [*result.notes, *(f"failed: {failure}" for failure in result.failures)]
     return Group(table, _line(teacher), *map(_line, lines), _line(f"{result.table}  {result.cells}  {result.plot}"))

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torchvision.ops import box_iou
 
 _RATIOS = (0.5, 1.0, 2.0)  # height to width
 
@@ -38,7 +37,15 @@ def near_object_masks(
         for ratio in _RATIOS:
             half_width, half_height = 0.5 * side / ratio**0.5, 0.5 * side * ratio**0.5
             anchors = centres + centres.new_tensor([-half_width, -half_height, half_width, half_height])
-            best = torch.maximum(best, box_iou(anchors, found))
+            best = torch.maximum(best, _overlaps(anchors, found))
         overlaps.append(best)
     bar = share * torch.stack([level.amax(dim=0) for level in overlaps]).amax(dim=0)
     return [((level > bar) & (level > 0)).any(dim=1).view(shape) for level, shape in zip(overlaps, shapes, strict=True)]
+
+
+def _overlaps(anchors: Tensor, boxes: Tensor) -> Tensor:
+    """Intersection over union of every anchor (A, 4) with every box (M, 4): (A, M)."""
+    low, high = torch.maximum(anchors[:, None, :2], boxes[:, :2]), torch.minimum(anchors[:, None, 2:], boxes[:, 2:])
+    shared = (high - low).clamp(min=0).prod(dim=2)
+    areas, sizes = ((b[:, 2:] - b[:, :2]).prod(dim=1) for b in (anchors, boxes))
+    return shared / (areas[:, None] + sizes - shared)

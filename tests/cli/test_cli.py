@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -51,6 +52,29 @@ def test_train_with_every_option(runs: Any, recipe: str) -> None:
 def test_distill(runs: Any, recipe: str) -> None:
     done("distill", "--recipe", recipe, "--output", "out")
     assert runs.call == ("run_distill", (load_recipe(recipe),), {"output": Path("out"), "resume": None})
+
+
+def test_compare(runs: Any, recipe: str) -> None:
+    shown = done("compare", recipe, "--methods", "none, sgfi+ckd,pkd", "--steps", "500,8000", "--seeds", "2", "--json")
+    expected = {"methods": ("none", "sgfi+ckd", "pkd"), "steps": (500, 8000), "seeds": 2, "jobs": 1, "output": None}
+    assert runs.call == ("run_compare", (load_recipe(recipe),), expected)
+    assert json.loads(shown.stdout)["rows"][1]["interval"] == [4.24, 6.86]
+
+
+def test_compare_ends_with_an_error_where_runs_did_not_finish(runs: Any, recipe: str) -> None:
+    failed = dataclasses.replace(runs.results["run_compare"], failures=("pkd, 500 steps, seed 0: loss not finite",))
+    runs.results["run_compare"] = failed
+    shown = gdetkd("compare", recipe)
+    assert shown.exit_code == 1
+    assert "sgfi+ckd" in shown.stdout  # the table of the others, all the same
+    assert "Error: 1 runs did not finish, the first: pkd, 500 steps, seed 0: loss not finite" in shown.stderr
+
+
+@pytest.mark.parametrize("steps", ["500,", "0", "many"])
+def test_compare_wants_budgets_that_are_numbers(recipe: str, steps: str) -> None:
+    shown = gdetkd("compare", recipe, "--steps", steps)
+    assert shown.exit_code == 2
+    assert f"--steps wants whole numbers joined by commas, as in 500,8000; got '{steps}'" in shown.stderr
 
 
 def test_distill_dry_run(runs: Any, recipe: str) -> None:
@@ -326,7 +350,19 @@ def test_nothing_typed_shows_the_help() -> None:
 
 @pytest.mark.parametrize(
     "command",
-    [[], ["train"], ["distill"], ["eval"], ["export"], ["probe"], ["init"], ["demo"], ["recipe"], ["recipe", "init"]],
+    [
+        [],
+        ["train"],
+        ["distill"],
+        ["eval"],
+        ["export"],
+        ["probe"],
+        ["init"],
+        ["demo"],
+        ["compare"],
+        ["recipe"],
+        ["recipe", "init"],
+    ],
 )
 def test_every_command_explains_itself(command: list[str]) -> None:
     assert "Usage: gdetkd" in done(*command, "--help").stdout

@@ -155,6 +155,17 @@ def test_json_spreads_metrics_and_has_no_nan(runs: Any, metrics: CocoMetrics) ->
     assert "metrics" not in plain
 
 
+def test_a_table_of_methods(runs: Any) -> None:
+    shown = text(render.compared(runs.results["run_compare"]))
+    assert has_row(shown, "none", "500", "30.0 / 32.0", "31.0 ± 1.4", "-", "33.3", "-", "-", "-", "-", "-")
+    numbers = ("+5.5", "+4.2 … +6.9", "0.25", "812")
+    assert has_row(shown, "sgfi+ckd", "500", "36.0 / 37.0", "36.5 ± 0.7", "-", "-", "-", *numbers)
+    assert has_row(shown, "pkd", "500", "not run")
+    assert "teacher: AP 52.8" in shown
+    assert "plain training gains +0.4 AP from 250 to 500 steps: its plateau" in shown
+    assert "out/table.csv  out/cells.csv  out/comparison.png" in shown
+
+
 # -------------------------------------------------------------------------------------------------------- narration
 
 
