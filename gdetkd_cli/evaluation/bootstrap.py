@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gdetkd_cli.data.split import Record
-from gdetkd_cli.evaluation.coco_metrics import run_cocoeval
+from gdetkd_cli.evaluation.coco_metrics import match_pictures
 from gdetkd_cli.structures import Detections
 
 _RECALLS = np.linspace(0.0, 1.0, 101)
@@ -52,7 +52,7 @@ class MatchedPictures:
     def __init__(
         self, records: Sequence[Record], class_names: Sequence[str], predictions: Mapping[int, Detections]
     ) -> None:
-        evaluation, _ = run_cocoeval(records, class_names, predictions)
+        evaluation = match_pictures(records, class_names, predictions)
         order = {record.image_id: place for place, record in enumerate(records)}
         whole = evaluation.params.areaRng[0]
         found: dict[int, list[dict[str, NDArray[np.generic]]]] = {}

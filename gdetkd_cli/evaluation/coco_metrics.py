@@ -1,4 +1,4 @@
-"""COCO box metrics through pycocotools."""
+"""COCO box metrics: pycocotools' numbers, through faster-coco-eval, which is its drop-in and several times faster."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 import io
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from gdetkd_cli.errors import DataError
 
@@ -71,8 +71,13 @@ def evaluate_coco(
     Raises:
         DataError: predictions for a picture that is not among the records, or a label that is not in 1..K.
     """
-    evaluation, detections = run_cocoeval(records, class_names, predictions)
+    # Here and not above: see TYPE_CHECKING.
+    from faster_coco_eval import COCO, COCOeval_faster
+
+    truth, found = _annotations(records, class_names, predictions)
     with contextlib.redirect_stdout(io.StringIO()):
+        evaluation = COCOeval_faster(*(_index(COCO, records, class_names, a) for a in (truth, found)), "bbox")
+        evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
     ap, ap50, ap75, ap_small, ap_medium, ap_large, _, _, ar, *_ = (_percent(value) for value in evaluation.stats)
@@ -88,21 +93,34 @@ def evaluate_coco(
         ar=ar,
         per_class={name: _percent(precision[:, :, k].mean()) for k, name in enumerate(class_names)},
         images=len(records),
-        detections=detections,
+        detections=len(found),
     )
 
 
-def run_cocoeval(
+def match_pictures(
     records: Sequence[Record], class_names: Sequence[str], predictions: Mapping[int, Detections]
-) -> tuple[COCOeval, int]:
-    """pycocotools' evaluation, matched picture by picture but not yet accumulated, and the number of detections.
+) -> COCOeval:
+    """pycocotools' own evaluation, each picture's detections matched but nothing accumulated.
 
     Arguments and errors: as of ``evaluate_coco``.
     """
-    # Here and not above: see TYPE_CHECKING.
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
+    truth, found = _annotations(records, class_names, predictions)
+    with contextlib.redirect_stdout(io.StringIO()):
+        evaluation = COCOeval(*(_index(COCO, records, class_names, a) for a in (truth, found)), "bbox")
+        evaluation.evaluate()
+    return evaluation
+
+
+Annotations = list[dict[str, object]]
+
+
+def _annotations(
+    records: Sequence[Record], class_names: Sequence[str], predictions: Mapping[int, Detections]
+) -> tuple[Annotations, Annotations]:
+    """Truth and detections, as COCO writes them."""
     strangers = sorted(set(predictions) - {record.image_id for record in records})
     if strangers:
         raise DataError(
@@ -111,23 +129,21 @@ def run_cocoeval(
         )
     classes = len(class_names)
     detections = [item for image_id, found in predictions.items() for item in _items(image_id, found, classes=classes)]
-    truth = [{**item, "image_id": record.image_id} for record in records for item in record.truth]
+    return [{**item, "image_id": record.image_id} for record in records for item in record.truth], detections
 
-    def indexed(annotations: list[dict[str, object]]) -> COCO:
-        coco = COCO()
-        coco.dataset = {
-            "images": [{"id": record.image_id} for record in records],
-            "categories": [{"id": label, "name": name} for label, name in enumerate(class_names, start=1)],
-            # From 1: pycocotools takes a match with annotation 0 for no match.
-            "annotations": [{**item, "id": number} for number, item in enumerate(annotations, start=1)],
-        }
-        coco.createIndex()
-        return coco
 
+def _index(kind: type[Any], records: Sequence[Record], class_names: Sequence[str], annotations: Annotations) -> Any:
+    """A COCO object, of either package, of annotations."""
+    coco = kind()
+    coco.dataset = {
+        "images": [{"id": record.image_id} for record in records],
+        "categories": [{"id": label, "name": name} for label, name in enumerate(class_names, start=1)],
+        # From 1: pycocotools takes a match with annotation 0 for no match.
+        "annotations": [{**item, "id": number} for number, item in enumerate(annotations, start=1)],
+    }
     with contextlib.redirect_stdout(io.StringIO()):
-        evaluation = COCOeval(indexed(truth), indexed(detections), "bbox")
-        evaluation.evaluate()
-    return evaluation, len(detections)
+        coco.createIndex()
+    return coco
 
 
 def _items(image_id: int, detections: Detections, *, classes: int) -> Iterator[dict[str, object]]:

@@ -15,7 +15,17 @@ from time import perf_counter
 import torch
 from torch.nn.functional import conv2d
 
-_PACKAGES = ("gdetkd", "torch", "torchvision", "accelerate", "pycocotools", "onnx", "onnxruntime", "numpy", "pillow")
+_PACKAGES = (
+    "gdetkd",
+    "torch",
+    "torchvision",
+    "accelerate",
+    "faster-coco-eval",
+    "onnx",
+    "onnxruntime",
+    "numpy",
+    "pillow",
+)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import torch
 
 from gdetkd_cli.data.split import Record
 from gdetkd_cli.errors import DataError
-from gdetkd_cli.evaluation.coco_metrics import CocoMetrics, evaluate_coco
+from gdetkd_cli.evaluation.coco_metrics import CocoMetrics, evaluate_coco, match_pictures
 from gdetkd_cli.structures import Detections
 
 CLASSES = ("cat", "dog")
@@ -180,7 +180,32 @@ def test_real_metrics_are_plain_numbers() -> None:
 
 def test_import_is_light() -> None:
     """The command line imports CocoMetrics before it knows whether torch is needed."""
-    code = "import sys, gdetkd_cli.evaluation.coco_metrics; print(sorted({'torch', 'pycocotools'} & set(sys.modules)))"
+    heavy = "{'torch', 'pycocotools', 'faster_coco_eval'}"
+    code = f"import sys, gdetkd_cli.evaluation.coco_metrics; print(sorted({heavy} & set(sys.modules)))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
 
     assert result.stdout.strip() == "[]"
+
+
+def test_the_numbers_are_pycocotools_own() -> None:
+    """Pictures with crowds, misses, doubles and made-up boxes of all sizes."""
+    generator = torch.Generator().manual_seed(0)
+    records, predictions = [], {}
+    for image_id in range(1, 31):
+        count = int(torch.randint(0, 6, (1,), generator=generator))
+        corners = torch.rand(count, 2, generator=generator) * 120
+        sides = 4 + 150 * torch.rand(count, 2, generator=generator) ** 2
+        boxes, labels = torch.cat([corners, corners + sides], dim=1), torch.randint(1, 3, (count,), generator=generator)
+        objects = [(tuple(b), int(k)) for b, k in zip(boxes.tolist(), labels, strict=True)]
+        records.append(record(image_id, *objects, crowd=image_id % 7 == 0))  # type: ignore[arg-type]  # four numbers
+        near = boxes.repeat(2, 1) + (4 * torch.randn(2 * count, 2, generator=generator)).repeat(1, 2)
+        scores = torch.rand(2 * count, generator=generator)
+        predictions[image_id] = Detections(near, scores, labels.repeat(2))
+    ours = evaluate_coco(records, CLASSES, predictions)
+    theirs = match_pictures(records, CLASSES, predictions)
+    theirs.accumulate()
+    theirs.summarize()
+
+    found = [ours.ap, ours.ap50, ours.ap75, ours.ap_small, ours.ap_medium, ours.ap_large, ours.ar]
+    assert None not in found
+    assert found == pytest.approx([100 * theirs.stats[i] for i in (0, 1, 2, 3, 4, 5, 8)], abs=1e-6)
