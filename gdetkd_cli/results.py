@@ -165,6 +165,10 @@ class Profile:
         steps: steps measured, after a warm-up.
         seconds: median seconds per step and phase: data, teacher, student forward, each term, backward, optimizer.
         step: median seconds of the whole distillation step, data included.
+        images_per_second: of distillation.
+        loader_images_per_second: of the loader alone, with its ``workers`` processes (0: in this one).
+        peak_memory_mb: of the process (CPU) or the device (CUDA).
+        recipe_steps, recipe_hours: of the whole recipe at this speed, evaluations not counted.
         floor: median seconds of teacher features plus a plain supervised student step, measured in the same run,
             alternating with the distillation steps.
         ratio: step / floor, both without data.
@@ -173,6 +177,12 @@ class Profile:
     steps: int
     seconds: dict[str, float]
     step: float
+    images_per_second: float
+    loader_images_per_second: float
+    workers: int
+    peak_memory_mb: float
+    recipe_steps: int
+    recipe_hours: float
     floor: float
     ratio: float
     device: str

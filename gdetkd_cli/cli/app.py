@@ -11,6 +11,7 @@ from typer.core import TyperGroup
 from typer.exceptions import TyperException
 
 from gdetkd_cli import __version__
+from gdetkd_cli.cli.bench import bench
 from gdetkd_cli.cli.compare import compare
 from gdetkd_cli.cli.demo import demo
 from gdetkd_cli.cli.distill import distill
@@ -98,6 +99,7 @@ app.command("distill")(distill)
 app.command("eval")(evaluate)
 app.command("export")(export)
 app.command("compare")(compare)
+app.command("bench")(bench)
 app.add_typer(recipe_app, name="recipe")
 
 

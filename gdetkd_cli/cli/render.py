@@ -243,7 +243,19 @@ def profiled(profile: Profile) -> RenderableType:
             f"teacher features and a plain student step take {profile.floor * 1e3:.1f} ms: "
             f"distillation costs {profile.ratio:.2f} times that, data left aside"
         ),
+        _line(
+            f"{profile.images_per_second:.1f} images/s; the loader alone gives {profile.loader_images_per_second:.1f} "
+            f"({_workers(profile.workers)}); peak memory {profile.peak_memory_mb:.0f} MB"
+        ),
+        _line(
+            f"the recipe's {profile.recipe_steps} steps would take {duration(3600 * profile.recipe_hours)}, "
+            "evaluations not counted"
+        ),
     )
+
+
+def _workers(count: int) -> str:
+    return "in the training process" if count == 0 else f"{count} process{'es' if count > 1 else ''}"
 
 
 # --------------------------------------------------------------------------------------------------- export and demo

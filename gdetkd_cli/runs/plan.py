@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from statistics import median
 from time import perf_counter
 
@@ -122,7 +122,8 @@ def profile_distill(recipe: Recipe, *, steps: int, observer: Observer = silent) 
     """Times ``steps`` distillation steps by phase, and the floor they are compared with.
 
     The floor is the teacher's features and a plain student step on the same batch, timed in turn with the
-    distillation steps, so that a machine whose speed drifts is the same for both.
+    distillation steps, so that a machine whose speed drifts is the same for both. The loader is timed on its own first:
+    beside the steps, its processes work ahead.
 
     Raises:
         GDetKDError: anything that a real run would refuse too.
@@ -132,10 +133,12 @@ def profile_distill(recipe: Recipe, *, steps: int, observer: Observer = silent) 
     phases: list[dict[str, float]] = []
     whole: list[float] = []
     floors: list[float] = []
-    batches = iter(_batches(job, _WARMUP + steps))
+    loader = _loader_rate(job, steps)
+    batches = _source(job)
     for number in range(_WARMUP + steps):
         start = perf_counter()
         batch = next(batches).to(stepper.device)
+        synchronize(stepper.device)
         seconds = {"data": perf_counter() - start}
         detailed: dict[str, float] = {}
         # Phases are timed in a step of their own: waiting for the device between them would slow the whole one.
@@ -147,12 +150,18 @@ def profile_distill(recipe: Recipe, *, steps: int, observer: Observer = silent) 
             whole.append(distilled)
             floors.append(floor)
     names = list(phases[0])
-    step, floor = median(whole), median(floors)
+    step = median(whole) + median(phase["data"] for phase in phases)
     return Profile(
         steps=steps,
         seconds={name: median(phase[name] for phase in phases) for name in names},
-        step=step + median(phase["data"] for phase in phases),
-        floor=floor,
+        step=step,
+        images_per_second=recipe.train.batch_size / step,
+        loader_images_per_second=loader,
+        workers=job.settings.workers,
+        peak_memory_mb=peak_memory_mb(stepper.device),
+        recipe_steps=recipe.train.steps,
+        recipe_hours=recipe.train.steps * step / 3600,
+        floor=median(floors),
         ratio=median(a / b for a, b in zip(whole, floors, strict=True)),
         device=job.settings.device,
         threads=job.settings.threads,
@@ -172,8 +181,25 @@ def _prepared(recipe: Recipe, observer: Observer) -> tuple[Job, Accelerator]:
 
 
 def _batches(job: Job, steps: int) -> list[Batch]:
-    source = build.build_batches(job.recipe, job.train, job.settings, rank=0, world_size=1)(0)
+    source = _source(job)
     return [next(source) for _ in range(min(steps, job.recipe.train.steps))]
+
+
+def _source(job: Job) -> Iterator[Batch]:
+    """The run's batches; begun again where the recipe has fewer steps than are looked at."""
+    batches = build.build_batches(job.recipe, job.train, job.settings, rank=0, world_size=1)
+    while True:
+        yield from batches(0)
+
+
+def _loader_rate(job: Job, steps: int) -> float:
+    """Images per second of the loader alone, its start not counted."""
+    source = _source(job)
+    next(source)
+    start = perf_counter()
+    for _ in range(steps):
+        next(source)
+    return steps * job.recipe.train.batch_size / (perf_counter() - start)
 
 
 def timed(work: Callable[[], object], device: torch.device) -> float:

@@ -96,7 +96,19 @@ EVALUATED = results.EvalResult(
     ms_per_image=12.34,
 )
 PROFILED = results.Profile(
-    steps=20, seconds={"data": 0.01, "backward": 0.2}, step=0.4, floor=0.3, ratio=1.3, device="cpu", threads=2
+    steps=20,
+    seconds={"data": 0.01, "backward": 0.2},
+    step=0.4,
+    images_per_second=20.0,
+    loader_images_per_second=312.5,
+    workers=2,
+    peak_memory_mb=812.0,
+    recipe_steps=900,
+    recipe_hours=0.1,
+    floor=0.3,
+    ratio=1.3,
+    device="cpu",
+    threads=2,
 )
 EXPORTED = results.ExportResult(
     source="runs/tiny",

@@ -54,6 +54,13 @@ def test_distill(runs: Any, recipe: str) -> None:
     assert runs.call == ("run_distill", (load_recipe(recipe),), {"output": Path("out"), "resume": None})
 
 
+def test_bench(runs: Any, recipe: str) -> None:
+    shown = done("bench", recipe, "--steps", "7", "--set", "seed=2")
+    assert runs.call == ("profile_distill", (load_recipe(recipe, ["seed=2"]),), {"steps": 7})
+    assert "20.0 images/s; the loader alone gives 312.5 (2 processes); peak memory 812 MB" in shown.stdout
+    assert "the recipe's 900 steps would take 6 min 00 s, evaluations not counted" in shown.stdout
+
+
 def test_compare(runs: Any, recipe: str) -> None:
     shown = done("compare", recipe, "--methods", "none, sgfi+ckd,pkd", "--steps", "500,8000", "--seeds", "2", "--json")
     expected = {"methods": ("none", "sgfi+ckd", "pkd"), "steps": (500, 8000), "seeds": 2, "jobs": 1, "output": None}
@@ -360,6 +367,7 @@ def test_nothing_typed_shows_the_help() -> None:
         ["init"],
         ["demo"],
         ["compare"],
+        ["bench"],
         ["recipe"],
         ["recipe", "init"],
     ],

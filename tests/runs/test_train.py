@@ -187,3 +187,7 @@ def test_the_profile_names_every_phase() -> None:
     )
     assert profile.ratio > 0
     assert profile.step > 0
+    assert profile.images_per_second == pytest.approx(2 / profile.step)
+    assert profile.recipe_hours == pytest.approx(20 * profile.step / 3600)
+    assert profile.loader_images_per_second > 0
+    assert profile.peak_memory_mb > 50
