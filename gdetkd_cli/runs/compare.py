@@ -25,7 +25,7 @@ from gdetkd_cli.data.loader import validation_batches
 from gdetkd_cli.data.split import Split
 from gdetkd_cli.detectors import catalog
 from gdetkd_cli.errors import GDetKDError, RunFolderError
-from gdetkd_cli.evaluation.bootstrap import MatchedPictures, interval_of_difference
+from gdetkd_cli.evaluation.bootstrap import MatchedPictures, draw_again, interval_of_difference
 from gdetkd_cli.evaluation.predict import predict_split
 from gdetkd_cli.recipe.load import dump_recipe, load_recipe
 from gdetkd_cli.recipe.methods import NONE, recipe_of
@@ -154,7 +154,8 @@ def _run_cells(recipes: Mapping[_Cell, Recipe], jobs: int, observer: Observer) -
         observer(Phase(cell.title))
         _train(cell, recipes[cell])
         _predict(cell, recipes[cell])
-        observer(Note(f"{cell.title}: AP {json.loads(cell.run.metrics.read_text())['AP']:.1f}"))
+        ap = json.loads(cell.run.metrics.read_text())["AP"]
+        observer(Note(f"{cell.title}: " + ("no AP" if ap is None else f"AP {ap:.1f}")))
 
     with ThreadPoolExecutor(max_workers=jobs) as pool:
         for cell, done in [(cell, pool.submit(work, cell)) for cell in missing]:
@@ -163,6 +164,10 @@ def _run_cells(recipes: Mapping[_Cell, Recipe], jobs: int, observer: Observer) -
             except GDetKDError as error:
                 failures.append(f"{cell.title}: {error}")
                 observer(Note(failures[-1]))
+            except KeyboardInterrupt as interrupt:
+                pool.shutdown(wait=False, cancel_futures=True)  # else the others would still be run
+                interrupt.add_note("the same command goes on where it was")
+                raise
     return failures
 
 
@@ -236,19 +241,20 @@ def _row(method: str, steps: int, facts: Mapping[_Cell, Mapping[str, Any]]) -> M
 
 def _with_intervals(rows: Sequence[MethodRow], facts: Mapping[_Cell, Any], split: Split) -> list[MethodRow]:
     """The rows, with the interval of each difference to plain training."""
-    matched: dict[_Cell, MatchedPictures] = {}
+    drawings = draw_again(len(split))
+    drawn = {}
     for cell in facts:
         stored = torch.load(cell.detections, weights_only=True)
         found = {number: Detections(**one) for number, one in stored.items()}
-        matched[cell] = MatchedPictures(split.records, split.class_names, found)
-    by_key = {(cell.method, cell.steps, cell.seed): one for cell, one in matched.items()}
+        matched = MatchedPictures(split.records, split.class_names, found)
+        drawn[cell.method, cell.steps, cell.seed] = matched.drawn(drawings)
     done = []
     for row in rows:
-        seeds = [seed for seed in row.ap if (NONE, row.steps, seed) in by_key]
+        seeds = [seed for seed in row.ap if (NONE, row.steps, seed) in drawn]
         if row.difference is None or not seeds:
             done.append(row)
             continue
-        ours, theirs = ([by_key[name, row.steps, seed] for seed in seeds] for name in (row.method, NONE))
+        ours, theirs = ([drawn[name, row.steps, seed] for seed in seeds] for name in (row.method, NONE))
         done.append(replace(row, interval=interval_of_difference(ours, theirs)))
     return done
 
@@ -281,7 +287,8 @@ def _notes(rows: Sequence[MethodRow], teacher: float | None) -> list[str]:
             )
     for half, whole in ((a, b) for a in plain for b in plain if b == 2 * a):
         gained = plain[whole] - plain[half]
-        reached = "its plateau" if gained < _PLATEAU else "not yet its plateau"
+        # A student that has hardly begun gains little as well.
+        reached = "its plateau" if gained < min(_PLATEAU, 0.1 * plain[half]) else "not yet its plateau"
         notes.append(f"plain training gains {gained:+.1f} AP from {half} to {whole} steps: {reached}")
     if plain and not any(b == 2 * a for a in plain for b in plain):
         notes.append("whether plain training is at its plateau is not told by these budgets; one twice as long tells")

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from gdetkd_cli.data.split import Record
-from gdetkd_cli.evaluation.bootstrap import MatchedPictures, interval_of_difference
+from gdetkd_cli.evaluation.bootstrap import MatchedPictures, draw_again, interval_of_difference
 from gdetkd_cli.evaluation.coco_metrics import evaluate_coco
 from gdetkd_cli.structures import Detections
 
@@ -76,9 +76,19 @@ def test_a_class_without_detections_counts_as_zero_and_one_without_objects_not()
 
 def test_the_interval_says_whether_a_difference_is_more_than_chance() -> None:
     records, _ = scenes(pictures=40)
-    good, bad = ([MatchedPictures(records, CLASSES, scenes(pictures=40, quality=q)[1])] for q in (2.0, 10.0))
-    low, high = interval_of_difference(good, bad, drawings=200)
+    drawings = draw_again(40, drawings=200)
+    good, bad = (
+        [MatchedPictures(records, CLASSES, scenes(pictures=40, quality=q)[1]).drawn(drawings)] for q in (2.0, 10.0)
+    )
+    low, high = interval_of_difference(good, bad)
     assert 0 < low < high
-    assert interval_of_difference(good, good, drawings=50) == (0.0, 0.0)
-    back = interval_of_difference(bad, good, drawings=200)
-    assert back == pytest.approx((-high, -low))
+    assert interval_of_difference(good, good) == (0.0, 0.0)
+    assert interval_of_difference(bad, good) == pytest.approx((-high, -low))
+
+
+def test_every_drawing_has_as_many_pictures_and_is_the_same_again() -> None:
+    drawings = draw_again(30, drawings=50)
+    assert drawings.shape == (50, 30)
+    assert (drawings.sum(axis=1) == 30).all()
+    assert len(np.unique(drawings, axis=0)) == 50
+    assert np.array_equal(drawings, draw_again(30, drawings=50))

@@ -79,7 +79,8 @@ def test_what_a_table_can_show_is_said() -> None:
         "better end"
     )
     assert climbing == "plain training gains +11.0 AP from 100 to 200 steps: not yet its plateau"
-    assert _notes([row(100, 30.0), row(200, 30.5)], 40.0)[-1].endswith("its plateau")
+    assert _notes([row(100, 30.0), row(200, 30.5)], 40.0)[-1].endswith("steps: its plateau")
+    assert _notes([row(30, 0.2), row(60, 0.6)], 40.0)[-1].endswith("steps: not yet its plateau")  # it has hardly begun
 
 
 @pytest.fixture(scope="module")
