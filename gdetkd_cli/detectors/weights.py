@@ -47,7 +47,8 @@ def read_torch_file(path: Path) -> Any:
         raise ModelError(f"{path} cannot be opened: {error.strerror}") from error
     if start.startswith(b"version https://git-lfs"):
         raise ModelError(f"{path} is a git-LFS pointer, not the file itself; fetch it with `git lfs pull`")
-    if start.isascii() and start.decode().isprintable():
+    words = start.decode(errors="replace").split()
+    if start.isascii() and words and all(word.isprintable() for word in words):
         raise ModelError(f"{path} is not a file written by torch.save: it begins with the text {start[:20].decode()!r}")
     try:
         # torchvision's reference scripts save their command line's Namespace: a plain record, no code.

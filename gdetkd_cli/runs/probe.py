@@ -88,7 +88,7 @@ def _known(
 ) -> PyramidReport:
     """Of a detector whose family is known."""
     if options.levels:
-        raise ModelError(f"{source} is {format}, whose levels are known; --levels is for models of unknown code")
+        raise ModelError(f"the levels of {source} are known; --levels is for models of unknown code")
     picture = _picture(options, options.size or _SIZE)
     report, maps = _looked_at(detector, picture, source=source, format=format, classes=classes)
     _finish(report, maps, picture, options, observer)

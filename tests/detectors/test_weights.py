@@ -113,6 +113,13 @@ def test_a_pickled_module_is_refused(path: Path) -> None:
         read_torch_file(path)
 
 
+@pytest.mark.parametrize("text", ["some text\n", "<!DOCTYPE html>\n<html>not found</html>\n", "weights"])
+def test_a_text_is_said_to_be_one(path: Path, text: str) -> None:
+    path.write_text(text)
+    with pytest.raises(ModelError, match=f"not a file written by torch.save: it begins with the text '{text[:5]}"):
+        read_torch_file(path)
+
+
 def test_a_git_lfs_pointer_names_the_command(path: Path) -> None:
     path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 167502836\n")
     with pytest.raises(ModelError, match="git-LFS pointer, not the file itself; fetch it with `git lfs pull`"):
