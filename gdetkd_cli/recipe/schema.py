@@ -194,7 +194,14 @@ class RegionChoice(Strict):
     negatives_per_positive: NonNegativeFloat = Field(3.0, description="dense students: negatives per positive")
 
 
-class SGFI(Strict):
+class Term(Strict):
+    """What every distillation term has."""
+
+    weight: NonNegativeFloat = 1.0
+    warmup_steps: int = Field(0, ge=0, description="steps over which the weight rises linearly from 0")
+
+
+class SGFI(Term):
     """Semantic-guided feature imitation (METHOD, section 2)."""
 
     weight: NonNegativeFloat = Field(10.0, description="of the term; its target is standardised, so 10 suits most")
@@ -204,74 +211,61 @@ class SGFI(Strict):
     embed_channels: PositiveInt = Field(64, description="channels of the embedding that levels are matched in")
     tau: PositiveFloat = Field(1.0, description="temperature of the match at the start; it is learnt")
     sampling_ratio: PositiveInt = Field(2, description="RoIAlign samples per bin and axis")
-    warmup_steps: int = Field(0, ge=0, description="steps over which the weight rises linearly from 0")
 
 
-class CKD(Strict):
+class CKD(Term):
     """Contrastive distillation over regions (METHOD, section 3)."""
 
-    weight: NonNegativeFloat = 1.0
     gamma: PositiveFloat = Field(0.07, description="temperature of the contrast")
     negative_iou: Fraction = Field(0.5, description="regions of one image that overlap more are not negatives")
     queue: int = Field(4096, ge=0, description="teacher embeddings remembered as further negatives")
     project_channels: PositiveInt = Field(128, description="channels of the space that regions are compared in")
-    warmup_steps: int = Field(0, ge=0, description="steps over which the weight rises linearly from 0")
 
 
-class PredictionKD(Strict):
+class PredictionKD(Term):
     """Class or box predictions of the teacher's RoI head as targets (METHOD, section 4)."""
 
-    weight: NonNegativeFloat = 1.0
-    warmup_steps: int = Field(0, ge=0, description="steps over which the weight rises linearly from 0")
 
-
-class FitNet(Strict):
+class FitNet(Term):
     """Another method, to compare with: whole maps, level by level (Romero et al., ICLR 2015)."""
 
     weight: NonNegativeFloat = 10.0
-    warmup_steps: int = Field(0, ge=0, description="steps over which the weight rises linearly from 0")
 
 
-class GTMask(Strict):
+class GTMask(Term):
     """Another method, to compare with: the cells near objects (Wang et al., CVPR 2019)."""
 
     weight: NonNegativeFloat = 10.0
     share: Fraction = Field(0.5, description="of the best anchor's overlap that makes a cell near an object")
-    warmup_steps: int = Field(0, ge=0, description="steps over which the weight rises linearly from 0")
 
 
-class RoIImitation(Strict):
+class RoIImitation(Term):
     """Another method, to compare with: regions on the one level each detector assigns (Li et al., CVPR 2017)."""
 
     weight: NonNegativeFloat = 10.0
-    warmup_steps: int = Field(0, ge=0, description="steps over which the weight rises linearly from 0")
 
 
-class PKD(Strict):
+class PKD(Term):
     """Another method, to compare with: correlation of maps (Cao et al., NeurIPS 2022)."""
 
     weight: NonNegativeFloat = Field(6.0, description="as published")
-    warmup_steps: int = Field(0, ge=0, description="steps over which the weight rises linearly from 0")
 
 
-class CWD(Strict):
+class CWD(Term):
     """Another method, to compare with: where each channel looks (Shu et al., ICCV 2021)."""
 
     weight: NonNegativeFloat = Field(10.0, description="as published")
     tau: PositiveFloat = Field(1.0, description="temperature of the softmax over cells")
-    warmup_steps: int = Field(0, ge=0, description="steps over which the weight rises linearly from 0")
 
 
-class FGD(Strict):
+class FGD(Term):
     """Another method, to compare with: focal and global distillation (Yang et al., CVPR 2022); published weights."""
 
-    weight: NonNegativeFloat = 1.0
     temperature: PositiveFloat = Field(0.5, description="of the attentions")
     objects: NonNegativeFloat = 1e-3
     background: NonNegativeFloat = 5e-4
     attention: NonNegativeFloat = 1e-3
     relation: NonNegativeFloat = 5e-6
-    warmup_steps: int = Field(0, ge=0, description="steps over which the weight rises linearly from 0")
 
 
 class Distill(Strict):
