@@ -5,12 +5,13 @@ from __future__ import annotations
 from torch import nn
 
 from gdetkd_cli.detectors.protocol import Detector
-from gdetkd_cli.distill.map_terms import CWDTerm, FGDTerm, FitNetTerm, GTMaskTerm, PKDTerm, RoIImitationTerm
+from gdetkd_cli.distill.map_terms import CWDTerm, FGDTerm, FitNetTerm, GTMaskTerm, LogitTerm, PKDTerm, RoIImitationTerm
+from gdetkd_cli.distill.pair import class_map_columns
 from gdetkd_cli.errors import PairError
-from gdetkd_cli.recipe.schema import CWD, FGD, PKD, Distill, FitNet, GTMask, RoIImitation
+from gdetkd_cli.recipe.schema import CWD, FGD, PKD, Distill, FitNet, GTMask, Logit, RoIImitation
 
-Rival = FitNet | GTMask | RoIImitation | PKD | CWD | FGD
-NAMES = ("fitnet", "gt_mask", "roi_imitation", "pkd", "cwd", "fgd")
+Rival = FitNet | GTMask | RoIImitation | PKD | CWD | FGD | Logit
+NAMES = ("fitnet", "gt_mask", "roi_imitation", "pkd", "cwd", "fgd", "logit")
 
 
 def rivals(config: Distill) -> list[tuple[str, Rival]]:
@@ -36,6 +37,11 @@ def rival_term(block: Rival, student: Detector, teacher: Detector) -> nn.Module:
             return PKDTerm(student_channels=ours, teacher_channels=theirs)
         case CWD():
             return CWDTerm(student_channels=ours, teacher_channels=theirs, tau=block.tau)
+        case Logit():
+            try:
+                return LogitTerm(columns=class_map_columns(student, teacher))
+            except PairError as error:
+                raise PairError(f"distill.logit: {error}; leave the term out") from error
         case FGD():
             if len(set(theirs)) > 1:
                 raise PairError(

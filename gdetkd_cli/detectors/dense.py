@@ -33,10 +33,12 @@ class DenseObservation(Observation):
         tower: L maps (N, C, H_l, W_l), the classification branch's last features; None where it has none (SSD) or
             where the detector was only looked at.
         cell: (K, 3) int64, the (level, y, x) that predicted each candidate; None when it was only looked at.
+        class_logits: (N, HWA, K + 1), the head's; None when it was only looked at.
     """
 
     tower: tuple[Tensor, ...] | None
     cell: Tensor | None
+    class_logits: Tensor | None
 
 
 class DenseDetector:
@@ -78,6 +80,7 @@ class DenseDetector:
             candidates=candidates,
             tower=tuple(tap.outputs(_TOWER)) if self._has_tower else None,
             cell=cell,
+            class_logits=tap.output("head")["cls_logits"],
         )
 
     def look(self, batch: Batch) -> DenseObservation:
@@ -87,7 +90,7 @@ class DenseDetector:
         pyramid = Pyramid(
             maps=tuple(features.values()), levels=self.levels, frame=common.frame_of(batch.images, images)
         )
-        return DenseObservation(losses={}, pyramid=pyramid, candidates=None, tower=None, cell=None)
+        return DenseObservation(losses={}, pyramid=pyramid, candidates=None, tower=None, cell=None, class_logits=None)
 
     def view_regions(self, seen: Observation, regions: Regions, needs: frozenset[View]) -> RegionView:
         assert isinstance(seen, DenseObservation), "an observation of another detector"
@@ -97,10 +100,34 @@ class DenseDetector:
             pooled = pool_assigned(seen.pyramid, regions, assignment, size=7, sampling_ratio=2)
             pooled_channels = channels_of(self.levels, assignment)
         embedding = self._embed(seen, regions, assignment) if "embedding" in needs else None
-        return RegionView(pooled=pooled, pooled_channels=pooled_channels, embedding=embedding)
+        class_maps = self._class_maps(seen) if "class_maps" in needs else None
+        return RegionView(pooled=pooled, pooled_channels=pooled_channels, embedding=embedding, class_maps=class_maps)
 
     def predict(self, images: list[Tensor]) -> list[Detections]:
         return common.predict(self.module, images)
+
+    @property
+    def anchors(self) -> tuple[Tensor, ...] | None:
+        """By level (A, 4) xyxy, the anchors of a cell around its centre, in cells; None for SSD, whose classes exclude
+        each other."""
+        if isinstance(self.module, SSD):
+            return None
+        return tuple(
+            anchors / anchors.new_tensor([level.stride[1], level.stride[0]] * 2)
+            for anchors, level in zip(self.module.anchor_generator.cell_anchors, self.levels, strict=True)
+        )
+
+    def _class_maps(self, seen: DenseObservation) -> tuple[Tensor, ...]:
+        logits = seen.class_logits
+        if logits is None:
+            with common.evaluating(self.module):
+                logits = self.module.head.classification_head(list(seen.pyramid.maps))
+        per_cell = self.module.anchor_generator.num_anchors_per_location()
+        sizes = [(m.shape[-2], m.shape[-1], a) for m, a in zip(seen.pyramid.maps, per_cell, strict=True)]
+        levels = logits.split([height * width * anchors for height, width, anchors in sizes], dim=1)
+        return tuple(
+            level.unflatten(1, size).flatten(3).permute(0, 3, 1, 2) for level, size in zip(levels, sizes, strict=True)
+        )
 
     def _embed(self, seen: DenseObservation, regions: Regions, assignment: Tensor) -> Tensor:
         if not self._has_tower:

@@ -21,8 +21,10 @@ from gdetkd_cli.losses.cwd import channel_divergence
 from gdetkd_cli.losses.fgd import ContextBlock, focal_losses, global_loss, object_masks
 from gdetkd_cli.losses.fitnet import map_imitation_loss
 from gdetkd_cli.losses.gt_mask import near_object_masks
+from gdetkd_cli.losses.logit import class_map_loss
 from gdetkd_cli.losses.pkd import pearson_loss
 from gdetkd_cli.losses.roi_imitation import region_imitation_loss
+from gdetkd_cli.structures import Pyramid
 
 _ANCHOR_CELLS = 8.0  # side of the square anchor over a pyramid's level, as detectors with a pyramid have it
 
@@ -69,8 +71,7 @@ class _MapTerm(nn.Module):
 
     def levels(self, pair: ObservedPair) -> Iterator[_Level]:
         """The pair's levels, aligned, adapted and standardised."""
-        sizes = [(image.shape[-2], image.shape[-1]) for image in pair.batch.images]
-        aligned = align(pair.student_seen.pyramid, pair.teacher_seen.pyramid, sizes)
+        aligned = align(pair.student_seen.pyramid, pair.teacher_seen.pyramid, _sizes(pair))
         for number, (level, adapter) in enumerate(zip(aligned, self.adapters, strict=True)):
             target, standardizer = level.teacher, self.standardizers[level.teacher_level]
             if isinstance(standardizer, Standardizer):
@@ -210,6 +211,42 @@ class RoIImitationTerm(nn.Module):
         self.standardizer.update(target, channels)
         target = self.standardizer(target.float(), channels)
         return region_imitation_loss(self.adapter(student).float(), target, channels)
+
+
+class LogitTerm(nn.Module):
+    """Every cell's class logits imitate the teacher's; over all of them by what the teacher sees.
+
+    Args:
+        columns: (K + 1,) int64, the teacher's column for each of the student's.
+    """
+
+    student_needs: frozenset[View] = frozenset({"class_maps"})
+    teacher_needs: frozenset[View] = frozenset({"class_maps"})
+    columns: Tensor
+
+    def __init__(self, *, columns: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("columns", columns)
+
+    def forward(self, pair: ObservedPair) -> Tensor:
+        student, teacher = pair.student_view.class_maps, pair.teacher_view.class_maps
+        assert student is not None and teacher is not None
+        ordered = tuple(m.unflatten(1, (-1, len(self.columns)))[:, :, self.columns].flatten(1, 2) for m in teacher)
+        aligned = align(
+            _over(pair.student_seen.pyramid, student), _over(pair.teacher_seen.pyramid, ordered), _sizes(pair)
+        )
+        sums, seen = zip(*(class_map_loss(x.student, x.teacher, x.inside) for x in aligned), strict=True)
+        return torch.stack(sums).sum() / torch.stack(seen).sum().clamp(min=1)
+
+
+def _over(pyramid: Pyramid, maps: tuple[Tensor, ...]) -> Pyramid:
+    """Other maps on the same cells."""
+    return Pyramid(maps=maps, levels=pyramid.levels, frame=pyramid.frame)
+
+
+def _sizes(pair: ObservedPair) -> list[tuple[int, int]]:
+    """(height, width) of each batch image."""
+    return [(image.shape[-2], image.shape[-1]) for image in pair.batch.images]
 
 
 def _boxes_in_cells(pair: ObservedPair) -> list[list[Tensor]]:

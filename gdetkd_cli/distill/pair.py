@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from gdetkd_cli.detectors.dense import DenseDetector
 from gdetkd_cli.detectors.protocol import Detector
 from gdetkd_cli.detectors.two_stage import TwoStageDetector
 from gdetkd_cli.errors import PairError
@@ -50,6 +51,36 @@ def prediction_columns(student: Detector, teacher: Detector) -> Tensor:
     if student.box_weights != teacher.box_weights:
         raise PairError(f"the box coders differ: weights {teacher.box_weights} -> {student.box_weights}")
     return class_columns(student, teacher)
+
+
+def class_map_columns(student: Detector, teacher: Detector) -> Tensor:
+    """Checks that the class logits of two dense heads mean the same, cell by cell; returns ``class_columns``.
+
+    Raises:
+        PairError: other heads than two RetinaNets or two FCOS, other anchors, or different class lists.
+    """
+    if not (
+        isinstance(student, DenseDetector)
+        and isinstance(teacher, DenseDetector)
+        and type(student.module) is type(teacher.module)
+        and student.anchors is not None
+    ):
+        raise PairError(
+            "logits of dense heads can be compared between two RetinaNets or two FCOS only; this pair is "
+            f"{type(teacher.module).__name__} -> {type(student.module).__name__}"
+        )
+    assert teacher.anchors is not None
+    wanted = teacher.anchors[0]
+    for anchors in (*student.anchors, *teacher.anchors):
+        # Corners are rounded to pixels: up to half a pixel of a cell of four or more.
+        if anchors.shape != wanted.shape or float((anchors - wanted).abs().max()) > 0.15:
+            raise PairError(f"the anchors differ: {_sides(wanted)} and {_sides(anchors)} cells")
+    return class_columns(student, teacher)
+
+
+def _sides(anchors: Tensor) -> str:
+    """``3 x 4, 6 x 8``: width and height of each."""
+    return ", ".join(f"{w:.3g} x {h:.3g}" for w, h in (anchors[:, 2:] - anchors[:, :2]).tolist())
 
 
 def transfer_head(student: Detector, teacher: Detector) -> list[str]:

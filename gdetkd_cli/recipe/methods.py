@@ -17,6 +17,7 @@ from gdetkd_cli.recipe.schema import (
     Distill,
     FitNet,
     GTMask,
+    Logit,
     PredictionKD,
     Recipe,
     RoIImitation,
@@ -34,6 +35,7 @@ TERMS: Mapping[str, type[BaseModel]] = {
     "pkd": PKD,
     "cwd": CWD,
     "fgd": FGD,
+    "logit": Logit,
 }
 DEFAULT = (NONE, "fitnet", "gt_mask", "roi_imitation", "pkd", "cwd", "fgd", "sgfi", "ckd", WHOLE)
 

@@ -268,6 +268,10 @@ class FGD(Term):
     relation: NonNegativeFloat = 5e-6
 
 
+class Logit(Term):
+    """Another method, to compare with: class logits of every cell (Yang et al., ICCV 2023); two dense heads alike."""
+
+
 class Distill(Strict):
     """The distillation terms. ``null`` leaves a term out; ``auto`` adds it where the pair allows it."""
 
@@ -283,6 +287,7 @@ class Distill(Strict):
     pkd: PKD | None = None
     cwd: CWD | None = None
     fgd: FGD | None = None
+    logit: Logit | None = None
     head_transfer: bool | Literal["auto"] = Field("auto", description="start the student's RoI head from the teacher's")
     task_loss: Literal["own", "none"] = Field(
         "own", description="none: the student's own losses are left out; it learns from the teacher alone"

@@ -61,3 +61,20 @@ def test_another_box_is_embedded_at_its_centre(head: str, tiny_detector: Callabl
     module.eval()
     tower = module.head.classification_head.conv(seen.pyramid.maps[0])
     torch.testing.assert_close(embedding, tower[:1, :, 3, 5])
+
+
+@pytest.mark.parametrize("head", ["retinanet", "fcos"])
+def test_class_logits_of_every_cell(head: str, tiny_detector: Callable[..., Detector], batch: Batch) -> None:
+    detector = tiny_detector(head, classes=CLASSES)
+    module: Any = detector.module
+    seen: Any = detector.observe(batch)
+    regions = all_regions(seen.candidates, own=True)
+    observations: tuple[Any, ...] = (seen, detector.look(batch))
+    for observation in observations:
+        maps = detector.view_regions(observation, regions, frozenset({"class_maps"})).class_maps
+        assert maps is not None
+        tower = [module.head.classification_head.conv(m) for m in observation.pyramid.maps]
+        for found, features in zip(maps, tower, strict=True):
+            torch.testing.assert_close(
+                found, module.head.classification_head.cls_logits(features), rtol=1e-4, atol=1e-4
+            )

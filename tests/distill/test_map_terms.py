@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gdetkd_cli.detectors.protocol import Observation, RegionView
-from gdetkd_cli.distill.map_terms import CWDTerm, FGDTerm, FitNetTerm, GTMaskTerm, PKDTerm, RoIImitationTerm
+from gdetkd_cli.distill.map_terms import CWDTerm, FGDTerm, FitNetTerm, GTMaskTerm, LogitTerm, PKDTerm, RoIImitationTerm
 from gdetkd_cli.distill.terms import ObservedPair
 from gdetkd_cli.structures import Batch, Frame, LevelSpec, Pyramid, Regions, Target
 
@@ -112,3 +112,20 @@ def test_regions_are_imitated_from_the_level_that_each_detector_assigns() -> Non
     expected = (term.adapter(student) - target).square().mean()
     torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-5)
     assert torch.autograd.grad(loss, student)[0].abs().sum() > 0
+
+
+def test_logits_are_compared_by_class_name_and_stride() -> None:
+    """Two anchors of three columns each; the teacher has a level more, and its classes in another order."""
+    columns = torch.tensor([0, 2, 1])
+    generator = torch.Generator().manual_seed(0)
+    maps = tuple(torch.randn(2, 6, 64 // s, 64 // s, generator=generator) for s in (4, 8, 16))
+    ordered = tuple(m[:, [0, 2, 1, 3, 5, 4]] for m in maps)
+    term = LogitTerm(columns=columns)
+    same = pair(student=RegionView(class_maps=ordered[:2]), teacher=RegionView(class_maps=maps))
+    assert float(term(same)) == pytest.approx(0, abs=1e-5)
+    student = tuple(m.clone().requires_grad_() for m in maps[:2])
+    loss = term(pair(student=RegionView(class_maps=student), teacher=RegionView(class_maps=maps)))
+    assert float(loss.detach()) > 0.01
+    for gradient in torch.autograd.grad(loss, student):
+        assert gradient[:, [1, 2, 4, 5]].abs().sum() > 0
+        assert not gradient[:, [0, 3]].any()  # the columns that already agree

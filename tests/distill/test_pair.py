@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gdetkd_cli.detectors.protocol import Detector
-from gdetkd_cli.distill.pair import class_columns, pair_kind, prediction_columns, transfer_head
+from gdetkd_cli.distill.pair import class_columns, class_map_columns, pair_kind, prediction_columns, transfer_head
 from gdetkd_cli.errors import PairError
 
 STUDENT, TEACHER = ("circle", "square", "triangle"), ("triangle", "circle", "square")
@@ -181,3 +181,28 @@ def test_nothing_is_copied_where_classes_differ(tiny_detector: TinyDetector) -> 
 def test_transfer_needs_two_roi_heads(tiny_detector: TinyDetector) -> None:
     with pytest.raises(PairError, match="two-stage -> dense"):
         transfer_head(tiny_detector("retinanet"), tiny_detector("faster-rcnn"))
+
+
+# ----------------------------------------------------------------------------------------------------- dense logits
+
+
+@pytest.mark.parametrize("head", ["retinanet", "fcos"])
+def test_dense_heads_alike_can_be_compared(head: str, tiny_detector: TinyDetector) -> None:
+    columns = class_map_columns(tiny_detector(head, classes=STUDENT), tiny_detector(head, classes=TEACHER))
+    assert columns.tolist() == COLUMNS
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher"), [("retinanet", "fcos"), ("retinanet", "faster-rcnn"), ("faster-rcnn", "faster-rcnn")]
+)
+def test_other_heads_cannot_be_compared_cell_by_cell(student: str, teacher: str, tiny_detector: TinyDetector) -> None:
+    with pytest.raises(PairError, match="two RetinaNets or two FCOS only; this pair is"):
+        class_map_columns(tiny_detector(student), tiny_detector(teacher))
+
+
+def test_other_anchors_cannot_be_compared(tiny_detector: TinyDetector) -> None:
+    student, teacher = tiny_detector("retinanet"), tiny_detector("retinanet")
+    module: Any = teacher.module
+    module.anchor_generator.cell_anchors = [2 * anchors for anchors in module.anchor_generator.cell_anchors]
+    with pytest.raises(PairError, match="the anchors differ"):
+        class_map_columns(student, teacher)

@@ -13,6 +13,7 @@ from gdetkd_cli.losses.cwd import channel_divergence
 from gdetkd_cli.losses.fgd import ContextBlock, attention, focal_losses, global_loss, object_masks
 from gdetkd_cli.losses.fitnet import map_imitation_loss
 from gdetkd_cli.losses.gt_mask import near_object_masks
+from gdetkd_cli.losses.logit import class_map_loss
 from gdetkd_cli.losses.pkd import pearson_loss
 from gdetkd_cli.losses.roi_imitation import region_imitation_loss
 
@@ -217,3 +218,35 @@ def test_global_context_against_a_slow_version() -> None:
         through.append(out)
     expected = float((through[0] - through[1]).detach().square().sum()) / 2
     assert float(global_loss(student, teacher, *blocks).detach()) == pytest.approx(expected, rel=1e-4)
+
+
+# ----------------------------------------------------------------------------------------------------------- logit
+
+
+def test_class_maps_by_hand() -> None:
+    """Student 1/2 everywhere; teacher 3/4 and 1/4 in the one cell that counts."""
+    student = torch.zeros(1, 2, 1, 2)
+    teacher = torch.tensor([[[[math.log(3), 50.0]], [[-math.log(3), 50.0]]]])
+    total, seen = class_map_loss(student, teacher, torch.tensor([[[True, False]]]))
+    assert float(total) == pytest.approx(2 * 0.25 * math.log(2))
+    assert float(seen) == pytest.approx(0.75)
+
+
+def test_class_maps_against_a_slow_version() -> None:
+    student, teacher = random_maps(0), random_maps(1)
+    inside = some(student)
+    expected, best = 0.0, 0.0
+    for n, y, x in inside.nonzero().tolist():
+        s = [1 / (1 + math.exp(-float(v))) for v in student[n, :, y, x]]
+        t = [1 / (1 + math.exp(-float(v))) for v in teacher[n, :, y, x]]
+        best += max(t)
+        for p, q in zip(s, t, strict=True):
+            expected -= abs(p - q) * (q * math.log(p) + (1 - q) * math.log(1 - p))
+    total, seen = class_map_loss(student, teacher, inside)
+    assert (float(total), float(seen)) == pytest.approx((expected, best), rel=1e-4)
+
+
+def test_equal_class_maps_cost_nothing() -> None:
+    student = random_maps(0).requires_grad_()
+    total, _ = class_map_loss(student, student.detach(), everywhere(student))
+    assert float(total.detach()) == 0
