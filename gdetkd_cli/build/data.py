@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal, TypeGuard
 
+from gdetkd_cli.data.bdd100k import read_bdd100k
 from gdetkd_cli.data.coco import align_classes, read_coco
 from gdetkd_cli.data.dataset import DetectionDataset
 from gdetkd_cli.data.folder import read_folder
@@ -14,9 +15,10 @@ from gdetkd_cli.data.loader import training_batches
 from gdetkd_cli.data.split import Split
 from gdetkd_cli.data.synthetic import synthetic_split
 from gdetkd_cli.data.transforms import build_augmentation
+from gdetkd_cli.data.voc import read_voc
 from gdetkd_cli.detectors.protocol import Detector
 from gdetkd_cli.errors import DataError
-from gdetkd_cli.recipe.schema import CocoData, Data, FolderData, Recipe, SyntheticData
+from gdetkd_cli.recipe.schema import Bdd100kData, CocoData, Data, FolderData, Recipe, SyntheticData, VocData
 from gdetkd_cli.structures import Batch
 from gdetkd_cli.training.device import ComputeSettings
 
@@ -38,6 +40,9 @@ def build_split(data: Data, which: Which, labels: Path | None = None) -> Split:
     if isinstance(data, SyntheticData):
         images = data.train_images if which == "train" else data.val_images
         return synthetic_split(split=which, images=images, size=data.size, seed=data.seed)
+    if isinstance(data, VocData):
+        lists = data.train if which == "train" else data.val
+        return read_voc(lists=[data.root / path for path in lists], root=data.root, classes=data.classes)
     if needs_labels(data, which):
         if labels is None:
             raise DataError(
@@ -45,12 +50,15 @@ def build_split(data: Data, which: Which, labels: Path | None = None) -> Split:
                 "`gdetkd distill` does; a run keeps the labels as COCO files, in its folder `labels`"
             )
         return read_coco(annotations=labels / f"{which}.json", images=data.root / data.train_images)
-    if isinstance(data, CocoData) and which == "train":
+    if not isinstance(data, FolderData) and which == "train":
         annotations, folder = data.train, data.train_images
     else:
         assert data.val is not None
         annotations, folder = data.val, data.val_images
-    return read_coco(annotations=data.root / annotations, images=data.root / folder, classes=data.classes)
+    annotations, folder = data.root / annotations, data.root / folder
+    if isinstance(data, Bdd100kData):
+        return read_bdd100k(labels=annotations, images=folder, classes=data.classes)
+    return read_coco(annotations=annotations, images=folder, classes=data.classes)
 
 
 def needs_labels(data: Data, which: Which) -> TypeGuard[CocoData | FolderData]:

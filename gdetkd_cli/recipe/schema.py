@@ -54,6 +54,34 @@ class CocoData(Strict):
     )
 
 
+class VocData(Strict):
+    """Pascal VOC, or any folder of that layout: XML files, pictures, and lists of names in ``ImageSets/Main``."""
+
+    format: Literal["voc"]
+    root: Path = Field(Path("."), description="folder that the lists' paths start from, as VOCdevkit")
+    train: list[Path] = Field(
+        [Path("VOC2007/ImageSets/Main/trainval.txt"), Path("VOC2012/ImageSets/Main/trainval.txt")],
+        min_length=1,
+        description="lists of training pictures",
+    )
+    val: list[Path] = Field(
+        [Path("VOC2007/ImageSets/Main/test.txt")], min_length=1, description="lists of validation pictures"
+    )
+    classes: list[str] | None = Field(None, description="names to use, in this order; default: VOC's twenty")
+
+
+class Bdd100kData(Strict):
+    """BDD100K's detection labels, of 2018 or ``det_20``. Relative paths are relative to ``root``."""
+
+    format: Literal["bdd100k"]
+    root: Path = Field(Path("."), description="folder that the other paths start from")
+    train: Path = Field(Path("labels/det_20/det_train.json"), description="labels of the training split")
+    val: Path = Field(Path("labels/det_20/det_val.json"), description="labels of the validation split")
+    train_images: Path = Field(Path("images/100k/train"), description="folder of the training pictures")
+    val_images: Path = Field(Path("images/100k/val"), description="folder of the validation pictures")
+    classes: list[str] | None = Field(None, description="names to use, in this order; default: the task's ten")
+
+
 class FolderData(Strict):
     """Pictures without annotations: what the teacher detects are the targets."""
 
@@ -68,7 +96,7 @@ class FolderData(Strict):
     labels: Literal["teacher"] | TeacherLabels = "teacher"
 
 
-Data = SyntheticData | CocoData | FolderData
+Data = SyntheticData | CocoData | VocData | Bdd100kData | FolderData
 
 
 class Augment(Strict):
