@@ -1,4 +1,4 @@
-"""Where a folder keeps its COCO annotations and pictures, found by looking."""
+"""Where a folder keeps its annotations and pictures, found by looking."""
 
 from __future__ import annotations
 
@@ -55,6 +55,24 @@ def detection_files(root: Path) -> dict[Path, str]:
     """COCO detection files, with the file name of each one's first picture."""
     files = sorted([*root.glob("*.json"), *root.glob("*/*.json")])
     return {file: name for file in files if (name := _first_picture(file)) is not None}
+
+
+def find_voc_lists(root: Path) -> tuple[list[Path], list[Path]] | None:
+    """Pascal VOC's lists of training and of validation pictures, relative to the root; None where it has none.
+
+    Where a year has a list ``test``, validation is on it and training on every year's ``trainval``, as is the custom;
+    else each year is divided by its own ``train`` and ``val``.
+    """
+    train: list[Path] = []
+    val: list[Path] = []
+    folders = sorted([*root.glob("ImageSets/Main"), *root.glob("*/ImageSets/Main")])
+    lists = [{file.stem: file.relative_to(root) for file in folder.glob("*.txt")} for folder in folders]
+    tests = any("test" in there for there in lists)
+    for there in lists:
+        wanted = ("trainval", "train") if tests else ("train",)
+        train += [there[name] for name in wanted if name in there][:1]
+        val += [there[name] for name in ("test" if tests else "val",) if name in there]
+    return (train, val) if train and val else None
 
 
 def _first_picture(file: Path) -> str | None:

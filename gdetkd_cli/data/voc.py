@@ -85,6 +85,14 @@ def read_voc(*, lists: Sequence[Path], root: Path, classes: Sequence[str] | None
     return split_of(tables, source=lists[0], images=root, classes=names)
 
 
+def names_in(lists: Sequence[Path]) -> set[str]:
+    """The names of the objects in the listed pictures."""
+    trees = (
+        _parsed(listing.parents[2] / "Annotations" / f"{stem}.xml") for listing in lists for stem in _stems(listing)
+    )
+    return {(item.findtext("name") or "").strip() for tree in trees for item in tree.iter("object")}
+
+
 def _stems(listing: Path) -> list[str]:
     """The names in a list; of a class's own list (name, then 1, 0 or -1) those that have it."""
     if not listing.is_file():

@@ -17,7 +17,7 @@ name: my-detector               # also the name of the run's folder
 
 # The pictures. Boxes are COCO JSON; the paths below start from root.
 data:
-  format: coco                  # or: synthetic (drawn in code, nothing to download)
+  format: coco                  # or: voc, bdd100k, folder (no boxes), synthetic (drawn in code)
   root: data
   train: train.json
   val: val.json

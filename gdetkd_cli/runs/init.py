@@ -13,8 +13,9 @@ import yaml
 from gdetkd_cli import build
 from gdetkd_cli.data.coco import read_coco
 from gdetkd_cli.data.folder import read_folder
-from gdetkd_cli.data.layout import detection_files, find_layout
+from gdetkd_cli.data.layout import detection_files, find_layout, find_voc_lists
 from gdetkd_cli.data.split import Split
+from gdetkd_cli.data.voc import VOC_CLASSES, names_in, read_voc
 from gdetkd_cli.detectors import architectures
 from gdetkd_cli.detectors.factory import is_reference
 from gdetkd_cli.detectors.probed import ProbedDetector
@@ -36,7 +37,7 @@ def run_init(teacher: str, student: str, data: Path, *, output: Path, observer: 
         teacher: a run folder, a model file, ``builtin:NAME``, a torchvision detector's name, or
             ``package.module:function``.
         student: any of these, or ``BACKBONE+HEAD``, for example ``resnet18+retinanet``.
-        data: folder with COCO annotations and pictures, or with pictures alone, which the teacher will label.
+        data: folder with COCO or VOC annotations and pictures, or with pictures alone, which the teacher will label.
         output: the file to write.
         observer: is told of progress.
 
@@ -146,6 +147,9 @@ def check_recipe(recipe: Recipe, source: str, observer: Observer = silent) -> Ch
 def _data(folder: Path, observer: Observer) -> tuple[dict[str, Any], Split]:
     """The recipe's block for a folder, and the training split."""
     files = detection_files(folder)
+    lists = None if files else find_voc_lists(folder)
+    if lists is not None:
+        return _voc(folder, *lists, observer)
     if not files:
         train, val = (read_folder(folder, which) for which in build.SPLITS)
         observer(
@@ -157,8 +161,24 @@ def _data(folder: Path, observer: Observer) -> tuple[dict[str, Any], Split]:
         read_coco(annotations=folder / annotations, images=folder / images)
         for annotations, images in ((layout.train, layout.train_images), (layout.val, layout.val_images))
     )
-    observer(Note(f"{len(train)} training and {len(val)} validation pictures, classes: {', '.join(train.class_names)}"))
+    _tell(train, val, observer)
     return {"format": "coco", "root": str(folder), **{name: str(path) for name, path in vars(layout).items()}}, train
+
+
+def _voc(folder: Path, train: list[Path], val: list[Path], observer: Observer) -> tuple[dict[str, Any], Split]:
+    """The recipe's block for a folder of VOC's layout, and the training split."""
+    lists = [[folder / path for path in paths] for paths in (train, val)]
+    found = sorted({name for paths in lists for name in names_in(paths)})
+    classes = None if set(found) <= set(VOC_CLASSES) else found
+    train_split, val_split = (read_voc(lists=paths, root=folder, classes=classes) for paths in lists)
+    _tell(train_split, val_split, observer)
+    block: dict[str, Any] = {"format": "voc", "root": str(folder)}
+    block |= {"train": [str(path) for path in train], "val": [str(path) for path in val]}
+    return block | ({"classes": classes} if classes else {}), train_split
+
+
+def _tell(train: Split, val: Split, observer: Observer) -> None:
+    observer(Note(f"{len(train)} training and {len(val)} validation pictures, classes: {', '.join(train.class_names)}"))
 
 
 def _split(data: Data, which: build.Which) -> Split:

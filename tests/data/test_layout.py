@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from gdetkd_cli.data.layout import Layout, find_layout
+from gdetkd_cli.data.layout import Layout, find_layout, find_voc_lists
 from gdetkd_cli.errors import DataError
 
 
@@ -67,3 +67,28 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
     coco(tmp_path / "val.json")
     with pytest.raises(DataError, match=r"train\.json names the picture a\.jpg, which is nowhere in"):
         find_layout(tmp_path)
+
+
+def voc_lists(root: Path, **years: list[str]) -> tuple[list[str], list[str]] | None:
+    for year, names in years.items():
+        (root / year / "ImageSets" / "Main").mkdir(parents=True)
+        for name in names:
+            (root / year / "ImageSets" / "Main" / f"{name}.txt").touch()
+    found = find_voc_lists(root)
+    if found is None:
+        return None
+    train, val = ([f"{path.parts[0]}/{path.stem}" for path in paths] for paths in found)
+    return train, val
+
+
+def test_voc_both_years_are_tested_on_the_one_with_a_test(tmp_path: Path) -> None:
+    both = ["train", "val", "trainval"]
+    assert voc_lists(tmp_path, VOC2007=[*both, "test", "cat_train"], VOC2012=both) == (
+        ["VOC2007/trainval", "VOC2012/trainval"],
+        ["VOC2007/test"],
+    )
+
+
+def test_voc_without_a_test_is_divided_by_its_own_lists(tmp_path: Path) -> None:
+    assert voc_lists(tmp_path, VOC2012=["train", "val", "trainval"]) == (["VOC2012/train"], ["VOC2012/val"])
+    assert voc_lists(tmp_path / "other", mine=["trainval"]) is None

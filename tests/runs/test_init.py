@@ -14,7 +14,7 @@ from twins import TwoWay
 
 from gdetkd_cli.errors import ModelError, RecipeError
 from gdetkd_cli.recipe.load import load_recipe
-from gdetkd_cli.recipe.schema import CheckpointDetector, ComposedDetector, FolderData, ModelInput
+from gdetkd_cli.recipe.schema import CheckpointDetector, ComposedDetector, FolderData, ModelInput, VocData
 from gdetkd_cli.results import ProbeOptions
 from gdetkd_cli.runs import check_recipe, plan_distill, run_init, run_probe_to_recipe, run_train
 
@@ -107,3 +107,23 @@ def test_a_student_that_is_nothing(data: Path, teacher: str, tmp_path: Path) -> 
     with pytest.raises(ModelError, match=r"'small' is neither a file, .* nor BACKBONE\+HEAD, where HEAD is one of"):
         run_init(teacher, "small", data, output=tmp_path / "mine.yaml")
     assert not (tmp_path / "mine.yaml").exists()
+
+
+def test_a_folder_of_voc_s_layout(teacher: str, tmp_path: Path) -> None:
+    root = tmp_path / "labelled"
+    for part in ("Annotations", "JPEGImages", "ImageSets/Main"):
+        (root / part).mkdir(parents=True)
+    box = "<bndbox><xmin>9</xmin><ymin>9</ymin><xmax>38</xmax><ymax>48</ymax></bndbox>"
+    for stem in ("a", "b"):
+        Image.new("RGB", (96, 64), (90, 30, 60)).save(root / "JPEGImages" / f"{stem}.jpg")
+        (root / "Annotations" / f"{stem}.xml").write_text(
+            f"<annotation><object><name>cell</name>{box}</object></annotation>"
+        )
+    for split, stem in (("train", "a"), ("val", "b"), ("trainval", "a")):
+        (root / "ImageSets" / "Main" / f"{split}.txt").write_text(f"{stem}\n")
+    path = tmp_path / "voc.yaml"
+    run_init(teacher, "resnet18+fcos", root, output=path)
+    data = load_recipe(str(path), ()).data
+    assert isinstance(data, VocData)
+    assert [str(p) for p in (*data.train, *data.val)] == ["ImageSets/Main/train.txt", "ImageSets/Main/val.txt"]
+    assert data.classes == ["cell"]  # none of VOC's twenty
