@@ -19,6 +19,7 @@ from gdetkd_cli.structures import Batch, LevelSpec, Target
 CLASSES = ("circle", "square", "triangle")
 _ARGUMENTS = {
     "faster-rcnn": toy.SMALL,
+    "cascade-rcnn": toy.SMALL,
     "retinanet": {},
     "fcos": {},
 }

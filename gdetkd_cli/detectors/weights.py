@@ -17,6 +17,8 @@ from gdetkd_cli.errors import ModelError
 # Where the parameters are whose shape depends on the number of classes.
 CLASS_LAYERS = (
     "roi_heads.box_predictor.",
+    "roi_heads.later.0.box_predictor.cls_score.",
+    "roi_heads.later.1.box_predictor.cls_score.",
     "head.classification_head.cls_logits.",
     "head.classification_head.module_list.",
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gdetkd_cli.detectors.dense import DenseDetector
 from gdetkd_cli.detectors.protocol import Detector
@@ -83,6 +83,17 @@ def _sides(anchors: Tensor) -> str:
     return ", ".join(f"{w:.3g} x {h:.3g}" for w, h in (anchors[:, 2:] - anchors[:, :2]).tolist())
 
 
+def _part(detector: TwoStageDetector, name: str) -> nn.Module:
+    """A module of the RoI head; of a cascade's later stages too."""
+    found: nn.Module = detector.module.roi_heads.get_submodule(name)
+    return found
+
+
+def _has(detector: TwoStageDetector, name: str) -> bool:
+    """Whether the RoI head has such a module; "" is the head itself."""
+    return name.rstrip(".") in dict(detector.module.roi_heads.named_modules())
+
+
 def transfer_head(student: Detector, teacher: Detector) -> list[str]:
     """Copies the teacher's RoI head into the student's; returns the names of the copied parameters.
 
@@ -94,15 +105,16 @@ def transfer_head(student: Detector, teacher: Detector) -> list[str]:
     columns = prediction_columns(student, teacher)
     assert isinstance(student, TwoStageDetector) and isinstance(teacher, TwoStageDetector)
     copies: dict[str, Tensor] = {}
-    for part in ("box_head", "box_predictor"):
-        source = getattr(teacher.module.roi_heads, part).state_dict()
-        target = getattr(student.module.roi_heads, part).state_dict()
+    stages = [stage for stage in ("", "later.0.", "later.1.") if _has(teacher, stage) or _has(student, stage)]
+    for part in (stage + layer for stage in stages for layer in ("box_head", "box_predictor")):
+        source, target = ({} if not _has(d, part) else _part(d, part).state_dict() for d in (teacher, student))
         for name in sorted(source.keys() | target.keys()):
             shapes = [tuple(state[name].shape) if name in state else None for state in (source, target)]
             if shapes[0] != shapes[1]:
                 raise PairError(f"{part}.{name} is {shapes[0]} in the teacher and {shapes[1]} in the student")
             value = source[name]
-            if part == "box_predictor":  # rows: K + 1 classes, or K + 1 classes x 4 coordinates
+            # Rows: K + 1 classes, or K + 1 classes x 4 coordinates; a cascade has four, for any class.
+            if part.endswith("box_predictor") and (name.startswith("cls_score") or len(value) != 4):
                 value = value.unflatten(0, (len(columns), -1))[columns.to(value.device)].flatten(0, 1)
             copies[f"{part}.{name}"] = value
     student.module.roi_heads.load_state_dict(copies, strict=False)

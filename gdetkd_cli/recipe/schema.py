@@ -127,18 +127,19 @@ class TorchvisionDetector(Strict):
 
 
 class ComposedDetector(Strict):
-    """Any torchvision ResNet, ResNeXt or MobileNet under a feature pyramid and one of three heads."""
+    """Any torchvision ResNet, ResNeXt or MobileNet under a feature pyramid and one of four heads."""
 
     arch: Literal["composed"]
     backbone: str = Field(description="for example resnet18, resnext101_32x8d, mobilenet_v3_small")
-    head: Literal["faster-rcnn", "retinanet", "fcos"]
+    head: Literal["faster-rcnn", "cascade-rcnn", "retinanet", "fcos"]
     width: PositiveFloat | None = Field(
         None, description="ResNet: channels after the stem (64 in the original); MobileNet: width multiplier"
     )
     blocks: list[PositiveInt] | None = Field(None, min_length=4, max_length=4, description="ResNet blocks per stage")
     pyramid_channels: PositiveInt = Field(256, description="channels of each pyramid level")
     pyramid_levels: tuple[int, int] | None = Field(
-        None, description="first and last level; level l has stride 2**l; default 2-6 for faster-rcnn, else 3-7"
+        None,
+        description="first and last level; level l has stride 2**l; default 2-6 for two-stage heads, else 3-7",
     )
     image_size: tuple[PositiveInt, PositiveInt] = Field(
         (800, 1333), description="short side, and the most the long side may have, in pixels, inside the detector"

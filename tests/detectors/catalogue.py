@@ -56,11 +56,11 @@ def composed(head: str, backbone: str, first: int, last: int, **fields: Any) -> 
         "pyramid_channels": 24,
         "pyramid_levels": [first, last],
         "image_size": [64, 96],
-        "arguments": {**TWO_STAGE, "representation_size": 32} if head == "faster-rcnn" else DENSE,
+        "arguments": {**TWO_STAGE, "representation_size": 32} if head.endswith("rcnn") else DENSE,
         "norm": "batch",
     } | fields
     levels = range(first, last + 1)
-    embedding = 32 if head == "faster-rcnn" else 24
+    embedding = 32 if head.endswith("rcnn") else 24
     key = f"{head} on {backbone}, levels {first}-{last}, {description['norm']}"
     return key, Spec(description, tuple(2**level for level in levels), (24,) * len(levels), embedding)
 
@@ -94,6 +94,7 @@ SPECS = dict(
         composed("faster-rcnn", "resnet18", 2, 6, **SLIM),
         composed("faster-rcnn", "resnext50_32x4d", 2, 5, **NEXT),
         composed("faster-rcnn", "mobilenet_v3_small", 3, 5, width=0.5, norm="frozen"),
+        composed("cascade-rcnn", "resnet18", 2, 6, **SLIM),
         composed("retinanet", "resnet18", 3, 7, **SLIM, norm="frozen"),
         composed("retinanet", "resnext50_32x4d", 4, 6, **NEXT),
         composed("retinanet", "mobilenet_v2", 2, 5, width=0.25),

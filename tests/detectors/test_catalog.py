@@ -53,7 +53,7 @@ def test_classes_of_weights_by_the_data_and_of_other_weights() -> None:
     [
         ({"kind": "hf"}, "unknown architecture kind 'hf'; expected 'torchvision' or 'composed'"),
         ({"backbone": "resnet19"}, "unknown backbone 'resnet19'; known: resnet18, resnet34"),
-        ({"head": "yolo"}, "unknown head 'yolo'; known: faster-rcnn, retinanet, fcos"),
+        ({"head": "yolo"}, "unknown head 'yolo'; known: faster-rcnn, cascade-rcnn, retinanet, fcos"),
         (
             {"arguments": {"colour": 1}},
             "head 'fcos' does not take these arguments: colour; it takes anchor_generator, anchor_sizes",

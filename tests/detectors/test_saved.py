@@ -56,6 +56,7 @@ def test_a_saved_detector_can_be_rebuilt_without_this_package(batch: Batch, tmp_
     expected = {}
     for key in (
         "faster-rcnn on mobilenet_v3_small, levels 3-5, frozen",
+        "cascade-rcnn on resnet18, levels 2-6, batch",
         "retinanet on resnext50_32x4d, levels 4-6, batch",
         "fcos on resnet18, levels 3-7, batch",
     ):

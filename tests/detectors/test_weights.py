@@ -174,7 +174,7 @@ def differing(detector: Detector, state: dict[str, Tensor]) -> set[str]:
     return {name for name, value in detector.module.state_dict().items() if not torch.equal(value, state[name])}
 
 
-@pytest.mark.parametrize("head", ["faster-rcnn", "retinanet", "fcos"])
+@pytest.mark.parametrize("head", ["faster-rcnn", "cascade-rcnn", "retinanet", "fcos"])
 def test_weights_that_fit(head: str, tiny_detector: TinyDetector) -> None:
     detector, state = tiny_detector(head), state_of(tiny_detector(head, seed=1))
 
@@ -188,6 +188,14 @@ def test_weights_that_fit(head: str, tiny_detector: TinyDetector) -> None:
         (
             "faster-rcnn",
             {f"roi_heads.box_predictor.{n}.{k}" for n in ("cls_score", "bbox_pred") for k in ("bias", "weight")},
+        ),
+        (  # its boxes are of no class, so they stay
+            "cascade-rcnn",
+            {
+                f"roi_heads.{stage}box_predictor.cls_score.{k}"
+                for stage in ("", "later.0.", "later.1.")
+                for k in ("bias", "weight")
+            },
         ),
         ("retinanet", {f"head.classification_head.cls_logits.{k}" for k in ("bias", "weight")}),
         ("fcos", {f"head.classification_head.cls_logits.{k}" for k in ("bias", "weight")}),

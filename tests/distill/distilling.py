@@ -20,6 +20,7 @@ FEATURE_TERMS = ("sgfi", "ckd")
 ALL_TERMS = (*FEATURE_TERMS, "class_kd", "box_kd")
 PAIRS = [  # teacher, student
     ("faster-rcnn", "faster-rcnn"),
+    ("cascade-rcnn", "cascade-rcnn"),
     ("faster-rcnn", "retinanet"),
     ("faster-rcnn", "fcos"),
     ("retinanet", "retinanet"),
@@ -31,7 +32,7 @@ TinyDetector = Callable[..., Detector]
 
 
 def terms_of(teacher: str, student: str) -> tuple[str, ...]:
-    return ALL_TERMS if teacher == student == "faster-rcnn" else FEATURE_TERMS
+    return ALL_TERMS if teacher == student and student.endswith("rcnn") else FEATURE_TERMS
 
 
 EVERY_TERM = [(*pair, name) for pair in PAIRS for name in terms_of(*pair)]

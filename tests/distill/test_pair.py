@@ -151,6 +151,25 @@ def test_transfer_puts_rows_in_the_students_order(tiny_detector: TinyDetector) -
     torch.testing.assert_close(deltas.view(5, 4, 4), expected_deltas.view(5, 4, 4)[:, COLUMNS])
 
 
+def test_transfer_copies_every_stage_of_a_cascade(tiny_detector: TinyDetector) -> None:
+    student = tiny_detector("cascade-rcnn", classes=STUDENT)
+    teacher = tiny_detector("cascade-rcnn", classes=TEACHER, seed=1)
+    assert len(transfer_head(student, teacher)) == 3 * 8
+    pooled = torch.rand(5, 16, 7, 7)
+    stages = [(head_of(detector), *head_of(detector).later) for detector in (student, teacher)]
+    for ours, theirs in zip(*stages, strict=True):
+        logits, deltas = ours.box_predictor(ours.box_head(pooled))
+        expected_logits, expected_deltas = theirs.box_predictor(theirs.box_head(pooled))
+        torch.testing.assert_close(logits, expected_logits[:, COLUMNS])
+        torch.testing.assert_close(deltas, expected_deltas)  # four numbers for whatever class
+
+
+def test_a_cascade_and_a_single_head_do_not_transfer(tiny_detector: TinyDetector) -> None:
+    for teacher, student in (("cascade-rcnn", "faster-rcnn"), ("faster-rcnn", "cascade-rcnn")):
+        with pytest.raises(PairError, match=r"box_predictor.bbox_pred.bias is"):
+            transfer_head(tiny_detector(student), tiny_detector(teacher))
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [

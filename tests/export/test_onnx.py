@@ -24,7 +24,7 @@ from gdetkd_cli.export.single_picture import SinglePicture, example_picture
 Lively = Callable[..., tuple[Detector, dict[str, Any]]]
 
 
-@pytest.mark.parametrize("family", ["faster-rcnn", "retinanet", "fcos", "ssdlite"])
+@pytest.mark.parametrize("family", ["faster-rcnn", "cascade-rcnn", "retinanet", "fcos", "ssdlite"])
 def test_file_finds_what_the_detector_finds(
     family: str, lively: Lively, pictures: list[Tensor], tmp_path: Path
 ) -> None:

@@ -30,7 +30,7 @@ print(len(boxes), len(scores), len(labels))
 """
 
 
-@pytest.mark.parametrize("family", ["faster-rcnn", "retinanet", "fcos", "ssdlite"])
+@pytest.mark.parametrize("family", ["faster-rcnn", "cascade-rcnn", "retinanet", "fcos", "ssdlite"])
 def test_file_finds_what_the_detector_finds(
     family: str, lively: Lively, pictures: list[Tensor], tmp_path: Path
 ) -> None:
