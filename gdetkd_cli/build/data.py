@@ -26,13 +26,14 @@ Which = Literal["train", "val"]
 SPLITS: tuple[Which, ...] = ("train", "val")
 
 
-def build_split(data: Data, which: Which, labels: Path | None = None) -> Split:
+def build_split(data: Data, which: Which, labels: Path | None = None, *, outlines: bool = False) -> Split:
     """The ``train`` or ``val`` split.
 
     Args:
         data: the recipe's block.
         which: of the two.
         labels: folder of what the teacher's labels were written to in a run.
+        outlines: keep the objects' outlines, where the annotations have any.
 
     Raises:
         DataError: it cannot be read, or it has no truth but what a teacher would say.
@@ -58,7 +59,7 @@ def build_split(data: Data, which: Which, labels: Path | None = None) -> Split:
     annotations, folder = data.root / annotations, data.root / folder
     if isinstance(data, Bdd100kData):
         return read_bdd100k(labels=annotations, images=folder, classes=data.classes)
-    return read_coco(annotations=annotations, images=folder, classes=data.classes)
+    return read_coco(annotations=annotations, images=folder, classes=data.classes, outlines=outlines)
 
 
 def needs_labels(data: Data, which: Which) -> TypeGuard[CocoData | FolderData]:
@@ -97,6 +98,7 @@ def build_batches(
         ),
         seed=recipe.seed,
         cache_mb=recipe.runtime.cache_mb,
+        copy_paste=augment.copy_paste,
     )
 
     def batches(start_step: int) -> Iterator[Batch]:

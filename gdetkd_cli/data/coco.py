@@ -10,10 +10,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeGuard
 
+import numpy as np
 import torch
 
 from gdetkd_cli.data.pictures import Pictures, picture_size
-from gdetkd_cli.data.split import Record, Split
+from gdetkd_cli.data.split import Outline, Record, Split
 from gdetkd_cli.errors import DataError
 
 _TABLES = ("images", "annotations", "categories")
@@ -32,19 +33,23 @@ _LEFT_OUT = "{n} annotation{s} dropped: the category is not among the chosen cla
 _NOTES = (_NEGATIVE, _CROWD, _CLIPPED, _NO_BOX, _NO_AREA, _NO_IMAGE, _NO_CATEGORY, _LEFT_OUT)
 
 
-def read_coco(*, annotations: Path, images: Path, classes: Sequence[str] | None = None) -> Split:
+def read_coco(
+    *, annotations: Path, images: Path, classes: Sequence[str] | None = None, outlines: bool = False
+) -> Split:
     """Reads one annotation file. Pictures are only looked for here; they are decoded when the split is read.
 
     Args:
         annotations: the JSON file.
         images: the folder that ``file_name`` starts from.
         classes: category names to use, label k for the k-th; by default all, in the order of their ids.
+        outlines: keep the objects' outlines, where they have any.
 
     Raises:
         DataError: the file or pictures are missing, the file is not COCO detection JSON, or ``classes`` does not
             fit its categories.
     """
-    return split_of(_load(annotations), source=annotations, images=images, classes=classes)
+    tables = _load(annotations)
+    return split_of(tables, source=annotations, images=images, classes=classes, outlines=outlines)
 
 
 def split_of(
@@ -53,6 +58,7 @@ def split_of(
     source: Path,
     images: Path,
     classes: Sequence[str] | None = None,
+    outlines: bool = False,
 ) -> Split:
     """The split of COCO's three tables; ``source`` is the file that they are from or go to, the rest as above."""
     names = _category_names(tables["categories"], file=source)
@@ -63,6 +69,7 @@ def split_of(
     sizes = dict(zip(ids, pictures.sizes, strict=True))
     labels = {name: label for label, name in enumerate(class_names, start=1)}
     truth: dict[int, list[dict[str, object]]] = {image_id: [] for image_id in ids}
+    shapes: dict[int, list[Outline]] = {image_id: [] for image_id in ids}
     for annotation in tables["annotations"]:
         image_id, name = annotation.get("image_id"), names.get(annotation.get("category_id"))
         if image_id not in sizes:
@@ -75,8 +82,10 @@ def split_of(
             item = _truth(annotation, label=labels[name], size=sizes[image_id], counts=counts)
             if item is not None:
                 truth[image_id].append(item)
+                if outlines:
+                    shapes[image_id].append(_outline(annotation.get("segmentation")))
 
-    records = [_record(image_id, sizes[image_id], truth[image_id]) for image_id in ids]
+    records = [_record(image_id, sizes[image_id], truth[image_id], shapes[image_id]) for image_id in ids]
     counts[_NEGATIVE] = sum(len(record.labels) == 0 for record in records)
     return Split(
         name="/".join(source.absolute().parts[-2:]),
@@ -238,7 +247,17 @@ def _is_finite(value: object) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and math.isfinite(value)
 
 
-def _record(image_id: int, size: tuple[int, int], truth: list[dict[str, object]]) -> Record:
+def _outline(segmentation: object) -> Outline:
+    """Polygons as compact arrays, or run lengths as they are; None for what is neither."""
+    if isinstance(segmentation, dict):
+        return segmentation if "counts" in segmentation and "size" in segmentation else None
+    if not isinstance(segmentation, list):
+        return None
+    polygons = [p for p in segmentation if isinstance(p, list) and len(p) >= 6 and all(map(_is_finite, p))]
+    return [np.asarray(polygon, dtype=np.float32) for polygon in polygons] or None
+
+
+def _record(image_id: int, size: tuple[int, int], truth: list[dict[str, object]], outlines: list[Outline]) -> Record:
     """A record whose training boxes are the truth without its crowds."""
     objects = [item for item in truth if not item["iscrowd"]]
     boxes = torch.tensor([item["bbox"] for item in objects], dtype=torch.float64).reshape(-1, 4)
@@ -249,4 +268,5 @@ def _record(image_id: int, size: tuple[int, int], truth: list[dict[str, object]]
         boxes=boxes.to(torch.float32),
         labels=torch.tensor([item["category_id"] for item in objects], dtype=torch.int64),
         truth=truth,
+        outlines=tuple(o for item, o in zip(truth, outlines, strict=True) if not item["iscrowd"]) if outlines else (),
     )

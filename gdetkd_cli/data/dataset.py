@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from gdetkd_cli.data.copy_paste import paste_copies
 from gdetkd_cli.data.split import Split
 from gdetkd_cli.data.transforms import Augmentation
 from gdetkd_cli.structures import Target
@@ -30,11 +31,15 @@ class DetectionDataset(Dataset[Example]):
         augmentation: random changes; None for none.
         seed: another seed draws other changes; at least 0.
         cache_mb: MiB of decoded pictures that this process keeps; the first ones read stay.
+        copy_paste: probability that an object is pasted once more, before the other changes.
     """
 
-    def __init__(self, *, split: Split, augmentation: Augmentation | None, seed: int, cache_mb: int) -> None:
+    def __init__(
+        self, *, split: Split, augmentation: Augmentation | None, seed: int, cache_mb: int, copy_paste: float = 0.0
+    ) -> None:
         self.split = split
         self._augmentation = augmentation
+        self._copy_paste = copy_paste
         self._seed = seed
         self._cache: dict[int, Tensor] = {}
         self._cache_bytes_left = cache_mb * _MIB
@@ -54,11 +59,15 @@ class DetectionDataset(Dataset[Example]):
         draw, index = key
         record = self.split.records[index]
         image, boxes, labels = self._picture(index), record.boxes, record.labels
-        if self._augmentation is not None:
+        if self._augmentation is not None or self._copy_paste:
             with torch.random.fork_rng(devices=[]):
                 # Not torch.manual_seed: it would reseed the accelerator as well, which fork_rng would not put back.
                 torch.default_generator.manual_seed(mix_seed(self._seed, draw, index))
-                image, boxes, labels = self._augmentation(image, boxes, labels)
+                if self._copy_paste:
+                    outlines = record.outlines
+                    image, boxes, labels = paste_copies(image, boxes, labels, outlines, probability=self._copy_paste)
+                if self._augmentation is not None:
+                    image, boxes, labels = self._augmentation(image, boxes, labels)
         return image.to(torch.float32).div_(255), Target(boxes=boxes, labels=labels), record.image_id
 
     def _picture(self, index: int) -> Tensor:

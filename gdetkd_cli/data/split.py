@@ -4,8 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
+
+Outline = list[NDArray[np.float32]] | dict[str, Any] | None
 
 
 @dataclass(frozen=True)
@@ -19,6 +24,8 @@ class Record:
         labels: (M,) int64 in 1..K.
         truth: COCO-style annotations for evaluation: dictionaries with ``bbox`` (xywh, pixels), ``area``
             (square pixels), ``category_id`` (the label 1..K) and ``iscrowd``.
+        outlines: of the M boxes' objects, where they were asked for: polygons (x, y, x, y, ...) in pixels, run lengths
+            as COCO has them, or None for an object without; empty where they were not.
     """
 
     image_id: int
@@ -26,6 +33,7 @@ class Record:
     boxes: Tensor
     labels: Tensor
     truth: list[dict[str, object]] = field(default_factory=list)
+    outlines: tuple[Outline, ...] = ()
 
 
 @dataclass(frozen=True)

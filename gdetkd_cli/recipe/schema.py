@@ -107,6 +107,11 @@ class Augment(Strict):
         None, description="short sides in pixels to choose from; default: the student's own image size"
     )
     max_size: PositiveInt = Field(1333, description="longest side in pixels that multi_scale may give")
+    copy_paste: Fraction = Field(
+        0.0,
+        description="probability that an object is pasted once more near itself, a little larger or smaller: by its "
+        "outline where COCO's annotations have one, else by its box",
+    )
     photometric: bool = Field(False, description="jitter brightness, contrast, saturation and hue")
 
 

@@ -161,5 +161,6 @@ def _read(recipe: Recipe, labels: Path | None) -> tuple[dict[build.Which, Split]
         if recipe.distill is not None and kept is None and build.needs_labels(recipe.data, which):
             unlabelled[which] = build.unlabelled_split(recipe.data, which)
         else:
-            known[which] = build.build_split(recipe.data, which, kept)
+            outlines = which == "train" and recipe.augment.copy_paste > 0
+            known[which] = build.build_split(recipe.data, which, kept, outlines=outlines)
     return known, unlabelled

@@ -1,0 +1,116 @@
+"""Objects pasted once more near themselves, somewhat larger or smaller.
+
+After InstaBoost (Fang et al., ICCV 2019), which moves an object to where the surroundings are like its own: near it.
+The hole that a moved object leaves would have to be painted over, so here the object stays and a copy is added.
+
+Shapes: M objects, H x W pixels; boxes xyxy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from pycocotools import mask as rle
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from gdetkd_cli.data.split import Outline
+
+_SIZES = (0.8, 1.2)  # of the copy, by the object's
+_REACH = 1.5  # sides of the object: how far its copy's centre may be from its own, along each axis
+_COVERED = 0.7  # an object of which the copy hides more is no longer there
+_FEATHER = 0.1  # of a side: how deep a box without an outline blends into what is around it
+
+
+def paste_copies(
+    image: Tensor, boxes: Tensor, labels: Tensor, outlines: Sequence[Outline], *, probability: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Pastes each object once more with some probability, drawn from torch's global CPU generator.
+
+    Args:
+        image: (3, H, W) uint8; it is not changed.
+        boxes: (M, 4) pixels, inside the picture.
+        labels: (M,).
+        outlines: of the M objects; None, or none at all, where only the box is known.
+        probability: of each object.
+
+    Returns:
+        The picture, the boxes that are still to be seen and those of the copies, and their labels.
+    """
+    image, found, names = image.clone(), list(boxes), list(labels)
+    for i in range(len(boxes)):
+        chance, size, dx, dy = torch.rand(4).tolist()
+        if chance >= probability:
+            continue
+        pasted = _cut(image, boxes[i], outlines[i] if outlines else None, _SIZES[0] + size * (_SIZES[1] - _SIZES[0]))
+        if pasted is None:
+            continue
+        pixels, alpha = pasted
+        left, top = _place(boxes[i], (dx, dy), pixels.shape[-2:], image.shape[-2:])
+        height, width = alpha.shape
+        under = image[:, top : top + height, left : left + width]
+        under.copy_((pixels * alpha + under * (1 - alpha)).round().to(torch.uint8))
+        solid = alpha >= 0.5
+        seen = [_hidden(box, solid, left, top) <= _COVERED for box in found]
+        rows, columns = solid.any(dim=1).nonzero(), solid.any(dim=0).nonzero()
+        box = [left + columns[0, 0], top + rows[0, 0], left + columns[-1, 0] + 1, top + rows[-1, 0] + 1]
+        found = [box for box, kept in zip(found, seen, strict=True) if kept] + [torch.tensor(box, dtype=boxes.dtype)]
+        names = [name for name, kept in zip(names, seen, strict=True) if kept] + [labels[i]]
+    return image, torch.stack(found) if found else boxes, torch.stack(names) if names else labels
+
+
+def _cut(image: Tensor, box: Tensor, outline: Outline, scale: float) -> tuple[Tensor, Tensor] | None:
+    """An object's pixels (3, h, w) float and how solid they are (h, w) in 0..1, resized; None where too small."""
+    left, top = (int(v) for v in box[:2].floor())
+    right, bottom = (int(v) for v in box[2:].ceil())
+    height, width = bottom - top, right - left
+    room = min(scale, image.shape[-2] / height, image.shape[-1] / width)
+    size = [int(height * room), int(width * room)]
+    if min(size) < 2:
+        return None
+    alpha = _feathered(height, width) if outline is None else _mask(outline, image.shape[-2:])[top:bottom, left:right]
+    crop = image[:, top:bottom, left:right].float()
+    resized = interpolate(torch.cat([crop, alpha[None]])[None], size=size, mode="bilinear", align_corners=False)[0]
+    return (resized[:3], resized[3]) if bool((resized[3] >= 0.5).any()) else None
+
+
+def _mask(outline: Outline, size: Sequence[int]) -> Tensor:
+    """(H, W) in 0..1."""
+    height, width = size
+    if isinstance(outline, dict):
+        runs = rle.frPyObjects(outline, height, width) if isinstance(outline["counts"], list) else outline
+        return torch.from_numpy(rle.decode(runs)).float()
+    drawn = Image.new("L", (width, height))
+    for polygon in outline or ():
+        ImageDraw.Draw(drawn).polygon([float(v) for v in polygon], fill=1)
+    return torch.from_numpy(np.array(drawn)).float()
+
+
+def _feathered(height: int, width: int) -> Tensor:
+    """(h, w): 1 inside, falling towards the edges."""
+    ramps = []
+    for side in (height, width):
+        to_edge = torch.minimum(torch.arange(side) + 0.5, side - 0.5 - torch.arange(side))
+        ramps.append((to_edge / max(_FEATHER * side, 1)).clamp(max=1))
+    return ramps[0][:, None] * ramps[1][None]
+
+
+def _place(box: Tensor, shift: tuple[float, float], size: Sequence[int], picture: Sequence[int]) -> tuple[int, int]:
+    """(left, top) of a copy of ``size`` (h, w), near the object and inside the picture."""
+    x1, y1, x2, y2 = box.tolist()
+    axes = ((x1, x2, shift[0], size[1], picture[1]), (y1, y2, shift[1], size[0], picture[0]))
+    starts = []
+    for low, high, share, side, end in axes:
+        centre = (low + high) / 2 + (2 * share - 1) * _REACH * (high - low)
+        starts.append(min(max(round(centre - side / 2), 0), end - side))
+    return starts[0], starts[1]
+
+
+def _hidden(box: Tensor, solid: Tensor, left: int, top: int) -> float:
+    """The share of a box that a mask at (left, top) hides."""
+    x1, y1, x2, y2 = (int(v) for v in box.round())
+    inside = solid[max(y1 - top, 0) : max(y2 - top, 0), max(x1 - left, 0) : max(x2 - left, 0)]
+    return float(inside.sum()) / max((x2 - x1) * (y2 - y1), 1)
