@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 from gdetkd_cli.build.pair import BuiltPair
 from gdetkd_cli.detectors.protocol import Detector
@@ -54,5 +55,6 @@ def apply_runtime(
         pair.distiller.to(device)
     if recipe.augment.multi_scale:
         # The loader sets each picture's size; the detector's own resize would undo it. It stays for inference.
-        transform: Any = student.module.transform
-        transform._skip_resize = True
+        transform: Any = getattr(student.module, "transform", None)
+        if isinstance(transform, GeneralizedRCNNTransform):  # a module of the user's own may resize as it likes
+            transform._skip_resize = True

@@ -348,6 +348,11 @@ class Schedule(Strict):
 class Train(Strict):
     steps: PositiveInt = Field(description="optimizer steps")
     batch_size: PositiveInt = Field(8, description="images per step and process")
+    reference_batch: PositiveInt | None = Field(
+        None,
+        description="images per step, over all processes, that steps and lr are meant for; with another batch the "
+        "linear scaling rule changes both",
+    )
     optimizer: Optimizer = Optimizer()
     schedule: Schedule = Schedule()
     clip_norm: PositiveFloat | None = Field(10.0, description="largest gradient norm; null: no clipping")

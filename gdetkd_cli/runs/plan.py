@@ -11,6 +11,7 @@ from accelerate import Accelerator
 
 from gdetkd_cli import build
 from gdetkd_cli.distill.distiller import Distiller, synchronize
+from gdetkd_cli.recipe.scaling import scaled_to_batch
 from gdetkd_cli.recipe.schema import Recipe
 from gdetkd_cli.results import Plan, Profile
 from gdetkd_cli.runs.job import Job, accelerator_for, check_distills, prepare
@@ -80,6 +81,7 @@ def plan_distill(recipe: Recipe, *, observer: Observer = silent) -> Plan:
         GDetKDError: anything that a real run would refuse too.
     """
     job, accelerator = _prepared(recipe, observer)
+    recipe = job.recipe
     assert recipe.teacher is not None and job.pair is not None and job.distiller.teacher is not None
     stepper = _Stepper(job, accelerator)
     times: list[float] = []
@@ -94,7 +96,7 @@ def plan_distill(recipe: Recipe, *, observer: Observer = silent) -> Plan:
         synchronize(stepper.device)
         times.append(perf_counter() - start)
     assert first is not None
-    per_step = median(times[1:])
+    per_step = median(times[1:] or times)
     size = job.train.records[0].size
     return Plan(
         recipe=recipe.name,
@@ -129,6 +131,7 @@ def profile_distill(recipe: Recipe, *, steps: int, observer: Observer = silent) 
         GDetKDError: anything that a real run would refuse too.
     """
     job, accelerator = _prepared(recipe, observer)
+    train = job.recipe.train
     stepper = _Stepper(job, accelerator)
     phases: list[dict[str, float]] = []
     whole: list[float] = []
@@ -155,12 +158,12 @@ def profile_distill(recipe: Recipe, *, steps: int, observer: Observer = silent) 
         steps=steps,
         seconds={name: median(phase[name] for phase in phases) for name in names},
         step=step,
-        images_per_second=recipe.train.batch_size / step,
+        images_per_second=train.batch_size / step,
         loader_images_per_second=loader,
         workers=job.settings.workers,
         peak_memory_mb=peak_memory_mb(stepper.device),
-        recipe_steps=recipe.train.steps,
-        recipe_hours=recipe.train.steps * step / 3600,
+        recipe_steps=train.steps,
+        recipe_hours=train.steps * step / 3600,
         floor=median(floors),
         ratio=median(a / b for a, b in zip(whole, floors, strict=True)),
         device=job.settings.device,
@@ -173,6 +176,7 @@ def _prepared(recipe: Recipe, observer: Observer) -> tuple[Job, Accelerator]:
     settings = build.resolve_runtime(recipe.runtime)
     torch.set_num_threads(settings.threads)
     accelerator = accelerator_for(settings, recipe)
+    recipe = scaled_to_batch(recipe, accelerator.num_processes)
     job = prepare(recipe, settings, accelerator, most_labelled=_LABELLED, observer=observer)
     for note in job.notes:
         observer(Note(note))

@@ -25,6 +25,7 @@ from gdetkd_cli.errors import RecipeError
 from gdetkd_cli.evaluation.coco_metrics import CocoMetrics, evaluate_coco
 from gdetkd_cli.evaluation.predict import gather_predictions, predict_split
 from gdetkd_cli.recipe.load import dump_recipe, load_recipe
+from gdetkd_cli.recipe.scaling import changes, scaled_to_batch
 from gdetkd_cli.recipe.schema import Recipe
 from gdetkd_cli.report.pictures import draw_predictions
 from gdetkd_cli.results import TrainResult
@@ -100,11 +101,12 @@ def _run(recipe: Recipe, *, output: Path | None, resume: Path | None, observer: 
     settings = build.resolve_runtime(recipe.runtime)
     torch.set_num_threads(settings.threads)
     accelerator = accelerator_for(settings, recipe)
+    given, recipe = recipe, scaled_to_batch(recipe, accelerator.num_processes)
     folder = _choose_folder(recipe, output, resume, accelerator)
     if not accelerator.is_main_process:
         observer = silent
     job = prepare(recipe, settings, accelerator, labels=folder.labels, observer=observer)
-    for note in job.notes:
+    for note in (*changes(given, recipe), *job.notes):
         observer(Note(note))
     _announce(job, observer)
     if accelerator.is_main_process:

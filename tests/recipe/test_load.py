@@ -229,8 +229,8 @@ train:
         "20: train.steps: missing; this field is required",
         "21: train.batch_size: input should be a valid integer (got 1.5)",
         (
-            "22: train.lr: unknown field; known here: steps, batch_size, optimizer, schedule, clip_norm, log_every, "
-            "evaluate_every, checkpoint_every"
+            "22: train.lr: unknown field; known here: steps, batch_size, reference_batch, optimizer, schedule, "
+            "clip_norm, log_every, evaluate_every, checkpoint_every"
         ),
     ]
     assert set(refusal(path).splitlines()) == {f"{path}:{line}" for line in expected}
