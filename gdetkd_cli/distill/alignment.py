@@ -16,6 +16,8 @@ from torch.nn.functional import avg_pool2d, grid_sample
 
 from gdetkd_cli.structures import LevelSpec, Pyramid
 
+_SAME = 1e-3  # cells: nearer than this, two centres are one
+
 
 @dataclass(frozen=True)
 class AlignedLevel:
@@ -61,7 +63,7 @@ def _aligned(
 ) -> AlignedLevel:
     """``samples`` per axis and cell: a finer map is averaged over the cell, not picked from."""
     ours, theirs = student.maps[level], teacher.maps[nearest].detach().float()
-    axes, insides = [], []
+    axes, insides, same = [], [], ours.shape[2:] == theirs.shape[2:] and samples == 1
     for axis in (0, 1):  # x, y
         count = ours.shape[3 - axis]
         at = (torch.arange(count * samples, device=ours.device, dtype=torch.float32) + 0.5) / samples - 0.5  # of cells
@@ -71,9 +73,13 @@ def _aligned(
         stride, offset = _of_axis(teacher.levels[nearest], axis)
         cells, length = (model - offset) / stride + 0.5, theirs.shape[3 - axis]
         axes.append(2 * cells / length - 1)  # as grid_sample counts
+        same = same and bool((cells - 0.5 - torch.arange(count, device=cells.device)).abs().max() < _SAME)
         end = image.new_tensor([size[1 - axis] for size in sizes])[:, None]
         centre = (image >= 0) & (image <= end) & (cells >= 0) & (cells <= length)
         insides.append(centre.unflatten(1, (count, samples)).float().mean(dim=2) >= 0.5)
+    inside = insides[1][:, :, None] & insides[0][:, None, :]
+    if same:  # the usual pair of one family: nothing to resample
+        return AlignedLevel(student=ours, teacher=theirs, inside=inside, teacher_level=nearest)
     x, y = axes
     grid = torch.stack([x[:, None, :].expand(-1, y.shape[1], -1), y[:, :, None].expand(-1, -1, x.shape[1])], dim=3)
     with torch.autocast(theirs.device.type, enabled=False):
@@ -81,7 +87,7 @@ def _aligned(
     return AlignedLevel(
         student=ours,
         teacher=avg_pool2d(sampled, samples) if samples > 1 else sampled,
-        inside=insides[1][:, :, None] & insides[0][:, None, :],
+        inside=inside,
         teacher_level=nearest,
     )
 

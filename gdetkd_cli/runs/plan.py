@@ -27,7 +27,7 @@ _WARMUP = 2
 _LABELLED = 40  # pictures that a teacher labels for a look
 
 
-class _Stepper:
+class Stepper:
     """Training steps outside a run: nothing is logged or saved."""
 
     def __init__(self, job: Job, accelerator: Accelerator) -> None:
@@ -83,7 +83,7 @@ def plan_distill(recipe: Recipe, *, observer: Observer = silent) -> Plan:
     job, accelerator = _prepared(recipe, observer)
     recipe = job.recipe
     assert recipe.teacher is not None and job.pair is not None and job.distiller.teacher is not None
-    stepper = _Stepper(job, accelerator)
+    stepper = Stepper(job, accelerator)
     times: list[float] = []
     report: LossReport | None = None
     first: LossReport | None = None
@@ -132,12 +132,12 @@ def profile_distill(recipe: Recipe, *, steps: int, observer: Observer = silent) 
     """
     job, accelerator = _prepared(recipe, observer)
     train = job.recipe.train
-    stepper = _Stepper(job, accelerator)
+    stepper = Stepper(job, accelerator)
     phases: list[dict[str, float]] = []
     whole: list[float] = []
     floors: list[float] = []
     loader = _loader_rate(job, steps)
-    batches = _source(job)
+    batches = batches_of(job)
     for number in range(_WARMUP + steps):
         start = perf_counter()
         batch = next(batches).to(stepper.device)
@@ -185,11 +185,11 @@ def _prepared(recipe: Recipe, observer: Observer) -> tuple[Job, Accelerator]:
 
 
 def _batches(job: Job, steps: int) -> list[Batch]:
-    source = _source(job)
+    source = batches_of(job)
     return [next(source) for _ in range(min(steps, job.recipe.train.steps))]
 
 
-def _source(job: Job) -> Iterator[Batch]:
+def batches_of(job: Job) -> Iterator[Batch]:
     """The run's batches; begun again where the recipe has fewer steps than are looked at."""
     batches = build.build_batches(job.recipe, job.train, job.settings, rank=0, world_size=1)
     while True:
@@ -198,7 +198,7 @@ def _source(job: Job) -> Iterator[Batch]:
 
 def _loader_rate(job: Job, steps: int) -> float:
     """Images per second of the loader alone, its start not counted."""
-    source = _source(job)
+    source = batches_of(job)
     next(source)
     start = perf_counter()
     for _ in range(steps):

@@ -38,8 +38,16 @@ def test_equal_geometry_changes_nothing() -> None:
     aligned = align(pyramid(maps, [8, 16]), pyramid(maps, [8, 16]), [(32, 48), (32, 48)])
     for found, expected in zip(aligned, maps, strict=True):
         torch.testing.assert_close(found.teacher, expected, atol=1e-5, rtol=1e-5)
+        assert found.teacher.data_ptr() == expected.data_ptr()  # not even a copy
         assert found.inside.all()
     assert [found.teacher_level for found in aligned] == [0, 1]
+
+
+def test_half_a_cell_is_another_place() -> None:
+    maps = [ramp(8, (4, 6))]
+    student, teacher = pyramid(maps, [8]), pyramid(maps, [8], shift=4.0)
+    (found,) = align(student, teacher, [(32, 48)])
+    torch.testing.assert_close(found.teacher[0, 0, 0, :5], maps[0][0, 0, 0, :5] + 4)
 
 
 def test_levels_meet_by_stride_in_the_image_and_not_by_index() -> None:

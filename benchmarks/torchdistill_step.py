@@ -1,0 +1,141 @@
+"""One step of torchdistill and one of gdetkd, on the same pair and the same batches, in turn.
+
+    pip install torchdistill==1.1.5
+    python benchmarks/torchdistill_step.py --recipe shapes/frcnn-frcnn --steps 20
+
+torchdistill imitates features: the mean squared error between the teacher's and the student's levels, hooked by module
+path as its Faster R-CNN examples hook theirs, beside the student's own losses. Its factor-transfer example runs the
+whole teacher in evaluation mode; its GHND example wraps a cut one (``HeadRCNN``), which is the fairer of the two.
+gdetkd takes the same step with ``fitnet`` alone, the same imitation, and with the recipe as it is. Batches are ready
+before the clock.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import logging
+from collections.abc import Callable
+from statistics import median
+from typing import Any
+
+import torch
+from torchdistill.core.distillation import DistillationBox
+from torchdistill.losses.registry import register_func2extract_model_output
+
+from gdetkd_cli import build
+from gdetkd_cli.recipe.load import load_recipe
+from gdetkd_cli.recipe.methods import recipe_of
+from gdetkd_cli.recipe.schema import Recipe
+from gdetkd_cli.runs.job import accelerator_for, prepare
+from gdetkd_cli.runs.plan import Stepper, batches_of, timed
+from gdetkd_cli.structures import Batch
+
+WARMUP = 2
+
+
+@register_func2extract_model_output
+def losses_of_a_detector(outputs: dict[str, torch.Tensor], *_: Any, **__: Any) -> dict[str, torch.Tensor]:
+    return outputs
+
+
+def torchdistill_step(recipe: Recipe, student: Any, teacher: Any, *, whole: bool) -> Callable[[Batch], None]:
+    """Its step on a batch.
+
+    Args:
+        student, teacher: torchvision's Faster R-CNNs; their levels must have equal channels.
+        whole: run the whole teacher, or its backbone and pyramid alone.
+    """
+    blocks = [f"backbone.fpn.layer_blocks.{i}" for i in range(len(student.backbone.fpn.layer_blocks))]
+    prefix = "" if whole else "seq."
+    terms = {
+        f"level{i}": {
+            "criterion": {"key": "MSELoss", "kwargs": {"reduction": "mean"}},
+            "criterion_wrapper": {
+                "key": "SimpleLossWrapper",
+                "kwargs": {
+                    "input": {"is_from_teacher": False, "module_path": path, "io": "output"},
+                    "target": {"is_from_teacher": True, "module_path": prefix + path, "io": "output"},
+                },
+            },
+            "weight": 1.0,
+        }
+        for i, path in enumerate(blocks)
+    }
+    of_teacher: dict[str, Any] = {
+        "forward_proc": "forward_batch_only",
+        "requires_grad": False,
+        "forward_hook": {"input": [], "output": [prefix + path for path in blocks]},
+    }
+    if not whole:
+        kwargs = {"head_rcnn": {"sequential": ["backbone"]}}
+        of_teacher["auxiliary_model_wrapper"] = {"key": "HeadRCNN", "kwargs": kwargs}
+    optimizer = recipe.train.optimizer
+    config = {
+        "num_epochs": 1,
+        "teacher": of_teacher,
+        "student": {"forward_proc": "forward_batch_target", "forward_hook": {"input": [], "output": blocks}},
+        "optimizer": {
+            "key": "AdamW",
+            "kwargs": {"lr": optimizer.lr, "weight_decay": optimizer.weight_decay},
+            "max_grad_norm": recipe.train.clip_norm,
+        },
+        "criterion": {
+            "key": "WeightedSumLoss",
+            "func2extract_model_loss": "losses_of_a_detector",
+            "kwargs": {"model_term": {"weight": 1.0}, "sub_terms": terms},
+        },
+    }
+    device = next(student.parameters()).device
+    box = DistillationBox(teacher.eval(), student, {}, config, device, None, False, 1)
+    box.pre_epoch_process(epoch=0)
+
+    def step(batch: Batch) -> None:
+        targets = [{"boxes": t.boxes, "labels": t.labels} for t in batch.targets]
+        loss = box.forward_process(batch.images, targets, {})
+        box.post_forward_process(loss=loss)
+        loss.item()
+
+    return step
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipe", default="shapes/frcnn-frcnn")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--set", nargs="*", default=["runtime.threads=1"], metavar="FIELD=VALUE")
+    options = parser.parse_args()
+    logging.disable(logging.INFO)
+    recipe = load_recipe(options.recipe, tuple(options.set))
+    settings = build.resolve_runtime(recipe.runtime)
+    torch.set_num_threads(settings.threads)
+    accelerator = accelerator_for(settings, recipe)
+
+    steps: dict[str, Callable[[Batch], object]] = {}
+    for name in ("fitnet", "gdetkd"):
+        job = prepare(recipe_of(recipe, name, steps=recipe.train.steps, seed=recipe.seed), settings, accelerator)
+        stepper = Stepper(job, accelerator)
+        steps[f"gdetkd, {'feature imitation' if name == 'fitnet' else 'the recipe as it is'}"] = stepper.distil
+    for whole in (True, False):
+        assert job.distiller.teacher is not None
+        pair = (copy.deepcopy(job.student.detector.module), copy.deepcopy(job.distiller.teacher.module))
+        name = "torchdistill, feature imitation, " + ("the whole teacher" if whole else "backbone and pyramid")
+        steps[name] = torchdistill_step(recipe, *pair, whole=whole)
+
+    source = batches_of(job)
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for number in range(WARMUP + options.steps):
+        batch = next(source).to(stepper.device)
+        for name, step in steps.items():
+            spent = timed(lambda: step(batch), stepper.device)  # noqa: B023  # called at once
+            if number >= WARMUP:
+                seconds[name].append(spent)
+    base = "gdetkd, feature imitation"
+    print(f"{recipe.name}, {recipe.train.batch_size} images a step, {settings.device}, {settings.threads} CPU threads")
+    for name, spent in seconds.items():
+        ratio = median(a / b for a, b in zip(spent, seconds[base], strict=True))
+        print(f"{1000 * median(spent):8.1f} ms  x {ratio:.2f}  {name}")
+
+
+if __name__ == "__main__":
+    main()
