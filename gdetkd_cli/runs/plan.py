@@ -11,7 +11,7 @@ from accelerate import Accelerator
 
 from gdetkd_cli import build
 from gdetkd_cli.distill.distiller import Distiller, synchronize
-from gdetkd_cli.recipe.scaling import scaled_to_batch
+from gdetkd_cli.recipe.scaling import changes, scaled_to_batch
 from gdetkd_cli.recipe.schema import Recipe
 from gdetkd_cli.results import Plan, Profile
 from gdetkd_cli.runs.job import Job, accelerator_for, check_distills, prepare
@@ -176,9 +176,9 @@ def _prepared(recipe: Recipe, observer: Observer) -> tuple[Job, Accelerator]:
     settings = build.resolve_runtime(recipe.runtime)
     torch.set_num_threads(settings.threads)
     accelerator = accelerator_for(settings, recipe)
-    recipe = scaled_to_batch(recipe, accelerator.num_processes)
+    given, recipe = recipe, scaled_to_batch(recipe, accelerator.num_processes)
     job = prepare(recipe, settings, accelerator, most_labelled=_LABELLED, observer=observer)
-    for note in job.notes:
+    for note in (*changes(given, recipe), *job.notes):
         observer(Note(note))
     seed_everything(recipe.seed)
     return job, accelerator
