@@ -130,8 +130,6 @@ def _sgfi(block: SGFI | None, student: Detector, teacher: Detector, transferred:
         same_space=transferred and set(student_channels) == {teacher_channels},
         embed_channels=block.embed_channels,
         initial_tau=block.tau,
-        initial_prior=block.level_prior,
-        cells_per_side=student.cells_per_side,
         normalize=block.normalize,
         sampling_ratio=block.sampling_ratio,
     )

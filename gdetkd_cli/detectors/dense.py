@@ -64,10 +64,6 @@ class DenseDetector:
     def embedding_source(self) -> str:
         return _TOWER if self._has_tower else "mean over the region on every level"
 
-    @property
-    def cells_per_side(self) -> float:
-        return DENSE_CELLS
-
     def observe(self, batch: Batch) -> DenseObservation:
         names = ["transform", "backbone", "head", "anchor_generator"] + ([_TOWER] if self._has_tower else [])
         with Tap(self.module, names) as tap:

@@ -100,15 +100,11 @@ def assign_levels(pyramid: Pyramid, regions: Regions, *, cells_per_side: float) 
 
     The usual rule k = k0 + log2(sqrt(area) / 224) written for measured strides: 224 pixels at stride 16 are 14 cells.
     """
-    return octaves_to_levels(pyramid, regions, cells_per_side=cells_per_side).argmin(dim=1)
-
-
-def octaves_to_levels(pyramid: Pyramid, regions: Regions, *, cells_per_side: float) -> Tensor:
-    """(R, L): how many octaves a region's side is from ``cells_per_side`` cells of each level."""
     pixels = pyramid.frame.to_model(regions.boxes, regions.image_index)
     side = (pixels[:, 2:] - pixels[:, :2]).clamp(min=1e-3).prod(dim=1).sqrt()
     strides = pixels.new_tensor([(spec.stride[0] * spec.stride[1]) ** 0.5 for spec in pyramid.levels])
-    return torch.log2(side[:, None] / (cells_per_side * strides[None])).abs()
+    octaves = torch.log2(side[:, None] / (cells_per_side * strides[None])).abs()
+    return octaves.argmin(dim=1)
 
 
 def channels_of(levels: Sequence[LevelSpec], assignment: Tensor) -> Tensor | None:

@@ -77,7 +77,6 @@ class Detector(Protocol):
         levels: the pyramid, fine to coarse.
         embedding_channels: D of the region embedding.
         embedding_source: where the region embedding is read, for people.
-        cells_per_side: of a region on the level that it is assigned to, the middle of an octave.
     """
 
     module: nn.Module
@@ -90,8 +89,6 @@ class Detector(Protocol):
     def embedding_channels(self) -> int: ...
     @property
     def embedding_source(self) -> str: ...
-    @property
-    def cells_per_side(self) -> float: ...
 
     def observe(self, batch: Batch) -> Observation:
         """A training forward: the detector's own losses, its pyramid, and the boxes it offers."""

@@ -57,11 +57,6 @@ class TwoStageDetector:
         return _HEAD
 
     @property
-    def cells_per_side(self) -> float:
-        pool = self.module.roi_heads.box_roi_pool
-        return float(pool.canonical_scale / 2**pool.canonical_level * 2**0.5)
-
-    @property
     def box_weights(self) -> tuple[float, ...]:
         """Weights of the box coder: two heads' deltas compare only when these agree."""
         return tuple(self.module.roi_heads.box_coder.weights)

@@ -29,8 +29,6 @@ class LevelMatcher(nn.Module):
         identity: start f_adapt as the identity (all channels must be equal): for a student that got the teacher's
             head, whose features have to become the teacher's own, not a linear map of them.
         initial_tau: temperature of the match at the start.
-        initial_prior: at the start, how much a level loses in the match, as a logit, for being one octave away;
-            0: no prior, now or later.
     """
 
     def __init__(
@@ -41,7 +39,6 @@ class LevelMatcher(nn.Module):
         embed_channels: int,
         identity: bool = False,
         initial_tau: float = 1.0,
-        initial_prior: float = 0.0,
     ) -> None:
         super().__init__()
         self.shared = len(set(student_channels)) == 1
@@ -51,14 +48,9 @@ class LevelMatcher(nn.Module):
         self.embed_out = nn.Conv2d(embed_channels, embed_channels, 3, stride=2)  # 3 -> 1
         # Learnt as its logarithm, so that tau stays positive.
         self.log_tau = nn.Parameter(torch.tensor(math.log(initial_tau)))
-        self.prior = nn.Parameter(torch.tensor(float(initial_prior))) if initial_prior else None
 
     def forward(
-        self,
-        levels: Sequence[Tensor],
-        target: Tensor,
-        affine: tuple[Tensor, Tensor] | None = None,
-        octaves: Tensor | None = None,
+        self, levels: Sequence[Tensor], target: Tensor, affine: tuple[Tensor, Tensor] | None = None
     ) -> tuple[Tensor, Tensor]:
         """Aggregates.
 
@@ -66,8 +58,6 @@ class LevelMatcher(nn.Module):
             levels: L tensors (R, C_s, 7, 7), the student's features of each region on every level.
             target: (R, C_t, 7, 7), the teacher's.
             affine: scale and shift, (C_s,) or (1,), that the levels get first; they fold into the adapters.
-            octaves: (R, L) how far each level is from the one that the student itself would assign the region to; None
-                where the match starts without a prior.
 
         Returns:
             The aggregate (R, C_t, 7, 7) and the weights of the levels (R, L).
@@ -82,8 +72,7 @@ class LevelMatcher(nn.Module):
             [conv2d(level, *composed, stride=2) for level, composed in zip(levels, convolutions, strict=True)], dim=1
         )
         keys = self.embed_out(hidden.flatten(0, 1).relu()).flatten(1).unflatten(0, hidden.shape[:2])  # (R, L, E)
-        prior = None if octaves is None or self.prior is None else -self.prior * octaves.square()
-        weights = level_attention(keys, query, self.log_tau.exp(), prior)
+        weights = level_attention(keys, query, self.log_tau.exp())
         if self.shared:
             return conv2d(_weighted_sum(levels, weights), *adapters[0]), weights
         adapted = [conv2d(level, *folded) for level, folded in zip(levels, adapters, strict=True)]

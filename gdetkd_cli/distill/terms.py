@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import box_iou
 
-from gdetkd_cli.detectors.pooling import DENSE_CELLS, octaves_to_levels, pool_all_levels
+from gdetkd_cli.detectors.pooling import pool_all_levels
 from gdetkd_cli.detectors.protocol import Observation, RegionView, View
 from gdetkd_cli.distill.heads import LevelMatcher, Standardizer
 from gdetkd_cli.distill.queue import RegionQueue
@@ -65,8 +65,6 @@ class SGFITerm(nn.Module):
         teacher_channels: C of the teacher's pooled features.
         embed_channels: channels of the embedding that levels are matched in.
         initial_tau: temperature of the match at the start.
-        initial_prior: see ``LevelMatcher``.
-        cells_per_side: of a region on the level that the student itself assigns it to.
         normalize: standardise the target ``channel`` by channel, as one ``scalar``, or not at all (``none``).
         sampling_ratio: RoIAlign samples per bin and axis on the student's levels.
         same_space: the student got the teacher's head, so its features have to become the teacher's own, not a linear
@@ -83,8 +81,6 @@ class SGFITerm(nn.Module):
         teacher_channels: int,
         embed_channels: int,
         initial_tau: float = 1.0,
-        initial_prior: float = 0.0,
-        cells_per_side: float = DENSE_CELLS,
         normalize: str,
         sampling_ratio: int,
         same_space: bool = False,
@@ -95,11 +91,9 @@ class SGFITerm(nn.Module):
             teacher_channels=teacher_channels,
             embed_channels=embed_channels,
             initial_tau=initial_tau,
-            initial_prior=initial_prior,
             identity=same_space,
         )
         self.same_space = same_space
-        self.cells_per_side = cells_per_side
         self.standardizer = (
             None if normalize == "none" else Standardizer(channels=teacher_channels, per_channel=normalize == "channel")
         )
@@ -114,12 +108,11 @@ class SGFITerm(nn.Module):
         levels = pool_all_levels(
             pair.student_seen.pyramid, pair.regions, size=target.shape[-1], sampling_ratio=self.sampling_ratio
         )
-        octaves = octaves_to_levels(pair.student_seen.pyramid, pair.regions, cells_per_side=self.cells_per_side)
         affine = self.standardizer.affine() if self.same_space and self.standardizer is not None else None
         # Standardisation is folded into the adapters' weights: half precision would lose a small deviation around a
         # large mean.
         with torch.autocast(target.device.type, enabled=False):
-            imitation, _ = self.matcher(levels, target.float(), affine, octaves)
+            imitation, _ = self.matcher(levels, target.float(), affine)
         return imitation_loss(imitation.float(), target.float(), channels)
 
 

@@ -10,20 +10,18 @@ from torch import Tensor
 from torch.nn.functional import mse_loss
 
 
-def level_attention(keys: Tensor, queries: Tensor, tau: Tensor, prior: Tensor | None = None) -> Tensor:
-    """a_i = softmax over levels of <k_il, q_i> / tau + prior_il.
+def level_attention(keys: Tensor, queries: Tensor, tau: Tensor) -> Tensor:
+    """a_i = softmax over levels of <k_il, q_i> / tau.
 
     Args:
         keys: (R, L, D) embeddings of the student's region features on each level.
         queries: (R, D) embeddings of the teacher's region features.
         tau: positive scalar.
-        prior: (R, L) what is known of the match beforehand, as logits; None: nothing.
 
     Returns:
         (R, L); the weights of a region sum to 1.
     """
-    logits = (keys * queries[:, None]).sum(dim=2) / tau
-    return (logits if prior is None else logits + prior).softmax(dim=1)
+    return ((keys * queries[:, None]).sum(dim=2) / tau).softmax(dim=1)
 
 
 def imitation_loss(imitation: Tensor, target: Tensor, channels: Tensor | None = None) -> Tensor:

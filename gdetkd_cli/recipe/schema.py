@@ -244,11 +244,6 @@ class SGFI(Term):
     )
     embed_channels: PositiveInt = Field(64, description="channels of the embedding that levels are matched in")
     tau: PositiveFloat = Field(1.0, description="temperature of the match at the start; it is learnt")
-    level_prior: NonNegativeFloat = Field(
-        0.0,
-        description="what a level loses in the match at the start, as a logit, for being one octave away from the one "
-        "that the student itself assigns the region to (two: four times); it is learnt; 0: none, as in the paper",
-    )
     sampling_ratio: PositiveInt = Field(2, description="RoIAlign samples per bin and axis")
 
 

@@ -121,21 +121,6 @@ def test_adapters_can_start_as_the_identity() -> None:
     torch.testing.assert_close(aggregate, level)
 
 
-def test_a_prior_holds_the_match_near_the_assigned_level() -> None:
-    """Fresh weights tell little; a prior of 3 makes one octave e^3 times, two octaves e^12 times less likely."""
-    torch.manual_seed(0)
-    matcher = LevelMatcher(student_channels=[5] * 3, teacher_channels=6, embed_channels=4, initial_prior=3.0).double()
-    levels, target = [draw(4, 5, 7, 7, seed=seed) for seed in range(3)], draw(4, 6, 7, 7, seed=9)
-    octaves = torch.tensor([[0.0, 1, 2], [1, 0, 1], [2, 1, 0], [0.5, 0.5, 1.5]], dtype=torch.float64)
-    _, without = matcher(levels, target)
-    _, weights = matcher(levels, target, octaves=octaves)
-    expected = without * (-3 * octaves.square()).exp()
-    torch.testing.assert_close(weights, expected / expected.sum(dim=1, keepdim=True))
-    weights[0, 0].backward()
-    assert matcher.prior is not None and matcher.prior.grad is not None and matcher.prior.grad > 0
-    assert make_matcher([5]).prior is None  # as in the paper: nothing to learn
-
-
 @pytest.mark.parametrize("student_channels", [[5, 5], [5, 3]])
 def test_matcher_without_regions(student_channels: list[int]) -> None:
     matcher = make_matcher(student_channels)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gdetkd_cli.detectors.pooling import assign_levels, pool_all_levels
+from gdetkd_cli.detectors.pooling import pool_all_levels
 from gdetkd_cli.detectors.protocol import Observation, RegionView
 from gdetkd_cli.distill.terms import BoxTerm, CKDTerm, ClassTerm, ObservedPair, SGFITerm, Term, needs_of
 from gdetkd_cli.losses.ckd import contrastive_loss
@@ -96,19 +96,6 @@ def test_sgfi_imitates_the_target(normalize: str) -> None:
     levels = pool_all_levels(pair.student_seen.pyramid, pair.regions, size=7, sampling_ratio=2)
     expected = imitation_loss(term.matcher(levels, target)[0], target)
     torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-5)
-
-
-def test_sgfi_with_a_strong_prior_reads_the_level_that_the_student_assigns() -> None:
-    target = draw(3, 6, 7, 7)
-    pair = make_pair(maps=MAPS, teacher=RegionView(pooled=target))
-    term = make_sgfi(initial_prior=1e4, cells_per_side=3.5)
-    assigned = assign_levels(pair.student_seen.pyramid, pair.regions, cells_per_side=3.5)
-    assert assigned.tolist() == [0, 1, 1]  # sides of 8, 12 and 16 pixels at strides of 2 and 4
-    levels = pool_all_levels(pair.student_seen.pyramid, pair.regions, size=7, sampling_ratio=2)
-    chosen = torch.stack([levels[level][row] for row, level in enumerate(assigned.tolist())])
-    torch.testing.assert_close(
-        term(pair), imitation_loss(term.matcher.adapters[0](chosen), target), rtol=1e-4, atol=1e-5
-    )
 
 
 def test_sgfi_of_any_teachers_scale_is_alike() -> None:

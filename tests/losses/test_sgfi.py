@@ -36,12 +36,6 @@ def test_attention_by_hand(tau: float, expected: list[float]) -> None:
     torch.testing.assert_close(level_attention(keys, query, torch.tensor(tau)), torch.tensor([expected]))
 
 
-def test_attention_with_a_prior_by_hand() -> None:
-    """Levels that match alike, e^0 : e^-2."""
-    weights = level_attention(torch.ones(1, 2, 3), torch.ones(1, 3), torch.tensor(0.5), torch.tensor([[0.0, -2.0]]))
-    torch.testing.assert_close(weights, torch.tensor([[1 / (1 + math.exp(-2)), 1 / (1 + math.exp(2))]]))
-
-
 def test_attention_is_the_slow_version() -> None:
     generator = torch.Generator().manual_seed(0)
     keys, queries = torch.randn(6, 4, 5, generator=generator), torch.randn(6, 5, generator=generator)
