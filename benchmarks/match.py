@@ -1,0 +1,68 @@
+"""What SGFI's match over levels has learnt in a run: mean weights of the student's levels, by the size of regions.
+
+    python benchmarks/match.py runs/student
+
+Read from the run's last resume checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gdetkd_cli import build
+from gdetkd_cli.distill.heads import LevelMatcher
+from gdetkd_cli.recipe.load import load_recipe
+from gdetkd_cli.runs.job import accelerator_for, prepare
+from gdetkd_cli.runs.plan import batches_of
+from gdetkd_cli.structures import Regions
+
+BATCHES = 8
+SIDES = (0, 16, 32, 64, 128, 256, 512, 10_000)  # pixels: square root of a region's area
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", type=Path)
+    for run in parser.parse_args().runs:
+        weights, sides, temperature = read(run)
+        step = (run / "resume" / "progress.json").read_text()
+        print(f"{run}: {step}, tau {temperature:.2f}")
+        for low, high in pairwise(SIDES):
+            rows = (sides >= low) & (sides < high)
+            if rows.any():
+                mean = "  ".join(f"{value:.2f}" for value in weights[rows].mean(dim=0).tolist())
+                print(f"  {low:4} to {high:5} pixels, {int(rows.sum()):5} regions:  {mean}")
+
+
+def read(run: Path) -> tuple[Tensor, Tensor, float]:
+    """(R, L) weights, (R,) sides in pixels, and tau, over a few training batches."""
+    recipe = load_recipe(run / "recipe.yaml")
+    settings = build.resolve_runtime(recipe.runtime)
+    torch.set_num_threads(settings.threads)
+    job = prepare(recipe, settings, accelerator_for(settings, recipe))
+    distiller: Any = job.distiller
+    state = torch.load(run / "resume" / "pytorch_model.bin", map_location="cpu", weights_only=True)
+    distiller.load_state_dict(state)
+    matcher: LevelMatcher = distiller.terms["sgfi"].matcher
+    weights: list[Tensor] = []
+    regions: list[Regions] = []
+    matcher.register_forward_hook(lambda _, __, output: weights.append(output[1].detach()))
+    choose = distiller._choose_regions
+    distiller._choose_regions = lambda *seen: regions.append(choose(*seen)) or regions[-1]
+    distiller.train()
+    batches = batches_of(job)
+    for _ in range(BATCHES):
+        distiller(next(batches))
+    boxes = torch.cat([chosen.boxes for chosen in regions])
+    sides = (boxes[:, 2:] - boxes[:, :2]).prod(dim=1).sqrt()
+    return torch.cat(weights), sides, float(matcher.log_tau.detach().exp())
+
+
+if __name__ == "__main__":
+    main()
