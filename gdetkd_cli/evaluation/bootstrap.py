@@ -26,14 +26,14 @@ class _Class:
 
     Attributes:
         picture: (D,) which picture each is of.
-        hit: (T, D) bool, matched.
-        counted: (T, D) bool, a hit or a miss; not what matched a crowd.
+        hits: T times the places of those that are matched.
+        ignored: (T, D) bool, neither a hit nor a miss since it matched a crowd; None where there is no such.
         objects: (P,) objects of each picture that should be found.
     """
 
     picture: NDArray[np.int64]
-    hit: NDArray[np.bool_]
-    counted: NDArray[np.bool_]
+    hits: tuple[NDArray[np.int64], ...]
+    ignored: NDArray[np.bool_] | None
     objects: NDArray[np.int64]
 
 
@@ -105,7 +105,8 @@ def _gathered(images: Sequence[Mapping[str, NDArray[np.generic]]], order: Mappin
         ignored.append(np.asarray(image["dtIgnore"], dtype=bool)[:, :_MOST])
     ranks = np.argsort(-np.concatenate(scores), kind="mergesort")
     hit, ignore = np.concatenate(hits, axis=1)[:, ranks], np.concatenate(ignored, axis=1)[:, ranks]
-    return _Class(np.concatenate(pictures)[ranks], hit & ~ignore, ~ignore, objects)
+    places = tuple(np.flatnonzero(row) for row in hit & ~ignore)
+    return _Class(np.concatenate(pictures)[ranks], places, ignore if ignore.any() else None, objects)
 
 
 def _ap(one: _Class, times: NDArray[np.int64]) -> float | None:
@@ -116,12 +117,16 @@ def _ap(one: _Class, times: NDArray[np.int64]) -> float | None:
     if not len(one.picture):
         return 0.0
     weight = times[one.picture]
-    hits, counted = (np.cumsum(flags * weight, axis=1) for flags in (one.hit, one.counted))
-    recall = hits / wanted
-    precision = hits / np.maximum(counted, 1)
-    best = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
+    ranks = np.cumsum(weight)  # how many detections there are up to each
     total = 0.0
-    for at, values in zip(recall, best, strict=True):
-        places = np.searchsorted(at, _RECALLS, side="left")
-        total += float(values[places[places < len(values)]].sum()) / len(_RECALLS)
-    return total / len(recall)
+    for overlap, places in enumerate(one.hits):
+        # Precision matters at hits alone: between two of them it only falls.
+        found = np.cumsum(weight[places])
+        counted = ranks[places]
+        if one.ignored is not None:
+            counted = counted - np.cumsum(weight * one.ignored[overlap])[places]
+        precision = found / np.maximum(counted, 1)
+        best = np.maximum.accumulate(precision[::-1])[::-1]
+        at = np.searchsorted(found / wanted, _RECALLS, side="left")
+        total += float(best[at[at < len(best)]].sum()) / len(_RECALLS)
+    return total / len(one.hits)
