@@ -107,14 +107,14 @@ def run_compare(
     recipes = {cell: own.model_copy(update={"runtime": runtime}) for cell, own in recipes.items()}
     failures = _run_cells(recipes, jobs, observer)
     split = build.build_split(recipe.data, "val")
-    finished = [cell for cell in recipes if cell.detections.exists()]
-    facts = {cell: json.loads(cell.run.metrics.read_text()) for cell in finished}
+    finished = _finished(folder)
+    facts = {cell: finished[cell] for cell in recipes if cell in finished}
     rows = [_row(method, budget, facts) for budget in budgets for method in names]
     observer(Note("differences over pictures drawn again"))
     rows = _with_intervals(rows, facts, split)
     teacher = _teacher_ap(folder, recipe, observer)
     cells, table, plot = folder / "cells.csv", folder / "table.csv", folder / "comparison.png"
-    _write_cells(cells, recipe.name, facts)
+    _write_cells(cells, recipe.name, finished)
     _write_table(table, rows)
     draw_comparison(rows, teacher, plot)
     return Comparison(
@@ -210,6 +210,16 @@ def _predict(cell: _Cell, recipe: Recipe) -> None:
     fresh = cell.detections.with_suffix(".tmp")
     torch.save({number: vars(one) for number, one in found.items()}, fresh)
     fresh.replace(cell.detections)
+
+
+def _finished(folder: Path) -> dict[_Cell, Mapping[str, Any]]:
+    """Every finished cell of the folder, whoever asked for it, and its metrics; by budget, seed and method."""
+    found = []
+    for written in folder.glob("*/detections.pt"):
+        method, steps, seed = written.parent.name.rsplit("-", 2)
+        found.append(_Cell(method, int(steps), int(seed), written.parent))
+    found.sort(key=lambda cell: (cell.steps, cell.seed, cell.method))
+    return {cell: json.loads(cell.run.metrics.read_text()) for cell in found}
 
 
 def _row(method: str, steps: int, facts: Mapping[_Cell, Mapping[str, Any]]) -> MethodRow:
