@@ -225,5 +225,5 @@ def locate(reference: str) -> Path:
             raise ModelError(f"{path} holds no student.pt; expected the folder of a finished run")
         return path / "student.pt"
     if not path.exists():
-        raise ModelError(f"{path} does not exist; expected a run folder, a student.pt, or builtin:NAME")
+        raise ModelError(f"{path} does not exist; expected a run folder, a detector's file, or builtin:NAME")
     return path
