@@ -111,6 +111,7 @@ class CheckedRecipe:
         pair: ``homogeneous`` or ``heterogeneous``.
         student, teacher: the pyramids, at the recipe's image size.
         terms: each term, its weight or why it is left out.
+        head_transfer: what was copied from the teacher's head, or why nothing was; one sentence.
     """
 
     recipe: str
@@ -118,6 +119,7 @@ class CheckedRecipe:
     student: PyramidReport
     teacher: PyramidReport
     terms: tuple[TermPlan, ...]
+    head_transfer: str
 
 
 @dataclass(frozen=True)
@@ -128,7 +130,7 @@ class Plan:
         pair: ``homogeneous`` or ``heterogeneous``, with the families: "two-stage -> dense".
         student, teacher: the pyramids.
         terms: each term, its weight or why it is left out.
-        head_transfer: parameter names copied from the teacher's RoI head, as one sentence.
+        head_transfer: what was copied from the teacher's head, or why nothing was; one sentence.
         losses: the one step's losses by name.
         device, precision: as resolved. threads: CPU threads.
         peak_memory_mb: of the process (CPU) or the device (CUDA).

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 import torch
@@ -29,7 +30,7 @@ class BuiltPair:
     Attributes:
         kind: homogeneous or heterogeneous.
         terms: every term, its weight or why it is left out.
-        head_transfer: what was copied from the teacher's RoI head, or why nothing was.
+        head_transfer: what was copied from the teacher's head, or why nothing was.
     """
 
     distiller: Distiller
@@ -116,7 +117,8 @@ def _transfer(config: Distill, student: Detector, teacher: Detector) -> tuple[bo
         if config.head_transfer is True:
             raise PairError(f"distill.head_transfer: {error}; set it to auto or false") from error
         return False, f"nothing copied: {error}"
-    return True, f"copied from the teacher: {', '.join(copied)}"
+    parts = sorted({re.sub(r"(_head|_predictor)\..*", r"\1", name) for name in copied})
+    return True, f"copied from the teacher: {', '.join(parts)} ({len(copied)} tensors)"
 
 
 def _sgfi(block: SGFI | None, student: Detector, teacher: Detector, transferred: bool) -> SGFITerm | None:

@@ -6,7 +6,7 @@ from torch import nn
 
 from gdetkd_cli.detectors.protocol import Detector
 from gdetkd_cli.distill.map_terms import CWDTerm, FGDTerm, FitNetTerm, GTMaskTerm, LogitTerm, PKDTerm, RoIImitationTerm
-from gdetkd_cli.distill.pair import class_map_columns
+from gdetkd_cli.distill.pair import agreeing_anchors, class_map_columns
 from gdetkd_cli.errors import PairError
 from gdetkd_cli.recipe.schema import CWD, FGD, PKD, Distill, FitNet, GTMask, Logit, RoIImitation
 
@@ -39,9 +39,10 @@ def rival_term(block: Rival, student: Detector, teacher: Detector) -> nn.Module:
             return CWDTerm(student_channels=ours, teacher_channels=theirs, tau=block.tau)
         case Logit():
             try:
-                return LogitTerm(columns=class_map_columns(student, teacher))
+                columns = class_map_columns(student, teacher)
             except PairError as error:
                 raise PairError(f"distill.logit: {error}; leave the term out") from error
+            return LogitTerm(columns=columns, agree=agreeing_anchors(student, teacher))
         case FGD():
             if len(set(theirs)) > 1:
                 raise PairError(

@@ -206,6 +206,7 @@ def _both(found: CheckedRecipe | Plan) -> list[RenderableType]:
         _line(f"teacher {_about(found.teacher)}"),
         Columns([_levels(found.student, "student"), _levels(found.teacher, "teacher")], padding=(0, 2)),
         _table(None, ("term", "weight", "why"), rows, words=3),
+        _line(f"head transfer: {found.head_transfer}"),
     ]
 
 
@@ -213,7 +214,6 @@ def planned(plan: Plan) -> RenderableType:
     """What a distillation would do."""
     losses = "  ".join(f"{name} {value:.3g}" for name, value in plan.losses.items())
     facts = [
-        f"head transfer: {plan.head_transfer}",
         f"one step's losses: {losses}",
         f"{plan.steps} steps of {plan.batch_size} images",
         f"{plan.train_images} training images, {plan.val_images} validation images",

@@ -17,6 +17,7 @@ from gdetkd_cli.detectors.protocol import View
 from gdetkd_cli.distill.alignment import align
 from gdetkd_cli.distill.heads import Standardizer
 from gdetkd_cli.distill.terms import ObservedPair
+from gdetkd_cli.errors import PairError
 from gdetkd_cli.losses.cwd import channel_divergence
 from gdetkd_cli.losses.fgd import ContextBlock, focal_losses, global_loss, object_masks
 from gdetkd_cli.losses.fitnet import map_imitation_loss
@@ -218,15 +219,17 @@ class LogitTerm(nn.Module):
 
     Args:
         columns: (K + 1,) int64, the teacher's column for each of the student's.
+        agree: (L_student, L_teacher) bool, which levels have the same anchors.
     """
 
     student_needs: frozenset[View] = frozenset({"class_maps"})
     teacher_needs: frozenset[View] = frozenset({"class_maps"})
     columns: Tensor
 
-    def __init__(self, *, columns: Tensor) -> None:
+    def __init__(self, *, columns: Tensor, agree: Tensor) -> None:
         super().__init__()
         self.register_buffer("columns", columns)
+        self.agree = agree.tolist()
 
     def forward(self, pair: ObservedPair) -> Tensor:
         student, teacher = pair.student_view.class_maps, pair.teacher_view.class_maps
@@ -235,6 +238,12 @@ class LogitTerm(nn.Module):
         aligned = align(
             _over(pair.student_seen.pyramid, student), _over(pair.teacher_seen.pyramid, ordered), _sizes(pair)
         )
+        for level, x in enumerate(aligned):
+            if not self.agree[level][x.teacher_level]:
+                raise PairError(
+                    f"distill.logit: level {level + 1} of the student lies on the teacher's {x.teacher_level + 1}, "
+                    "which has other anchors; give both detectors one image size, or leave the term out"
+                )
         sums, seen = zip(*(class_map_loss(x.student, x.teacher, x.inside) for x in aligned), strict=True)
         return torch.stack(sums).sum() / torch.stack(seen).sum().clamp(min=1)
 

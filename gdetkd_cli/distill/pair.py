@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import log
 from typing import Literal
 
 import torch
@@ -54,28 +55,59 @@ def prediction_columns(student: Detector, teacher: Detector) -> Tensor:
 
 
 def class_map_columns(student: Detector, teacher: Detector) -> Tensor:
-    """Checks that the class logits of two dense heads mean the same, cell by cell; returns ``class_columns``.
+    """Checks that the two dense heads say the same kind of thing of a cell; returns ``class_columns``.
 
     Raises:
-        PairError: other heads than two RetinaNets or two FCOS, other anchors, or different class lists.
+        PairError: other heads than two RetinaNets or two FCOS, anchors that no level of the teacher has, or different
+            class lists.
     """
-    if not (
+    if not _dense_alike(student, teacher):
+        raise PairError(
+            "heads can be compared cell by cell between two RetinaNets or two FCOS only; this pair is "
+            f"{type(teacher.module).__name__} -> {type(student.module).__name__}"
+        )
+    agree = agreeing_anchors(student, teacher)
+    for level in range(len(agree)):
+        if not agree[level].any():
+            raise _anchors_differ(student, teacher, level, _nearest_stride(student, teacher, level))
+    return class_columns(student, teacher)
+
+
+def agreeing_anchors(student: Detector, teacher: Detector) -> Tensor:
+    """(L_student, L_teacher) bool: whether the anchors of two levels are the same, in cells. Of a pair that
+    ``class_map_columns`` accepts."""
+    ours, theirs = _anchors(student), _anchors(teacher)
+    # Corners are rounded to pixels: up to half a pixel of a cell of four or more.
+    return torch.tensor(
+        [[a.shape == b.shape and float((a.cpu() - b.cpu()).abs().max()) <= 0.15 for b in theirs] for a in ours]
+    )
+
+
+def _dense_alike(student: Detector, teacher: Detector) -> bool:
+    """Two RetinaNets or two FCOS."""
+    return (
         isinstance(student, DenseDetector)
         and isinstance(teacher, DenseDetector)
         and type(student.module) is type(teacher.module)
         and student.anchors is not None
-    ):
-        raise PairError(
-            "logits of dense heads can be compared between two RetinaNets or two FCOS only; this pair is "
-            f"{type(teacher.module).__name__} -> {type(student.module).__name__}"
-        )
-    assert teacher.anchors is not None
-    wanted = teacher.anchors[0]
-    for anchors in (*student.anchors, *teacher.anchors):
-        # Corners are rounded to pixels: up to half a pixel of a cell of four or more.
-        if anchors.shape != wanted.shape or float((anchors - wanted).abs().max()) > 0.15:
-            raise PairError(f"the anchors differ: {_sides(wanted)} and {_sides(anchors)} cells")
-    return class_columns(student, teacher)
+    )
+
+
+def _anchors(detector: Detector) -> tuple[Tensor, ...]:
+    assert isinstance(detector, DenseDetector) and detector.anchors is not None
+    return detector.anchors
+
+
+def _nearest_stride(student: Detector, teacher: Detector, level: int) -> int:
+    """The teacher's level whose stride, in pixels that each network sees, is nearest to that of the student's."""
+    ours = log(student.levels[level].stride[0])
+    return min(range(len(teacher.levels)), key=lambda i: abs(ours - log(teacher.levels[i].stride[0])))
+
+
+def _anchors_differ(student: Detector, teacher: Detector, level: int, other: int) -> PairError:
+    stride = student.levels[level].stride[0]
+    ours, theirs = _sides(_anchors(student)[level]), _sides(_anchors(teacher)[other])
+    return PairError(f"the anchors differ: {theirs} cells in the teacher, {ours} in the student at stride {stride:g}")
 
 
 def _sides(anchors: Tensor) -> str:
@@ -83,39 +115,68 @@ def _sides(anchors: Tensor) -> str:
     return ", ".join(f"{w:.3g} x {h:.3g}" for w, h in (anchors[:, 2:] - anchors[:, :2]).tolist())
 
 
-def _part(detector: TwoStageDetector, name: str) -> nn.Module:
-    """A module of the RoI head; of a cascade's later stages too."""
-    found: nn.Module = detector.module.roi_heads.get_submodule(name)
-    return found
-
-
-def _has(detector: TwoStageDetector, name: str) -> bool:
-    """Whether the RoI head has such a module; "" is the head itself."""
-    return name.rstrip(".") in dict(detector.module.roi_heads.named_modules())
-
-
 def transfer_head(student: Detector, teacher: Detector) -> list[str]:
-    """Copies the teacher's RoI head into the student's; returns the names of the copied parameters.
+    """Copies the teacher's head into the student's; returns the names of the copied parameters.
 
-    The predictor's rows are put in the student's class order.
+    Of two two-stage detectors it is the RoI head, of two RetinaNets or two FCOS the whole head. Rows that belong to
+    classes are put in the student's order.
 
     Raises:
-        PairError: a detector without a RoI head, or any shape or class list that differs; nothing is copied then.
+        PairError: heads of other kinds, or any shape, anchor or class list that differs; nothing is copied then.
     """
+    dense = isinstance(student, DenseDetector) and isinstance(teacher, DenseDetector)
+    copies = _dense_head(student, teacher) if dense else _roi_heads(student, teacher)
+    student.module.load_state_dict(copies, strict=False)
+    return sorted(name.removeprefix("roi_heads.") for name in copies)
+
+
+def _dense_head(student: Detector, teacher: Detector) -> dict[str, Tensor]:
+    """What a dense student's head gets: names in the detector and values."""
+    columns, agree = class_map_columns(student, teacher), agreeing_anchors(student, teacher)
+    for level in range(len(agree)):
+        # One head reads all levels: it must meet the boxes that it learnt to judge at a level of that stride.
+        if not agree[level, other := _nearest_stride(student, teacher, level)]:
+            raise _anchors_differ(student, teacher, level, other)
+    copies = {}
+    for name, value in _matching("head", student.module, teacher.module).items():
+        if name.startswith("head.classification_head.cls_logits."):  # rows: anchors x (K + 1) classes
+            value = value.unflatten(0, (-1, len(columns)))[:, columns.to(value.device)].flatten(0, 1)
+        copies[name] = value
+    return copies
+
+
+def _roi_heads(student: Detector, teacher: Detector) -> dict[str, Tensor]:
+    """What a two-stage student's RoI heads get: names in the detector and values."""
     columns = prediction_columns(student, teacher)
-    assert isinstance(student, TwoStageDetector) and isinstance(teacher, TwoStageDetector)
     copies: dict[str, Tensor] = {}
-    stages = [stage for stage in ("", "later.0.", "later.1.") if _has(teacher, stage) or _has(student, stage)]
-    for part in (stage + layer for stage in stages for layer in ("box_head", "box_predictor")):
-        source, target = ({} if not _has(d, part) else _part(d, part).state_dict() for d in (teacher, student))
-        for name in sorted(source.keys() | target.keys()):
-            shapes = [tuple(state[name].shape) if name in state else None for state in (source, target)]
-            if shapes[0] != shapes[1]:
-                raise PairError(f"{part}.{name} is {shapes[0]} in the teacher and {shapes[1]} in the student")
-            value = source[name]
+    heads = {
+        name.rpartition(".")[0]
+        for d in (student, teacher)
+        for name, _ in d.module.named_modules()
+        if name.endswith(".box_head")
+    }
+    for part in (f"{head}.{layer}" for head in sorted(heads) for layer in ("box_head", "box_predictor")):
+        for name, value in _matching(part, student.module, teacher.module).items():
             # Rows: K + 1 classes, or K + 1 classes x 4 coordinates; a cascade has four, for any class.
-            if part.endswith("box_predictor") and (name.startswith("cls_score") or len(value) != 4):
+            if part.endswith("box_predictor") and (".cls_score." in name or len(value) != 4):
                 value = value.unflatten(0, (len(columns), -1))[columns.to(value.device)].flatten(0, 1)
-            copies[f"{part}.{name}"] = value
-    student.module.roi_heads.load_state_dict(copies, strict=False)
-    return sorted(copies)
+            copies[name] = value
+    return copies
+
+
+def _matching(part: str, student: nn.Module, teacher: nn.Module) -> dict[str, Tensor]:
+    """The teacher's parameters under ``part``, by name.
+
+    Raises:
+        PairError: the student's differ in a name or a shape.
+    """
+    source, target = (
+        {} if part not in dict(d.named_modules()) else d.get_submodule(part).state_dict() for d in (teacher, student)
+    )
+    for name in sorted(source.keys() | target.keys()):
+        shapes = [tuple(state[name].shape) if name in state else None for state in (source, target)]
+        if shapes[0] != shapes[1]:
+            raise PairError(
+                f"{part.removeprefix('roi_heads.')}.{name} is {shapes[0]} in the teacher and {shapes[1]} in the student"
+            )
+    return {f"{part}.{name}": value for name, value in source.items()}

@@ -69,7 +69,7 @@ distill:
     # queue: 4096               # teacher embeddings remembered as further negatives
   class_kd: auto                # teacher's class scores; auto: where both detectors are two-stage. Or {{weight: 1.0}}
   box_kd: auto                  # teacher's box corrections; as class_kd
-  # head_transfer: auto         # start the student's RoI head from the teacher's
+  # head_transfer: auto         # start the student's head from the teacher's
   # regions:
   #   per_image: 64             # regions per image at most
 

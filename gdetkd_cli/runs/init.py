@@ -204,7 +204,7 @@ def _checked(
         report_of(built.detector, source=title, format="run", size=size)
         for title, built in zip(titles, (student, teacher), strict=True)
     )
-    return CheckedRecipe(source, pair.kind, student_report, teacher_report, pair.terms)
+    return CheckedRecipe(source, pair.kind, student_report, teacher_report, pair.terms, pair.head_transfer)
 
 
 def _image_size(split: Split, *, largest: int) -> tuple[int, int]:

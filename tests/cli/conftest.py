@@ -165,7 +165,9 @@ RESULTS: dict[str, Any] = {
     "run_export": EXPORTED,
     "run_probe": pyramid(),
     "run_probe_to_recipe": pyramid(),
-    "run_init": results.CheckedRecipe("mine.yaml", "heterogeneous", pyramid("s"), pyramid("t"), plan().terms),
+    "run_init": results.CheckedRecipe(
+        "mine.yaml", "heterogeneous", pyramid("s"), pyramid("t"), plan().terms, plan().head_transfer
+    ),
     "run_demo": DEMONSTRATED,
 }
 

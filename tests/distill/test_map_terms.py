@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from gdetkd_cli.detectors.protocol import Observation, RegionView
 from gdetkd_cli.distill.map_terms import CWDTerm, FGDTerm, FitNetTerm, GTMaskTerm, LogitTerm, PKDTerm, RoIImitationTerm
 from gdetkd_cli.distill.terms import ObservedPair
+from gdetkd_cli.errors import PairError
 from gdetkd_cli.structures import Batch, Frame, LevelSpec, Pyramid, Regions, Target
 
 STUDENT, TEACHER = [5, 5], [6, 6, 6]
@@ -114,13 +115,21 @@ def test_regions_are_imitated_from_the_level_that_each_detector_assigns() -> Non
     assert torch.autograd.grad(loss, student)[0].abs().sum() > 0
 
 
+def test_logits_of_other_anchors_are_refused() -> None:
+    """The student's second level lies on the teacher's second, but its anchors are those of the third."""
+    maps = tuple(torch.randn(2, 3, 64 // s, 64 // s) for s in (4, 8, 16))
+    term = LogitTerm(columns=torch.tensor([0, 1, 2]), agree=torch.tensor([[True, False, False], [False, False, True]]))
+    with pytest.raises(PairError, match="level 2 of the student lies on the teacher's 2, which has other anchors"):
+        term(pair(student=RegionView(class_maps=maps[:2]), teacher=RegionView(class_maps=maps)))
+
+
 def test_logits_are_compared_by_class_name_and_stride() -> None:
     """Two anchors of three columns each; the teacher has a level more, and its classes in another order."""
     columns = torch.tensor([0, 2, 1])
     generator = torch.Generator().manual_seed(0)
     maps = tuple(torch.randn(2, 6, 64 // s, 64 // s, generator=generator) for s in (4, 8, 16))
     ordered = tuple(m[:, [0, 2, 1, 3, 5, 4]] for m in maps)
-    term = LogitTerm(columns=columns)
+    term = LogitTerm(columns=columns, agree=torch.ones(2, 3, dtype=torch.bool))
     same = pair(student=RegionView(class_maps=ordered[:2]), teacher=RegionView(class_maps=maps))
     assert float(term(same)) == pytest.approx(0, abs=1e-5)
     student = tuple(m.clone().requires_grad_() for m in maps[:2])

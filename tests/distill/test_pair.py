@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -30,6 +30,15 @@ def weights_of(detector: Detector) -> dict[str, Tensor]:
 
 def changed(detector: Detector, before: dict[str, Tensor]) -> set[str]:
     return {name for name, value in detector.module.state_dict().items() if not torch.equal(value, before[name])}
+
+
+def set_anchors(detector: Detector, cells: Sequence[float]) -> None:
+    """By level: a square of so many cells."""
+    module: Any = detector.module
+    module.anchor_generator.cell_anchors = [
+        torch.tensor([[-side, -side, side, side]]) * level.stride[0] / 2
+        for side, level in zip(cells, detector.levels, strict=True)
+    ]
 
 
 # ------------------------------------------------------------------------------------------------------------ kinds
@@ -197,6 +206,52 @@ def test_nothing_is_copied_where_classes_differ(tiny_detector: TinyDetector) -> 
     assert not changed(student, before)
 
 
+@pytest.mark.parametrize("family", ["retinanet", "fcos"])
+def test_a_dense_head_is_copied_whole(family: str, tiny_detector: TinyDetector) -> None:
+    student = tiny_detector(family, classes=STUDENT)
+    teacher = tiny_detector(family, classes=TEACHER, seed=1)
+    before = weights_of(student)
+    copied = set(transfer_head(student, teacher))
+    assert changed(student, before) <= copied  # a norm's weights are ones in both
+    assert copied == {name for name in before if name.startswith("head.")}
+
+    maps = [torch.rand(2, 16, size, size) for size in (8, 4)]
+    ours, theirs = ({**head(maps)} for head in (student.module.head, teacher.module.head))  # type: ignore[operator]
+    torch.testing.assert_close(ours.pop("cls_logits"), theirs.pop("cls_logits")[..., COLUMNS])
+    for name, values in ours.items():  # boxes and centreness, for whatever class
+        torch.testing.assert_close(values, theirs[name])
+
+
+def test_a_dense_head_of_another_shape_is_not_copied(tiny_detector: TinyDetector) -> None:
+    student, teacher = tiny_detector("fcos"), tiny_detector("fcos", seed=1, pyramid_channels=24)
+    before = weights_of(student)
+    with pytest.raises(
+        PairError, match=r"head.classification_head.cls_logits.weight is \(4, 24, 3, 3\) in the teacher"
+    ):
+        transfer_head(student, teacher)
+    assert not changed(student, before)
+
+
+def test_a_dense_head_meets_the_anchors_that_it_learnt(tiny_detector: TinyDetector) -> None:
+    """Anchors that differ from level to level, as at unequal strides; the student's levels are the other way round."""
+    student, teacher = tiny_detector("retinanet"), tiny_detector("retinanet", seed=1)
+    upwards = [3.0 + level for level in range(len(student.levels))]
+    set_anchors(student, upwards)
+    set_anchors(teacher, upwards[::-1])
+    assert class_map_columns(student, teacher).tolist() == [0, 1, 2, 3]  # each has its like somewhere
+    with pytest.raises(
+        PairError, match=rf"the anchors differ: {upwards[-1]:g} x .* in the teacher, 3 x 3 in the student"
+    ):
+        transfer_head(student, teacher)
+    set_anchors(student, upwards[::-1])
+    transfer_head(student, teacher)
+
+
+def test_transfer_needs_two_heads_of_a_kind(tiny_detector: TinyDetector) -> None:
+    with pytest.raises(PairError, match="RetinaNet -> FCOS"):
+        transfer_head(tiny_detector("fcos"), tiny_detector("retinanet"))
+
+
 def test_transfer_needs_two_roi_heads(tiny_detector: TinyDetector) -> None:
     with pytest.raises(PairError, match="two-stage -> dense"):
         transfer_head(tiny_detector("retinanet"), tiny_detector("faster-rcnn"))
@@ -221,7 +276,6 @@ def test_other_heads_cannot_be_compared_cell_by_cell(student: str, teacher: str,
 
 def test_other_anchors_cannot_be_compared(tiny_detector: TinyDetector) -> None:
     student, teacher = tiny_detector("retinanet"), tiny_detector("retinanet")
-    module: Any = teacher.module
-    module.anchor_generator.cell_anchors = [2 * anchors for anchors in module.anchor_generator.cell_anchors]
+    set_anchors(teacher, [9] * len(teacher.levels))
     with pytest.raises(PairError, match="the anchors differ"):
         class_map_columns(student, teacher)
