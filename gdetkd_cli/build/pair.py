@@ -52,6 +52,8 @@ def build_pair(config: Distill, student: Detector, teacher: Detector, seed: int)
             "set distill.pair to auto"
         )
     transferred, head_transfer = _transfer(config, student, teacher)
+    channels = {level.channels for detector in (student, teacher) for level in detector.levels}
+    same_space = transferred and len(channels) == 1
     teacher.module.eval()
     for parameter in teacher.module.parameters():  # one by one: TorchScript cannot do it as a whole
         parameter.requires_grad_(False)
@@ -67,7 +69,7 @@ def build_pair(config: Distill, student: Detector, teacher: Detector, seed: int)
     add(
         "sgfi",
         config.sgfi,
-        _sgfi(config.sgfi, student, teacher, transferred),
+        _sgfi(config.sgfi, student, teacher, same_space),
         "" if config.sgfi else "left out by the recipe",
     )
     ckd, reason = _settled(config.ckd, teacher)
@@ -79,7 +81,7 @@ def build_pair(config: Distill, student: Detector, teacher: Detector, seed: int)
         settled, reason, columns = _prediction(name, block, student, teacher)
         add(name, settled, term_class(columns=columns) if columns is not None else None, reason)
     for name, rival in rivals(config):
-        add(name, rival, rival_term(rival, student, teacher), "")
+        add(name, rival, rival_term(rival, student, teacher, same_space=same_space), "")
     if not terms:
         raise PairError("the recipe leaves out every distillation term; use `gdetkd train` for plain training")
 
@@ -121,7 +123,7 @@ def _transfer(config: Distill, student: Detector, teacher: Detector) -> tuple[bo
     return True, f"copied from the teacher: {', '.join(parts)} ({len(copied)} tensors)"
 
 
-def _sgfi(block: SGFI | None, student: Detector, teacher: Detector, transferred: bool) -> SGFITerm | None:
+def _sgfi(block: SGFI | None, student: Detector, teacher: Detector, same_space: bool) -> SGFITerm | None:
     if block is None:
         return None
     student_channels = [level.channels for level in student.levels]
@@ -129,7 +131,7 @@ def _sgfi(block: SGFI | None, student: Detector, teacher: Detector, transferred:
     return SGFITerm(
         student_channels=student_channels,
         teacher_channels=teacher_channels,
-        same_space=transferred and set(student_channels) == {teacher_channels},
+        same_space=same_space,
         embed_channels=block.embed_channels,
         initial_tau=block.tau,
         normalize=block.normalize,

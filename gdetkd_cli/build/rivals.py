@@ -19,8 +19,8 @@ def rivals(config: Distill) -> list[tuple[str, Rival]]:
     return [(name, block) for name in NAMES if (block := getattr(config, name)) is not None]
 
 
-def rival_term(block: Rival, student: Detector, teacher: Detector) -> nn.Module:
-    """The term of a method's settings, for a pair.
+def rival_term(block: Rival, student: Detector, teacher: Detector, *, same_space: bool) -> nn.Module:
+    """The term of a method's settings, for a pair; ``same_space``: its head was transferred.
 
     Raises:
         PairError: the method cannot be used for it.
@@ -32,7 +32,7 @@ def rival_term(block: Rival, student: Detector, teacher: Detector) -> nn.Module:
         case GTMask():
             return GTMaskTerm(student_channels=ours, teacher_channels=theirs, share=block.share)
         case RoIImitation():
-            return RoIImitationTerm(student_channels=max(ours), teacher_channels=max(theirs))
+            return RoIImitationTerm(student_channels=max(ours), teacher_channels=max(theirs), same_space=same_space)
         case PKD():
             return PKDTerm(student_channels=ours, teacher_channels=theirs)
         case CWD():

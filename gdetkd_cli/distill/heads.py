@@ -43,7 +43,7 @@ class LevelMatcher(nn.Module):
         super().__init__()
         self.shared = len(set(student_channels)) == 1
         adapters = [student_channels[0]] if self.shared else list(student_channels)
-        self.adapters = nn.ModuleList(_adapter(channels, teacher_channels, identity) for channels in adapters)
+        self.adapters = nn.ModuleList(new_adapter(channels, teacher_channels, identity) for channels in adapters)
         self.embed_in = nn.Conv2d(teacher_channels, embed_channels, 3, stride=2)  # 7 -> 3
         self.embed_out = nn.Conv2d(embed_channels, embed_channels, 3, stride=2)  # 3 -> 1
         # Learnt as its logarithm, so that tau stays positive.
@@ -63,8 +63,8 @@ class LevelMatcher(nn.Module):
             The aggregate (R, C_t, 7, 7) and the weights of the levels (R, L).
         """
         query = self.embed_out(self.embed_in(target).relu()).flatten(1)  # (R, E)
-        adapters = [_folded(adapter, affine) for adapter in self.adapters]
-        convolutions = [self._first_of_keys(*folded) for folded in adapters]
+        adapters = [folded(adapter, affine) for adapter in self.adapters]
+        convolutions = [self._first_of_keys(*adapter) for adapter in adapters]
         if self.shared:
             adapters, convolutions = adapters * len(levels), convolutions * len(levels)
         # Level by level: together they leave a CPU's cache, which costs more than the few calls saved.
@@ -75,7 +75,7 @@ class LevelMatcher(nn.Module):
         weights = level_attention(keys, query, self.log_tau.exp())
         if self.shared:
             return conv2d(_weighted_sum(levels, weights), *adapters[0]), weights
-        adapted = [conv2d(level, *folded) for level, folded in zip(levels, adapters, strict=True)]
+        adapted = [conv2d(level, *adapter) for level, adapter in zip(levels, adapters, strict=True)]
         return _weighted_sum(adapted, weights), weights
 
     def _first_of_keys(self, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
@@ -94,7 +94,7 @@ def _weighted_sum(levels: Sequence[Tensor], weights: Tensor) -> Tensor:
     return total
 
 
-def _folded(adapter: nn.Module, affine: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+def folded(adapter: nn.Module, affine: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
     """Weight (C_t, C_s, 1, 1) and bias (C_t,) of the adapter after ``affine``."""
     assert isinstance(adapter, nn.Conv2d) and adapter.bias is not None
     if affine is None:
@@ -103,7 +103,8 @@ def _folded(adapter: nn.Module, affine: tuple[Tensor, Tensor] | None) -> tuple[T
     return adapter.weight * scale[:, None, None], adapter.bias + adapter.weight[:, :, 0, 0] @ shift
 
 
-def _adapter(student_channels: int, teacher_channels: int, identity: bool) -> nn.Conv2d:
+def new_adapter(student_channels: int, teacher_channels: int, identity: bool) -> nn.Conv2d:
+    """A fresh f_adapt, 1x1; the identity where the channels are the same space."""
     adapter = nn.Conv2d(student_channels, teacher_channels, 1)
     if identity:
         assert adapter.bias is not None

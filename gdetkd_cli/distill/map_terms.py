@@ -11,11 +11,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import conv2d
 
 from gdetkd_cli.detectors.pooling import cells
 from gdetkd_cli.detectors.protocol import View
 from gdetkd_cli.distill.alignment import align
-from gdetkd_cli.distill.heads import Standardizer
+from gdetkd_cli.distill.heads import Standardizer, folded, new_adapter
 from gdetkd_cli.distill.terms import ObservedPair
 from gdetkd_cli.errors import PairError
 from gdetkd_cli.losses.cwd import channel_divergence
@@ -195,14 +196,16 @@ class RoIImitationTerm(nn.Module):
     Args:
         student_channels: most channels of a student level.
         teacher_channels: most channels of a teacher level.
+        same_space: as in SGFITerm: the student got the teacher's head.
     """
 
     student_needs: frozenset[View] = frozenset({"pooled"})
     teacher_needs: frozenset[View] = frozenset({"pooled"})
 
-    def __init__(self, *, student_channels: int, teacher_channels: int) -> None:
+    def __init__(self, *, student_channels: int, teacher_channels: int, same_space: bool = False) -> None:
         super().__init__()
-        self.adapter = nn.Conv2d(student_channels, teacher_channels, 1)
+        self.adapter = new_adapter(student_channels, teacher_channels, same_space)
+        self.same_space = same_space
         self.standardizer = Standardizer(channels=teacher_channels, per_channel=True)
 
     def forward(self, pair: ObservedPair) -> Tensor:
@@ -211,7 +214,10 @@ class RoIImitationTerm(nn.Module):
         assert student is not None and target is not None
         self.standardizer.update(target, channels)
         target = self.standardizer(target.float(), channels)
-        return region_imitation_loss(self.adapter(student).float(), target, channels)
+        affine = self.standardizer.affine() if self.same_space else None
+        with torch.autocast(target.device.type, enabled=False):
+            adapted = conv2d(student.float(), *folded(self.adapter, affine))
+        return region_imitation_loss(adapted, target, channels)
 
 
 class LogitTerm(nn.Module):

@@ -115,6 +115,19 @@ def test_regions_are_imitated_from_the_level_that_each_detector_assigns() -> Non
     assert torch.autograd.grad(loss, student)[0].abs().sum() > 0
 
 
+def test_regions_of_a_student_with_the_teachers_head_become_the_teachers_own() -> None:
+    """Equal features cost nothing from the first step on; with a fresh adapter they do."""
+    torch.manual_seed(0)
+    features = 100 + 7 * torch.randn(3, 6, 7, 7)
+    same = pair(student=RegionView(pooled=features), teacher=RegionView(pooled=features))
+    losses = [
+        float(RoIImitationTerm(student_channels=6, teacher_channels=6, same_space=same_space)(same).detach())
+        for same_space in (True, False)
+    ]
+    assert losses[0] == pytest.approx(0, abs=1e-8)
+    assert losses[1] > 0.1
+
+
 def test_logits_of_other_anchors_are_refused() -> None:
     """The student's second level lies on the teacher's second, but its anchors are those of the third."""
     maps = tuple(torch.randn(2, 3, 64 // s, 64 // s) for s in (4, 8, 16))
