@@ -12,9 +12,10 @@ from gdetkd_cli.build.rivals import Rival, rival_term, rivals
 from gdetkd_cli.detectors.probed import ProbedDetector
 from gdetkd_cli.detectors.protocol import Detector, Observation
 from gdetkd_cli.distill.distiller import Distiller, WeightedTerm
-from gdetkd_cli.distill.pair import PairKind, pair_kind, prediction_columns, transfer_head
+from gdetkd_cli.distill.pair import PairKind, pair_kind, prediction_columns
 from gdetkd_cli.distill.regions import choose_regions
 from gdetkd_cli.distill.terms import BoxTerm, CKDTerm, ClassTerm, SGFITerm
+from gdetkd_cli.distill.transfer import transfer_head
 from gdetkd_cli.errors import PairError
 from gdetkd_cli.recipe.schema import CKD, SGFI, Distill, PredictionKD
 from gdetkd_cli.results import TermPlan
@@ -114,13 +115,14 @@ def _transfer(config: Distill, student: Detector, teacher: Detector) -> tuple[bo
     if config.head_transfer is False:
         return False, "left out by the recipe"
     try:
-        copied = transfer_head(student, teacher)
+        copied, left = transfer_head(student, teacher)
     except PairError as error:
         if config.head_transfer is True:
             raise PairError(f"distill.head_transfer: {error}; set it to auto or false") from error
         return False, f"nothing copied: {error}"
-    parts = sorted({re.sub(r"(_head|_predictor)\..*", r"\1", name) for name in copied})
-    return True, f"copied from the teacher: {', '.join(parts)} ({len(copied)} tensors)"
+    parts = sorted({re.sub(r"(head|predictor)\..*", r"\1", name) for name in copied})
+    rest = f"; the RPN's head was not: {left}" if left else ""
+    return True, f"copied from the teacher: {', '.join(parts)} ({len(copied)} tensors){rest}"
 
 
 def _sgfi(block: SGFI | None, student: Detector, teacher: Detector, same_space: bool) -> SGFITerm | None:

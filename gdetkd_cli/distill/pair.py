@@ -6,7 +6,7 @@ from math import log
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gdetkd_cli.detectors.dense import DenseDetector
 from gdetkd_cli.detectors.protocol import Detector
@@ -74,13 +74,28 @@ def class_map_columns(student: Detector, teacher: Detector) -> Tensor:
 
 
 def agreeing_anchors(student: Detector, teacher: Detector) -> Tensor:
-    """(L_student, L_teacher) bool: whether the anchors of two levels are the same, in cells. Of a pair that
-    ``class_map_columns`` accepts."""
+    """(L_student, L_teacher) bool: whether two levels have the same anchors, in cells.
+
+    Raises:
+        PairError: a detector's anchors are not known.
+    """
     ours, theirs = _anchors(student), _anchors(teacher)
     # Corners are rounded to pixels: up to half a pixel of a cell of four or more.
     return torch.tensor(
         [[a.shape == b.shape and float((a.cpu() - b.cpu()).abs().max()) <= 0.15 for b in theirs] for a in ours]
     )
+
+
+def check_anchors(student: Detector, teacher: Detector) -> None:
+    """A head that reads all levels must meet the boxes that it learnt to judge at a level of that stride.
+
+    Raises:
+        PairError: the teacher's level of the nearest stride, in pixels that each network sees, has other anchors.
+    """
+    agree = agreeing_anchors(student, teacher)
+    for level in range(len(agree)):
+        if not agree[level, other := _nearest_stride(student, teacher, level)]:
+            raise _anchors_differ(student, teacher, level, other)
 
 
 def _dense_alike(student: Detector, teacher: Detector) -> bool:
@@ -94,8 +109,10 @@ def _dense_alike(student: Detector, teacher: Detector) -> bool:
 
 
 def _anchors(detector: Detector) -> tuple[Tensor, ...]:
-    assert isinstance(detector, DenseDetector) and detector.anchors is not None
-    return detector.anchors
+    anchors = detector.anchors if isinstance(detector, DenseDetector | TwoStageDetector) else None
+    if anchors is None:
+        raise PairError(f"the anchors of {type(detector.module).__name__} are not known")
+    return anchors
 
 
 def _nearest_stride(student: Detector, teacher: Detector, level: int) -> int:
@@ -113,70 +130,3 @@ def _anchors_differ(student: Detector, teacher: Detector, level: int, other: int
 def _sides(anchors: Tensor) -> str:
     """``3 x 4, 6 x 8``: width and height of each."""
     return ", ".join(f"{w:.3g} x {h:.3g}" for w, h in (anchors[:, 2:] - anchors[:, :2]).tolist())
-
-
-def transfer_head(student: Detector, teacher: Detector) -> list[str]:
-    """Copies the teacher's head into the student's; returns the names of the copied parameters.
-
-    Of two two-stage detectors it is the RoI head, of two RetinaNets or two FCOS the whole head. Rows that belong to
-    classes are put in the student's order.
-
-    Raises:
-        PairError: heads of other kinds, or any shape, anchor or class list that differs; nothing is copied then.
-    """
-    dense = isinstance(student, DenseDetector) and isinstance(teacher, DenseDetector)
-    copies = _dense_head(student, teacher) if dense else _roi_heads(student, teacher)
-    student.module.load_state_dict(copies, strict=False)
-    return sorted(name.removeprefix("roi_heads.") for name in copies)
-
-
-def _dense_head(student: Detector, teacher: Detector) -> dict[str, Tensor]:
-    """What a dense student's head gets: names in the detector and values."""
-    columns, agree = class_map_columns(student, teacher), agreeing_anchors(student, teacher)
-    for level in range(len(agree)):
-        # One head reads all levels: it must meet the boxes that it learnt to judge at a level of that stride.
-        if not agree[level, other := _nearest_stride(student, teacher, level)]:
-            raise _anchors_differ(student, teacher, level, other)
-    copies = {}
-    for name, value in _matching("head", student.module, teacher.module).items():
-        if name.startswith("head.classification_head.cls_logits."):  # rows: anchors x (K + 1) classes
-            value = value.unflatten(0, (-1, len(columns)))[:, columns.to(value.device)].flatten(0, 1)
-        copies[name] = value
-    return copies
-
-
-def _roi_heads(student: Detector, teacher: Detector) -> dict[str, Tensor]:
-    """What a two-stage student's RoI heads get: names in the detector and values."""
-    columns = prediction_columns(student, teacher)
-    copies: dict[str, Tensor] = {}
-    heads = {
-        name.rpartition(".")[0]
-        for d in (student, teacher)
-        for name, _ in d.module.named_modules()
-        if name.endswith(".box_head")
-    }
-    for part in (f"{head}.{layer}" for head in sorted(heads) for layer in ("box_head", "box_predictor")):
-        for name, value in _matching(part, student.module, teacher.module).items():
-            # Rows: K + 1 classes, or K + 1 classes x 4 coordinates; a cascade has four, for any class.
-            if part.endswith("box_predictor") and (".cls_score." in name or len(value) != 4):
-                value = value.unflatten(0, (len(columns), -1))[columns.to(value.device)].flatten(0, 1)
-            copies[name] = value
-    return copies
-
-
-def _matching(part: str, student: nn.Module, teacher: nn.Module) -> dict[str, Tensor]:
-    """The teacher's parameters under ``part``, by name.
-
-    Raises:
-        PairError: the student's differ in a name or a shape.
-    """
-    source, target = (
-        {} if part not in dict(d.named_modules()) else d.get_submodule(part).state_dict() for d in (teacher, student)
-    )
-    for name in sorted(source.keys() | target.keys()):
-        shapes = [tuple(state[name].shape) if name in state else None for state in (source, target)]
-        if shapes[0] != shapes[1]:
-            raise PairError(
-                f"{part.removeprefix('roi_heads.')}.{name} is {shapes[0]} in the teacher and {shapes[1]} in the student"
-            )
-    return {f"{part}.{name}": value for name, value in source.items()}

@@ -1,0 +1,91 @@
+"""What a student's head starts from: the teacher's, where it fits."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from gdetkd_cli.detectors.dense import DenseDetector
+from gdetkd_cli.detectors.protocol import Detector
+from gdetkd_cli.distill.pair import check_anchors, class_map_columns, prediction_columns
+from gdetkd_cli.errors import PairError
+
+
+def transfer_head(student: Detector, teacher: Detector) -> tuple[list[str], str]:
+    """Copies the teacher's head into the student's.
+
+    Of two RetinaNets or two FCOS it is the whole head; of two two-stage detectors the RoI head, and the RPN's where it
+    fits. Rows that belong to classes are put in the student's order.
+
+    Returns:
+        The names of the copied parameters, and why the RPN's are not among them ("" where they are).
+
+    Raises:
+        PairError: heads of other kinds, or any shape, anchor or class list that differs; nothing is copied then.
+    """
+    left = ""
+    if isinstance(student, DenseDetector) and isinstance(teacher, DenseDetector):
+        copies = _dense_head(student, teacher)
+    else:
+        copies = _roi_heads(student, teacher)
+        try:
+            copies |= _rpn_head(student, teacher)
+        except PairError as error:
+            left = str(error)
+    student.module.load_state_dict(copies, strict=False)
+    return sorted(name.removeprefix("roi_heads.") for name in copies), left
+
+
+def _dense_head(student: Detector, teacher: Detector) -> dict[str, Tensor]:
+    """What a dense student's head gets: names in the detector and values."""
+    columns = class_map_columns(student, teacher)
+    check_anchors(student, teacher)
+    copies = {}
+    for name, value in _matching("head", student.module, teacher.module).items():
+        if name.startswith("head.classification_head.cls_logits."):  # rows: anchors x (K + 1) classes
+            value = value.unflatten(0, (-1, len(columns)))[:, columns.to(value.device)].flatten(0, 1)
+        copies[name] = value
+    return copies
+
+
+def _roi_heads(student: Detector, teacher: Detector) -> dict[str, Tensor]:
+    """What a two-stage student's RoI heads get: names in the detector and values."""
+    columns = prediction_columns(student, teacher)
+    copies: dict[str, Tensor] = {}
+    heads = {
+        name.rpartition(".")[0]
+        for d in (student, teacher)
+        for name, _ in d.module.named_modules()
+        if name.endswith(".box_head")
+    }
+    for part in (f"{head}.{layer}" for head in sorted(heads) for layer in ("box_head", "box_predictor")):
+        for name, value in _matching(part, student.module, teacher.module).items():
+            # Rows: K + 1 classes, or K + 1 classes x 4 coordinates; a cascade has four, for any class.
+            if part.endswith("box_predictor") and (".cls_score." in name or len(value) != 4):
+                value = value.unflatten(0, (len(columns), -1))[columns.to(value.device)].flatten(0, 1)
+            copies[name] = value
+    return copies
+
+
+def _rpn_head(student: Detector, teacher: Detector) -> dict[str, Tensor]:
+    """What the RPN's head of a two-stage student gets: names in the detector and values."""
+    copies = _matching("rpn.head", student.module, teacher.module)
+    check_anchors(student, teacher)
+    return copies
+
+
+def _matching(part: str, student: nn.Module, teacher: nn.Module) -> dict[str, Tensor]:
+    """The teacher's parameters under ``part``, by name.
+
+    Raises:
+        PairError: the student's differ in a name or a shape.
+    """
+    source, target = (
+        {} if part not in dict(d.named_modules()) else d.get_submodule(part).state_dict() for d in (teacher, student)
+    )
+    for name in sorted(source.keys() | target.keys()):
+        shapes = [tuple(state[name].shape) if name in state else None for state in (source, target)]
+        if shapes[0] != shapes[1]:
+            raise PairError(
+                f"{part.removeprefix('roi_heads.')}.{name} is {shapes[0]} in the teacher and {shapes[1]} in the student"
+            )
+    return {f"{part}.{name}": value for name, value in source.items()}
