@@ -19,6 +19,7 @@ from gdetkd_cli.detectors.weights import (
     has_frozen_norms,
     load_state,
     read_torch_file,
+    refitted_layers,
     state_dict_of,
     torchvision_categories,
     torchvision_norm_eps,
@@ -37,11 +38,16 @@ DetectorSpec = TorchvisionDetector | ComposedDetector | CheckpointDetector | Fac
 
 @dataclass(frozen=True)
 class BuiltDetector:
-    """A detector, the description that rebuilds it, and what there was to say while building it."""
+    """A detector, the description that rebuilds it, and what there was to say while building it.
+
+    Attributes:
+        trained_head: its head has weights that were made for these classes.
+    """
 
     detector: Detector
     description: dict[str, Any]
     notes: tuple[str, ...]
+    trained_head: bool = False
 
 
 def build_detector(
@@ -76,7 +82,7 @@ def build_detector(
                 note = f"{path}: only its features can teach, since {error.reason}"
                 return replace(built, notes=(note, *built.notes))
         if keep_classes or loaded.detector.class_names == class_names:
-            return BuiltDetector(loaded.detector, loaded.description, loaded.notes)
+            return BuiltDetector(loaded.detector, loaded.description, loaded.notes, trained_head=True)
         torch.manual_seed(seed)
         refitted = catalog.build(loaded.description, class_names)
         refits = load_state(refitted.module, loaded.detector.module.state_dict(), spec.path)
@@ -103,7 +109,8 @@ def build_detector(
         notes += _load_backbone(detector, spec)
     if state is not None:
         notes += load_state(detector.module, state, source)
-    return BuiltDetector(detector, description, tuple(notes))
+    trained = state is not None and not refitted_layers(detector.module, state)
+    return BuiltDetector(detector, description, tuple(notes), trained_head=trained)
 
 
 def _made(spec: FactoryDetector, class_names: tuple[str, ...], seed: int) -> BuiltDetector:
@@ -120,11 +127,13 @@ def _made(spec: FactoryDetector, class_names: tuple[str, ...], seed: int) -> Bui
     }
     torch.manual_seed(seed)
     detector = catalog.build(description, class_names)
-    notes = [f"made by {spec.factory}"]
+    notes, trained = [f"made by {spec.factory}"], False
     if spec.weights is not None:
         path = catalog.locate(spec.weights)
-        notes += load_state(detector.module, state_dict_of(read_torch_file(path), str(path)), str(path))
-    return BuiltDetector(detector, description, tuple(notes))
+        state = state_dict_of(read_torch_file(path), str(path))
+        notes += load_state(detector.module, state, str(path))
+        trained = not refitted_layers(detector.module, state)
+    return BuiltDetector(detector, description, tuple(notes), trained_head=trained)
 
 
 def _probed(spec: CheckpointDetector, path: Path, kind: Kind, *, teaches: bool) -> BuiltDetector:

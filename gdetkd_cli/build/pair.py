@@ -40,8 +40,16 @@ class BuiltPair:
     head_transfer: str
 
 
-def build_pair(config: Distill, student: Detector, teacher: Detector, seed: int) -> BuiltPair:
+def build_pair(
+    config: Distill, student: Detector, teacher: Detector, seed: int, *, trained_head: bool = False
+) -> BuiltPair:
     """The distiller of a pair, its terms chosen and checked.
+
+    Args:
+        config: the recipe's block.
+        student, teacher: on the CPU.
+        seed: of the terms' fresh weights and the choice of regions.
+        trained_head: the student's head has weights already, which `head_transfer: auto` leaves alone.
 
     Raises:
         PairError: a term that the recipe asks for does not fit the pair.
@@ -52,7 +60,7 @@ def build_pair(config: Distill, student: Detector, teacher: Detector, seed: int)
             f"distill.pair is {config.pair}, but {teacher.family} -> {student.family} is a {kind} pair; "
             "set distill.pair to auto"
         )
-    transferred, head_transfer = _transfer(config, student, teacher)
+    transferred, head_transfer = _transfer(config, student, teacher, trained_head)
     channels = {level.channels for detector in (student, teacher) for level in detector.levels}
     same_space = transferred and len(channels) == 1
     teacher.module.eval()
@@ -110,10 +118,13 @@ def build_pair(config: Distill, student: Detector, teacher: Detector, seed: int)
     return BuiltPair(distiller=distiller, kind=kind, terms=tuple(plans), head_transfer=head_transfer)
 
 
-def _transfer(config: Distill, student: Detector, teacher: Detector) -> tuple[bool, str]:
-    """Whether the teacher's RoI head was copied, and what there is to say of it."""
+def _transfer(config: Distill, student: Detector, teacher: Detector, trained_head: bool) -> tuple[bool, str]:
+    """Whether the teacher's head was copied, and what there is to say of it."""
     if config.head_transfer is False:
         return False, "left out by the recipe"
+    if config.head_transfer == "auto" and trained_head:
+        # Measured: a trained student loses by it (docs/benchmarks.md).
+        return False, "nothing copied: the student's own head is trained; head_transfer: true copies all the same"
     try:
         copied, left = transfer_head(student, teacher)
     except PairError as error:
@@ -136,6 +147,7 @@ def _sgfi(block: SGFI | None, student: Detector, teacher: Detector, same_space: 
         same_space=same_space,
         embed_channels=block.embed_channels,
         initial_tau=block.tau,
+        prior=block.prior,
         normalize=block.normalize,
         sampling_ratio=block.sampling_ratio,
     )

@@ -101,7 +101,13 @@ class DenseDetector:
             pooled_channels = channels_of(self.levels, assignment)
         embedding = self._embed(seen, regions, assignment) if "embedding" in needs else None
         class_maps = self._class_maps(seen) if "class_maps" in needs else None
-        return RegionView(pooled=pooled, pooled_channels=pooled_channels, embedding=embedding, class_maps=class_maps)
+        return RegionView(
+            pooled=pooled,
+            pooled_channels=pooled_channels,
+            embedding=embedding,
+            level=assignment,
+            class_maps=class_maps,
+        )
 
     def predict(self, images: list[Tensor]) -> list[Detections]:
         return common.predict(self.module, images)

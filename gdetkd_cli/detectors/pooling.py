@@ -95,14 +95,15 @@ def pool_all_levels(pyramid: Pyramid, regions: Regions, *, size: int, sampling_r
     ]
 
 
-def assign_levels(pyramid: Pyramid, regions: Regions, *, cells_per_side: float) -> Tensor:
-    """The level a region belongs to, (R,) int64: where its side is nearest to ``cells_per_side`` cells, in octaves.
+def assign_levels(pyramid: Pyramid, regions: Regions, *, cells_per_side: float, among: int | None = None) -> Tensor:
+    """The level a region belongs to, (R,) int64: where its side is nearest to ``cells_per_side`` cells, in octaves;
+    of the finest ``among`` levels, or of all.
 
     The usual rule k = k0 + log2(sqrt(area) / 224) written for measured strides: 224 pixels at stride 16 are 14 cells.
     """
     pixels = pyramid.frame.to_model(regions.boxes, regions.image_index)
     side = (pixels[:, 2:] - pixels[:, :2]).clamp(min=1e-3).prod(dim=1).sqrt()
-    strides = pixels.new_tensor([(spec.stride[0] * spec.stride[1]) ** 0.5 for spec in pyramid.levels])
+    strides = pixels.new_tensor([(spec.stride[0] * spec.stride[1]) ** 0.5 for spec in pyramid.levels[:among]])
     octaves = torch.log2(side[:, None] / (cells_per_side * strides[None])).abs()
     return octaves.argmin(dim=1)
 

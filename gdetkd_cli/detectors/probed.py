@@ -148,6 +148,7 @@ class ProbedDetector:
             pooled=pooled,
             pooled_channels=channels_of(self.levels, assignment),
             embedding=pooled.mean(dim=(2, 3)) if "embedding" in needs else None,
+            level=assignment,
         )
 
     @property

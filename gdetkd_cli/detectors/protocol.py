@@ -53,6 +53,7 @@ class RegionView:
         embedding: (R, D) the region embedding.
         class_logits: (R, K + 1), background first.
         box_deltas: (R, K + 1, 4) in the detector's box coding.
+        level: (R,) int64, the level of its pyramid that the detector's own assignment picks.
         class_maps: L maps (N, A x (K + 1), H_l, W_l), a dense head's class logits in every cell, whatever the regions.
     """
 
@@ -61,10 +62,11 @@ class RegionView:
     embedding: Tensor | None = None
     class_logits: Tensor | None = None
     box_deltas: Tensor | None = None
+    level: Tensor | None = None
     class_maps: tuple[Tensor, ...] | None = None
 
 
-View = Literal["pooled", "embedding", "predictions", "class_maps"]
+View = Literal["pooled", "embedding", "predictions", "level", "class_maps"]
 
 
 class Detector(Protocol):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 
 from gdetkd_cli.detectors import torchvision_common as common
+from gdetkd_cli.detectors.pooling import assign_levels
 from gdetkd_cli.detectors.protocol import Candidates, Family, Observation, RegionView, View
 from gdetkd_cli.detectors.tap import Tap
 from gdetkd_cli.structures import Batch, Detections, LevelSpec, Pyramid, Regions
@@ -112,12 +113,14 @@ class TwoStageDetector:
 
     def view_regions(self, seen: Observation, regions: Regions, needs: frozenset[View]) -> RegionView:
         assert isinstance(seen, TwoStageObservation), "an observation of another detector"
+        level = self._assign(seen.pyramid, regions) if "level" in needs else None
         if seen.sampled is not None and "pooled" not in needs and bool((regions.candidate >= 0).all()):
             rows = regions.candidate  # the head ran on these boxes already
             return RegionView(
                 embedding=_rows(seen.sampled.embedding, rows),
                 class_logits=_rows(seen.sampled.class_logits, rows),
                 box_deltas=_rows(seen.sampled.box_deltas, rows),
+                level=level,
             )
         heads = self.module.roi_heads
         boxes = seen.pyramid.frame.to_model(regions.boxes, regions.image_index)
@@ -125,11 +128,21 @@ class TwoStageDetector:
         pooled = heads.box_roi_pool(seen.features, per_image, seen.image_sizes)
         embedding = heads.box_head(pooled) if needs & {"embedding", "predictions"} else None
         if embedding is None or "predictions" not in needs:
-            return RegionView(pooled=pooled, embedding=embedding)
+            return RegionView(pooled=pooled, embedding=embedding, level=level)
         class_logits, box_deltas = heads.box_predictor(embedding)
         return RegionView(
-            pooled=pooled, embedding=embedding, class_logits=class_logits, box_deltas=box_deltas.unflatten(1, (-1, 4))
+            pooled=pooled,
+            embedding=embedding,
+            class_logits=class_logits,
+            box_deltas=box_deltas.unflatten(1, (-1, 4)),
+            level=level,
         )
+
+    def _assign(self, pyramid: Pyramid, regions: Regions) -> Tensor:
+        """(R,) the level that the RoI head pools a region from: sides of one octave up from its canonical scale."""
+        pool = self.module.roi_heads.box_roi_pool
+        cells_per_side = pool.canonical_scale / 2**pool.canonical_level * 2**0.5
+        return assign_levels(pyramid, regions, cells_per_side=cells_per_side, among=len(pool.featmap_names))
 
     def predict(self, images: list[Tensor]) -> list[Detections]:
         return common.predict(self.module, images)

@@ -152,6 +152,16 @@ def _known_weights(model: str | None) -> str:
     return ", ".join(weights.name for weights in get_model_weights(model))
 
 
+def refitted_layers(module: nn.Module, state: dict[str, Tensor]) -> list[str]:
+    """Layers that were made for another number of classes, by name."""
+    own = module.state_dict()
+    return [
+        name
+        for name, value in state.items()
+        if name in own and value.shape != own[name].shape and name.startswith(CLASS_LAYERS)
+    ]
+
+
 def load_state(module: nn.Module, state: dict[str, Tensor], source: str) -> list[str]:
     """Loads weights; layers made for another number of classes keep their fresh values.
 
@@ -167,11 +177,7 @@ def load_state(module: nn.Module, state: dict[str, Tensor], source: str) -> list
     if dropped:
         notes.append(f"{source}: the mask branch ({len(dropped)} tensors) is not used")
     wanted = {name: value for name, value in state.items() if name not in dropped}
-    refitted = [
-        name
-        for name, value in wanted.items()
-        if name in own and value.shape != own[name].shape and name.startswith(CLASS_LAYERS)
-    ]
+    refitted = refitted_layers(module, wanted)
     if refitted:
         notes.append(
             f"{source}: made for another number of classes; these layers start fresh: {', '.join(sorted(refitted))}"

@@ -50,7 +50,11 @@ class LevelMatcher(nn.Module):
         self.log_tau = nn.Parameter(torch.tensor(math.log(initial_tau)))
 
     def forward(
-        self, levels: Sequence[Tensor], target: Tensor, affine: tuple[Tensor, Tensor] | None = None
+        self,
+        levels: Sequence[Tensor],
+        target: Tensor,
+        affine: tuple[Tensor, Tensor] | None = None,
+        prior: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Aggregates.
 
@@ -58,6 +62,7 @@ class LevelMatcher(nn.Module):
             levels: L tensors (R, C_s, 7, 7), the student's features of each region on every level.
             target: (R, C_t, 7, 7), the teacher's.
             affine: scale and shift, (C_s,) or (1,), that the levels get first; they fold into the adapters.
+            prior: (R, L) logits that the match starts from, or none.
 
         Returns:
             The aggregate (R, C_t, 7, 7) and the weights of the levels (R, L).
@@ -72,7 +77,7 @@ class LevelMatcher(nn.Module):
             [conv2d(level, *composed, stride=2) for level, composed in zip(levels, convolutions, strict=True)], dim=1
         )
         keys = self.embed_out(hidden.flatten(0, 1).relu()).flatten(1).unflatten(0, hidden.shape[:2])  # (R, L, E)
-        weights = level_attention(keys, query, self.log_tau.exp())
+        weights = level_attention(keys, query, self.log_tau.exp(), prior)
         if self.shared:
             return conv2d(_weighted_sum(levels, weights), *adapters[0]), weights
         adapted = [conv2d(level, *adapter) for level, adapter in zip(levels, adapters, strict=True)]

@@ -19,7 +19,7 @@ from gdetkd_cli.distill.heads import LevelMatcher, Standardizer
 from gdetkd_cli.distill.queue import RegionQueue
 from gdetkd_cli.losses.ckd import contrastive_loss, overlap_negatives
 from gdetkd_cli.losses.prediction import box_loss, class_loss
-from gdetkd_cli.losses.sgfi import imitation_loss
+from gdetkd_cli.losses.sgfi import imitation_loss, level_prior
 from gdetkd_cli.structures import Batch, Regions
 
 
@@ -66,12 +66,13 @@ class SGFITerm(nn.Module):
         embed_channels: channels of the embedding that levels are matched in.
         initial_tau: temperature of the match at the start.
         normalize: standardise the target ``channel`` by channel, as one ``scalar``, or not at all (``none``).
+        prior: how much the match favours the level that the student assigns a region to; 0: not at all (the paper).
         sampling_ratio: RoIAlign samples per bin and axis on the student's levels.
         same_space: the student got the teacher's head, so its features have to become the teacher's own, not a linear
             map of them: they are standardised with the teacher's statistics and f_adapt starts as the identity.
     """
 
-    student_needs: frozenset[View] = frozenset()
+    student_needs: frozenset[View] = frozenset({"level"})
     teacher_needs: frozenset[View] = frozenset({"pooled"})
 
     def __init__(
@@ -80,6 +81,7 @@ class SGFITerm(nn.Module):
         student_channels: Sequence[int],
         teacher_channels: int,
         embed_channels: int,
+        prior: float,
         initial_tau: float = 1.0,
         normalize: str,
         sampling_ratio: int,
@@ -97,22 +99,24 @@ class SGFITerm(nn.Module):
         self.standardizer = (
             None if normalize == "none" else Standardizer(channels=teacher_channels, per_channel=normalize == "channel")
         )
+        self.prior = prior
         self.sampling_ratio = sampling_ratio
 
     def forward(self, pair: ObservedPair) -> Tensor:
-        target, channels = pair.teacher_view.pooled, pair.teacher_view.pooled_channels
-        assert target is not None
+        target, channels, own = pair.teacher_view.pooled, pair.teacher_view.pooled_channels, pair.student_view.level
+        assert target is not None and own is not None
         if self.standardizer is not None:
             self.standardizer.update(target, channels)
             target = self.standardizer(target.float(), channels)
-        levels = pool_all_levels(
-            pair.student_seen.pyramid, pair.regions, size=target.shape[-1], sampling_ratio=self.sampling_ratio
-        )
+        pyramid = pair.student_seen.pyramid
+        levels = pool_all_levels(pyramid, pair.regions, size=target.shape[-1], sampling_ratio=self.sampling_ratio)
+        strides = target.new_tensor([(spec.stride[0] * spec.stride[1]) ** 0.5 for spec in pyramid.levels])
+        prior = level_prior(own, strides, self.prior)
         affine = self.standardizer.affine() if self.same_space and self.standardizer is not None else None
         # Standardisation is folded into the adapters' weights: half precision would lose a small deviation around a
         # large mean.
         with torch.autocast(target.device.type, enabled=False):
-            imitation, _ = self.matcher(levels, target.float(), affine)
+            imitation, _ = self.matcher(levels, target.float(), affine, prior)
         return imitation_loss(imitation.float(), target.float(), channels)
 
 

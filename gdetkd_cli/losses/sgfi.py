@@ -10,18 +10,35 @@ from torch import Tensor
 from torch.nn.functional import mse_loss
 
 
-def level_attention(keys: Tensor, queries: Tensor, tau: Tensor) -> Tensor:
-    """a_i = softmax over levels of <k_il, q_i> / tau.
+def level_attention(keys: Tensor, queries: Tensor, tau: Tensor, prior: Tensor | None = None) -> Tensor:
+    """a_i = softmax over levels of <k_il, q_i> / tau + prior_il.
 
     Args:
         keys: (R, L, D) embeddings of the student's region features on each level.
         queries: (R, D) embeddings of the teacher's region features.
         tau: positive scalar.
+        prior: (R, L) logits that the match starts from; None: none, as in the paper.
 
     Returns:
         (R, L); the weights of a region sum to 1.
     """
-    return ((keys * queries[:, None]).sum(dim=2) / tau).softmax(dim=1)
+    logits = (keys * queries[:, None]).sum(dim=2) / tau
+    return (logits if prior is None else logits + prior).softmax(dim=1)
+
+
+def level_prior(own: Tensor, strides: Tensor, strength: float) -> Tensor:
+    """prior_il = -strength (log2 s_l - log2 s_own(i))^2: a level loses by the octaves that it lies away.
+
+    Args:
+        own: (R,) int64, the level that the student itself assigns each region to.
+        strides: (L,) of its levels.
+        strength: 0 favours none.
+
+    Returns:
+        (R, L), 0 at each region's own level.
+    """
+    octaves = strides.log2()
+    return -strength * (octaves[None] - octaves[own][:, None]).square()
 
 
 def imitation_loss(imitation: Tensor, target: Tensor, channels: Tensor | None = None) -> Tensor:

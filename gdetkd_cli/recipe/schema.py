@@ -244,6 +244,11 @@ class SGFI(Term):
     )
     embed_channels: PositiveInt = Field(64, description="channels of the embedding that levels are matched in")
     tau: PositiveFloat = Field(1.0, description="temperature of the match at the start; it is learnt")
+    prior: NonNegativeFloat = Field(
+        3.0,
+        description="how much the match favours the level that the student itself assigns a region to: a level's logit "
+        "falls by this times the square of the octaves it lies away; 0: not at all (the paper)",
+    )
     sampling_ratio: PositiveInt = Field(2, description="RoIAlign samples per bin and axis")
 
 

@@ -199,7 +199,9 @@ def _checked(
     student = build.build_detector(recipe.student, names, recipe.seed)
     for note in (*student.notes, *teacher.notes):
         observer(Note(note))
-    pair = build.build_pair(recipe.distill, student.detector, teacher.detector, recipe.seed)
+    pair = build.build_pair(
+        recipe.distill, student.detector, teacher.detector, recipe.seed, trained_head=student.trained_head
+    )
     student_report, teacher_report = (
         report_of(built.detector, source=title, format="run", size=size)
         for title, built in zip(titles, (student, teacher), strict=True)

@@ -102,7 +102,9 @@ def prepare(
     pair = None
     if recipe.distill is not None and teacher is not None:
         notes += [f"teacher: {note}" for note in teacher.notes]
-        pair = build.build_pair(recipe.distill, student.detector, teacher.detector, recipe.seed)
+        pair = build.build_pair(
+            recipe.distill, student.detector, teacher.detector, recipe.seed, trained_head=student.trained_head
+        )
     distiller = pair.distiller if pair else Distiller(student=student.detector)
     build.apply_runtime(settings, recipe, student.detector, pair, device)
     pictures: dict[build.Which, int] = {"train": len(train), "val": len(val)}

@@ -146,8 +146,8 @@ def test_views_have_their_shapes(case: Case, which: str, request: pytest.Fixture
     assert case.detector.embedding_channels == case.spec.embedding_channels
     case.module.eval()  # a normalised box head cannot train on no region
 
-    every: list[View] = ["pooled", "embedding", "predictions"]
-    for needs in ([every[0]], [every[1]], [every[2]], every):
+    every: list[View] = ["pooled", "embedding", "predictions", "level"]
+    for needs in (*([one] for one in every), every):
         for count in (0, 5):
             some = Regions(boxes[:count], torch.tensor([0, 0, 0, 1, 1])[:count], torch.full((count,), -1))
             view = case.detector.view_regions(seen, some, frozenset(needs))
@@ -157,6 +157,9 @@ def test_views_have_their_shapes(case: Case, which: str, request: pytest.Fixture
             if "embedding" in needs:
                 assert view.embedding is not None
                 assert view.embedding.shape == (count, case.spec.embedding_channels)
+            if "level" in needs:
+                assert view.level is not None
+                assert view.level.shape == (count,) and set(view.level.tolist()) <= set(range(len(case.spec.channels)))
             if "predictions" in needs and two_stage:
                 assert view.class_logits is not None
                 assert view.box_deltas is not None
@@ -170,6 +173,22 @@ def test_views_have_their_shapes(case: Case, which: str, request: pytest.Fixture
                 assert set(view.pooled_channels.tolist()) <= set(case.spec.channels)
                 for features, channels in zip(view.pooled, view.pooled_channels, strict=True):
                     assert (features[channels:] == 0).all()
+
+
+def test_a_two_stage_regions_level_is_the_one_it_is_pooled_from(case: Case, looked: Observation) -> None:
+    if case.detector.family != "two-stage":
+        return
+    sides = 2 ** torch.linspace(1.3, 5.4, 40)
+    boxes = torch.stack([torch.zeros(40), torch.zeros(40), sides, sides], dim=1)
+    regions = Regions(boxes, torch.zeros(40, dtype=torch.int64), torch.full((40,), -1))
+    level = case.detector.view_regions(looked, regions, frozenset({"level"})).level
+    case.detector.view_regions(looked, regions, frozenset({"pooled"}))  # sets torchvision's mapper up
+    pool = case.module.roi_heads.box_roi_pool
+    if len(pool.featmap_names) == 1:
+        expected = torch.zeros(40, dtype=torch.int64)
+    else:
+        expected = pool.map_levels([looked.pyramid.frame.to_model(boxes, regions.image_index)])
+    assert level is not None and torch.equal(level, expected)
 
 
 def test_candidates_look_as_their_head_saw_them(case: Case, observed: Observation) -> None:

@@ -45,6 +45,7 @@ def make_term(name: str, student: Detector, teacher: Detector) -> nn.Module:
             student_channels=[level.channels for level in student.levels],
             teacher_channels=max(level.channels for level in teacher.levels),
             embed_channels=8,
+            prior=3.0,
             normalize="channel",
             sampling_ratio=2,
         )

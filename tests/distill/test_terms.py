@@ -59,7 +59,7 @@ def make_pair(
         batch=Batch(images=[torch.zeros(3, 32, 32)] * 2, targets=[], image_ids=torch.tensor(ids)),
         student_seen=seen,
         teacher_seen=seen,
-        student_view=student or RegionView(),
+        student_view=student or RegionView(level=torch.zeros(len(regions), dtype=torch.int64)),
         teacher_view=teacher or RegionView(),
     )
 
@@ -73,6 +73,7 @@ def make_sgfi(**changes: Any) -> SGFITerm:
         "student_channels": [5, 5],
         "teacher_channels": 6,
         "embed_channels": 4,
+        "prior": 0.0,
         "normalize": "none",
         "sampling_ratio": 2,
     }
@@ -96,6 +97,18 @@ def test_sgfi_imitates_the_target(normalize: str) -> None:
     levels = pool_all_levels(pair.student_seen.pyramid, pair.regions, size=7, sampling_ratio=2)
     expected = imitation_loss(term.matcher(levels, target)[0], target)
     torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_sgfi_starts_from_the_students_own_level() -> None:
+    """A prior that leaves nothing to the other levels: as if each region had its own alone."""
+    own = torch.tensor([0, 1, 0])
+    target = draw(3, 6, 7, 7)
+    pair = make_pair(maps=MAPS, student=RegionView(level=own), teacher=RegionView(pooled=target))
+    term = make_sgfi(prior=1e4)
+    levels = pool_all_levels(pair.student_seen.pyramid, pair.regions, size=7, sampling_ratio=2)
+    alone = torch.where((own == 0)[:, None, None, None], levels[0], levels[1])
+
+    torch.testing.assert_close(term(pair), imitation_loss(term.matcher.adapters[0](alone), target))
 
 
 def test_sgfi_of_any_teachers_scale_is_alike() -> None:
@@ -309,8 +322,8 @@ def test_needs_are_those_of_all_terms() -> None:
     sgfi, ckd, classes = make_sgfi(), make_ckd(), ClassTerm(columns=COLUMNS)
     cases: list[tuple[list[Term], set[str], set[str]]] = [
         ([], set(), set()),
-        ([sgfi], set(), {"pooled"}),
-        ([sgfi, ckd], {"embedding"}, {"pooled", "embedding"}),
+        ([sgfi], {"level"}, {"pooled"}),
+        ([sgfi, ckd], {"level", "embedding"}, {"pooled", "embedding"}),
         ([ckd, classes], {"embedding", "predictions"}, {"embedding", "predictions"}),
     ]
     for terms, student, teacher in cases:

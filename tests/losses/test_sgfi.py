@@ -8,16 +8,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from gdetkd_cli.losses.sgfi import imitation_loss, level_attention
+from gdetkd_cli.losses.sgfi import imitation_loss, level_attention, level_prior
 
 # ------------------------------------------------------------------------------------------------------- attention
 
 
-def slow_attention(keys: Tensor, queries: Tensor, tau: float) -> Tensor:
+def slow_attention(keys: Tensor, queries: Tensor, tau: float, prior: Tensor | None = None) -> Tensor:
     """Region by region, level by level, in Python's doubles."""
     weights = []
-    for region, query in zip(keys.tolist(), queries.tolist(), strict=True):
-        scores = [math.exp(sum(k * q for k, q in zip(key, query, strict=True)) / tau) for key in region]
+    for i, (region, query) in enumerate(zip(keys.tolist(), queries.tolist(), strict=True)):
+        start = [0.0] * len(region) if prior is None else prior[i].tolist()
+        scores = [
+            math.exp(sum(k * q for k, q in zip(key, query, strict=True)) / tau + start[level])
+            for level, key in enumerate(region)
+        ]
         weights.append([score / sum(scores) for score in scores])
     return torch.tensor(weights)
 
@@ -41,6 +45,27 @@ def test_attention_is_the_slow_version() -> None:
     keys, queries = torch.randn(6, 4, 5, generator=generator), torch.randn(6, 5, generator=generator)
 
     torch.testing.assert_close(level_attention(keys, queries, torch.tensor(0.7)), slow_attention(keys, queries, 0.7))
+
+
+def test_attention_with_a_prior() -> None:
+    generator = torch.Generator().manual_seed(0)
+    keys, queries = torch.randn(6, 4, 5, generator=generator), torch.randn(6, 5, generator=generator)
+    prior = torch.randn(6, 4, generator=generator)
+    tau = torch.tensor(0.7)
+
+    torch.testing.assert_close(level_attention(keys, queries, tau, prior), slow_attention(keys, queries, 0.7, prior))
+    torch.testing.assert_close(level_attention(keys, queries, tau, 0 * prior), level_attention(keys, queries, tau))
+    # Nothing to match by: one octave away weighs e^-3 of the own level.
+    weights = level_attention(torch.zeros(1, 2, 5), torch.zeros(1, 5), tau, torch.tensor([[0.0, -3.0]]))
+    torch.testing.assert_close(weights, torch.tensor([[0.952574, 0.047426]]))
+
+
+def test_the_prior_by_hand() -> None:
+    """Levels of stride 4, 8 and 32: one octave, then two."""
+    prior = level_prior(torch.tensor([0, 2, 1]), torch.tensor([4.0, 8.0, 32.0]), 2.0)
+
+    assert prior.tolist() == [[0, -2, -18], [-18, -8, 0], [-2, 0, -8]]
+    assert not level_prior(torch.tensor([0, 1]), torch.tensor([4.0, 8.0]), 0.0).any()
 
 
 def test_the_weights_of_a_region_sum_to_one_over_its_levels() -> None:

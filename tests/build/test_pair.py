@@ -1,0 +1,51 @@
+"""What a built pair starts from: the teacher's head, unless the student has one of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from gdetkd_cli.build.detector import build_detector
+from gdetkd_cli.build.pair import build_pair
+from gdetkd_cli.detectors.protocol import Detector
+from gdetkd_cli.recipe.schema import ComposedDetector, Distill
+
+TinyDetector = Callable[..., Detector]
+CLASSES = ("circle", "square", "triangle")
+
+
+@pytest.mark.parametrize(
+    ("classes", "trained"), [(None, False), (CLASSES, True), (("circle", "square"), False)], ids=["none", "same", "two"]
+)
+def test_a_head_is_trained_if_its_weights_are_for_these_classes(
+    classes: tuple[str, ...] | None,
+    trained: bool,
+    tiny_detector: TinyDetector,
+    tiny_description: Callable[..., dict[str, Any]],
+    tmp_path: Path,
+) -> None:
+    description = tiny_description("faster-rcnn") | {"arch": "composed"}
+    del description["kind"]
+    if classes:
+        torch.save(tiny_detector("faster-rcnn", classes=classes).module.state_dict(), tmp_path / "weights.pth")
+        description["weights"] = str(tmp_path / "weights.pth")
+    assert build_detector(ComposedDetector(**description), CLASSES, seed=0).trained_head is trained
+
+
+@pytest.mark.parametrize(
+    ("head_transfer", "trained", "copied"),
+    [("auto", False, True), ("auto", True, False), (True, True, True), (False, False, False)],
+)
+def test_a_trained_head_is_left_alone_unless_the_recipe_says_otherwise(
+    head_transfer: Any, trained: bool, copied: bool, tiny_detector: TinyDetector
+) -> None:
+    student, teacher = tiny_detector("faster-rcnn"), tiny_detector("faster-rcnn", seed=1)
+    pair = build_pair(Distill(head_transfer=head_transfer), student, teacher, seed=0, trained_head=trained)
+    heads = [detector.module.roi_heads.box_head.fc6.weight for detector in (student, teacher)]  # type: ignore[union-attr]
+    assert torch.equal(*heads) == copied
+    assert pair.head_transfer.startswith("copied from the teacher: box_head" if copied else ("nothing", "left out"))
+    assert ("the student's own head is trained" in pair.head_transfer) == (trained and not copied)
