@@ -126,14 +126,13 @@ def _transfer(config: Distill, student: Detector, teacher: Detector, trained_hea
         # Measured: a trained student loses by it (docs/benchmarks.md).
         return False, "nothing copied: the student's own head is trained; head_transfer: true copies all the same"
     try:
-        copied, left = transfer_head(student, teacher)
+        copied = transfer_head(student, teacher)
     except PairError as error:
         if config.head_transfer is True:
             raise PairError(f"distill.head_transfer: {error}; set it to auto or false") from error
         return False, f"nothing copied: {error}"
     parts = sorted({re.sub(r"(head|predictor)\..*", r"\1", name) for name in copied})
-    rest = f"; the RPN's head was not: {left}" if left else ""
-    return True, f"copied from the teacher: {', '.join(parts)} ({len(copied)} tensors){rest}"
+    return True, f"copied from the teacher: {', '.join(parts)} ({len(copied)} tensors)"
 
 
 def _sgfi(block: SGFI | None, student: Detector, teacher: Detector, same_space: bool) -> SGFITerm | None:

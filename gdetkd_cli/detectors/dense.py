@@ -118,7 +118,10 @@ class DenseDetector:
         each other."""
         if isinstance(self.module, SSD):
             return None
-        return common.anchors_in_cells(self.module.anchor_generator.cell_anchors, self.levels)
+        return tuple(
+            anchors / anchors.new_tensor([level.stride[1], level.stride[0]] * 2)
+            for anchors, level in zip(self.module.anchor_generator.cell_anchors, self.levels, strict=True)
+        )
 
     def _class_maps(self, seen: DenseObservation) -> tuple[Tensor, ...]:
         logits = seen.class_logits

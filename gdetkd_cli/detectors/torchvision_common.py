@@ -75,11 +75,3 @@ def predict(module: nn.Module, images: list[Tensor]) -> list[Detections]:
     # RetinaNet and FCOS have an output for background, which is silent only once they are trained.
     found = [(o, o["labels"] > 0) for o in outputs]
     return [Detections(boxes=o["boxes"][k], scores=o["scores"][k], labels=o["labels"][k]) for o, k in found]
-
-
-def anchors_in_cells(cell_anchors: Sequence[Tensor], levels: Sequence[LevelSpec]) -> tuple[Tensor, ...]:
-    """By level (A, 4) xyxy around a cell's centre, from torchvision's, which are in pixels."""
-    return tuple(
-        anchors / anchors.new_tensor([level.stride[1], level.stride[0]] * 2)
-        for anchors, level in zip(cell_anchors, levels, strict=True)
-    )

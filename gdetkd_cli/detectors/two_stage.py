@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchvision.models.detection.anchor_utils import AnchorGenerator
 
 from gdetkd_cli.detectors import torchvision_common as common
 from gdetkd_cli.detectors.pooling import assign_levels
@@ -62,15 +61,6 @@ class TwoStageDetector:
     def box_weights(self) -> tuple[float, ...]:
         """Weights of the box coder: two heads' deltas compare only when these agree."""
         return tuple(self.module.roi_heads.box_coder.weights)
-
-    @property
-    def anchors(self) -> tuple[Tensor, ...] | None:
-        """By level (A, 4) xyxy, the RPN's anchors of a cell around its centre, in cells; None for a generator of the
-        user's own."""
-        generator = self.module.rpn.anchor_generator
-        if not isinstance(generator, AnchorGenerator):
-            return None
-        return common.anchors_in_cells(generator.cell_anchors, self.levels)
 
     def observe(self, batch: Batch) -> TwoStageObservation:
         with Tap(self.module, ["transform", "backbone", _POOL, _HEAD, _PREDICTOR]) as tap:

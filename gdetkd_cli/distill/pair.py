@@ -74,11 +74,8 @@ def class_map_columns(student: Detector, teacher: Detector) -> Tensor:
 
 
 def agreeing_anchors(student: Detector, teacher: Detector) -> Tensor:
-    """(L_student, L_teacher) bool: whether two levels have the same anchors, in cells.
-
-    Raises:
-        PairError: a detector's anchors are not known.
-    """
+    """(L_student, L_teacher) bool: whether two levels of a pair that ``class_map_columns`` accepts have the same
+    anchors, in cells."""
     ours, theirs = _anchors(student), _anchors(teacher)
     # Corners are rounded to pixels: up to half a pixel of a cell of four or more.
     return torch.tensor(
@@ -109,10 +106,8 @@ def _dense_alike(student: Detector, teacher: Detector) -> bool:
 
 
 def _anchors(detector: Detector) -> tuple[Tensor, ...]:
-    anchors = detector.anchors if isinstance(detector, DenseDetector | TwoStageDetector) else None
-    if anchors is None:
-        raise PairError(f"the anchors of {type(detector.module).__name__} are not known")
-    return anchors
+    assert isinstance(detector, DenseDetector) and detector.anchors is not None
+    return detector.anchors
 
 
 def _nearest_stride(student: Detector, teacher: Detector, level: int) -> int:

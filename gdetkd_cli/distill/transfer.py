@@ -10,29 +10,19 @@ from gdetkd_cli.distill.pair import check_anchors, class_map_columns, prediction
 from gdetkd_cli.errors import PairError
 
 
-def transfer_head(student: Detector, teacher: Detector) -> tuple[list[str], str]:
-    """Copies the teacher's head into the student's.
+def transfer_head(student: Detector, teacher: Detector) -> list[str]:
+    """Copies the teacher's head into the student's; returns the names of the copied parameters.
 
-    Of two RetinaNets or two FCOS it is the whole head; of two two-stage detectors the RoI head, and the RPN's where it
-    fits. Rows that belong to classes are put in the student's order.
-
-    Returns:
-        The names of the copied parameters, and why the RPN's are not among them ("" where they are).
+    Of two two-stage detectors it is the RoI head, of two RetinaNets or two FCOS the whole head. Rows that belong to
+    classes are put in the student's order.
 
     Raises:
         PairError: heads of other kinds, or any shape, anchor or class list that differs; nothing is copied then.
     """
-    left = ""
-    if isinstance(student, DenseDetector) and isinstance(teacher, DenseDetector):
-        copies = _dense_head(student, teacher)
-    else:
-        copies = _roi_heads(student, teacher)
-        try:
-            copies |= _rpn_head(student, teacher)
-        except PairError as error:
-            left = str(error)
+    dense = isinstance(student, DenseDetector) and isinstance(teacher, DenseDetector)
+    copies = _dense_head(student, teacher) if dense else _roi_heads(student, teacher)
     student.module.load_state_dict(copies, strict=False)
-    return sorted(name.removeprefix("roi_heads.") for name in copies), left
+    return sorted(name.removeprefix("roi_heads.") for name in copies)
 
 
 def _dense_head(student: Detector, teacher: Detector) -> dict[str, Tensor]:
@@ -63,13 +53,6 @@ def _roi_heads(student: Detector, teacher: Detector) -> dict[str, Tensor]:
             if part.endswith("box_predictor") and (".cls_score." in name or len(value) != 4):
                 value = value.unflatten(0, (len(columns), -1))[columns.to(value.device)].flatten(0, 1)
             copies[name] = value
-    return copies
-
-
-def _rpn_head(student: Detector, teacher: Detector) -> dict[str, Tensor]:
-    """What the RPN's head of a two-stage student gets: names in the detector and values."""
-    copies = _matching("rpn.head", student.module, teacher.module)
-    check_anchors(student, teacher)
     return copies
 
 
