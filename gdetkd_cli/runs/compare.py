@@ -74,7 +74,7 @@ def run_compare(
     output: Path | None = None,
     observer: Observer = silent,
 ) -> Comparison:
-    """Runs what is missing of a table, and writes the table.
+    """Runs what is missing of a table, and writes the table: what was asked for, and all else that the folder has.
 
     Args:
         recipe: the pair, the data and the settings of the terms.
@@ -108,10 +108,11 @@ def run_compare(
     failures = _run_cells(recipes, jobs, observer)
     split = build.build_split(recipe.data, "val")
     finished = _finished(folder)
-    facts = {cell: finished[cell] for cell in recipes if cell in finished}
-    rows = [_row(method, budget, facts) for budget in budgets for method in names]
+    asked = [(cell.steps, cell.method) for cell in recipes]
+    known = dict.fromkeys([*asked, *((cell.steps, cell.method) for cell in finished)])
+    rows = [_row(method, budget, finished) for budget, method in sorted(known, key=lambda row: row[0])]
     observer(Note("differences over pictures drawn again"))
-    rows = _with_intervals(rows, facts, split)
+    rows = _with_intervals(rows, finished, split)
     teacher = _teacher_ap(folder, recipe, observer)
     cells, table, plot = folder / "cells.csv", folder / "table.csv", folder / "comparison.png"
     _write_cells(cells, recipe.name, finished)
