@@ -94,7 +94,7 @@ class DenseDetector:
 
     def view_regions(self, seen: Observation, regions: Regions, needs: frozenset[View]) -> RegionView:
         assert isinstance(seen, DenseObservation), "an observation of another detector"
-        assignment = assign_levels(seen.pyramid, regions, cells_per_side=self._cells_per_side)
+        assignment = assign_levels(seen.pyramid, regions, cells_per_side=DENSE_CELLS)
         pooled, pooled_channels = None, None
         if "pooled" in needs:
             pooled = pool_assigned(seen.pyramid, regions, assignment, size=7, sampling_ratio=2)
@@ -122,13 +122,6 @@ class DenseDetector:
             anchors / anchors.new_tensor([level.stride[1], level.stride[0]] * 2)
             for anchors, level in zip(self.module.anchor_generator.cell_anchors, self.levels, strict=True)
         )
-
-    @cached_property
-    def _cells_per_side(self) -> float | list[float]:
-        """Of a region on its level: RetinaNet's own anchors there, FCOS's ranges."""
-        if self.anchors is None or isinstance(self.module, FCOS):
-            return DENSE_CELLS
-        return [float((a[:, 2:] - a[:, :2]).log2().mean().exp2()) for a in self.anchors]
 
     def _class_maps(self, seen: DenseObservation) -> tuple[Tensor, ...]:
         logits = seen.class_logits

@@ -15,7 +15,7 @@ from torchvision.ops import roi_align
 from gdetkd_cli.structures import LevelSpec, Pyramid, Regions
 
 # Sides of a level's regions, in its cells: the middle of an octave. Two-stage detectors with a pyramid: 14 to 28 (224
-# pixels are the least at stride 16). Dense ones: 4 to 8 (FCOS's ranges), where no anchors say it.
+# pixels are the least at stride 16). Dense ones: 4 to 8 (RetinaNet's anchors, FCOS's ranges).
 TWO_STAGE_CELLS = 14 * 2**0.5
 DENSE_CELLS = 4 * 2**0.5
 _SEPARABLE_CELLS = 4096  # maps up to 64 x 64 cells: beyond, the matrix products cost more than RoIAlign's samples
@@ -95,23 +95,16 @@ def pool_all_levels(pyramid: Pyramid, regions: Regions, *, size: int, sampling_r
     ]
 
 
-def assign_levels(
-    pyramid: Pyramid, regions: Regions, *, cells_per_side: float | Sequence[float], among: int | None = None
-) -> Tensor:
-    """The level a region belongs to, (R,) int64: where its side is nearest to ``cells_per_side`` cells, in octaves.
+def assign_levels(pyramid: Pyramid, regions: Regions, *, cells_per_side: float, among: int | None = None) -> Tensor:
+    """The level a region belongs to, (R,) int64: where its side is nearest to ``cells_per_side`` cells, in octaves;
+    of the finest ``among`` levels, or of all.
 
     The usual rule k = k0 + log2(sqrt(area) / 224) written for measured strides: 224 pixels at stride 16 are 14 cells.
-
-    Args:
-        pyramid, regions: R regions on L levels.
-        cells_per_side: of all levels, or of each.
-        among: of the finest so many levels; None: of all.
     """
     pixels = pyramid.frame.to_model(regions.boxes, regions.image_index)
     side = (pixels[:, 2:] - pixels[:, :2]).clamp(min=1e-3).prod(dim=1).sqrt()
-    strides = pixels.new_tensor([(spec.stride[0] * spec.stride[1]) ** 0.5 for spec in pyramid.levels])
-    sides = strides * pixels.new_tensor(cells_per_side)
-    octaves = torch.log2(side[:, None] / sides[None, :among]).abs()
+    strides = pixels.new_tensor([(spec.stride[0] * spec.stride[1]) ** 0.5 for spec in pyramid.levels[:among]])
+    octaves = torch.log2(side[:, None] / (cells_per_side * strides[None])).abs()
     return octaves.argmin(dim=1)
 
 

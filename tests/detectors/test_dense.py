@@ -63,23 +63,6 @@ def test_another_box_is_embedded_at_its_centre(head: str, tiny_detector: Callabl
     torch.testing.assert_close(embedding, tower[:1, :, 3, 5])
 
 
-@pytest.mark.parametrize("factor", [2, 5])
-def test_a_retinanets_region_belongs_to_its_nearest_anchors(
-    factor: int, tiny_detector: Callable[..., Detector], batch: Batch
-) -> None:
-    """Anchors of so many cells: a region of their size is on their level, whatever other detectors would say."""
-    strides = [level.stride[0] for level in tiny_detector("retinanet").levels]
-    detector = tiny_detector("retinanet", arguments={"anchor_sizes": [[factor * stride] for stride in strides]})
-    seen = detector.look(batch)
-    sides = factor * torch.tensor(strides)
-    boxes = seen.pyramid.frame.to_image(
-        torch.stack([0 * sides, 0 * sides, sides, sides], dim=1), torch.zeros(len(sides), dtype=torch.int64)
-    )
-    regions = Regions(boxes, torch.zeros(len(sides), dtype=torch.int64), torch.full((len(sides),), -1))
-    level = detector.view_regions(seen, regions, frozenset({"level"})).level
-    assert level is not None and level.tolist() == list(range(len(strides)))
-
-
 @pytest.mark.parametrize("head", ["retinanet", "fcos"])
 def test_class_logits_of_every_cell(head: str, tiny_detector: Callable[..., Detector], batch: Batch) -> None:
     detector = tiny_detector(head, classes=CLASSES)
