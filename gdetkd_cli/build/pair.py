@@ -147,6 +147,7 @@ def _sgfi(block: SGFI | None, student: Detector, teacher: Detector, same_space: 
         embed_channels=block.embed_channels,
         initial_tau=block.tau,
         prior=block.prior,
+        cosine=block.similarity == "cosine",
         normalize=block.normalize,
         sampling_ratio=block.sampling_ratio,
     )

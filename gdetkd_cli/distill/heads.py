@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import conv2d
 
-from gdetkd_cli.losses.sgfi import level_attention
+from gdetkd_cli.losses.sgfi import level_attention, unit
 
 
 class LevelMatcher(nn.Module):
@@ -29,6 +29,7 @@ class LevelMatcher(nn.Module):
         identity: start f_adapt as the identity (all channels must be equal): for a student that got the teacher's
             head, whose features have to become the teacher's own, not a linear map of them.
         initial_tau: temperature of the match at the start.
+        cosine: match by the angle between embeddings, not by their product, whose size nothing limits.
     """
 
     def __init__(
@@ -39,8 +40,10 @@ class LevelMatcher(nn.Module):
         embed_channels: int,
         identity: bool = False,
         initial_tau: float = 1.0,
+        cosine: bool = True,
     ) -> None:
         super().__init__()
+        self.cosine = cosine
         self.shared = len(set(student_channels)) == 1
         adapters = [student_channels[0]] if self.shared else list(student_channels)
         self.adapters = nn.ModuleList(new_adapter(channels, teacher_channels, identity) for channels in adapters)
@@ -77,6 +80,8 @@ class LevelMatcher(nn.Module):
             [conv2d(level, *composed, stride=2) for level, composed in zip(levels, convolutions, strict=True)], dim=1
         )
         keys = self.embed_out(hidden.flatten(0, 1).relu()).flatten(1).unflatten(0, hidden.shape[:2])  # (R, L, E)
+        if self.cosine:
+            keys, query = unit(keys), unit(query)
         weights = level_attention(keys, query, self.log_tau.exp(), prior)
         if self.shared:
             return conv2d(_weighted_sum(levels, weights), *adapters[0]), weights

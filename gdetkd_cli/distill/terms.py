@@ -65,6 +65,7 @@ class SGFITerm(nn.Module):
         teacher_channels: C of the teacher's pooled features.
         embed_channels: channels of the embedding that levels are matched in.
         initial_tau: temperature of the match at the start.
+        cosine: levels are matched by the angle between embeddings; or by their product (the paper).
         normalize: standardise the target ``channel`` by channel, as one ``scalar``, or not at all (``none``).
         prior: how much the match favours the level that the student assigns a region to; 0: not at all (the paper).
         sampling_ratio: RoIAlign samples per bin and axis on the student's levels.
@@ -82,6 +83,7 @@ class SGFITerm(nn.Module):
         teacher_channels: int,
         embed_channels: int,
         prior: float,
+        cosine: bool = True,
         initial_tau: float = 1.0,
         normalize: str,
         sampling_ratio: int,
@@ -94,6 +96,7 @@ class SGFITerm(nn.Module):
             embed_channels=embed_channels,
             initial_tau=initial_tau,
             identity=same_space,
+            cosine=cosine,
         )
         self.same_space = same_space
         self.standardizer = (

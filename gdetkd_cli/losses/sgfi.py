@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import mse_loss
+from torch.nn.functional import mse_loss, normalize
+
+_LEAST_NORM = 1e-3  # of an embedding: the gradient of a shorter one's direction would explode
 
 
 def level_attention(keys: Tensor, queries: Tensor, tau: Tensor, prior: Tensor | None = None) -> Tensor:
@@ -24,6 +26,11 @@ def level_attention(keys: Tensor, queries: Tensor, tau: Tensor, prior: Tensor | 
     """
     logits = (keys * queries[:, None]).sum(dim=2) / tau
     return (logits if prior is None else logits + prior).softmax(dim=1)
+
+
+def unit(embedding: Tensor) -> Tensor:
+    """(..., D) at length 1, so that <k_il, q_i> is the cosine between them."""
+    return normalize(embedding, dim=-1, eps=_LEAST_NORM)
 
 
 def level_prior(own: Tensor, strides: Tensor, strength: float) -> Tensor:

@@ -244,6 +244,9 @@ class SGFI(Term):
     )
     embed_channels: PositiveInt = Field(64, description="channels of the embedding that levels are matched in")
     tau: PositiveFloat = Field(1.0, description="temperature of the match at the start; it is learnt")
+    similarity: Literal["cosine", "product"] = Field(
+        "cosine", description="levels are matched by the cosine of embeddings, or (as in the paper) by their product"
+    )
     prior: NonNegativeFloat = Field(
         3.0,
         description="how much the match favours the level that the student itself assigns a region to: a level's logit "

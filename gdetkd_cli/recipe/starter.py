@@ -62,6 +62,7 @@ distill:
   sgfi:                         # imitates the teacher's features, region by region
     weight: 10
     # normalize: channel        # teacher features standardised per channel; or: scalar, none (the paper)
+    # similarity: cosine        # how levels are matched; or: product (the paper)
     # prior: 3                  # how much the match favours the student's own level; 0: not at all (the paper)
     # warmup_steps: 0           # steps over which the weight rises from 0
   ckd:                          # contrast between regions; or: auto, where the teacher has a region embedding

@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import conv2d
+from torch.nn.functional import conv2d, cosine_similarity
 
 from gdetkd_cli.distill.heads import LevelMatcher, Standardizer
 
@@ -20,13 +20,14 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
 # -------------------------------------------------------------------------------------------------- level matching
 
 
-def make_matcher(student_channels: list[int], seed: int = 0) -> LevelMatcher:
-    torch.manual_seed(seed)
-    return LevelMatcher(student_channels=student_channels, teacher_channels=6, embed_channels=4).double()
+def make_matcher(student_channels: list[int], *, cosine: bool = True) -> LevelMatcher:
+    torch.manual_seed(0)
+    return LevelMatcher(student_channels=student_channels, teacher_channels=6, embed_channels=4, cosine=cosine).double()
 
 
 def naive(matcher: LevelMatcher, levels: list[Tensor], target: Tensor) -> tuple[Tensor, Tensor]:
     """METHOD, section 2, line by line: every level is adapted, each adapted level embedded, then matched and summed."""
+    likeness = cosine_similarity if matcher.cosine else lambda key, query: (key * query).sum(dim=1)
 
     def embed(features: Tensor) -> Tensor:
         hidden = conv2d(features, matcher.embed_in.weight, matcher.embed_in.bias, stride=2).relu()
@@ -35,16 +36,17 @@ def naive(matcher: LevelMatcher, levels: list[Tensor], target: Tensor) -> tuple[
     adapters = list(matcher.adapters) * (len(levels) if len(matcher.adapters) == 1 else 1)
     adapted = [adapter(level) for adapter, level in zip(adapters, levels, strict=True)]
     query = embed(target)
-    scores = torch.stack([(embed(level) * query).sum(dim=1) / matcher.log_tau.exp() for level in adapted], dim=1)
+    scores = torch.stack([likeness(embed(level), query) / matcher.log_tau.exp() for level in adapted], dim=1)
     weights = scores.softmax(dim=1)
     aggregate = sum(weights[:, i, None, None, None] * level for i, level in enumerate(adapted))
     assert isinstance(aggregate, Tensor)
     return aggregate, weights
 
 
+@pytest.mark.parametrize("cosine", [True, False])
 @pytest.mark.parametrize("student_channels", [[5, 5, 5], [5], [3, 5, 2]], ids=["equal", "one level", "unequal"])
-def test_matcher_is_the_naive_version(student_channels: list[int]) -> None:
-    matcher = make_matcher(student_channels)
+def test_matcher_is_the_naive_version(student_channels: list[int], cosine: bool) -> None:
+    matcher = make_matcher(student_channels, cosine=cosine)
     reference = copy.deepcopy(matcher)
     levels = [draw(4, channels, 7, 7, seed=i).requires_grad_() for i, channels in enumerate(student_channels)]
     copies = [level.detach().clone().requires_grad_() for level in levels]
@@ -104,6 +106,21 @@ def test_tau_is_positive_whatever_its_parameter(log_tau: float) -> None:
         torch.testing.assert_close(weights.amax(dim=1), torch.ones(4))  # the best level alone
     if log_tau == 80:
         torch.testing.assert_close(weights, torch.full((4, 3), 1 / 3))  # all alike
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-6, 1.0, 1e4])
+def test_no_features_move_the_match_further_than_tau_lets_them(scale: float) -> None:
+    """Features of any size: two levels' logits are 2 / tau apart at most, and gradients are finite."""
+    matcher = make_matcher([5, 5])
+    levels = [scale * draw(4, 5, 7, 7, seed=seed) for seed in range(2)]
+    for level in levels:
+        level.requires_grad_()
+    _, weights = matcher(levels, scale * draw(4, 6, 7, 7, seed=9))
+
+    assert (weights[:, 0] / weights[:, 1]).log().abs().max() <= 2
+    weights[:, 0].sum().backward()
+    gradients = [level.grad for level in levels] + [p.grad for p in matcher.parameters() if p.grad is not None]
+    assert all(gradient is not None and torch.isfinite(gradient).all() for gradient in gradients)
 
 
 def test_tau_starts_where_it_is_told_to() -> None:

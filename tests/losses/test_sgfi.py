@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gdetkd_cli.losses.sgfi import imitation_loss, level_attention, level_prior
+from gdetkd_cli.losses.sgfi import imitation_loss, level_attention, level_prior, unit
 
 # ------------------------------------------------------------------------------------------------------- attention
 
@@ -45,6 +45,17 @@ def test_attention_is_the_slow_version() -> None:
     keys, queries = torch.randn(6, 4, 5, generator=generator), torch.randn(6, 5, generator=generator)
 
     torch.testing.assert_close(level_attention(keys, queries, torch.tensor(0.7)), slow_attention(keys, queries, 0.7))
+
+
+def test_unit_by_hand() -> None:
+    torch.testing.assert_close(unit(torch.tensor([[3.0, 4.0], [0.0, -2.0]])), torch.tensor([[0.6, 0.8], [0.0, -1.0]]))
+
+
+def test_the_gradient_of_a_vanishing_embedding_stays_finite() -> None:
+    embedding = torch.tensor([[0.0, 0.0], [1e-30, 0.0]], requires_grad=True)
+    unit(embedding).sum().backward()
+
+    assert embedding.grad is not None and embedding.grad.abs().max() <= 1e3
 
 
 def test_attention_with_a_prior() -> None:
