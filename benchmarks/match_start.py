@@ -1,0 +1,60 @@
+"""How far SGFI's match strays from the student's own levels in the first steps: their mean weight, every ten steps.
+
+    python benchmarks/match_start.py --recipe shapes/frcnn-retinanet --set distill.sgfi.similarity=product
+
+Nothing is evaluated or saved. The own level is read off the prior, so `distill.sgfi.prior` must be above 0.
+"""
+
+from __future__ import annotations
+
+import argparse
+from statistics import mean
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gdetkd_cli import build
+from gdetkd_cli.recipe.load import load_recipe
+from gdetkd_cli.recipe.methods import recipe_of
+from gdetkd_cli.runs.job import accelerator_for, prepare
+from gdetkd_cli.runs.plan import Stepper, batches_of
+
+EVERY = 10
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipe", default="shapes/frcnn-retinanet")
+    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--set", nargs="*", default=[], metavar="FIELD=VALUE")
+    options = parser.parse_args()
+    recipe = load_recipe(options.recipe, ("runtime.threads=1", *options.set))
+    recipe = recipe_of(recipe, "sgfi", steps=recipe.train.steps, seed=recipe.seed)
+    settings = build.resolve_runtime(recipe.runtime)
+    torch.set_num_threads(settings.threads)
+    accelerator = accelerator_for(settings, recipe)
+    job = prepare(recipe, settings, accelerator)
+    stepper = Stepper(job, accelerator)
+
+    of_own_level: list[float] = []
+
+    def read(_: Any, seen: tuple[Any, ...], matched: tuple[Tensor, Tensor]) -> None:
+        prior = seen[3]
+        of_own_level.append(matched[1].detach().gather(1, prior.argmax(dim=1, keepdim=True)).mean().item())
+
+    distiller: Any = job.distiller
+    matcher = distiller.terms["sgfi"].matcher
+    matcher.register_forward_hook(read)
+    losses: list[float] = []
+    batches = batches_of(job)
+    for step in range(1, options.steps + 1):
+        losses.append(float(stepper.distil(next(batches)).parts["sgfi"]))
+        if step % EVERY == 0:
+            tau = float(matcher.log_tau.detach().exp())
+            own, loss = mean(of_own_level[-EVERY:]), mean(losses[-EVERY:])
+            print(f"step {step:4}: own level {own:.2f}, loss {loss:.3f}, tau {tau:.2f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
