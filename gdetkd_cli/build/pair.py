@@ -21,6 +21,10 @@ from gdetkd_cli.recipe.schema import CKD, SGFI, Distill, PredictionKD
 from gdetkd_cli.results import TermPlan
 from gdetkd_cli.structures import Batch, Regions
 
+# A two-stage student has layers between its region embedding and its predictions. A dense one's embedding is what its
+# class scores are made of: contrast with full weight costs it more than it brings (docs/benchmarks.md).
+_CKD_WEIGHT, _CKD_WEIGHT_DENSE = 1.0, 0.2
+
 Block = SGFI | CKD | PredictionKD | Rival
 
 
@@ -71,9 +75,12 @@ def build_pair(
     terms: dict[str, WeightedTerm] = {}
 
     def add(name: str, block: Block | None, term: nn.Module | None, reason: str) -> None:
-        plans.append(TermPlan(name=name, weight=block.weight if block and term else None, reason=reason))
-        if block is not None and term is not None:
-            terms[name] = WeightedTerm(term, block.weight, block.warmup_steps)
+        if block is None or term is None:
+            plans.append(TermPlan(name=name, weight=None, reason=reason))
+            return
+        weight = _weight(block, student)
+        plans.append(TermPlan(name=name, weight=weight, reason=reason))
+        terms[name] = WeightedTerm(term, weight, block.warmup_steps)
 
     add(
         "sgfi",
@@ -151,6 +158,13 @@ def _sgfi(block: SGFI | None, student: Detector, teacher: Detector, same_space: 
         normalize=block.normalize,
         sampling_ratio=block.sampling_ratio,
     )
+
+
+def _weight(block: Block, student: Detector) -> float:
+    """The weight that the recipe says, or the one that suits the student."""
+    if block.weight != "auto":
+        return block.weight
+    return _CKD_WEIGHT if student.family == "two-stage" else _CKD_WEIGHT_DENSE
 
 
 def _settled(block: CKD | str | None, teacher: Detector) -> tuple[CKD | None, str]:

@@ -228,11 +228,16 @@ class RegionChoice(Strict):
     negatives_per_positive: NonNegativeFloat = Field(3.0, description="dense students: negatives per positive")
 
 
-class Term(Strict):
-    """What every distillation term has."""
+class Warmed(Strict):
+    """What comes in gently."""
+
+    warmup_steps: int = Field(0, ge=0, description="steps over which the weight rises linearly from 0")
+
+
+class Term(Warmed):
+    """What every distillation term has but CKD, whose weight depends on the pair."""
 
     weight: NonNegativeFloat = 1.0
-    warmup_steps: int = Field(0, ge=0, description="steps over which the weight rises linearly from 0")
 
 
 class SGFI(Term):
@@ -255,9 +260,12 @@ class SGFI(Term):
     sampling_ratio: PositiveInt = Field(2, description="RoIAlign samples per bin and axis")
 
 
-class CKD(Term):
+class CKD(Warmed):
     """Contrastive distillation over regions (METHOD, section 3)."""
 
+    weight: NonNegativeFloat | Literal["auto"] = Field(
+        "auto", description="auto: 1 for a two-stage student, 0.2 for a dense one"
+    )
     gamma: PositiveFloat = Field(0.07, description="temperature of the contrast")
     negative_iou: Fraction = Field(0.5, description="regions of one image that overlap more are not negatives")
     queue: int = Field(4096, ge=0, description="teacher embeddings remembered as further negatives")

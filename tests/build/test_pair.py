@@ -49,3 +49,24 @@ def test_a_trained_head_is_left_alone_unless_the_recipe_says_otherwise(
     assert torch.equal(*heads) == copied
     assert pair.head_transfer.startswith("copied from the teacher: box_head" if copied else ("nothing", "left out"))
     assert ("the student's own head is trained" in pair.head_transfer) == (trained and not copied)
+
+
+@pytest.mark.parametrize(
+    ("student", "ckd", "weight"),
+    [
+        ("faster-rcnn", {}, 1.0),
+        ("retinanet", {}, 0.2),
+        ("fcos", {"weight": "auto", "queue": 8}, 0.2),
+        ("retinanet", {"weight": 3}, 3.0),
+        ("faster-rcnn", {"weight": 0}, 0.0),
+    ],
+)
+def test_the_weight_of_contrast_suits_the_student(
+    student: str, ckd: dict[str, Any], weight: float, tiny_detector: TinyDetector
+) -> None:
+    pair = build_pair(
+        Distill.model_validate({"ckd": ckd}), tiny_detector(student), tiny_detector("faster-rcnn", seed=1), seed=0
+    )
+
+    assert {term.name: term.weight for term in pair.terms}["ckd"] == weight
+    assert pair.distiller._weights["ckd"].weight == weight
