@@ -66,7 +66,7 @@ distill:
     # prior: 3                  # how much the match favours the student's own level; 0: not at all (the paper)
     # warmup_steps: 0           # steps over which the weight rises from 0
   ckd:                          # contrast between regions; or: auto, where the teacher has a region embedding
-    weight: auto                # 1 for a two-stage student, 0.2 for a dense one
+    weight: auto                # 1 for a two-stage student, else 0.2
     # gamma: 0.07               # temperature
     # queue: 4096               # teacher embeddings remembered as further negatives
   class_kd: auto                # teacher's class scores; auto: where both detectors are two-stage. Or {{weight: 1.0}}
