@@ -92,11 +92,14 @@ def build(description: dict[str, Any], num_classes: int) -> nn.Module:
         ValueError: the description names something that torchvision does not have, or arguments it does not take.
     """
     kind = description["kind"]
-    if kind == "torchvision":
-        return _named(description, num_classes)
-    if kind == "composed":
-        return _composed(description, num_classes)
-    raise ValueError(f"unknown architecture kind {kind!r}; expected 'torchvision' or 'composed'")
+    if kind not in ("torchvision", "composed"):
+        raise ValueError(f"unknown architecture kind {kind!r}; expected 'torchvision' or 'composed'")
+    module = (_named if kind == "torchvision" else _composed)(description, num_classes)
+    if isinstance(module, detection.FCOS):
+        # Distances come out of a rectifier that torchvision starts at 0, where it can die for good. A level's boxes
+        # reach 4 to 8 strides: from there every distance has a gradient.
+        nn.init.constant_(module.head.regression_head.bbox_reg.bias, 4.0)
+    return module
 
 
 def load(path: str) -> nn.Module:

@@ -78,3 +78,12 @@ def test_class_logits_of_every_cell(head: str, tiny_detector: Callable[..., Dete
             torch.testing.assert_close(
                 found, module.head.classification_head.cls_logits(features), rtol=1e-4, atol=1e-4
             )
+
+
+def test_every_distance_of_a_fresh_fcos_learns(tiny_detector: Callable[..., Detector], batch: Batch) -> None:
+    """Behind the rectifier: a distance at 0 has no gradient, and may never get one again."""
+    module: Any = tiny_detector("fcos", classes=CLASSES).module
+    images, _ = module.transform(batch.images, None)
+    distances, _ = module.head.regression_head(list(module.backbone(images.tensors).values()))
+    assert (distances > 2).all()  # cells: a level's boxes reach 4 to 8 to their farthest side
+    assert (distances < 6).all()
