@@ -70,7 +70,8 @@ def separable_roi_align(
         if len(set(counts)) == 1:  # the usual case, in one product
             rows = along_y.view(images, -1, height) @ rows_first
         else:
-            rows = torch.cat([y.flatten(0, 1) @ rows_first[i] for i, y in enumerate(along_y.split(counts))])
+            pairs = zip(along_y.split(counts), rows_first.unbind(), strict=True)
+            rows = torch.cat([y.flatten(0, 1) @ image for y, image in pairs])
         partly = rows.view(-1, size, width, channels)  # (R, bins y, W, C)
         return (along_x[:, None] @ partly).permute(0, 3, 1, 2)
 
