@@ -61,7 +61,6 @@ RESNETS = (
     "wide_resnet101_2",
 )
 MOBILENETS = ("mobilenet_v2", "mobilenet_v3_small", "mobilenet_v3_large")
-HEADS = ("faster-rcnn", "cascade-rcnn", "retinanet", "fcos")
 DEFAULT_LEVELS = {"faster-rcnn": (2, 6), "cascade-rcnn": (2, 6), "retinanet": (3, 7), "fcos": (3, 7)}
 # What the heads take here, beside what torchvision's classes take.
 _HEAD_ARGUMENTS = {
@@ -92,9 +91,9 @@ def build(description: dict[str, Any], num_classes: int) -> nn.Module:
         ValueError: the description names something that torchvision does not have, or arguments it does not take.
     """
     kind = description["kind"]
-    if kind not in ("torchvision", "composed"):
-        raise ValueError(f"unknown architecture kind {kind!r}; expected 'torchvision' or 'composed'")
-    module = (_named if kind == "torchvision" else _composed)(description, num_classes)
+    if kind not in _KINDS:
+        raise ValueError(f"unknown architecture kind {kind!r}; expected {' or '.join(map(repr, _KINDS))}")
+    module = _KINDS[kind](description, num_classes)
     if isinstance(module, detection.FCOS):
         # Distances come out of a rectifier that torchvision starts at 0, where it can die for good. A level's boxes
         # reach 4 to 8 strides: from there every distance has a gradient.
@@ -169,16 +168,7 @@ def _composed(description: dict[str, Any], num_classes: int) -> nn.Module:
     backbone = _backbone(description, channels, first, last)
     strides = [2**level for level in range(first, last + 1)]
     try:
-        if head == "faster-rcnn":
-            return _faster_rcnn(backbone, num_classes, channels, strides, arguments)
-        if head == "cascade-rcnn":
-            hidden = int(arguments.get("representation_size", 1024))
-            module = _faster_rcnn(backbone, num_classes, channels, strides, arguments)
-            module.roi_heads = CascadeHeads(module.roi_heads, channels, hidden, num_classes)
-            return module
-        if head == "retinanet":
-            return _retinanet(backbone, num_classes, channels, strides, arguments)
-        return _fcos(backbone, num_classes, channels, strides, arguments)
+        return HEADS[head](backbone, num_classes, channels, strides, arguments)
     except TypeError as error:
         raise ValueError(f"head {head!r} does not take these arguments: {error}") from error
 
@@ -280,6 +270,15 @@ def _faster_rcnn(
         box_predictor=detection.faster_rcnn.FastRCNNPredictor(hidden, num_classes + 1),
         **arguments,
     )
+
+
+def _cascade_rcnn(
+    backbone: nn.Module, num_classes: int, channels: int, strides: list[int], arguments: dict[str, Any]
+) -> detection.FasterRCNN:
+    hidden = int(arguments.get("representation_size", 1024))
+    module = _faster_rcnn(backbone, num_classes, channels, strides, arguments)
+    module.roi_heads = CascadeHeads(module.roi_heads, channels, hidden, num_classes)
+    return module
 
 
 def _retinanet(
@@ -422,3 +421,7 @@ class NoExtraLevel(ExtraFPNBlock):
         self, results: list[torch.Tensor], x: list[torch.Tensor], names: list[str]
     ) -> tuple[list[torch.Tensor], list[str]]:
         return results, names
+
+
+_KINDS = {"torchvision": _named, "composed": _composed}
+HEADS = {"faster-rcnn": _faster_rcnn, "cascade-rcnn": _cascade_rcnn, "retinanet": _retinanet, "fcos": _fcos}
