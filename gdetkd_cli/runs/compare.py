@@ -33,6 +33,7 @@ from gdetkd_cli.recipe.schema import Recipe
 from gdetkd_cli.report.comparison import draw_comparison
 from gdetkd_cli.results import Comparison, MethodRow
 from gdetkd_cli.runs.evaluate import run_eval
+from gdetkd_cli.runs.job import check_taught
 from gdetkd_cli.structures import Detections
 from gdetkd_cli.training.events import Note, Observer, Phase, silent
 from gdetkd_cli.training.run_folder import RunFolder, write_text
@@ -89,6 +90,7 @@ def run_compare(
         RecipeError: a method that there is not, or a recipe without a teacher.
         RunFolderError: the folder belongs to another recipe.
     """
+    check_taught(recipe)
     budgets = tuple(dict.fromkeys(steps)) or (recipe.train.steps,)
     names = tuple(dict.fromkeys(methods))
     numbers = range(recipe.seed, recipe.seed + seeds)

@@ -25,6 +25,7 @@ from gdetkd_cli.evaluation.predict import Predictor, predict_split
 from gdetkd_cli.recipe.load import load_recipe
 from gdetkd_cli.recipe.schema import CheckpointDetector, Data
 from gdetkd_cli.results import EvalResult
+from gdetkd_cli.runs.job import check_taught
 from gdetkd_cli.structures import Detections
 from gdetkd_cli.training.events import Note, Observer, counting, silent
 from gdetkd_cli.training.run_folder import RunFolder
@@ -60,6 +61,7 @@ def run_eval(target: str, *, data: Data | None, observer: Observer = silent) -> 
         recipe = load_recipe(target)
         if recipe.teacher is None:
             raise RecipeError(f"the recipe {target} has no teacher to evaluate; name a run or a model file instead")
+        check_taught(recipe)
         split = build.build_split(data or recipe.data, "val")
         subject = _built(recipe.teacher, device, split.class_names, observer)
     else:

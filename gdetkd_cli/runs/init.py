@@ -22,7 +22,7 @@ from gdetkd_cli.detectors.probed import ProbedDetector
 from gdetkd_cli.errors import ModelError, RecipeError
 from gdetkd_cli.recipe.schema import Data, Recipe
 from gdetkd_cli.results import CheckedRecipe, ProbeOptions, PyramidReport, TermPlan
-from gdetkd_cli.runs.job import check_distills
+from gdetkd_cli.runs.job import check_distills, untrained_teacher
 from gdetkd_cli.runs.probe import report_of, run_probe
 from gdetkd_cli.training.events import Note, Observer, silent
 
@@ -197,7 +197,8 @@ def _checked(
         teacher.detector.check_detects()  # it has to label
     names = train.class_names or teacher.detector.class_names
     student = build.build_detector(recipe.student, names, recipe.seed)
-    for note in (*student.notes, *teacher.notes):
+    untrained = untrained_teacher(recipe)
+    for note in (*((untrained,) if untrained else ()), *student.notes, *teacher.notes):
         observer(Note(note))
     pair = build.build_pair(
         recipe.distill, student.detector, teacher.detector, recipe.seed, trained_head=student.trained_head

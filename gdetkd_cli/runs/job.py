@@ -15,7 +15,7 @@ from gdetkd_cli.detectors.protocol import Detector
 from gdetkd_cli.detectors.trainable import TrainableDetector
 from gdetkd_cli.distill.distiller import Distiller
 from gdetkd_cli.errors import PairError, RecipeError
-from gdetkd_cli.recipe.schema import CocoData, FolderData, Recipe
+from gdetkd_cli.recipe.schema import CocoData, ComposedDetector, FolderData, Recipe, TorchvisionDetector
 from gdetkd_cli.training.device import ComputeSettings
 from gdetkd_cli.training.events import Observer, silent
 
@@ -96,7 +96,8 @@ def prepare(
         )
     student.detector.module.to(device)
     train, val = (build.relabel(splits[which], student.detector) for which in build.SPLITS)
-    notes = [f"{split.name}: {note}" for split in (train, val) for note in split.notes]
+    notes = [untrained] if (untrained := untrained_teacher(recipe)) else []
+    notes += [f"{split.name}: {note}" for split in (train, val) for note in split.notes]
     notes += [told(one) for one in labelled.values()]
     notes += [f"student: {note}" for note in student.notes]
     pair = None
@@ -139,6 +140,24 @@ def check_distills(recipe: Recipe) -> None:
             raise RecipeError(
                 f"the recipe {recipe.name!r} has no `{name}:` block; add one, or use `gdetkd train` for plain training"
             )
+
+
+def untrained_teacher(recipe: Recipe) -> str | None:
+    """What to do about a teacher that has fresh weights, which teaches noise; None where it has others."""
+    spec = recipe.teacher
+    if not isinstance(spec, TorchvisionDetector | ComposedDetector) or spec.weights is not None:
+        return None
+    return (
+        f"the teacher of the recipe {recipe.name!r} has no trained weights; train it (`gdetkd train --recipe RECIPE "
+        "--detector teacher --output RUN`), then name the run as the teacher (`teacher: {arch: checkpoint, path: RUN}`)"
+    )
+
+
+def check_taught(recipe: Recipe) -> None:
+    """Raises a RecipeError where the recipe's teacher has fresh weights."""
+    untrained = untrained_teacher(recipe)
+    if untrained:
+        raise RecipeError(untrained)
 
 
 def accelerator_for(settings: ComputeSettings, recipe: Recipe) -> Accelerator:

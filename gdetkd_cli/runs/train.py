@@ -26,10 +26,17 @@ from gdetkd_cli.evaluation.coco_metrics import CocoMetrics, evaluate_coco
 from gdetkd_cli.evaluation.predict import gather_predictions, predict_split
 from gdetkd_cli.recipe.load import dump_recipe, load_recipe
 from gdetkd_cli.recipe.scaling import changes, scaled_to_batch
-from gdetkd_cli.recipe.schema import Recipe
+from gdetkd_cli.recipe.schema import CheckpointDetector, Recipe
 from gdetkd_cli.report.pictures import draw_predictions
 from gdetkd_cli.results import TrainResult
-from gdetkd_cli.runs.job import Job, accelerator_for, check_distills, features_only, prepare
+from gdetkd_cli.runs.job import (
+    Job,
+    accelerator_for,
+    check_distills,
+    check_taught,
+    features_only,
+    prepare,
+)
 from gdetkd_cli.runs.probe import report_of
 from gdetkd_cli.training import run_folder
 from gdetkd_cli.training.device import environment, peak_memory_mb
@@ -58,6 +65,8 @@ def run_train(
     spec = recipe.student if detector == "student" else recipe.teacher
     if spec is None:
         raise RecipeError(f"the recipe {recipe.name!r} has no {detector}; add a `{detector}:` block")
+    if detector == "teacher" and (isinstance(spec, CheckpointDetector) or spec.weights is not None):
+        observer(Note("the teacher has weights already, and this training goes on from them"))
     plain = recipe.model_copy(update={"student": spec, "teacher": None, "distill": None})
     return _run(plain, output=output, resume=resume, observer=observer)
 
@@ -71,6 +80,7 @@ def run_distill(
         GDetKDError: anything the recipe names that cannot be used, or a pair that does not fit.
     """
     check_distills(recipe)
+    check_taught(recipe)
     return _run(recipe, output=output, resume=resume, observer=observer)
 
 

@@ -14,8 +14,18 @@ import toy
 from gdetkd_cli.detectors import catalog
 from gdetkd_cli.distill.distiller import Distiller
 from gdetkd_cli.errors import NonFiniteLossError, RecipeError, RunFolderError
-from gdetkd_cli.recipe.load import load_recipe
-from gdetkd_cli.runs import plan_distill, profile_distill, resume_run, run_distill, run_train
+from gdetkd_cli.recipe.load import dump_recipe, load_recipe
+from gdetkd_cli.recipe.schema import ComposedDetector, Recipe
+from gdetkd_cli.runs import (
+    check_recipe,
+    plan_distill,
+    profile_distill,
+    resume_run,
+    run_compare,
+    run_distill,
+    run_eval,
+    run_train,
+)
 from gdetkd_cli.structures import Batch, LossReport
 from gdetkd_cli.training.events import Evaluated, Event, Note, StepDone
 
@@ -152,6 +162,38 @@ def test_distilling_without_a_teacher_says_what_is_missing(tmp_path: Path) -> No
     with pytest.raises(RecipeError, match="no `teacher:` block"):
         run_distill(recipe, output=tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def _untaught() -> Recipe:
+    return toy.recipe().model_copy(update={"teacher": ComposedDetector.model_validate(toy.detector(width=12))})
+
+
+def test_a_teacher_of_fresh_weights_teaches_nothing(tmp_path: Path) -> None:
+    recipe = _untaught()
+    with pytest.raises(RecipeError, match="teacher of the recipe 'toy' has no trained weights; train it"):
+        run_distill(recipe, output=tmp_path / "run")
+    with pytest.raises(RecipeError, match="has no trained weights"):
+        run_compare(recipe, methods=("none",), output=tmp_path / "table")
+    (tmp_path / "toy.yaml").write_text(dump_recipe(recipe))
+    with pytest.raises(RecipeError, match="has no trained weights"):
+        run_eval(str(tmp_path / "toy.yaml"), data=None)
+    assert [file.name for file in tmp_path.iterdir()] == ["toy.yaml"]
+
+
+def test_a_look_at_a_teacher_of_fresh_weights_says_so() -> None:
+    assert any("has no trained weights; train it" in note for note in plan_distill(_untaught()).notes)
+    assert not any("trained weights" in note for note in plan_distill(toy.recipe()).notes)
+    told: list[Event] = []
+    check_recipe(_untaught(), "toy.yaml", told.append)
+    assert any(isinstance(note, Note) and "has no trained weights; train it" in note.text for note in told)
+
+
+def test_training_a_teacher_that_is_trained_says_so(tmp_path: Path) -> None:
+    seen: list[Event] = []
+    run_train(toy.recipe(steps=1), detector="teacher", output=tmp_path / "run", observer=seen.append)
+    assert "the teacher has weights already, and this training goes on from them" in [
+        note.text for note in seen if isinstance(note, Note)
+    ]
 
 
 def test_training_the_teacher_of_a_recipe(tmp_path: Path) -> None:

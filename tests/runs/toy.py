@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import tempfile
+from functools import cache
+from pathlib import Path
 from typing import Any
 
-from gdetkd_cli.recipe.schema import Recipe
+import torch
+
+from gdetkd_cli.build import build_detector
+from gdetkd_cli.data.synthetic import CLASS_NAMES
+from gdetkd_cli.recipe.schema import ComposedDetector, Recipe
 
 SMALL = {
     "representation_size": 32,
@@ -32,6 +39,18 @@ def detector(head: str = "faster-rcnn", width: int = 8) -> dict[str, Any]:
     }
 
 
+_FOLDER = tempfile.TemporaryDirectory()
+
+
+@cache
+def _teacher_weights() -> str:
+    """A file of a teacher's weights: a teacher without any is refused."""
+    built = build_detector(ComposedDetector.model_validate(detector(width=12)), CLASS_NAMES, seed=0)
+    path = Path(_FOLDER.name) / "teacher.pt"
+    torch.save(built.detector.module.state_dict(), path)
+    return str(path)
+
+
 def recipe(*, steps: int = 6, student: str = "faster-rcnn", **train: Any) -> Recipe:
     """A distillation recipe; ``train`` overrides fields of its train block."""
     return Recipe.model_validate(
@@ -39,7 +58,7 @@ def recipe(*, steps: int = 6, student: str = "faster-rcnn", **train: Any) -> Rec
             "name": "toy",
             "data": {"format": "synthetic", "train_images": 10, "val_images": 4, "size": 64},
             "student": detector(student),
-            "teacher": detector(width=12),
+            "teacher": detector(width=12) | {"weights": _teacher_weights()},
             "distill": {"regions": {"per_image": 8}, "ckd": {"queue": 40}},
             "train": {"steps": steps, "batch_size": 2, "log_every": 1, "checkpoint_every": 3, **train},
             "runtime": {"threads": 1, "workers": 0, "device": "cpu"},
