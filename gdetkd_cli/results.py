@@ -112,6 +112,7 @@ class CheckedRecipe:
         student, teacher: the pyramids, at the recipe's image size.
         terms: each term, its weight or why it is left out.
         head_transfer: what was copied from the teacher's head, or why nothing was; one sentence.
+        changes: what ``--set`` changed in it.
     """
 
     recipe: str
@@ -120,6 +121,7 @@ class CheckedRecipe:
     teacher: PyramidReport
     terms: tuple[TermPlan, ...]
     head_transfer: str
+    changes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

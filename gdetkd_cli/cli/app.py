@@ -56,7 +56,7 @@ def _ending(error: BaseException) -> tuple[str, int]:
             return f"{typer.style('Error:', fg=typer.colors.RED, bold=True)} {path}: {reason}", 1
         case _:
             problem = f"{type(error).__name__}: {' '.join(str(error).split())}"
-            return f"internal error: {problem}; run again with --debug to see where", _INTERNAL_ERROR
+            return f"internal error: {problem}; run again as `gdetkd --debug ...` to see where", _INTERNAL_ERROR
 
 
 app = typer.Typer(

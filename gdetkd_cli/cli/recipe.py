@@ -72,7 +72,7 @@ def validate_recipe(
         from gdetkd_cli.cli.output import perform
         from gdetkd_cli.runs import check_recipe
 
-        perform(partial(check_recipe, loaded, recipe), render.begun, as_json=False)
+        perform(partial(check_recipe, loaded, recipe, changes=overrides or ()), render.begun, as_json=False)
         return
     typer.echo(dump_recipe(loaded), nl=False)
     typer.echo(f"{recipe} is valid", err=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
@@ -194,8 +195,12 @@ def begun(result: CheckedRecipe) -> RenderableType:
     return Group(
         _line(f"{result.recipe}: a {result.pair} pair"),
         *_both(result),
-        _line(f"next: gdetkd distill --recipe {result.recipe} --dry-run"),
+        _line(f"next: gdetkd distill --recipe {result.recipe}{_set(result)} --dry-run"),
     )
+
+
+def _set(result: CheckedRecipe) -> str:
+    return "".join(f" --set {shlex.quote(change)}" for change in result.changes)
 
 
 def _both(found: CheckedRecipe | Plan) -> list[RenderableType]:

@@ -64,6 +64,18 @@ def read_bdd100k(*, labels: Path, images: Path, classes: Sequence[str] | None = 
     return split_of(tables, source=labels, images=images, classes=names)
 
 
+def first_frame(labels: Path) -> str:
+    """The name of a label file's first frame.
+
+    Raises:
+        DataError: it is not such a file, or has no frame.
+    """
+    frames = _frames(labels)
+    if not frames:
+        raise DataError(f"{labels} has no frames: give another file.")
+    return str(frames[0]["name"])
+
+
 def _frames(file: Path) -> list[dict[str, Any]]:
     if not file.is_file():
         raise DataError(f"There is no label file {file}: give the path of BDD100K's detection labels.")

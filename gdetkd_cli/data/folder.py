@@ -42,6 +42,22 @@ def read_folder(folder: Path, which: Literal["train", "val", "all"] = "all") -> 
     )
 
 
+def check_no_labels(folder: Path) -> None:
+    """That the pictures have no annotations beside them in a format that is not read here, as YOLO's.
+
+    Raises:
+        DataError: every second picture or more has a file of its name.
+    """
+    pictures = {path.stem for path in _pictures(folder)} if folder.is_dir() else set()
+    files = [path for path in folder.rglob("*") if path.suffix in (".txt", ".xml", ".json") and path.stem in pictures]
+    if pictures and 2 * len({path.stem for path in files}) >= len(pictures):
+        raise DataError(
+            f"{folder} has annotations of a format that is not read ({min(files).relative_to(folder)} and others); "
+            "convert them to COCO's train.json and val.json, or name a folder with the pictures alone, which the "
+            "teacher will label"
+        )
+
+
 def _pictures(folder: Path) -> Iterator[Path]:
     endings = Image.registered_extensions()  # some are of formats that Pillow writes only
     known = {ending for ending, format in endings.items() if format in Image.OPEN}

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from gdetkd_cli.data.bdd100k import first_frame
 from gdetkd_cli.errors import DataError
 
 _TRAIN = ("train",)
@@ -55,6 +56,16 @@ def detection_files(root: Path) -> dict[Path, str]:
     """COCO detection files, with the file name of each one's first picture."""
     files = sorted([*root.glob("*.json"), *root.glob("*/*.json")])
     return {file: name for file in files if (name := _first_picture(file)) is not None}
+
+
+def find_bdd100k(root: Path) -> Layout | None:
+    """BDD100K's detection labels, of ``det_20`` or of 2018, and its pictures; None where the folder has none."""
+    for pattern in ("det_{}.json", "bdd100k_labels_images_{}.json"):
+        train, val = (next(iter(sorted(root.rglob(pattern.format(split)))), None) for split in ("train", "val"))
+        if train and val:
+            folders = (_pictures_of(file, first_frame(file), root) for file in (train, val))
+            return Layout(*(path.relative_to(root) for path in (train, val, *folders)))
+    return None
 
 
 def find_voc_lists(root: Path) -> tuple[list[Path], list[Path]] | None:

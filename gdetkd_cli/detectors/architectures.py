@@ -165,12 +165,32 @@ def _composed(description: dict[str, Any], num_classes: int) -> nn.Module:
         raise ValueError(f"unknown head {head!r}; known: {', '.join(HEADS)}")
     _check(f"head {head!r}", arguments, _HEAD_ARGUMENTS[head] | _takes(_CLASSES[head.replace("-", "")]))
     first, last = description.get("pyramid_levels") or DEFAULT_LEVELS[head]
+    _check_sizes(head, arguments, 1 + last - first)
     backbone = _backbone(description, channels, first, last)
     strides = [2**level for level in range(first, last + 1)]
     try:
         return HEADS[head](backbone, num_classes, channels, strides, arguments)
     except TypeError as error:
         raise ValueError(f"head {head!r} does not take these arguments: {error}") from error
+
+
+def _check_sizes(head: str, arguments: dict[str, Any], levels: int) -> None:
+    """That what the heads take here are sizes: torchvision would fail later, and say less."""
+    for name in ("representation_size", "canonical_scale", "head_convs"):
+        value = arguments.get(name, 1)
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"head {head!r}: {name} must be a whole number from 1 on, got {value!r}")
+    anchors = arguments.get("anchor_sizes")
+    if anchors is None:
+        return
+    lists = isinstance(anchors, list | tuple) and all(isinstance(own, list | tuple) and own for own in anchors)
+    if not lists or len(anchors) != levels or not all(isinstance(s, int | float) and s > 0 for o in anchors for s in o):
+        raise ValueError(
+            f"head {head!r}: anchor_sizes must be one list of pixels for each of the {levels} levels, as [[16], [32], "
+            f"...], got {anchors!r}"
+        )
+    if len({len(own) for own in anchors}) > 1:
+        raise ValueError(f"head {head!r}: every level must have as many anchor_sizes as the others, got {anchors!r}")
 
 
 def _backbone(description: dict[str, Any], channels: int, first: int, last: int) -> BackboneWithFPN:
@@ -206,7 +226,9 @@ def _resnet(name: str, width: int | None, blocks: list[int] | None, norm: Callab
     first = body.layer1[0]
     block = type(first)
     depth = blocks or [len(getattr(body, f"layer{i}")) for i in range(1, 5)]
-    stem = int(width or 64)
+    stem = 64 if width is None else int(width)
+    if stem < 1:
+        raise ValueError(f"{name}: width must be at least 1 channel, got {width}")
     body.inplanes = stem
     body.conv1 = nn.Conv2d(3, stem, kernel_size=7, stride=2, padding=3, bias=False)
     body.bn1 = norm(stem)

@@ -89,10 +89,6 @@ def _made(description: dict[str, Any], class_names: tuple[str, ...]) -> Detector
             last=description.get("last", False),
             levels=tuple(description.get("levels") or ()),
         )
-    if not all(hasattr(made, name) for name in ("module", "levels", "observe", "look", "view_regions", "predict")):
-        raise ModelError(
-            f"{reference} returned {type(made).__name__}; a torch.nn.Module was expected, or gdetkd's Detector"
-        )
     detector: Detector = made
     return detector
 

@@ -8,8 +8,12 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+from torch import nn
+
 from gdetkd_cli.errors import ModelError
 from gdetkd_cli.trust import code_is_trusted
+
+_DETECTOR = ("module", "levels", "observe", "look", "view_regions", "predict")  # of ``protocol.Detector``
 
 
 def is_reference(text: str) -> bool:
@@ -19,7 +23,7 @@ def is_reference(text: str) -> bool:
 
 
 def make(reference: str, arguments: Mapping[str, Any]) -> Any:
-    """What the function returns.
+    """The module, or the ``Detector``, that the function returns.
 
     Modules in the current folder are found as well as installed ones.
 
@@ -28,7 +32,7 @@ def make(reference: str, arguments: Mapping[str, Any]) -> Any:
         arguments: keyword arguments of the call.
 
     Raises:
-        ModelError: without consent; there is no such function; or it failed.
+        ModelError: without consent; there is no such function; it failed, or returned something else.
     """
     if not is_reference(reference):
         raise ModelError(f"{reference!r} does not name a function; expected package.module:function")
@@ -46,6 +50,11 @@ def make(reference: str, arguments: Mapping[str, Any]) -> Any:
     except AttributeError as error:
         raise ModelError(f"{reference}: {error}") from error
     try:
-        return function(**arguments)
+        made = function(**arguments)
     except Exception as error:  # the user's own code may raise anything
         raise ModelError(f"{reference} failed: {type(error).__name__}: {error}") from error
+    if not isinstance(made, nn.Module) and not all(hasattr(made, name) for name in _DETECTOR):
+        raise ModelError(
+            f"{reference} returned {type(made).__name__}; a torch.nn.Module was expected, or gdetkd's Detector"
+        )
+    return made

@@ -48,7 +48,7 @@ class RegionView:
     """What a detector says of R regions. A field is None when it was not asked for or the family has none.
 
     Attributes:
-        pooled: (R, C, 7, 7) from the one level that the detector's own assignment picks.
+        pooled: (R, C, 7, 7) from the one level that the detector's own assignment picks, by measured geometry.
         pooled_channels: (R,) how many of the C channels a region has, where levels differ in channels; else None.
         embedding: (R, D) the region embedding.
         class_logits: (R, K + 1), background first.

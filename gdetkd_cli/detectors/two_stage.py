@@ -5,7 +5,7 @@ Shapes: N images, R regions, D embedding channels, K classes; boxes xyxy.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from gdetkd_cli.detectors import torchvision_common as common
-from gdetkd_cli.detectors.pooling import assign_levels
+from gdetkd_cli.detectors.pooling import assign_levels, pool_assigned
 from gdetkd_cli.detectors.protocol import Candidates, Family, Observation, RegionView, View
 from gdetkd_cli.detectors.tap import Tap
 from gdetkd_cli.structures import Batch, Detections, LevelSpec, Pyramid, Regions
@@ -103,30 +103,35 @@ class TwoStageDetector:
 
     def view_regions(self, seen: Observation, regions: Regions, needs: frozenset[View]) -> RegionView:
         assert isinstance(seen, TwoStageObservation), "an observation of another detector"
-        level = self._assign(seen.pyramid, regions) if "level" in needs else None
-        if seen.sampled is not None and "pooled" not in needs and bool((regions.candidate >= 0).all()):
+        level = self._assign(seen.pyramid, regions) if needs & {"level", "pooled"} else None
+        pooled = None
+        if "pooled" in needs:
+            # Where the cells lie, as any detector is compared. The head's own pooling below reads every cell from
+            # where its stride alone would put it, a fraction of a cell away.
+            assert level is not None
+            pooled = pool_assigned(seen.pyramid, regions, level, size=7, sampling_ratio=2)
+        said = RegionView()
+        if needs & {"embedding", "predictions"}:
+            said = self._said_by_head(seen, regions, predictions="predictions" in needs)
+        return replace(said, pooled=pooled, level=level)
+
+    def _said_by_head(self, seen: TwoStageObservation, regions: Regions, *, predictions: bool) -> RegionView:
+        """The RoI head's embeddings, and its predictions where they are wanted."""
+        if seen.sampled is not None and bool((regions.candidate >= 0).all()):
             rows = regions.candidate  # the head ran on these boxes already
             return RegionView(
                 embedding=_rows(seen.sampled.embedding, rows),
                 class_logits=_rows(seen.sampled.class_logits, rows),
                 box_deltas=_rows(seen.sampled.box_deltas, rows),
-                level=level,
             )
         heads = self.module.roi_heads
         boxes = seen.pyramid.frame.to_model(regions.boxes, regions.image_index)
         per_image = list(boxes.split(torch.bincount(regions.image_index, minlength=len(seen.image_sizes)).tolist()))
-        pooled = heads.box_roi_pool(seen.features, per_image, seen.image_sizes)
-        embedding = heads.box_head(pooled) if needs & {"embedding", "predictions"} else None
-        if embedding is None or "predictions" not in needs:
-            return RegionView(pooled=pooled, embedding=embedding, level=level)
+        embedding = heads.box_head(heads.box_roi_pool(seen.features, per_image, seen.image_sizes))
+        if not predictions:
+            return RegionView(embedding=embedding)
         class_logits, box_deltas = heads.box_predictor(embedding)
-        return RegionView(
-            pooled=pooled,
-            embedding=embedding,
-            class_logits=class_logits,
-            box_deltas=box_deltas.unflatten(1, (-1, 4)),
-            level=level,
-        )
+        return RegionView(embedding=embedding, class_logits=class_logits, box_deltas=box_deltas.unflatten(1, (-1, 4)))
 
     def _assign(self, pyramid: Pyramid, regions: Regions) -> Tensor:
         """(R,) the level that the RoI head pools a region from: sides of one octave up from its canonical scale."""

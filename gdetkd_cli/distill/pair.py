@@ -17,7 +17,7 @@ PairKind = Literal["homogeneous", "heterogeneous"]
 
 
 def pair_kind(student: Detector, teacher: Detector) -> PairKind:
-    """``homogeneous`` when both are two-stage: only then do both have RoI heads to compare (METHOD, section 1)."""
+    """``homogeneous`` when both are two-stage: only then do both have RoI heads to compare."""
     both = student.family == teacher.family == "two-stage"
     return "homogeneous" if both else "heterogeneous"
 

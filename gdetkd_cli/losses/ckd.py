@@ -1,4 +1,4 @@
-"""Contrastive distillation over regions: the equations (METHOD, section 3).
+"""Contrastive distillation over regions: the equations (G-DetKD, arXiv 2108.07482).
 
 Shapes: R regions of this process's batch, Q remembered regions, D channels of the common space.
 """

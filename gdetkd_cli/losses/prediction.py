@@ -1,4 +1,4 @@
-"""Prediction distillation for two-stage heads: the equations (METHOD, section 4).
+"""Prediction distillation for two-stage heads: the equations (G-DetKD, arXiv 2108.07482).
 
 Shapes: R regions, K classes; column 0 is background.
 """

@@ -1,4 +1,4 @@
-"""Semantic-guided feature imitation: the equations (METHOD, section 2).
+"""Semantic-guided feature imitation: the equations (G-DetKD, arXiv 2108.07482).
 
 Shapes: R regions, L levels, C channels of the teacher, D embedding channels.
 """

@@ -70,18 +70,10 @@ def load_data(source: str) -> Data:
         source: a recipe (file or built-in name), or a folder with ``val.json`` (COCO format) and ``images``.
 
     Raises:
-        RecipeError: the recipe is not usable, or the folder has no ``val.json``.
+        RecipeError: the recipe is not usable.
     """
     folder = Path(source)
-    if not folder.is_dir():
-        return load_recipe(source).data
-    data = CocoData(format="coco", root=folder)
-    if not (data.root / data.val).is_file():
-        raise RecipeError(
-            f"the folder {source} has no {data.val}; expected COCO annotations, "
-            f"or a recipe whose data block names the files"
-        )
-    return data
+    return CocoData(format="coco", root=folder) if folder.is_dir() else load_recipe(source).data
 
 
 def dump_recipe(recipe: Recipe) -> str:

@@ -155,6 +155,16 @@ class ComposedDetector(Strict):
     backbone_weights: str | None = Field(None, description="file or torchvision weights name of the backbone alone")
 
     @model_validator(mode="after")
+    def _short_side_first(self) -> ComposedDetector:
+        short, long = self.image_size
+        if not 32 <= short <= long:
+            raise ValueError(
+                "image_size must be [short side, the most the long side may have], 32 pixels or more each; got "
+                f"{[short, long]}"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _levels_in_order(self) -> ComposedDetector:
         if self.pyramid_levels is not None:
             first, last = self.pyramid_levels
@@ -241,7 +251,7 @@ class Term(Warmed):
 
 
 class SGFI(Term):
-    """Semantic-guided feature imitation (METHOD, section 2)."""
+    """Semantic-guided feature imitation (G-DetKD, arXiv 2108.07482)."""
 
     weight: NonNegativeFloat = Field(10.0, description="of the term; its target is standardised, so 10 suits most")
     normalize: Literal["channel", "scalar", "none"] = Field(
@@ -261,7 +271,7 @@ class SGFI(Term):
 
 
 class CKD(Warmed):
-    """Contrastive distillation over regions (METHOD, section 3)."""
+    """Contrastive distillation over regions (G-DetKD, arXiv 2108.07482)."""
 
     weight: NonNegativeFloat | Literal["auto"] = Field("auto", description="auto: 1 for a two-stage student, else 0.2")
     gamma: PositiveFloat = Field(0.07, description="temperature of the contrast")
@@ -271,7 +281,7 @@ class CKD(Warmed):
 
 
 class PredictionKD(Term):
-    """Class or box predictions of the teacher's RoI head as targets (METHOD, section 4)."""
+    """Class or box predictions of the teacher's RoI head as targets (G-DetKD, arXiv 2108.07482)."""
 
 
 class FitNet(Term):

@@ -31,12 +31,13 @@ augment:
   # multi_scale: [640, 672, 704]  # short sides in pixels to choose from; default: the student's image_size
   # max_size: 1333              # longest side in pixels that multi_scale may give
   # photometric: false          # jitter brightness, contrast, saturation and hue
+  # copy_paste: 0.0             # probability that an object is pasted once more near itself
 
 # The small detector that you want.
 student:
   arch: composed                # a torchvision backbone, a feature pyramid, a head; or: torchvision, checkpoint
   backbone: resnet18            # for example mobilenet_v3_large, resnet50, resnext50_32x4d
-  head: faster-rcnn             # or: retinanet, fcos
+  head: faster-rcnn             # or: cascade-rcnn, retinanet, fcos
   image_size: [480, 800]        # pixels: short side, and the most the long side may have (default [800, 1333])
   backbone_weights: DEFAULT     # torchvision weights name (downloaded once) or a file; default: none
   # width: 64                   # ResNet: channels after the stem; MobileNet: width multiplier
@@ -65,10 +66,8 @@ distill:
     # similarity: cosine        # how levels are matched; or: product (the paper)
     # prior: 3                  # how much the match favours the student's own level; 0: not at all (the paper)
     # warmup_steps: 0           # steps over which the weight rises from 0
-  ckd:                          # contrast between regions; or: auto, where the teacher has a region embedding
-    weight: auto                # 1 for a two-stage student, else 0.2
-    # gamma: 0.07               # temperature
-    # queue: 4096               # teacher embeddings remembered as further negatives
+  ckd: auto                     # contrast between regions; auto: where the teacher has a region embedding
+                                # Or {{weight: auto, gamma: 0.07, queue: 4096}}: temperature, embeddings remembered
   class_kd: auto                # teacher's class scores; auto: where both detectors are two-stage. Or {{weight: 1.0}}
   box_kd: auto                  # teacher's box corrections; as class_kd
   # head_transfer: auto         # start the student's head from the teacher's

@@ -8,7 +8,19 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from gdetkd_cli.errors import GDetKDError
 from gdetkd_cli.results import LevelReport
+
+
+def check_drawable(path: Path) -> None:
+    """That a picture can be written there, told before it is made.
+
+    Raises:
+        GDetKDError: matplotlib knows no format of that ending.
+    """
+    known = Figure().canvas.get_supported_filetypes()
+    if path.suffix.removeprefix(".").lower() not in known:
+        raise GDetKDError(f"{path}: cannot draw a file of that ending; expected one of {', '.join(sorted(known))}")
 
 
 def draw_levels(picture: Tensor, levels: Sequence[LevelReport], maps: Sequence[Tensor], path: Path) -> None:

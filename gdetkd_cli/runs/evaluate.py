@@ -8,6 +8,7 @@ from statistics import median
 from time import perf_counter
 
 import torch
+from pydantic import TypeAdapter
 from torch import Tensor
 
 from gdetkd_cli import build
@@ -22,9 +23,11 @@ from gdetkd_cli.errors import DataError, RecipeError
 from gdetkd_cli.evaluation.coco_metrics import evaluate_coco
 from gdetkd_cli.evaluation.exported import NotOursError, OnnxDetector, ScriptedDetector
 from gdetkd_cli.evaluation.predict import Predictor, predict_split
+from gdetkd_cli.recipe.builtin import list_builtin
 from gdetkd_cli.recipe.load import load_recipe
 from gdetkd_cli.recipe.schema import CheckpointDetector, Data
 from gdetkd_cli.results import EvalResult
+from gdetkd_cli.runs.folder_data import find_data
 from gdetkd_cli.runs.job import check_taught
 from gdetkd_cli.structures import Detections
 from gdetkd_cli.training.events import Note, Observer, counting, silent
@@ -42,13 +45,13 @@ class _Subject:
     size_mb: float
 
 
-def run_eval(target: str, *, data: Data | None, observer: Observer = silent) -> EvalResult:
+def run_eval(target: str, *, data: Data | Path | None, observer: Observer = silent) -> EvalResult:
     """Evaluates a detector on the validation split, one picture at a time, on the GPU where there is one.
 
     Args:
         target: a run folder, a model file of any kind whose detections can be read, builtin:NAME, or a recipe, whose
             teacher is evaluated as the recipe describes it.
-        data: the data; None: that of the recipe.yaml beside the detector.
+        data: the data, or a folder of them; None: that of the recipe.yaml beside the detector.
         observer: hears what was found on reading the data.
 
     Raises:
@@ -57,7 +60,9 @@ def run_eval(target: str, *, data: Data | None, observer: Observer = silent) -> 
         RecipeError: the recipe beside the detector is not usable.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if Path(target).suffix in (".yaml", ".yml"):
+    if isinstance(data, Path):
+        data = TypeAdapter(Data).validate_python(find_data(data, observer)[0])
+    if Path(target).suffix in (".yaml", ".yml") or target in {recipe.name for recipe in list_builtin()}:
         recipe = load_recipe(target)
         if recipe.teacher is None:
             raise RecipeError(f"the recipe {target} has no teacher to evaluate; name a run or a model file instead")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
+from dataclasses import replace
 from math import ceil
 from pathlib import Path
 from statistics import median
@@ -11,17 +14,14 @@ import torch
 import yaml
 
 from gdetkd_cli import build
-from gdetkd_cli.data.coco import read_coco
-from gdetkd_cli.data.folder import read_folder
-from gdetkd_cli.data.layout import detection_files, find_layout, find_voc_lists
 from gdetkd_cli.data.split import Split
-from gdetkd_cli.data.voc import VOC_CLASSES, names_in, read_voc
 from gdetkd_cli.detectors import architectures
 from gdetkd_cli.detectors.factory import is_reference
 from gdetkd_cli.detectors.probed import ProbedDetector
 from gdetkd_cli.errors import ModelError, RecipeError
 from gdetkd_cli.recipe.schema import Data, Recipe
 from gdetkd_cli.results import CheckedRecipe, ProbeOptions, PyramidReport, TermPlan
+from gdetkd_cli.runs.folder_data import find_data
 from gdetkd_cli.runs.job import check_distills, untrained_teacher
 from gdetkd_cli.runs.probe import report_of, run_probe
 from gdetkd_cli.training.events import Note, Observer, silent
@@ -37,7 +37,8 @@ def run_init(teacher: str, student: str, data: Path, *, output: Path, observer: 
         teacher: a run folder, a model file, ``builtin:NAME``, a torchvision detector's name, or
             ``package.module:function``.
         student: any of these, or ``BACKBONE+HEAD``, for example ``resnet18+retinanet``.
-        data: folder with COCO or VOC annotations and pictures, or with pictures alone, which the teacher will label.
+        data: folder with COCO, VOC or BDD100K annotations and pictures, or with pictures alone, which the teacher
+            will label.
         output: the file to write.
         observer: is told of progress.
 
@@ -47,12 +48,12 @@ def run_init(teacher: str, student: str, data: Path, *, output: Path, observer: 
     """
     if output.exists():
         raise RecipeError(f"{output} exists already; name another file with --output")
-    block, train = _data(data, observer)
+    block, train = find_data(data, observer)
     cuda = torch.cuda.is_available()
     short, long = _image_size(train, largest=800 if cuda else 320)
     batch_size = 8 if cuda else 4
     recipe: dict[str, Any] = {
-        "name": output.stem,
+        "name": _name(output),
         "data": block,
         "student": _detector(student, (short, long), trains=True),
         "teacher": _detector(teacher, (short, long), trains=False),
@@ -96,7 +97,7 @@ def run_probe_to_recipe(
         teacher |= {"levels": list(options.levels)} if options.levels else {}
     head = "faster-rcnn" if report.family == "two-stage" else "fcos"
     recipe: dict[str, Any] = {
-        "name": output.stem,
+        "name": _name(output),
         "data": {"format": "coco", "root": "data"},
         "student": {"arch": "composed", "backbone": "resnet18", "head": head, "image_size": list(size)},
         "teacher": teacher,
@@ -112,6 +113,11 @@ def run_probe_to_recipe(
     return report
 
 
+def _name(output: Path) -> str:
+    """The file's name, as far as a run's folder may be called so."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", output.stem).strip("-._") or "recipe"
+
+
 def _input_of(options: ProbeOptions, size: tuple[int, int]) -> dict[str, Any]:
     """The recipe's ``teacher.input``: what was told, defaults left out."""
     told: dict[str, Any] = {"size": list(size)}
@@ -122,12 +128,15 @@ def _input_of(options: ProbeOptions, size: tuple[int, int]) -> dict[str, Any]:
     return told
 
 
-def check_recipe(recipe: Recipe, source: str, observer: Observer = silent) -> CheckedRecipe:
+def check_recipe(
+    recipe: Recipe, source: str, *, changes: Sequence[str] = (), observer: Observer = silent
+) -> CheckedRecipe:
     """Builds a distillation recipe's data, detectors and pair, as ``distill`` would, and reports them.
 
     Args:
         recipe: with a teacher and a distill block.
         source: its file or name.
+        changes: what ``--set`` changed in it.
         observer: is told of progress.
 
     Raises:
@@ -141,44 +150,8 @@ def check_recipe(recipe: Recipe, source: str, observer: Observer = silent) -> Ch
             observer(Note(f"{split.name}: {note}"))
     train = splits[0]
     titles = (build.title_of(recipe.student), build.title_of(recipe.teacher))
-    return _checked(recipe, source, train, titles, train.records[0].size, observer)
-
-
-def _data(folder: Path, observer: Observer) -> tuple[dict[str, Any], Split]:
-    """The recipe's block for a folder, and the training split."""
-    files = detection_files(folder)
-    lists = None if files else find_voc_lists(folder)
-    if lists is not None:
-        return _voc(folder, *lists, observer)
-    if not files:
-        train, val = (read_folder(folder, which) for which in build.SPLITS)
-        observer(
-            Note(f"no annotations: the teacher will label {len(train)} training and {len(val)} validation pictures")
-        )
-        return {"format": "folder", "root": str(folder)}, train
-    layout = find_layout(folder, files)
-    train, val = (
-        read_coco(annotations=folder / annotations, images=folder / images)
-        for annotations, images in ((layout.train, layout.train_images), (layout.val, layout.val_images))
-    )
-    _tell(train, val, observer)
-    return {"format": "coco", "root": str(folder), **{name: str(path) for name, path in vars(layout).items()}}, train
-
-
-def _voc(folder: Path, train: list[Path], val: list[Path], observer: Observer) -> tuple[dict[str, Any], Split]:
-    """The recipe's block for a folder of VOC's layout, and the training split."""
-    lists = [[folder / path for path in paths] for paths in (train, val)]
-    found = sorted({name for paths in lists for name in names_in(paths)})
-    classes = None if set(found) <= set(VOC_CLASSES) else found
-    train_split, val_split = (read_voc(lists=paths, root=folder, classes=classes) for paths in lists)
-    _tell(train_split, val_split, observer)
-    block: dict[str, Any] = {"format": "voc", "root": str(folder)}
-    block |= {"train": [str(path) for path in train], "val": [str(path) for path in val]}
-    return block | ({"classes": classes} if classes else {}), train_split
-
-
-def _tell(train: Split, val: Split, observer: Observer) -> None:
-    observer(Note(f"{len(train)} training and {len(val)} validation pictures, classes: {', '.join(train.class_names)}"))
+    checked = _checked(recipe, source, train, titles, train.records[0].size, observer)
+    return replace(checked, changes=tuple(changes))
 
 
 def _split(data: Data, which: build.Which) -> Split:

@@ -45,6 +45,10 @@ def run_probe(model: str, options: ProbeOptions | None = None, *, observer: Obse
         NoPyramidError: it has no feature pyramid.
     """
     options = options or ProbeOptions()
+    if options.plot is not None:
+        from gdetkd_cli.report.levels import check_drawable  # matplotlib takes its time
+
+        check_drawable(options.plot)
     if model in architectures.TORCHVISION_DETECTORS:
         names = tuple(f"class {i}" for i in range(1, _COCO_CLASSES + 1))
         observer(Note(f"{model} with fresh weights"))

@@ -15,7 +15,7 @@ import toy
 from gdetkd_cli.detectors import catalog
 from gdetkd_cli.detectors.factory import is_reference, make
 from gdetkd_cli.detectors.trainable import TrainableDetector
-from gdetkd_cli.errors import ModelError, PairError
+from gdetkd_cli.errors import GDetKDError, ModelError, PairError
 from gdetkd_cli.recipe.schema import Distill, FactoryDetector, Recipe
 from gdetkd_cli.results import ProbeOptions
 from gdetkd_cli.runs import run_distill, run_eval, run_probe, run_train
@@ -82,6 +82,8 @@ def test_references(text: str, expected: bool) -> None:
 def test_what_is_no_detector() -> None:
     with pytest.raises(ModelError, match=r"own_code:nothing returned str; a torch\.nn\.Module was expected"):
         catalog.build(description("nothing"), ("a",))
+    with pytest.raises(ModelError, match=r"own_code:nothing returned str; a torch\.nn\.Module was expected"):
+        run_probe("own_code:nothing")
 
 
 @pytest.mark.usefixtures("consent")
@@ -199,6 +201,8 @@ def test_a_student_without_losses_is_refused_where_they_count(tmp_path: Path) ->
 
 @pytest.mark.usefixtures("consent")
 def test_probing_a_function(tmp_path: Path) -> None:
+    with pytest.raises(GDetKDError, match=r"levels\.xyz: cannot draw a file of that ending; expected one of .*png"):
+        run_probe("own_code:own", ProbeOptions(size=SIZE, plot=tmp_path / "levels.xyz"))
     report = run_probe("own_code:own", ProbeOptions(size=SIZE, plot=tmp_path / "levels.png"))
 
     assert report.format == "factory"

@@ -12,14 +12,18 @@ from distilling import (
     PAIRS,
     TinyDetector,
     assert_same_state,
+    choose,
     forward,
     make_distiller,
+    make_term,
     state_of,
     terms_of,
     train,
 )
 from torch import nn
 
+from gdetkd_cli.distill.distiller import Distiller, WeightedTerm
+from gdetkd_cli.distill.map_terms import RoIImitationTerm
 from gdetkd_cli.structures import Batch
 
 
@@ -77,10 +81,34 @@ def test_only_what_is_needed_of_a_two_stage_teacher_runs(
     forward(make_distiller(student, teacher, terms), tiny_batch)
 
     assert of_teacher.of("", "rpn", "rpn.head", "roi_heads") == [0, 0, 0, 0]
-    assert of_teacher.of("transform", "backbone", "roi_heads.box_roi_pool") == [1, 1, 1]
-    assert of_teacher.of("roi_heads.box_head", "roi_heads.box_predictor") == [head, predictor]
+    assert of_teacher.of("transform", "backbone") == [1, 1]
+    ran = of_teacher.of("roi_heads.box_roi_pool", "roi_heads.box_head", "roi_heads.box_predictor")
+    assert ran == [head, head, predictor]
     # The student's head ran on the regions already: they are its own proposals.
     assert of_student.of("roi_heads.box_head", "roi_heads.box_predictor", "backbone") == [1, 1, 1]
+
+
+@pytest.mark.parametrize(("teacher", "student"), PAIRS)
+def test_a_match_on_the_own_level_alone_is_roi_imitation(
+    teacher: str, student: str, tiny_detector: TinyDetector, tiny_batch: Batch
+) -> None:
+    """Both pool a region where the cells of either detector lie, not where a head of its own would read them."""
+    pupil, frozen = tiny_detector(student), tiny_detector(teacher, seed=1)
+    soft = make_term("sgfi", pupil, frozen)
+    soft.prior = 1e6
+    hard = RoIImitationTerm(
+        student_channels=max(level.channels for level in pupil.levels),
+        teacher_channels=max(level.channels for level in frozen.levels),
+    )
+    hard.adapter.load_state_dict(soft.matcher.adapters[0].state_dict())
+    distiller = Distiller(
+        student=pupil,
+        teacher=frozen,
+        terms={"sgfi": WeightedTerm(soft, 1.0), "roi_imitation": WeightedTerm(hard, 1.0)},
+        choose_regions=choose,
+    )
+    parts = forward(distiller, tiny_batch).parts
+    torch.testing.assert_close(parts["sgfi"], parts["roi_imitation"])
 
 
 @pytest.mark.parametrize(("terms", "towers"), [(("sgfi",), 0), (("ckd",), 5), (FEATURE_TERMS, 5)])

@@ -246,6 +246,11 @@ train:
             "student.argumnts: unknown field; did you mean arguments?",
         ),
         (
+            "{arch: composed, backbone: resnet18, head: fcos, image_size: [800, 600]}",
+            "student: image_size must be [short side, the most the long side may have], 32 pixels or more each; got "
+            "[800, 600]",
+        ),
+        (
             "{arch: composed, backbone: resnet18, head: fcos, pyramid_levels: [1, 9]}",
             "student: pyramid_levels must be [first, last], first in 2-5 and last in 5-7; got [1, 9]",
         ),
@@ -331,15 +336,6 @@ def test_data_from_a_recipe_or_a_folder(recipe: Path, tmp_path: Path) -> None:
     assert load_data(str(recipe)) == SyntheticData()
     (tmp_path / "val.json").write_text("{}")
     assert load_data(str(tmp_path)) == CocoData(format="coco", root=tmp_path)
-
-
-def test_data_from_a_folder_without_annotations(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError) as caught:
-        load_data(str(tmp_path))
-    assert str(caught.value) == (
-        f"the folder {tmp_path} has no val.json; expected COCO annotations, "
-        "or a recipe whose data block names the files"
-    )
 
 
 # ------------------------------------------------------------------------------------------ writing, schema, starter

@@ -265,6 +265,15 @@ def test_data_have_to_come_from_somewhere(run: Path, data: CocoData) -> None:
     assert run_eval(str(run), data=data).metrics.images == PICTURES
 
 
+def test_a_folder_of_any_layout_that_is_found(run: Path, data: CocoData, tmp_path: Path) -> None:
+    root = tmp_path / "coco"
+    (root / "annotations").mkdir(parents=True)
+    for split in ("train", "val"):
+        (root / "annotations" / f"instances_{split}2017.json").write_bytes((data.root / data.val).read_bytes())
+    (root / "val2017").symlink_to((data.root / data.val_images).absolute())
+    assert run_eval(str(run), data=root).metrics.images == PICTURES
+
+
 def test_data_of_other_classes_are_refused(run: Path) -> None:
     with pytest.raises(DataError, match="disc-dot"):
         run_eval(str(run), data=SyntheticData(val_images=1, size=64))

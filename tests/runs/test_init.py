@@ -12,9 +12,16 @@ import toy
 from PIL import Image
 from twins import TwoWay
 
-from gdetkd_cli.errors import ModelError, RecipeError
+from gdetkd_cli.errors import DataError, ModelError, RecipeError
 from gdetkd_cli.recipe.load import load_recipe
-from gdetkd_cli.recipe.schema import CheckpointDetector, ComposedDetector, FolderData, ModelInput, VocData
+from gdetkd_cli.recipe.schema import (
+    Bdd100kData,
+    CheckpointDetector,
+    ComposedDetector,
+    FolderData,
+    ModelInput,
+    VocData,
+)
 from gdetkd_cli.results import ProbeOptions
 from gdetkd_cli.runs import check_recipe, plan_distill, run_init, run_probe_to_recipe, run_train
 
@@ -74,6 +81,33 @@ def test_pictures_alone_are_labelled_by_the_teacher(data: Path, tmp_path: Path) 
     plan = check_recipe(recipe, str(path))
     assert plan.student.classes == plan.teacher.classes
     assert len(plan.student.classes) == 9
+
+
+def test_bdd100k_is_recognised(data: Path, teacher: str, tmp_path: Path) -> None:
+    root = tmp_path / "bdd"
+    (root / "labels" / "det_20").mkdir(parents=True)
+    corners = {"x1": 8, "y1": 8, "x2": 38, "y2": 48}
+    for split, picture in (("train", "0.png"), ("val", "3.png")):
+        folder = root / "images" / "100k" / split
+        folder.mkdir(parents=True)
+        (data / "images" / picture).rename(folder / picture)
+        frames = [{"name": picture, "labels": [{"category": "car", "box2d": corners}]}]
+        (root / "labels" / "det_20" / f"det_{split}.json").write_text(json.dumps(frames))
+    run_init(teacher, "resnet18+fcos", root, output=tmp_path / "mine.yaml")
+
+    assert load_recipe(str(tmp_path / "mine.yaml"), ()).data == Bdd100kData(format="bdd100k", root=root)
+
+
+def test_annotations_of_another_format_are_not_passed_over(data: Path, teacher: str, tmp_path: Path) -> None:
+    for number in range(3):
+        (data / "images" / f"{number}.txt").write_text("0 0.5 0.5 0.1 0.1")
+    with pytest.raises(DataError, match=r"annotations of a format that is not read \(0\.txt and others\); convert"):
+        run_init(teacher, "resnet18+fcos", data / "images", output=tmp_path / "mine.yaml")
+
+
+def test_a_file_name_that_no_run_may_have(data: Path, teacher: str, tmp_path: Path) -> None:
+    run_init(teacher, "resnet18+fcos", data, output=tmp_path / "my recipe (2).yaml")
+    assert load_recipe(str(tmp_path / "my recipe (2).yaml"), ()).name == "my-recipe-2"
 
 
 def test_a_recipe_from_a_probe(teacher: str, tmp_path: Path) -> None:

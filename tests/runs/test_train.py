@@ -184,7 +184,7 @@ def test_a_look_at_a_teacher_of_fresh_weights_says_so() -> None:
     assert any("has no trained weights; train it" in note for note in plan_distill(_untaught()).notes)
     assert not any("trained weights" in note for note in plan_distill(toy.recipe()).notes)
     told: list[Event] = []
-    check_recipe(_untaught(), "toy.yaml", told.append)
+    check_recipe(_untaught(), "toy.yaml", observer=told.append)
     assert any(isinstance(note, Note) and "has no trained weights; train it" in note.text for note in told)
 
 
