@@ -1,6 +1,6 @@
 """Plain against distilled students: same recipe, seeds and steps; one CSV row per finished run.
 
-    python benchmarks/pairs.py --recipe shapes/frcnn-frcnn --steps 400 --seeds 0 1 2 --csv docs/benchmarks/shapes.csv
+    python benchmarks/pairs.py --recipe shapes/frcnn-frcnn --steps 400 --seeds 0 1 2 --csv runs/pairs.csv
 
 A run that has a row is not run again, and one that was killed goes on where it was (its seconds are then those of the
 last part). Every row is a whole run through ``gdetkd train`` or ``gdetkd distill``; their folders stay under
