@@ -33,7 +33,8 @@ def pool_level(pyramid: Pyramid, level: int, regions: Regions, *, size: int, sam
     """RoIAlign on one level: (R, C_l, size, size), float32."""
     boxes = cells(pyramid.frame.to_model(regions.boxes, regions.image_index), pyramid.levels[level])
     features = pyramid.maps[level].float()
-    if features.shape[-2] * features.shape[-1] <= _SEPARABLE_CELLS:
+    # Without a gradient nothing is scattered, and the operator is the faster one.
+    if features.requires_grad and features.shape[-2] * features.shape[-1] <= _SEPARABLE_CELLS:
         return separable_roi_align(features, boxes, regions.image_index, size=size, sampling_ratio=sampling_ratio)
     rois = torch.cat([regions.image_index[:, None].to(boxes), boxes], dim=1)
     pooled: Tensor = roi_align(
@@ -121,11 +122,14 @@ def pool_assigned(pyramid: Pyramid, regions: Regions, assignment: Tensor, *, siz
     Where levels differ in channels, C is the largest number of them and the others are padded with zeros.
     """
     channels = max(level.channels for level in pyramid.levels)
-    pooled = pyramid.maps[0].new_zeros(len(regions), channels, size, size, dtype=torch.float32)
+    order, parts = [], []
     for level, spec in enumerate(pyramid.levels):
         rows = (assignment == level).nonzero().squeeze(1)
         if rows.numel():
             chosen = Regions(regions.boxes[rows], regions.image_index[rows], regions.candidate[rows])
             part = pool_level(pyramid, level, chosen, size=size, sampling_ratio=sampling_ratio)
-            pooled = pooled.index_copy(0, rows, pad(part, (0, 0, 0, 0, 0, channels - spec.channels)))
-    return pooled
+            order.append(rows)
+            parts.append(pad(part, (0, 0, 0, 0, 0, channels - spec.channels)))
+    if not parts:
+        return pyramid.maps[0].new_zeros(0, channels, size, size, dtype=torch.float32)
+    return torch.cat(parts)[torch.cat(order).argsort()]
