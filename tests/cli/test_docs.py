@@ -1,4 +1,4 @@
-"""Every gdetkd command that the documentation shows is one that the program understands."""
+"""Every gdetkd command that the documentation shows is one that the program understands; links lead somewhere."""
 
 from __future__ import annotations
 
@@ -42,3 +42,24 @@ def test_it_parses(document: str, command: str) -> None:
         assert arguments[0] in group.commands, f"{document}: no command {arguments[0]!r}"
         group = group.commands[arguments.pop(0)]
     group.make_context(group.name, arguments).close()  # raises a usage error for what it does not know
+
+
+def links() -> list[tuple[str, str]]:
+    """(document, target) of each link into the project."""
+    found = []
+    for document in [*DOCUMENTS, *ROOT.glob("*/README.md"), *ROOT.glob("docs/*/README.md")]:
+        for target in re.findall(r"\]\(([^)\s]+)\)", document.read_text()):
+            if "://" not in target:
+                found.append((str(document.relative_to(ROOT)), target))
+    return found
+
+
+@pytest.mark.parametrize(("document", "target"), links(), ids=lambda value: value)
+def test_links_lead_somewhere(document: str, target: str) -> None:
+    path, _, anchor = target.partition("#")
+    linked = (ROOT / document).parent / path if path else ROOT / document
+
+    assert linked.exists()
+    if anchor:
+        headings = re.findall(r"^#+ (.+)$", linked.read_text(), flags=re.MULTILINE)
+        assert anchor in [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings]

@@ -1,0 +1,143 @@
+"""Writes the tables of docs/benchmarks.md from the finished cells in docs/benchmarks/.
+
+    python benchmarks/tables.py                                       # writes them
+    python benchmarks/tables.py --check                               # says whether they are as written
+    python benchmarks/tables.py --take frcnn runs/compare-frcnn       # adds cells of `gdetkd compare` first
+    python benchmarks/tables.py --take frcnn runs/x --suffix "@30"    # their methods under other names
+
+A table stands between two comments, of which the first says what it shows: the methods at one budget, or AP by budget.
+
+    <!-- methods of frcnn at 500: none, sgfi = SGFI alone -->
+    <!-- end -->
+    <!-- budgets of frcnn at 500, 2000: none, sgfi -->
+    <!-- end -->
+
+``frcnn`` means ``frcnn.csv`` and ``frcnn-intervals.csv``: from ``cells.csv`` and ``table.csv`` of ``gdetkd compare``.
+What has no finished cell is "not run".
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import re
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from statistics import mean, median, stdev
+
+DOCS = Path(__file__).parents[1] / "docs"
+PAGE, CELLS = DOCS / "benchmarks.md", DOCS / "benchmarks"
+_BLOCK = re.compile(
+    r"(<!-- (?P<kind>methods|budgets) of (?P<name>\S+) at (?P<steps>[\d, ]+): (?P<methods>.+?) -->\n)"
+    r".*?(?P<end><!-- end -->)",
+    flags=re.DOTALL,
+)
+_NONE, _NOT_RUN = "none", "not run"
+_INTERVAL = ("method", "steps", "low", "high")
+
+Row = Mapping[str, str]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; fail where the page is not up to date")
+    parser.add_argument("--take", nargs=2, metavar=("NAME", "FOLDER"), help="adds a folder's cells to NAME's")
+    parser.add_argument("--suffix", default="", help="added to the names of the methods that are taken")
+    arguments = parser.parse_args()
+    if arguments.take:
+        name, folder = arguments.take
+        cells = _read(Path(folder) / "cells.csv")
+        take(CELLS / f"{name}.csv", cells, tuple(cells[0]), arguments.suffix)
+        take(CELLS / f"{name}-intervals.csv", _read(Path(folder) / "table.csv"), _INTERVAL, arguments.suffix)
+    text = PAGE.read_text()
+    fresh = rendered(text, CELLS)
+    if arguments.check:
+        sys.exit(0 if fresh == text else f"{PAGE.name} is not what its cells say: run python benchmarks/tables.py")
+    PAGE.write_text(fresh)
+
+
+def take(kept: Path, taken: Iterable[Row], fields: Sequence[str], suffix: str) -> None:
+    """Adds rows to a file; one of the same method, steps and seed is replaced."""
+    rows = {_key(row): row for row in _read(kept)}
+    renamed = [{**row, "method": row["method"] + suffix} for row in taken]
+    rows |= {_key(row): row for row in renamed}
+    with kept.open("w", newline="") as file:
+        writer = csv.DictWriter(file, fields, extrasaction="ignore", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(row for _, row in sorted(rows.items()))
+
+
+def rendered(text: str, folder: Path) -> str:
+    """The page with each of its tables made anew from the cells in ``folder``."""
+    return _BLOCK.sub(lambda block: block[1] + "\n".join(_table(block, folder)) + "\n" + block["end"], text)
+
+
+def _table(block: re.Match[str], folder: Path) -> list[str]:
+    cells = _read(folder / f"{block['name']}.csv")
+    budgets = block["steps"].split(", ")
+    titles = {}
+    for method in block["methods"].split(", "):
+        key, _, title = (part.strip() for part in method.partition("="))
+        titles[key] = title or f"`{key}`"
+    if block["kind"] == "budgets":
+        lines = [["AP after ... steps", *(f"{int(steps):,}" for steps in budgets)]]
+        lines += [[title, *(_by_seed(key, cells, steps) for steps in budgets)] for key, title in titles.items()]
+    else:
+        intervals = _read(folder / f"{block['name']}-intervals.csv")
+        columns = ("AP by seed", "mean ± std", "AP_S / AP_M / AP_L", "gain over `none` (95 %)", "ms/step", "MB")
+        lines = [[f"{budgets[0]} steps", *columns]]
+        lines += [[title, *_facts(key, cells, budgets[0], intervals)] for key, title in titles.items()]
+    lines.insert(1, ["---"] * len(lines[0]))
+    return ["| " + " | ".join(line) + " |" for line in lines]
+
+
+def _facts(method: str, cells: Sequence[Row], steps: str, intervals: Sequence[Row]) -> list[str]:
+    own, plain = _by(method, cells, steps), _by(_NONE, cells, steps)
+    if not own:
+        return [_NOT_RUN, "", "", "", "", ""]
+    ap = {seed: float(row["AP"]) for seed, row in own.items()}
+    whole = f"{mean(ap.values()):.1f}" + (f" ± {stdev(ap.values()):.1f}" if len(ap) > 1 else "")
+    sizes = " / ".join(f"{mean(float(row[size]) for row in own.values()):.1f}" for size in ("AP_S", "AP_M", "AP_L"))
+    both = [ap[seed] - float(plain[seed]["AP"]) for seed in ap if seed in plain]
+    gain = f"{mean(both):+.1f}" if method != _NONE and both else ""
+    for row in intervals:
+        if gain and (row["method"], row["steps"]) == (method, steps) and row["low"]:
+            gain += f" ({float(row['low']):+.1f} to {float(row['high']):+.1f})"
+    spent, memory = (_median(row[fact] for row in own.values()) for fact in ("seconds_per_step", "peak_memory_mb"))
+    told = ["" if value is None else f"{value:.0f}" for value in (spent and 1000 * spent, memory)]
+    return [_by_seed(method, cells, steps), whole, sizes, gain, *told]
+
+
+def _median(values: Iterable[str]) -> float | None:
+    """Of those that are known."""
+    known = [float(value) for value in values if value]
+    return median(known) if known else None
+
+
+def _by_seed(method: str, cells: Sequence[Row], steps: str) -> str:
+    """``6.8 / 7.7 / 7.8``: seeds 0, 1, ... as far as any method of these cells has them at this budget."""
+    own = _by(method, cells, steps)
+    seeds = sorted({row["seed"] for row in cells if row["steps"] == steps})
+    told = [f"{float(own[seed]['AP']):.1f}" if seed in own else _NOT_RUN for seed in seeds]
+    return " / ".join(told) if own else _NOT_RUN
+
+
+def _by(method: str, cells: Sequence[Row], steps: str) -> dict[str, Row]:
+    """The cells of a method at a budget, by seed."""
+    return {row["seed"]: row for row in cells if (row["method"], row["steps"]) == (method, steps)}
+
+
+def _read(path: Path) -> list[Row]:
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def _key(row: Row) -> tuple[int, str, int]:
+    return int(row["steps"]), row["method"], int(row.get("seed") or 0)
+
+
+if __name__ == "__main__":
+    main()

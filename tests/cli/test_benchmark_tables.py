@@ -1,0 +1,88 @@
+"""The tables of docs/benchmarks.md say what the finished cells say."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "benchmarks" / "tables.py"
+
+CELLS = """recipe,method,steps,seed,AP,AP50,AP75,AP_S,AP_M,AP_L,seconds_per_step,peak_memory_mb
+toy,none,10,0,10.0,0,0,1.0,2.0,3.0,0.1,100
+toy,none,10,1,20.0,0,0,3.0,4.0,5.0,0.2,200
+toy,sgfi,10,1,26.0,0,0,7.0,8.0,9.0,0.3,300
+toy,sgfi,20,0,50.0,0,0,7.0,8.0,9.0,0.3,300
+"""
+INTERVALS = "method,steps,low,high\nsgfi,10,4.04,7.96\nsgfi,20,1,2\n"
+
+
+@pytest.fixture(scope="module")
+def tables() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("tables", SCRIPT)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "toy.csv").write_text(CELLS)
+    (tmp_path / "toy-intervals.csv").write_text(INTERVALS)
+    return tmp_path
+
+
+def test_the_page_is_up_to_date() -> None:
+    done = subprocess.run([sys.executable, SCRIPT, "--check"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_page_has_tables(tables: ModuleType) -> None:
+    text = tables.PAGE.read_text()
+    assert text.count("<!-- end -->") == len(tables._BLOCK.findall(text)) >= 6  # none is misspelt, and so left alone
+
+
+def test_methods(tables: ModuleType, folder: Path) -> None:
+    page = "a\n<!-- methods of toy at 10: none = plain, sgfi, ckd -->\nold\n<!-- end -->\nb\n"
+    kept, header, rule, none, sgfi, ckd, *rest = tables.rendered(page, folder).splitlines()[1:]
+
+    assert kept == "<!-- methods of toy at 10: none = plain, sgfi, ckd -->"
+    assert header.startswith("| 10 steps | AP by seed |") and set(rule) <= set("|- ")
+    assert none == "| plain | 10.0 / 20.0 | 15.0 ± 7.1 | 2.0 / 3.0 / 4.0 |  | 150 | 150 |"
+    # The gain is over the seed that both have.
+    assert sgfi == "| `sgfi` | not run / 26.0 | 26.0 | 7.0 / 8.0 / 9.0 | +6.0 (+4.0 to +8.0) | 300 | 300 |"
+    assert ckd == "| `ckd` | not run |  |  |  |  |  |"
+    assert rest == ["<!-- end -->", "b"]
+
+
+def test_budgets(tables: ModuleType, folder: Path) -> None:
+    page = "<!-- budgets of toy at 10, 2000, 20: none, sgfi = SGFI -->\n<!-- end -->"
+    assert tables.rendered(page, folder).splitlines()[1:-1] == [
+        "| AP after ... steps | 10 | 2,000 | 20 |",
+        "| --- | --- | --- | --- |",
+        "| `none` | 10.0 / 20.0 | not run | not run |",
+        "| SGFI | not run / 26.0 | not run | 50.0 |",
+    ]
+
+
+def test_cells_are_added_and_replaced(tables: ModuleType, folder: Path) -> None:
+    names = ("method", "steps", "seed", "AP")
+    fresh = [dict(zip(names, row, strict=True)) for row in (("sgfi", "10", "1", "27"), ("ckd", "10", "0", "5"))]
+    tables.take(folder / "toy.csv", fresh, names, "")
+    tables.take(folder / "toy.csv", fresh[:1], names, "@30")
+
+    assert (folder / "toy.csv").read_text().split() == [
+        "method,steps,seed,AP",
+        "ckd,10,0,5",
+        "none,10,0,10.0",
+        "none,10,1,20.0",
+        "sgfi,10,1,27",
+        "sgfi@30,10,1,27",
+        "sgfi,20,0,50.0",
+    ]
