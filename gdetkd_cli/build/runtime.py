@@ -32,7 +32,7 @@ def resolve_runtime(runtime: Runtime, *, local_processes: int | None = None) -> 
     return ComputeSettings(
         device=device,
         precision=("bf16" if on_cuda else "fp32") if runtime.precision == "auto" else runtime.precision,
-        channels_last=on_cuda if runtime.channels_last == "auto" else runtime.channels_last,
+        channels_last=True if runtime.channels_last == "auto" else runtime.channels_last,
         compile=runtime.compile,
         threads=best_thread_count(local_processes) if runtime.threads == "auto" else runtime.threads,
         workers=(4 if on_cuda else 0) if runtime.workers == "auto" else runtime.workers,
