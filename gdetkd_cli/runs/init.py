@@ -28,6 +28,10 @@ from gdetkd_cli.training.events import Note, Observer, silent
 
 _EPOCHS = 24  # the usual "2x" schedule
 _LEAST_STEPS, _MOST_STEPS = 1000, 90_000
+_FRESH = (
+    "Its body starts from nothing. On photographs torchvision's ImageNet weights are usually better (downloaded once): "
+    "backbone_weights: DEFAULT"
+)
 
 
 def run_init(teacher: str, student: str, data: Path, *, output: Path, observer: Observer = silent) -> CheckedRecipe:
@@ -69,7 +73,7 @@ def run_init(teacher: str, student: str, data: Path, *, output: Path, observer: 
         recipe["distill"] = {"regions": {"per_image": 32}}
     valid = Recipe.model_validate(recipe)
     checked = _checked(valid, str(output), train, (student, teacher), (short, long), observer)
-    _write(output, _text(recipe, checked), recipe)
+    _write(output, _text(recipe, checked, len(train)), recipe)
     return checked
 
 
@@ -211,13 +215,15 @@ def _detector(reference: str, size: tuple[int, int], *, trains: bool) -> dict[st
     return {"arch": "checkpoint", "path": reference, "input": {"size": list(size)}}
 
 
-def _text(recipe: dict[str, Any], checked: CheckedRecipe) -> str:
+def _text(recipe: dict[str, Any], checked: CheckedRecipe, images: int) -> str:
     """The recipe with what was found beside it."""
+    train = recipe["train"]
+    fresh = recipe["student"]["arch"] in ("composed", "torchvision")
     comments = {
-        "student": _found(checked.student),
+        "student": _found(checked.student) + [_FRESH] * fresh,
         "teacher": _found(checked.teacher),
         "distill": [f"A {checked.pair} pair.", *map(_said, checked.terms)],
-        "train": [f"{_EPOCHS} epochs, but at least {_LEAST_STEPS} steps."],
+        "train": [f"{round(train['steps'] * train['batch_size'] / images)} epochs."],
     }
     title = f"{checked.teacher.source} -> {checked.student.source}, made by gdetkd init"
     return _lines(Path(checked.recipe), title, recipe, comments)

@@ -67,6 +67,8 @@ def test_the_recipe_runs_as_it_is(data: Path, teacher: str, tmp_path: Path) -> N
     assert "#   backbone.0: 256 channels, stride 8" in text
     assert "#   backbone.0: 16 channels, stride 6.095" in text
     assert "# class_kd: left out, " in text
+    assert "backbone_weights: DEFAULT\nstudent:" in text
+    assert "# 1333 epochs.\ntrain:" in text  # 1,000 steps of 4, of 3 pictures
     assert check_recipe(recipe, str(path)).terms == result.terms
     plan = plan_distill(recipe)
     assert (plan.train_images, plan.val_images) == (3, 1)
