@@ -17,13 +17,14 @@ from gdetkd_cli.distill.regions import choose_regions
 from gdetkd_cli.distill.terms import BoxTerm, CKDTerm, ClassTerm, SGFITerm
 from gdetkd_cli.distill.transfer import transfer_head
 from gdetkd_cli.errors import PairError
-from gdetkd_cli.recipe.schema import CKD, SGFI, Distill, PredictionKD
+from gdetkd_cli.recipe.schema import CKD, PKD, SGFI, Distill, PredictionKD
 from gdetkd_cli.results import TermPlan
 from gdetkd_cli.structures import Batch, Regions
 
 # A two-stage student has layers between its region embedding and its predictions. A dense one's embedding is what its
 # class scores are made of: contrast with full weight costs it more than it brings (docs/benchmarks.md).
-_CKD_WEIGHT, _CKD_WEIGHT_DENSE = 1.0, 0.2
+_CKD_WEIGHTS = (1.0, 0.2)  # of a two-stage student, of a dense one
+_PKD_WEIGHTS = (6.0, 10.0)  # the same, as published
 
 Block = SGFI | CKD | PredictionKD | Rival
 
@@ -164,7 +165,8 @@ def _weight(block: Block, student: Detector) -> float:
     """The weight that the recipe says, or the one that suits the student."""
     if block.weight != "auto":
         return block.weight
-    return _CKD_WEIGHT if student.family == "two-stage" else _CKD_WEIGHT_DENSE
+    two_stage, dense = _PKD_WEIGHTS if isinstance(block, PKD) else _CKD_WEIGHTS
+    return two_stage if student.family == "two-stage" else dense
 
 
 def _settled(block: CKD | str | None, teacher: Detector) -> tuple[CKD | None, str]:

@@ -6,7 +6,7 @@ from torch import nn
 
 from gdetkd_cli.detectors.protocol import Detector
 from gdetkd_cli.distill.map_terms import CWDTerm, FGDTerm, FitNetTerm, GTMaskTerm, LogitTerm, PKDTerm, RoIImitationTerm
-from gdetkd_cli.distill.pair import agreeing_anchors, class_map_columns
+from gdetkd_cli.distill.pair import agreeing_anchors, class_map_columns, level_shapes
 from gdetkd_cli.errors import PairError
 from gdetkd_cli.recipe.schema import CWD, FGD, PKD, Distill, FitNet, GTMask, Logit, RoIImitation
 
@@ -28,15 +28,21 @@ def rival_term(block: Rival, student: Detector, teacher: Detector, *, same_space
     ours, theirs = ([level.channels for level in detector.levels] for detector in (student, teacher))
     match block:
         case FitNet():
-            return FitNetTerm(student_channels=ours, teacher_channels=theirs)
+            return FitNetTerm(student_channels=ours, teacher_channels=theirs, same_space=same_space)
         case GTMask():
-            return GTMaskTerm(student_channels=ours, teacher_channels=theirs, share=block.share)
+            return GTMaskTerm(
+                student_channels=ours,
+                teacher_channels=theirs,
+                anchors=level_shapes(student),
+                share=block.share,
+                same_space=same_space,
+            )
         case RoIImitation():
             return RoIImitationTerm(student_channels=max(ours), teacher_channels=max(theirs), same_space=same_space)
         case PKD():
             return PKDTerm(student_channels=ours, teacher_channels=theirs)
         case CWD():
-            return CWDTerm(student_channels=ours, teacher_channels=theirs, tau=block.tau)
+            return CWDTerm(student_channels=ours, teacher_channels=theirs, tau=block.tau, same_space=same_space)
         case Logit():
             try:
                 columns = class_map_columns(student, teacher)
@@ -57,4 +63,5 @@ def rival_term(block: Rival, student: Detector, teacher: Detector, *, same_space
                 background=block.background,
                 attention=block.attention,
                 relation=block.relation,
+                same_space=same_space,
             )

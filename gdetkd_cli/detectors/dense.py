@@ -32,7 +32,7 @@ class DenseObservation(Observation):
     Attributes:
         tower: L maps (N, C, H_l, W_l), the classification branch's last features; None where it has none (SSD) or
             where the detector was only looked at.
-        cell: (K, 3) int64, the (level, y, x) that predicted each candidate; None when it was only looked at.
+        cell: (K, 3) int64, the (level, y, x) that predicted each candidate; None where there are no candidates.
         class_logits: (N, HWA, K + 1), the head's; None when it was only looked at.
     """
 
@@ -64,7 +64,7 @@ class DenseDetector:
     def embedding_source(self) -> str:
         return _TOWER if self._has_tower else "mean over the region on every level"
 
-    def observe(self, batch: Batch) -> DenseObservation:
+    def observe(self, batch: Batch, *, candidates: bool = True) -> DenseObservation:
         names = ["transform", "backbone", "head", "anchor_generator"] + ([_TOWER] if self._has_tower else [])
         with Tap(self.module, names) as tap:
             losses = self.module(batch.images, common.targets_for(batch))
@@ -73,11 +73,13 @@ class DenseDetector:
         pyramid = Pyramid(
             maps=tuple(features.values()), levels=self.levels, frame=common.frame_of(batch.images, images)
         )
-        candidates, cell = self._candidates(tap.output("head"), tap.output("anchor_generator"), pyramid, images)
+        offered, cell = None, None
+        if candidates:
+            offered, cell = self._candidates(tap.output("head"), tap.output("anchor_generator"), pyramid, images)
         return DenseObservation(
             losses=losses,
             pyramid=pyramid,
-            candidates=candidates,
+            candidates=offered,
             tower=tuple(tap.outputs(_TOWER)) if self._has_tower else None,
             cell=cell,
             class_logits=tap.output("head")["cls_logits"],
@@ -118,10 +120,7 @@ class DenseDetector:
         each other."""
         if isinstance(self.module, SSD):
             return None
-        return tuple(
-            anchors / anchors.new_tensor([level.stride[1], level.stride[0]] * 2)
-            for anchors, level in zip(self.module.anchor_generator.cell_anchors, self.levels, strict=True)
-        )
+        return common.anchors_in_cells(self.module.anchor_generator, self.levels)
 
     def _class_maps(self, seen: DenseObservation) -> tuple[Tensor, ...]:
         logits = seen.class_logits

@@ -50,6 +50,14 @@ def frame_of(images: Sequence[Tensor], resized: Any) -> Frame:
     return Frame(scale=after / before, shift=torch.zeros_like(before), size=(height, width))
 
 
+def anchors_in_cells(generator: Any, levels: Sequence[LevelSpec]) -> tuple[Tensor, ...]:
+    """By level (A, 4) xyxy, an AnchorGenerator's anchors of a cell around its centre, in cells."""
+    return tuple(
+        anchors / anchors.new_tensor([level.stride[1], level.stride[0]] * 2)
+        for anchors, level in zip(generator.cell_anchors, levels, strict=True)
+    )
+
+
 def device_of(module: nn.Module) -> torch.device:
     """Where a module's tensors are; the CPU where it has none, as a frozen TorchScript model."""
     tensors = chain(module.parameters(), module.buffers())

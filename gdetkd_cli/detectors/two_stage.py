@@ -62,7 +62,12 @@ class TwoStageDetector:
         """Weights of the box coder: two heads' deltas compare only when these agree."""
         return tuple(self.module.roi_heads.box_coder.weights)
 
-    def observe(self, batch: Batch) -> TwoStageObservation:
+    @property
+    def anchors(self) -> tuple[Tensor, ...]:
+        """By level (A, 4) xyxy, the RPN's anchors of a cell around its centre, in cells."""
+        return common.anchors_in_cells(self.module.rpn.anchor_generator, self.levels)
+
+    def observe(self, batch: Batch, *, candidates: bool = True) -> TwoStageObservation:
         with Tap(self.module, ["transform", "backbone", _POOL, _HEAD, _PREDICTOR]) as tap:
             losses = self.module(batch.images, common.targets_for(batch))
         images, _ = tap.output("transform")

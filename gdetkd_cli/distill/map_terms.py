@@ -1,13 +1,15 @@
 """Terms of other methods, to be compared with: each imitates the teacher's maps, or its regions, in its own way.
 
-They get the teacher standardised by channel as SGFI does, so that none fails for its features' scale alone. Maps are
-compared on the student's cells (``alignment``). Shapes: N images, C channels, H x W cells.
+They get the teacher standardised as SGFI does, so that none fails for its features' scale alone: by channel, and for
+FGD, which attends to some channels more than to others, as a whole. Maps are compared on the student's cells
+(``alignment``). Shapes: N images, C channels, H x W cells.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -28,8 +30,6 @@ from gdetkd_cli.losses.pkd import pearson_loss
 from gdetkd_cli.losses.roi_imitation import region_imitation_loss
 from gdetkd_cli.structures import Pyramid
 
-_ANCHOR_CELLS = 8.0  # side of the square anchor over a pyramid's level, as detectors with a pyramid have it
-
 
 @dataclass(frozen=True)
 class _Level:
@@ -47,7 +47,8 @@ class _MapTerm(nn.Module):
     Args:
         student_channels, teacher_channels: channels of each level of both.
         adapt: a 1 x 1 convolution on every student level, or only where channels differ.
-        standardize: the teacher's levels.
+        standardize: the teacher's levels, per ``channel``, as a ``whole``, or not.
+        same_space: as in SGFITerm: the student got the teacher's head, so nothing may stand between their features.
     """
 
     student_needs: frozenset[View] = frozenset()
@@ -59,16 +60,20 @@ class _MapTerm(nn.Module):
         student_channels: Sequence[int],
         teacher_channels: Sequence[int],
         adapt: bool = True,
-        standardize: bool = True,
+        standardize: Literal["channel", "whole"] | None = "channel",
+        same_space: bool = False,
     ) -> None:
         super().__init__()
+        self.same_space = same_space
+        adapt = adapt and not same_space
         most = max(teacher_channels)
         same = set(teacher_channels) == {most}
         self.adapters = nn.ModuleList(
             nn.Conv2d(c, most, 1) if adapt or c != most or not same else nn.Identity() for c in student_channels
         )
         self.standardizers = nn.ModuleList(
-            Standardizer(channels=c, per_channel=True) if standardize else nn.Identity() for c in teacher_channels
+            Standardizer(channels=c, per_channel=standardize == "channel") if standardize else nn.Identity()
+            for c in teacher_channels
         )
 
     def levels(self, pair: ObservedPair) -> Iterator[_Level]:
@@ -76,10 +81,11 @@ class _MapTerm(nn.Module):
         aligned = align(pair.student_seen.pyramid, pair.teacher_seen.pyramid, _sizes(pair))
         for number, (level, adapter) in enumerate(zip(aligned, self.adapters, strict=True)):
             target, standardizer = level.teacher, self.standardizers[level.teacher_level]
+            adapted = adapter(level.student)[:, : target.shape[1]].float()
             if isinstance(standardizer, Standardizer):
                 standardizer.update(target.permute(0, 2, 3, 1)[level.inside][:, :, None, None])
                 target = standardizer(target)
-            adapted = adapter(level.student)[:, : target.shape[1]].float()
+                adapted = standardizer(adapted) if self.same_space else adapted
             yield _Level(number, adapted, target, level.inside)
 
 
@@ -95,17 +101,27 @@ class GTMaskTerm(_MapTerm):
     """Every level imitates the cells near objects; mean over all of these cells.
 
     Args:
+        anchors: by student level, (A, 2) width and height in cells.
         share: of the best anchor's overlap with an object; see ``near_object_masks``.
     """
 
-    def __init__(self, *, student_channels: Sequence[int], teacher_channels: Sequence[int], share: float) -> None:
-        super().__init__(student_channels=student_channels, teacher_channels=teacher_channels)
+    def __init__(
+        self,
+        *,
+        student_channels: Sequence[int],
+        teacher_channels: Sequence[int],
+        anchors: Sequence[Tensor],
+        share: float,
+        same_space: bool = False,
+    ) -> None:
+        super().__init__(student_channels=student_channels, teacher_channels=teacher_channels, same_space=same_space)
+        self.anchors = anchors
         self.share = share
 
     def forward(self, pair: ObservedPair) -> Tensor:
         boxes = _boxes_in_cells(pair)
         shapes = [(m.shape[-2], m.shape[-1]) for m in pair.student_seen.pyramid.maps]
-        masks = [near_object_masks(image, shapes, [_ANCHOR_CELLS] * len(shapes), self.share) for image in boxes]
+        masks = [near_object_masks(image, shapes, self.anchors, self.share) for image in boxes]
         losses, counts = [], []
         for level in self.levels(pair):
             near = torch.stack([image[level.number] for image in masks]) & level.inside
@@ -120,7 +136,7 @@ class PKDTerm(_MapTerm):
 
     def __init__(self, *, student_channels: Sequence[int], teacher_channels: Sequence[int]) -> None:
         super().__init__(
-            student_channels=student_channels, teacher_channels=teacher_channels, adapt=False, standardize=False
+            student_channels=student_channels, teacher_channels=teacher_channels, adapt=False, standardize=None
         )
 
     def forward(self, pair: ObservedPair) -> Tensor:
@@ -135,8 +151,17 @@ class CWDTerm(_MapTerm):
         tau: temperature of the softmax over cells.
     """
 
-    def __init__(self, *, student_channels: Sequence[int], teacher_channels: Sequence[int], tau: float) -> None:
-        super().__init__(student_channels=student_channels, teacher_channels=teacher_channels)
+    def __init__(
+        self,
+        *,
+        student_channels: Sequence[int],
+        teacher_channels: Sequence[int],
+        tau: float,
+        same_space: bool = False,
+    ) -> None:
+        super().__init__(
+            student_channels=student_channels, teacher_channels=teacher_channels, adapt=False, same_space=same_space
+        )
         self.tau = tau
 
     def forward(self, pair: ObservedPair) -> Tensor:
@@ -164,8 +189,15 @@ class FGDTerm(_MapTerm):
         background: float,
         attention: float,
         relation: float,
+        same_space: bool = False,
     ) -> None:
-        super().__init__(student_channels=student_channels, teacher_channels=teacher_channels, adapt=False)
+        super().__init__(
+            student_channels=student_channels,
+            teacher_channels=teacher_channels,
+            adapt=False,
+            standardize="whole",
+            same_space=same_space,
+        )
         most = max(teacher_channels)
         self.student_blocks, self.teacher_blocks = (
             nn.ModuleList(ContextBlock(most) for _ in student_channels) for _ in range(2)
@@ -183,9 +215,11 @@ class FGDTerm(_MapTerm):
                 [image[level.number] for image in boxes], (level.target.shape[-2], level.target.shape[-1])
             )
             inside = level.inside.float()
-            parts = focal_losses(level.adapted, level.target, objects * inside, background * inside, self.temperature)
+            # Beyond the images both are 0: neither the attentions nor the context are taught what padding looks like.
+            ours, theirs = (maps * inside[:, None] for maps in (level.adapted, level.target))
+            parts = focal_losses(ours, theirs, objects * inside, background * inside, self.temperature)
             blocks = (self.student_blocks[level.number], self.teacher_blocks[level.number])
-            relation = global_loss(level.adapted, level.target, *blocks)  # type: ignore[arg-type]  # they are such blocks
+            relation = global_loss(ours, theirs, *blocks)  # type: ignore[arg-type]  # they are such blocks
             losses.append(sum(w * part for w, part in zip(self.weights, (*parts, relation), strict=True)))
         return torch.stack([torch.as_tensor(loss) for loss in losses]).sum()
 

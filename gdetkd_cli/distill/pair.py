@@ -7,8 +7,10 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torchvision.models.detection.retinanet import RetinaNet
 
 from gdetkd_cli.detectors.dense import DenseDetector
+from gdetkd_cli.detectors.pooling import DENSE_CELLS
 from gdetkd_cli.detectors.protocol import Detector
 from gdetkd_cli.detectors.two_stage import TwoStageDetector
 from gdetkd_cli.errors import PairError
@@ -93,6 +95,18 @@ def check_anchors(student: Detector, teacher: Detector) -> None:
     for level in range(len(agree)):
         if not agree[level, other := _nearest_stride(student, teacher, level)]:
             raise _anchors_differ(student, teacher, level, other)
+
+
+def level_shapes(detector: Detector) -> list[Tensor]:
+    """By level (A, 2), width and height in cells of the boxes that a level is for: its anchors. Where a detector has
+    none that say so (FCOS, SSD, a module of one's own): the middle of what a dense level is for, in three shapes."""
+    if isinstance(detector, TwoStageDetector) or (
+        isinstance(detector, DenseDetector) and isinstance(detector.module, RetinaNet)
+    ):
+        assert detector.anchors is not None
+        return [anchors[:, 2:] - anchors[:, :2] for anchors in detector.anchors]
+    shapes = DENSE_CELLS * torch.tensor([[2**0.5, 0.5**0.5], [1.0, 1.0], [0.5**0.5, 2**0.5]])
+    return [shapes for _ in detector.levels]
 
 
 def _dense_alike(student: Detector, teacher: Detector) -> bool:

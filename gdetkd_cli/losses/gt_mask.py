@@ -14,30 +14,26 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-_RATIOS = (0.5, 1.0, 2.0)  # height to width
-
 
 def near_object_masks(
-    boxes: Sequence[Tensor], shapes: Sequence[tuple[int, int]], sides: Sequence[float], share: float
+    boxes: Sequence[Tensor], shapes: Sequence[tuple[int, int]], anchors: Sequence[Tensor], share: float
 ) -> list[Tensor]:
     """By level, (H, W) bool: the cells near an object.
 
     Args:
         boxes: by level, (M, 4) the same objects, xyxy in that level's cells (the centre of cell (0, 0) is (0.5, 0.5)).
         shapes: by level, (H, W).
-        sides: by level, the side of the square anchor, in cells.
+        anchors: by level, (A, 2) width and height of the anchors around every cell's centre, in cells.
         share: of the best anchor's overlap, in 0..1; the paper's is 0.5.
     """
     overlaps = []
-    for found, (height, width), side in zip(boxes, shapes, sides, strict=True):
+    for found, (height, width), sizes in zip(boxes, shapes, anchors, strict=True):
         rows, columns = (torch.arange(length, device=found.device) + 0.5 for length in (height, width))
         y, x = torch.meshgrid(rows, columns, indexing="ij")
         centres = torch.stack([x, y, x, y], dim=-1).flatten(0, 1)
         best = found.new_zeros(height * width, len(found))
-        for ratio in _RATIOS:
-            half_width, half_height = 0.5 * side / ratio**0.5, 0.5 * side * ratio**0.5
-            anchors = centres + centres.new_tensor([-half_width, -half_height, half_width, half_height])
-            best = torch.maximum(best, _overlaps(anchors, found))
+        for half in 0.5 * sizes.to(centres):
+            best = torch.maximum(best, _overlaps(centres + torch.cat([-half, half]), found))
         overlaps.append(best)
     bar = share * torch.stack([level.amax(dim=0) for level in overlaps]).amax(dim=0)
     return [((level > bar) & (level > 0)).any(dim=1).view(shape) for level, shape in zip(overlaps, shapes, strict=True)]

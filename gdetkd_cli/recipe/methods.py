@@ -37,6 +37,7 @@ TERMS: Mapping[str, type[BaseModel]] = {
     "fgd": FGD,
     "logit": Logit,
 }
+_SQUARED_ERRORS = ("fitnet", "gt_mask", "roi_imitation")
 DEFAULT = (NONE, "fitnet", "gt_mask", "roi_imitation", "pkd", "cwd", "fgd", "sgfi", "ckd", WHOLE)
 
 
@@ -46,7 +47,8 @@ def recipe_of(recipe: Recipe, method: str, *, steps: int, seed: int) -> Recipe:
     Args:
         recipe: with a teacher and a distill block.
         method: ``none`` (plain training), ``gdetkd`` (the recipe's own block), or names of terms joined by ``+``, with
-            ``head`` for head transfer. A term has the recipe's settings where it is there, else its defaults.
+            ``head`` for head transfer. A term has the recipe's settings where it is there, else its defaults; but a
+            squared error has SGFI's weight, as the same loss on other cells.
         steps: optimizer steps.
         seed: of the student's weights and the order of pictures.
 
@@ -76,6 +78,7 @@ def _only(block: Distill, method: str) -> Distill:
     terms = {}
     for name, settings in TERMS.items():
         own = getattr(block, name)
+        shared = {"weight": block.sgfi.weight} if block.sgfi and name in _SQUARED_ERRORS else {}
         # Not "auto": a term that is asked for by name is there, or the pair is refused.
-        terms[name] = None if name not in names else own if isinstance(own, settings) else settings()
+        terms[name] = None if name not in names else own if isinstance(own, settings) else settings(**shared)
     return block.model_copy(update={**terms, "head_transfer": HEAD in names})

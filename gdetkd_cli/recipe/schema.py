@@ -245,7 +245,7 @@ class Warmed(Strict):
 
 
 class Term(Warmed):
-    """What every distillation term has but CKD, whose weight depends on the pair."""
+    """What every distillation term has but those whose weight depends on the student."""
 
     weight: NonNegativeFloat = 1.0
 
@@ -287,14 +287,16 @@ class PredictionKD(Term):
 class FitNet(Term):
     """Another method, to compare with: whole maps, level by level (Romero et al., ICLR 2015)."""
 
-    weight: NonNegativeFloat = 10.0
+    weight: NonNegativeFloat = Field(10.0, description="SGFI's default, as for the other squared errors")
 
 
 class GTMask(Term):
     """Another method, to compare with: the cells near objects (Wang et al., CVPR 2019)."""
 
     weight: NonNegativeFloat = 10.0
-    share: Fraction = Field(0.5, description="of the best anchor's overlap that makes a cell near an object")
+    share: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
+        0.5, description="of the best anchor's overlap that makes a cell near an object"
+    )
 
 
 class RoIImitation(Term):
@@ -303,10 +305,12 @@ class RoIImitation(Term):
     weight: NonNegativeFloat = 10.0
 
 
-class PKD(Term):
+class PKD(Warmed):
     """Another method, to compare with: correlation of maps (Cao et al., NeurIPS 2022)."""
 
-    weight: NonNegativeFloat = Field(6.0, description="as published")
+    weight: NonNegativeFloat | Literal["auto"] = Field(
+        "auto", description="auto: as published, 6 for a two-stage student, else 10"
+    )
 
 
 class CWD(Term):
@@ -317,12 +321,16 @@ class CWD(Term):
 
 
 class FGD(Term):
-    """Another method, to compare with: focal and global distillation (Yang et al., CVPR 2022); published weights."""
+    """Another method, to compare with: focal and global distillation (Yang et al., CVPR 2022).
+
+    The weights are those published for a RetinaNet. Other detectors' differ by the scale of their features, which is
+    the same for all here: the teacher is standardised.
+    """
 
     temperature: PositiveFloat = Field(0.5, description="of the attentions")
     objects: NonNegativeFloat = 1e-3
     background: NonNegativeFloat = 5e-4
-    attention: NonNegativeFloat = 1e-3
+    attention: NonNegativeFloat = 5e-4
     relation: NonNegativeFloat = 5e-6
 
 

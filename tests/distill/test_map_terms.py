@@ -18,7 +18,7 @@ STUDENT, TEACHER = [5, 5], [6, 6, 6]
 BOXES = [torch.tensor([[4.0, 4, 28, 20], [1, 0, 62, 62]]), torch.zeros(0, 4)]
 TERMS: dict[type[nn.Module], dict[str, Any]] = {
     FitNetTerm: {},
-    GTMaskTerm: {"share": 0.5},
+    GTMaskTerm: {"share": 0.5, "anchors": [torch.full((1, 2), 4.0)] * 2},
     PKDTerm: {},
     CWDTerm: {"tau": 1.0},
     FGDTerm: {"temperature": 0.5, "objects": 1e-3, "background": 5e-4, "attention": 1e-3, "relation": 5e-6},
@@ -88,6 +88,21 @@ def test_near_objects_only_their_cells_get_a_gradient() -> None:
     assert moved[0].any()
     assert not moved[0].all()
     assert not moved[1].any()  # this picture has no object
+
+
+@pytest.mark.parametrize("term", [t for t in TERMS if t is not PKDTerm], ids=lambda term: term.__name__)
+def test_with_the_teachers_head_nothing_stands_between_the_features(term: type[nn.Module]) -> None:
+    """Equal features cost nothing, however far from 0; with a fresh adapter, or none and other statistics, they do."""
+    torch.manual_seed(0)
+    both = seen([6, 6], [4, 8], 3)
+    far = _with(both, [100 + 7 * m for m in both.pyramid.maps])
+    observed = ObservedPair(**(vars(pair()) | {"student_seen": far, "teacher_seen": far}))
+    losses = [
+        float(term(student_channels=[6, 6], teacher_channels=[6, 6], same_space=same, **TERMS[term])(observed).detach())
+        for same in (True, False)
+    ]
+    assert losses[0] == pytest.approx(0, abs=1e-5)  # FGD's context blocks add nothing at the start
+    assert losses[1] > 10 * abs(losses[0])
 
 
 def test_equal_channels_are_correlated_as_they_are() -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from gdetkd_cli.detectors.protocol import Detector
-from gdetkd_cli.distill.pair import class_columns, class_map_columns, pair_kind, prediction_columns
+from gdetkd_cli.distill.pair import class_columns, class_map_columns, level_shapes, pair_kind, prediction_columns
 from gdetkd_cli.errors import PairError
 
 STUDENT, TEACHER = ("circle", "square", "triangle"), ("triangle", "circle", "square")
@@ -112,3 +112,19 @@ def test_other_anchors_cannot_be_compared(tiny_detector: TinyDetector) -> None:
     )
     with pytest.raises(PairError, match="the anchors differ"):
         class_map_columns(student, teacher)
+
+
+@pytest.mark.parametrize("head", ["faster-rcnn", "retinanet", "fcos"])
+def test_what_a_level_is_for(head: str, tiny_detector: TinyDetector) -> None:
+    """Its anchors, as torchvision lays them over an image, in cells; without any, boxes of 4 to 8 cells."""
+    detector = tiny_detector(head)
+    shapes = level_shapes(detector)
+    assert len(shapes) == len(detector.levels)
+    if head == "fcos":
+        assert all((shape.prod(dim=1).sqrt() == pytest.approx(32**0.5)) for shape in shapes)
+        return
+    generator = detector.module.rpn.anchor_generator if head == "faster-rcnn" else detector.module.anchor_generator
+    for shape, level, sizes in zip(shapes, detector.levels, generator.sizes, strict=True):
+        areas = (shape[:, 0] * level.stride[1] * shape[:, 1] * level.stride[0]).sqrt()
+        expected = torch.tensor([float(size) for _ in generator.aspect_ratios[0] for size in sizes])
+        assert (areas - expected).abs().max() <= 1  # torchvision rounds corners to pixels

@@ -70,11 +70,16 @@ def test_regions_by_hand() -> None:
 # --------------------------------------------------------------------------------------------------------- gt_mask
 
 
+def squares(side: float) -> torch.Tensor:
+    """One anchor, in cells."""
+    return torch.full((1, 2), side)
+
+
 def test_cells_near_an_object_by_hand() -> None:
     """A box of 2 x 2 cells on a row of 6 cells; anchors of 2 x 2: overlap 1/3 one cell to either side, 1 on it."""
     boxes = torch.tensor([[2.0, -0.5, 4, 1.5]])  # its middle is at (3, 0.5), between the centres 2.5 and 3.5
     best = box_iou(torch.tensor([[1.5, -0.5, 3.5, 1.5]]), boxes)[0, 0]  # 3/5 at the two nearest cells
-    (mask,) = near_object_masks([boxes], [(1, 6)], [2.0], share=0.5)
+    (mask,) = near_object_masks([boxes], [(1, 6)], [squares(2.0)], share=0.5)
     further = box_iou(torch.tensor([[0.5, -0.5, 2.5, 1.5]]), boxes)[0, 0]  # 1/7
     assert best == pytest.approx(0.6)
     assert further < 0.3
@@ -83,23 +88,23 @@ def test_cells_near_an_object_by_hand() -> None:
 
 def test_an_object_counts_on_the_level_of_its_size() -> None:
     fine, coarse = torch.tensor([[0.0, 0, 8, 8]]), torch.tensor([[0.0, 0, 4, 4]])
-    on_fine, on_coarse = near_object_masks([fine, coarse], [(8, 8), (4, 4)], [2.0, 4.0], share=0.9)
+    on_fine, on_coarse = near_object_masks([fine, coarse], [(8, 8), (4, 4)], [squares(2.0), squares(4.0)], share=0.9)
     assert not on_fine.any()  # anchors of two cells overlap it by a sixteenth
     assert on_coarse.any()
-    (nothing,) = near_object_masks([fine[:0]], [(8, 8)], [2.0], share=0.5)
+    (nothing,) = near_object_masks([fine[:0]], [(8, 8)], [squares(2.0)], share=0.5)
     assert not nothing.any()
 
 
 def test_near_cells_against_a_slow_version() -> None:
     boxes = torch.tensor([[1.0, 2, 7, 5], [4.0, 0, 6, 8]])
-    (mask,) = near_object_masks([boxes], [(6, 9)], [3.0], share=0.5)
+    anchors = [(3.0 / math.sqrt(ratio), 3.0 * math.sqrt(ratio)) for ratio in (0.5, 1.0, 2.0)]
+    (mask,) = near_object_masks([boxes], [(6, 9)], [torch.tensor(anchors)], share=0.5)
     expected = torch.zeros(6, 9, dtype=torch.bool)
     for box in boxes:
         overlaps = torch.zeros(6, 9, 3)
         for y in range(6):
             for x in range(9):
-                for a, ratio in enumerate((0.5, 1.0, 2.0)):
-                    w, h = 3.0 / math.sqrt(ratio), 3.0 * math.sqrt(ratio)
+                for a, (w, h) in enumerate(anchors):
                     left, top = x + 0.5 - w / 2, y + 0.5 - h / 2
                     iw = max(min(left + w, float(box[2])) - max(left, float(box[0])), 0)
                     ih = max(min(top + h, float(box[3])) - max(top, float(box[1])), 0)
