@@ -82,7 +82,7 @@ class ProbedDetector:
     def embedding_source(self) -> str:
         return "mean of the pooled region"
 
-    def observe(self, batch: Batch) -> Observation:
+    def observe(self, batch: Batch, *, candidates: bool = True) -> Observation:
         raise PairError(f"{self._source} can teach, but not be trained: its losses are not known")
 
     def check_detects(self) -> OutputForm:

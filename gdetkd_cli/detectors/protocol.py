@@ -35,7 +35,7 @@ class Observation:
     Attributes:
         losses: the detector's own losses; empty when it was only looked at.
         pyramid: the feature maps its heads read.
-        candidates: boxes to choose regions from; None when it was only looked at.
+        candidates: boxes to choose regions from; None when none were wanted, or it was only looked at.
     """
 
     losses: dict[str, Tensor]
@@ -92,8 +92,8 @@ class Detector(Protocol):
     @property
     def embedding_source(self) -> str: ...
 
-    def observe(self, batch: Batch) -> Observation:
-        """A training forward: the detector's own losses, its pyramid, and the boxes it offers."""
+    def observe(self, batch: Batch, *, candidates: bool = True) -> Observation:
+        """A training forward: the detector's own losses, its pyramid, and the boxes it offers, if they are wanted."""
         ...
 
     def look(self, batch: Batch) -> Observation:

@@ -84,7 +84,7 @@ class TrainableDetector(ProbedDetector):
         """Whether it has neither losses nor detections that are known here."""
         return self.probed.call.takes != "any"
 
-    def observe(self, batch: Batch) -> Observation:
+    def observe(self, batch: Batch, *, candidates: bool = True) -> Observation:
         if self._input.fit is not None:
             raise PairError(
                 f"{self._source} takes one size alone, so it can teach but not be trained; leave out input.fit"
@@ -106,7 +106,8 @@ class TrainableDetector(ProbedDetector):
         maps = tuple(stack([group.maps[level] for group in groups]) for level in range(len(self.levels)))
         height, width = (max(group.network_input.shape[axis] for group in groups) for axis in (-2, -1))
         pyramid = Pyramid(maps=maps, levels=self.levels, frame=self._frame_of(batch, (height, width)))
-        return Observation(losses=losses, pyramid=pyramid, candidates=self._candidates(batch))
+        offered = self._candidates(batch) if candidates else None
+        return Observation(losses=losses, pyramid=pyramid, candidates=offered)
 
     def _tapped(self, outputs: Sequence[Output], *arguments: object) -> _Tapped:
         """Calls the module and reads its levels, with their gradients."""

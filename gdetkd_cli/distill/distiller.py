@@ -83,7 +83,7 @@ class Distiller(nn.Module):
         """
         seconds: dict[str, float] = {}
         with self._timed("student forward", seconds, batch):
-            seen = self._detector.observe(batch)
+            seen = self._detector.observe(batch, candidates=bool(self._weights))
         parts = {name: loss.detach() for name, loss in seen.losses.items()}
         total: Tensor = batch.images[0].new_zeros(())
         if self.task_loss:

@@ -154,6 +154,8 @@ def profile_distill(recipe: Recipe, *, steps: int, observer: Observer = silent) 
             floors.append(floor)
     names = list(phases[0])
     step = median(whole) + median(phase["data"] for phase in phases)
+    if job.settings.workers:  # they worked ahead beside three steps for each batch; a run has one for each
+        step = max(step, train.batch_size / loader)
     return Profile(
         steps=steps,
         seconds={name: median(phase[name] for phase in phases) for name in names},

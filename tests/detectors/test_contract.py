@@ -94,7 +94,11 @@ def test_observing_changes_nothing(case: Case, batch: Batch) -> None:
     torch.manual_seed(1)
     losses = case.detector.observe(batch).losses
 
-    assert losses.keys() == expected.keys()
+    torch.manual_seed(1)
+    plain = case.detector.observe(batch, candidates=False)
+
+    assert losses.keys() == expected.keys() == plain.losses.keys()
+    assert all(torch.equal(plain.losses[name], value) for name, value in expected.items())
     assert all(torch.equal(losses[name], value) for name, value in expected.items())
     assert all(loss.requires_grad and torch.isfinite(loss) for loss in losses.values())
     assert case.module.training
