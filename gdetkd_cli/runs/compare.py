@@ -1,19 +1,11 @@
-"""``gdetkd compare``: one student, many methods, the same data, steps and seeds.
-
-A *cell* is one run: a method, a budget, a seed. Each is a process of its own, so that its memory can be told and its
-failure stops no other; a cell that is finished is never run again, one that was killed goes on.
-"""
+"""``gdetkd compare``: one student, many methods, the same data, steps and seeds; the table that they make."""
 
 from __future__ import annotations
 
 import csv
 import json
-import shutil
-import subprocess
-import sys
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import mean, median, stdev
 from typing import Any
@@ -21,48 +13,28 @@ from typing import Any
 import torch
 
 from gdetkd_cli import build
-from gdetkd_cli.data.loader import validation_batches
 from gdetkd_cli.data.split import Split
-from gdetkd_cli.detectors import catalog
 from gdetkd_cli.errors import GDetKDError, RunFolderError
 from gdetkd_cli.evaluation.bootstrap import MatchedPictures, draw_again, interval_of_difference
-from gdetkd_cli.evaluation.predict import predict_split
 from gdetkd_cli.recipe.load import dump_recipe, load_recipe
 from gdetkd_cli.recipe.methods import NONE, recipe_of
+from gdetkd_cli.recipe.scaling import scaled_to_batch
 from gdetkd_cli.recipe.schema import Recipe
 from gdetkd_cli.report.comparison import draw_comparison
 from gdetkd_cli.results import Comparison, MethodRow
+from gdetkd_cli.runs.cells import Cell, cell_of, finished_cells, run_cells
 from gdetkd_cli.runs.evaluate import run_eval
-from gdetkd_cli.runs.job import check_taught
+from gdetkd_cli.runs.job import check_taught, with_labels
 from gdetkd_cli.structures import Detections
-from gdetkd_cli.training.events import Note, Observer, Phase, silent
-from gdetkd_cli.training.run_folder import RunFolder, write_text
-from gdetkd_cli.trust import code_is_trusted
+from gdetkd_cli.training.device import ComputeSettings
+from gdetkd_cli.training.events import Note, Observer, silent
+from gdetkd_cli.training.run_folder import write_text
 
 _FACTS = ("AP", "AP50", "AP75", "AP_S", "AP_M", "AP_L", "seconds_per_step", "peak_memory_mb")
 CELL_FIELDS = ("recipe", "method", "steps", "seed", *_FACTS)
+# What a budget replaces, and what changes no number.
+_OF_NO_MATTER = ("train.steps", "train.evaluate_every", "runtime.threads", "runtime.workers", "runtime.cache_mb")
 _PLATEAU = 1.0  # AP that doubling the steps adds at most, where plain training is at its end
-
-
-@dataclass(frozen=True)
-class _Cell:
-    method: str
-    steps: int
-    seed: int
-    folder: Path
-
-    @property
-    def title(self) -> str:
-        return f"{self.method}, {self.steps} steps, seed {self.seed}"
-
-    @property
-    def run(self) -> RunFolder:
-        return RunFolder(self.folder / "run")
-
-    @property
-    def detections(self) -> Path:
-        """What the student detects in the validation pictures; written last, so a cell with it is finished."""
-        return self.folder / "detections.pt"
 
 
 def run_compare(
@@ -91,31 +63,31 @@ def run_compare(
         RunFolderError: the folder belongs to another recipe.
     """
     check_taught(recipe)
+    # Cells are processes of their own: their recipes have the rule behind them, so that a budget is what is run.
+    recipe = scaled_to_batch(recipe, processes=1)
     budgets = tuple(dict.fromkeys(steps)) or (recipe.train.steps,)
     names = tuple(dict.fromkeys(methods))
     numbers = range(recipe.seed, recipe.seed + seeds)
     folder = output or Path("runs") / f"compare-{recipe.name}"
     recipes = {  # all of them first: a mistake in the last is told before the first runs
-        _Cell(method, budget, seed, folder / f"{method}-{budget}-{seed}"): recipe_of(
-            recipe, method, steps=budget, seed=seed
-        )
+        cell_of(folder, method, budget, seed): recipe_of(recipe, method, steps=budget, seed=seed)
         for budget in budgets
         for seed in numbers
         for method in names
     }
-    _claim(folder, recipe)
-    settings = build.resolve_runtime(recipe.runtime, local_processes=jobs)
-    runtime = recipe.runtime.model_copy(update={"threads": settings.threads})  # decided once, for all alike
-    recipes = {cell: own.model_copy(update={"runtime": runtime}) for cell, own in recipes.items()}
-    failures = _run_cells(recipes, jobs, observer)
-    split = build.build_split(recipe.data, "val")
-    finished = _finished(folder)
+    recipe, settings = _claim(folder, recipe, jobs)
+    torch.set_num_threads(settings.threads)
+    data = with_labels(recipe, folder / "labels", settings.device, observer)
+    split = build.build_split(data, "val")
+    recipes = {cell: own.model_copy(update={"runtime": recipe.runtime, "data": data}) for cell, own in recipes.items()}
+    failures = run_cells(recipes, settings, jobs=jobs, observer=observer)
+    finished = finished_cells(folder)
     asked = [(cell.steps, cell.method) for cell in recipes]
     known = dict.fromkeys([*asked, *((cell.steps, cell.method) for cell in finished)])
     rows = [_row(method, budget, finished) for budget, method in sorted(known, key=lambda row: row[0])]
     observer(Note("differences over pictures drawn again"))
     rows = _with_intervals(rows, finished, split)
-    teacher = _teacher_ap(folder, recipe, observer)
+    teacher = _teacher_ap(folder, observer)
     cells, table, plot = folder / "cells.csv", folder / "table.csv", folder / "comparison.png"
     _write_cells(cells, recipe.name, finished)
     _write_table(table, rows)
@@ -132,100 +104,43 @@ def run_compare(
     )
 
 
-def _claim(folder: Path, recipe: Recipe) -> None:
-    """The recipe is kept in the folder; cells of two recipes are no table."""
-    kept = folder / "recipe.yaml"
-    if kept.exists():
-        before, now = (r.model_dump() for r in (load_recipe(kept), recipe))
-        changed = [key for key in now if key not in ("runtime",) and before.get(key) != now[key]]
-        if changed:
-            raise RunFolderError(
-                f"{folder} has cells of a recipe that differs in {', '.join(changed)}; choose another --output"
-            )
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text(kept, dump_recipe(recipe))
-
-
-def _run_cells(recipes: Mapping[_Cell, Recipe], jobs: int, observer: Observer) -> list[str]:
-    """Runs the cells that are not finished; says which failed, and why."""
-    missing = [cell for cell in recipes if not cell.detections.exists()]
-    observer(Note(f"{len(recipes)} cells, {len(recipes) - len(missing)} of them finished before"))
-    failures = []
-
-    def work(cell: _Cell) -> None:
-        observer(Phase(cell.title))
-        _train(cell, recipes[cell])
-        _predict(cell, recipes[cell])
-        ap = json.loads(cell.run.metrics.read_text())["AP"]
-        observer(Note(f"{cell.title}: " + ("no AP" if ap is None else f"AP {ap:.1f}")))
-
-    with ThreadPoolExecutor(max_workers=jobs) as pool:
-        for cell, done in [(cell, pool.submit(work, cell)) for cell in missing]:
-            try:
-                done.result()
-            except GDetKDError as error:
-                failures.append(f"{cell.title}: {error}")
-                observer(Note(failures[-1]))
-            except KeyboardInterrupt as interrupt:
-                pool.shutdown(wait=False, cancel_futures=True)  # else the others would still be run
-                interrupt.add_note("the same command goes on where it was")
-                raise
-    return failures
-
-
-def _train(cell: _Cell, recipe: Recipe) -> None:
-    """Trains the cell's student in a process, unless it is trained.
+def _claim(folder: Path, recipe: Recipe, jobs: int) -> tuple[Recipe, ComputeSettings]:
+    """The recipe as the folder keeps it, every ``auto`` of how it is run decided once for all of its cells.
 
     Raises:
-        GDetKDError: the process failed.
+        RunFolderError: the folder has cells of another recipe, which are no table with these.
     """
-    run = cell.run
-    if run.metrics.exists():
-        return
-    run.recover_resume()
-    command = [sys.executable, "-m", "gdetkd_cli", "distill" if recipe.distill else "train", "--json"]
-    if run.resume.exists():
-        command += ["--resume", str(run.path)]
-    else:
-        shutil.rmtree(run.path, ignore_errors=True)  # killed before its first checkpoint
-        cell.folder.mkdir(parents=True, exist_ok=True)
-        own = cell.folder / "recipe.yaml"
-        write_text(own, dump_recipe(recipe))
-        command += ["--recipe", str(own), "--output", str(run.path)]
-    if code_is_trusted():
-        command.append("--trust-code")
-    log = cell.folder / "log.txt"
-    with log.open("a") as told:
-        code = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=told, check=False).returncode
-    if code:
-        said = log.read_text().strip().splitlines()
-        raise GDetKDError(f"{said[-1] if said else f'exit code {code}'} ({log})")
+    kept = folder / "recipe.yaml"
+    before = load_recipe(kept) if kept.exists() else None
+    runtime = recipe.runtime
+    if before is not None and runtime.threads == "auto":
+        runtime = runtime.model_copy(update={"threads": before.runtime.threads})
+    settings = build.resolve_runtime(runtime, local_processes=jobs)
+    decided = {name: getattr(settings, name) for name in ("device", "precision", "channels_last", "threads")}
+    recipe = recipe.model_copy(update={"runtime": runtime.model_copy(update=decided)})
+    if before is not None:
+        then, now = (dict(_fields(r.model_dump())) for r in (before, recipe))
+        changed = sorted(name for name in then.keys() | now.keys() if then.get(name) != now.get(name))
+        if told := [name for name in changed if name not in _OF_NO_MATTER]:
+            raise RunFolderError(
+                f"{folder} has cells of a recipe that differs in {', '.join(told)}; choose another --output"
+            )
+        return recipe, settings
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(kept, dump_recipe(recipe))
+    return recipe, settings
 
 
-def _predict(cell: _Cell, recipe: Recipe) -> None:
-    """Writes what the cell's student detects in the validation pictures."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    loaded = catalog.load(catalog.locate(str(cell.run.path)))
-    loaded.detector.module.to(device)
-    split = build.relabel(build.build_split(recipe.data, "val"), loaded.detector)
-    found = predict_split(loaded.detector, validation_batches(split=split, batch_size=1), device)
-    fresh = cell.detections.with_suffix(".tmp")
-    torch.save({number: vars(one) for number, one in found.items()}, fresh)
-    fresh.replace(cell.detections)
+def _fields(block: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """``train.optimizer.lr`` and its value, for every field."""
+    for name, value in block.items():
+        if isinstance(value, Mapping):
+            yield from _fields(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
 
 
-def _finished(folder: Path) -> dict[_Cell, Mapping[str, Any]]:
-    """Every finished cell of the folder, whoever asked for it, and its metrics; by budget, seed and method."""
-    found = []
-    for written in folder.glob("*/detections.pt"):
-        method, steps, seed = written.parent.name.rsplit("-", 2)
-        found.append(_Cell(method, int(steps), int(seed), written.parent))
-    found.sort(key=lambda cell: (cell.steps, cell.seed, cell.method))
-    return {cell: json.loads(cell.run.metrics.read_text()) for cell in found}
-
-
-def _row(method: str, steps: int, facts: Mapping[_Cell, Mapping[str, Any]]) -> MethodRow:
+def _row(method: str, steps: int, facts: Mapping[Cell, Mapping[str, Any]]) -> MethodRow:
     own = {cell.seed: fact for cell, fact in facts.items() if (cell.method, cell.steps) == (method, steps)}
     ap = {seed: float(fact["AP"]) for seed, fact in own.items() if fact["AP"] is not None}
     if not ap:
@@ -252,7 +167,7 @@ def _row(method: str, steps: int, facts: Mapping[_Cell, Mapping[str, Any]]) -> M
     )
 
 
-def _with_intervals(rows: Sequence[MethodRow], facts: Mapping[_Cell, Any], split: Split) -> list[MethodRow]:
+def _with_intervals(rows: Sequence[MethodRow], facts: Mapping[Cell, Any], split: Split) -> list[MethodRow]:
     """The rows, with the interval of each difference to plain training."""
     drawings = draw_again(len(split))
     drawn = {}
@@ -272,18 +187,19 @@ def _with_intervals(rows: Sequence[MethodRow], facts: Mapping[_Cell, Any], split
     return done
 
 
-def _teacher_ap(folder: Path, recipe: Recipe, observer: Observer) -> float | None:
+def _teacher_ap(folder: Path, observer: Observer) -> float | None:
     """The teacher's AP on the same pictures, found once; None where its detections cannot be read."""
     kept = folder / "teacher.json"
-    if not kept.exists():
-        try:
-            found: float | None = run_eval(str(folder / "recipe.yaml"), data=None, observer=observer).metrics.ap
-        except GDetKDError as error:
-            observer(Note(f"the teacher is not evaluated: {error}"))
-            found = None
+    if kept.exists():
+        return float(json.loads(kept.read_text())["AP"])
+    try:
+        found = run_eval(str(folder / "recipe.yaml"), data=None, observer=observer).metrics.ap
+    except GDetKDError as error:
+        observer(Note(f"the teacher is not evaluated: {error}"))
+        return None
+    if found is not None:
         write_text(kept, json.dumps({"AP": found}))
-    value = json.loads(kept.read_text())["AP"]
-    return None if value is None else float(value)
+    return found
 
 
 def _notes(rows: Sequence[MethodRow], teacher: float | None) -> list[str]:
@@ -298,17 +214,24 @@ def _notes(rows: Sequence[MethodRow], teacher: float | None) -> list[str]:
                 f"at {steps} steps plain training reaches {value:.1f} AP, the teacher {teacher:.1f}: what distillation "
                 "adds here is speed, not a better end"
             )
+    ap = {row.steps: row.ap for row in rows if row.method == NONE}
     for half, whole in ((a, b) for a in plain for b in plain if b == 2 * a):
-        gained = plain[whole] - plain[half]
+        common = ap[half].keys() & ap[whole].keys()
+        if not common:
+            notes.append(f"plain training of {half} and {whole} steps has no seed in common: its plateau is not told")
+            continue
+        before, after = (mean(ap[steps][seed] for seed in common) for steps in (half, whole))
+        gained = after - before
         # A student that has hardly begun gains little as well.
-        reached = "its plateau" if gained < min(_PLATEAU, 0.1 * plain[half]) else "not yet its plateau"
-        notes.append(f"plain training gains {gained:+.1f} AP from {half} to {whole} steps: {reached}")
+        reached = "its plateau" if gained < min(_PLATEAU, 0.1 * before) else "not yet its plateau"
+        told = f" ({len(common)} seed{'s' * (len(common) > 1)})" if len(ap[half]) > 1 else ""
+        notes.append(f"plain training gains {gained:+.1f} AP from {half} to {whole} steps{told}: {reached}")
     if plain and not any(b == 2 * a for a in plain for b in plain):
         notes.append("whether plain training is at its plateau is not told by these budgets; one twice as long tells")
     return notes
 
 
-def _write_cells(path: Path, name: str, facts: Mapping[_Cell, Mapping[str, Any]]) -> None:
+def _write_cells(path: Path, name: str, facts: Mapping[Cell, Mapping[str, Any]]) -> None:
     rows = []
     for cell, fact in facts.items():
         known = {"recipe": name, "method": cell.method, "steps": cell.steps, "seed": cell.seed}

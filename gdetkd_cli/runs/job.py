@@ -5,19 +5,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
 
 from gdetkd_cli import build
-from gdetkd_cli.build.labels import Tables, label_split, told
+from gdetkd_cli.build.labels import Tables, label_split, told, write_labels
 from gdetkd_cli.data.split import Split
 from gdetkd_cli.detectors.protocol import Detector
 from gdetkd_cli.detectors.trainable import TrainableDetector
 from gdetkd_cli.distill.distiller import Distiller
 from gdetkd_cli.errors import PairError, RecipeError
-from gdetkd_cli.recipe.schema import CocoData, ComposedDetector, FolderData, Recipe, TorchvisionDetector
+from gdetkd_cli.recipe.schema import CocoData, ComposedDetector, Data, FolderData, Recipe, TorchvisionDetector
 from gdetkd_cli.training.device import ComputeSettings
-from gdetkd_cli.training.events import Observer, silent
+from gdetkd_cli.training.events import Note, Observer, silent
 
 
 @dataclass(frozen=True)
@@ -121,6 +122,44 @@ def prepare(
         labels={which: one.tables for which, one in labelled.items()},
         notes=tuple(notes),
     )
+
+
+def with_labels(recipe: Recipe, folder: Path, device: str, observer: Observer) -> Data:
+    """The recipe's data with annotations for every picture: what its teacher has to label is labelled now, once.
+
+    Args:
+        recipe: with a teacher.
+        folder: where the labels are kept, as COCO files; those that are there already are taken.
+        device: where the teacher runs.
+        observer: is told of it.
+
+    Raises:
+        GDetKDError: the teacher cannot label the pictures.
+    """
+    data = recipe.data
+    wanted: list[build.Which] = [which for which in build.SPLITS if build.needs_labels(data, which)]
+    if not wanted:
+        return data
+    assert isinstance(data, CocoData | FolderData) and recipe.teacher is not None
+    if not all((folder / f"{which}.json").exists() for which in wanted):
+        splits = {which: build.unlabelled_split(data, which) for which in wanted}
+        teacher = build.build_detector(recipe.teacher, splits["train"].class_names, recipe.seed, keep_classes=True)
+        teacher.detector.module.to(device)
+        made = {
+            which: label_split(split, data, teacher.detector, device=torch.device(device), observer=observer)
+            for which, split in splits.items()
+        }
+        for one in made.values():
+            observer(Note(told(one)))
+        folder.mkdir(parents=True, exist_ok=True)
+        write_labels(folder, {which: one.tables for which, one in made.items()})
+    own = {"train": folder.resolve() / "train.json", "train_images": data.train_images}
+    if "val" in wanted:
+        own |= {"val": folder.resolve() / "val.json", "val_images": data.train_images}
+    else:
+        assert data.val is not None
+        own |= {"val": data.val, "val_images": data.val_images}
+    return CocoData(format="coco", root=data.root, classes=data.classes, labels="annotations", **own)
 
 
 def has_task_loss(recipe: Recipe) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from dataclasses import asdict
 from math import ceil
 from pathlib import Path
@@ -119,8 +120,16 @@ def _run(recipe: Recipe, *, output: Path | None, resume: Path | None, observer: 
     for note in (*changes(given, recipe), *job.notes):
         observer(Note(note))
     _announce(job, observer)
+    with folder.held() if accelerator.is_main_process else nullcontext():
+        return _trained(job, accelerator, folder, resume=resume is not None, started=started, observer=observer)
+
+
+def _trained(
+    job: Job, accelerator: Accelerator, folder: RunFolder, *, resume: bool, started: float, observer: Observer
+) -> TrainResult:
+    """Everything that writes into the run's folder."""
+    recipe = job.recipe
     if accelerator.is_main_process:
-        folder.make()
         if job.labels:
             write_labels(folder.labels, job.labels)
         _write_facts(folder, job, accelerator.num_processes)
@@ -164,7 +173,7 @@ def _run(recipe: Recipe, *, output: Path | None, resume: Path | None, observer: 
         observer=observer,
     )
     try:
-        metrics = loop.run(resume=resume is not None)
+        metrics = loop.run(resume=resume)
     except KeyboardInterrupt as interrupt:
         if folder.resume.exists():
             command = "distill" if job.pair else "train"

@@ -6,10 +6,16 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from gdetkd_cli.errors import RunFolderError
+
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks: there a folder is not guarded
+    fcntl = None  # type: ignore[assignment]
 
 
 class RunFolder:
@@ -44,6 +50,26 @@ class RunFolder:
     def make(self) -> None:
         """Makes the folder where it is missing."""
         self.path.mkdir(parents=True, exist_ok=True)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keeps a second process from writing into the folder, until the block or this process ends.
+
+        Raises:
+            RunFolderError: another process holds it.
+        """
+        self.make()
+        lock = self.path / ".lock"
+        with lock.open("w") as file:
+            if fcntl is not None:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError as error:
+                    raise RunFolderError(
+                        f"another process is writing into {self.path}; wait until it has ended, or stop it"
+                    ) from error
+            yield
+        lock.unlink(missing_ok=True)
 
     def progress(self) -> int:
         """Optimizer steps that the resume checkpoint has behind it.

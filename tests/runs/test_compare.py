@@ -4,18 +4,27 @@ from __future__ import annotations
 
 import csv
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import toy
+from PIL import Image
 
-from gdetkd_cli.errors import RecipeError, RunFolderError
+from gdetkd_cli.build import build_split, resolve_runtime
+from gdetkd_cli.data.synthetic import synthetic_split
+from gdetkd_cli.errors import ModelError, RecipeError, RunFolderError
+from gdetkd_cli.evaluation.coco_metrics import evaluate_coco
 from gdetkd_cli.recipe.methods import DEFAULT, TERMS, recipe_of
-from gdetkd_cli.recipe.schema import SGFI, Recipe
+from gdetkd_cli.recipe.schema import SGFI, CheckpointDetector, FitNet, FolderData, Recipe
 from gdetkd_cli.results import Comparison, MethodRow
-from gdetkd_cli.runs import run_compare
+from gdetkd_cli.runs import cells, compare, job, run_compare
+from gdetkd_cli.runs.cells import Cell, cell_of, run_cells
 from gdetkd_cli.runs.compare import _notes
+from gdetkd_cli.structures import Detections
 from gdetkd_cli.training.events import Event, Note, Phase
 
 # ------------------------------------------------------------------------------------------------------ the methods
@@ -51,6 +60,15 @@ def test_terms_are_joined_and_keep_the_recipes_settings() -> None:
     assert one.distill.head_transfer is True
 
 
+def test_squared_errors_weigh_as_sgfi_does() -> None:
+    recipe = toy.recipe()
+    assert recipe.distill is not None
+    block = recipe.distill.model_copy(update={"sgfi": SGFI(weight=3.0), "fitnet": FitNet(weight=7.0)})
+    made = recipe_of(recipe.model_copy(update={"distill": block}), "roi_imitation+fitnet+pkd", steps=1, seed=0).distill
+    assert made is not None and made.roi_imitation and made.fitnet and made.pkd
+    assert (made.roi_imitation.weight, made.fitnet.weight, made.pkd.weight) == (3.0, 7.0, "auto")
+
+
 @pytest.mark.parametrize("method", ["pdk", "sgfi+", "head", ""])
 def test_methods_that_there_are_not(method: str) -> None:
     with pytest.raises(RecipeError, match=r"there is no method .*; expected none, gdetkd, or terms joined by '\+'"):
@@ -81,6 +99,15 @@ def test_what_a_table_can_show_is_said() -> None:
     assert climbing == "plain training gains +11.0 AP from 100 to 200 steps: not yet its plateau"
     assert _notes([row(100, 30.0), row(200, 30.5)], 40.0)[-1].endswith("steps: its plateau")
     assert _notes([row(30, 0.2), row(60, 0.6)], 40.0)[-1].endswith("steps: not yet its plateau")  # it has hardly begun
+
+
+def test_a_plateau_is_told_by_the_seeds_that_both_budgets_have() -> None:
+    """Seed 1 alone was run at both: +0.5; the means over all seeds would say +4."""
+    half = MethodRow(method="none", steps=100, ap={0: 23.0, 1: 30.0}, mean=26.5)
+    whole = MethodRow(method="none", steps=200, ap={1: 30.5}, mean=30.5)
+    assert _notes([half, whole], 40.0) == ["plain training gains +0.5 AP from 100 to 200 steps (1 seed): its plateau"]
+    none = MethodRow(method="none", steps=200, ap={2: 30.5}, mean=30.5)
+    assert "no seed in common" in _notes([half, none], 40.0)[0]
 
 
 @pytest.fixture(scope="module")
@@ -118,6 +145,11 @@ def test_rows_and_files(compared: tuple[Path, Comparison]) -> None:
     metrics = json.loads((folder / "pkd-3-1" / "run" / "metrics.json").read_text())
     assert float(cells[3]["AP"]) == pytest.approx(metrics["AP"], abs=1e-3)
     assert found.plot.stat().st_size > 1000
+    # The intervals are made of the very detections that the metrics are.
+    split = build_split(toy.recipe().data, "val")
+    stored = torch.load(folder / "pkd-3-1" / "detections.pt", weights_only=True)
+    seen = {number: Detections(**one) for number, one in stored.items()}
+    assert evaluate_coco(split.records, split.class_names, seen).ap == metrics["AP"]
 
 
 def test_a_finished_cell_is_not_run_again_and_a_lost_one_is(compared: tuple[Path, Comparison]) -> None:
@@ -148,3 +180,105 @@ def test_another_recipe_gets_no_place_in_the_table(compared: tuple[Path, Compari
     other: dict[str, Any] = {"name": "other"}
     with pytest.raises(RunFolderError, match=r"has cells of a recipe that differs in name; choose another --output"):
         run_compare(toy.recipe(steps=3, student="retinanet").model_copy(update=other), methods=("none",), output=folder)
+
+
+def test_other_precision_is_another_table_but_other_steps_are_not(compared: tuple[Path, Comparison]) -> None:
+    folder, before = compared
+    recipe = toy.recipe(steps=99, student="retinanet")
+    again = run_compare(recipe, methods=("none",), steps=(3,), seeds=2, output=folder)
+    assert again.rows[0].ap == before.rows[0].ap
+    half = recipe.model_copy(update={"runtime": recipe.runtime.model_copy(update={"precision": "bf16"})})
+    with pytest.raises(RunFolderError, match=r"differs in runtime\.precision;"):
+        run_compare(half, methods=("none",), output=folder)
+
+
+def test_a_teacher_that_could_not_be_evaluated_is_tried_again(
+    compared: tuple[Path, Comparison], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, before = compared
+    (folder / "teacher.json").unlink()
+
+    def fails(*_: object, **__: object) -> None:
+        raise ModelError("not there yet")
+
+    recipe = toy.recipe(steps=3, student="retinanet")
+    with monkeypatch.context() as patch:
+        patch.setattr(compare, "run_eval", fails)
+        assert run_compare(recipe, methods=("none",), seeds=1, output=folder).teacher_ap is None
+    assert run_compare(recipe, methods=("none",), seeds=1, output=folder).teacher_ap == before.teacher_ap
+
+
+# ----------------------------------------------------------------------------------------------------- what goes wrong
+
+
+def test_a_budget_is_what_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The linear scaling rule would make 3 steps 12 in each cell's own process."""
+    recipe = toy.recipe(steps=3)
+    train = recipe.train.model_copy(update={"reference_batch": 4 * recipe.train.batch_size})
+    seen: list[Recipe] = []
+    monkeypatch.setattr(compare, "run_cells", lambda recipes, *_, **__: seen.extend(recipes.values()) or [])
+    run_compare(recipe.model_copy(update={"train": train}), methods=("none",), seeds=1, steps=(3,), output=tmp_path)
+
+    assert [(one.train.steps, one.train.reference_batch) for one in seen] == [(3, None)]
+    assert seen[0].train.optimizer.lr == pytest.approx(recipe.train.optimizer.lr / 4)
+
+
+def _a_cell(folder: Path) -> Cell:
+    cell = cell_of(folder, "none", 3, 0)
+    cell.run.make()
+    return cell
+
+
+def test_a_cell_that_an_orphan_still_trains_is_left_alone(tmp_path: Path) -> None:
+    cell = _a_cell(tmp_path)
+    (cell.run.path / "recipe.yaml").write_text("kept")
+    holder = subprocess.Popen(
+        [sys.executable, "-c", f"import fcntl, sys; f = open({str(cell.run.path / '.lock')!r}, 'w'); "
+         "fcntl.flock(f, fcntl.LOCK_EX); print('held', flush=True); sys.stdin.read()"],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    )  # fmt: skip
+    assert holder.stdout is not None and holder.stdout.readline()
+    with pytest.raises(RunFolderError, match="another process is writing into"):
+        cells._train(cell, toy.recipe(steps=3))
+    holder.communicate()
+    assert (cell.run.path / "recipe.yaml").read_text() == "kept"
+    with cell.run.held():
+        pass
+
+
+def test_how_a_cell_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    killed = [sys.executable, "-c", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"]
+    run = subprocess.run
+    monkeypatch.setattr(cells.subprocess, "run", lambda _, **options: run(killed, **options))
+    settings = resolve_runtime(toy.recipe().runtime)
+    heard: list[Event] = []
+    (told,) = run_cells({_a_cell(tmp_path): toy.recipe(steps=3)}, settings, jobs=1, observer=heard.append)
+    assert "none, 3 steps, seed 0: its process was ended by SIGKILL (often: too little memory)" in told
+    monkeypatch.setattr(cells, "_train", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("no memory left")))
+    assert run_cells({_a_cell(tmp_path): toy.recipe(steps=3)}, settings, jobs=1, observer=heard.append) == [
+        "none, 3 steps, seed 0: no memory left"
+    ]
+
+
+def test_pictures_that_the_teacher_labels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Labelled once, for plain training too; the cells' recipes have ordinary annotations."""
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    split = synthetic_split(split="train", images=12, size=64, seed=0)
+    for i in range(12):
+        Image.fromarray(split.read(i).permute(1, 2, 0).numpy()).save(pictures / f"{i:02}.png")
+    teacher = CheckpointDetector(arch="checkpoint", path="builtin:shapes-teacher")
+    data = FolderData.model_validate({"format": "folder", "root": pictures, "labels": {"score": 0.05}})
+    recipe = toy.recipe(steps=2).model_copy(update={"data": data, "teacher": teacher})
+    folder = tmp_path / "table"
+    heard: list[Event] = []
+    found = run_compare(recipe, methods=("none", "sgfi"), seeds=1, output=folder, observer=heard.append)
+
+    assert found.failures == ()
+    assert [list(row.ap) for row in found.rows] == [[0], [0]]
+    labelled = [note for note in heard if isinstance(note, Note) and "labelled by the teacher" in note.text]
+    assert len(labelled) == 2  # training and validation pictures
+    heard.clear()
+    monkeypatch.setattr(job, "label_split", None)  # they are not labelled again
+    run_compare(recipe, methods=("none", "sgfi"), seeds=1, output=folder, observer=heard.append)
+    assert Note("2 cells, 2 of them finished before") in heard

@@ -1,0 +1,150 @@
+"""The cells of a comparison: one run each, of a method, a budget and a seed.
+
+Each is trained by a process of its own, so that its memory can be told and its failure stops no other; a cell that is
+finished is never run again, one that was killed goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gdetkd_cli import build
+from gdetkd_cli.data.loader import validation_batches
+from gdetkd_cli.detectors import catalog
+from gdetkd_cli.errors import GDetKDError
+from gdetkd_cli.evaluation.predict import predict_split
+from gdetkd_cli.recipe.load import dump_recipe
+from gdetkd_cli.recipe.schema import Recipe
+from gdetkd_cli.training.device import ComputeSettings
+from gdetkd_cli.training.events import Note, Observer, Phase
+from gdetkd_cli.training.run_folder import RunFolder, write_text
+from gdetkd_cli.trust import code_is_trusted
+
+_HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a table, in a folder of its own."""
+
+    method: str
+    steps: int
+    seed: int
+    folder: Path
+
+    @property
+    def title(self) -> str:
+        return f"{self.method}, {self.steps} steps, seed {self.seed}"
+
+    @property
+    def run(self) -> RunFolder:
+        return RunFolder(self.folder / "run")
+
+    @property
+    def detections(self) -> Path:
+        """What the student detects in the validation pictures; written last, so a cell with it is finished."""
+        return self.folder / "detections.pt"
+
+
+def cell_of(folder: Path, method: str, steps: int, seed: int) -> Cell:
+    """A cell of the table in ``folder``."""
+    return Cell(method, steps, seed, folder / f"{method}-{steps}-{seed}")
+
+
+def finished_cells(folder: Path) -> dict[Cell, Mapping[str, Any]]:
+    """Every finished cell of the folder, whoever asked for it, and its metrics; by budget, seed and method."""
+    found = []
+    for written in folder.glob("*/detections.pt"):
+        method, steps, seed = written.parent.name.rsplit("-", 2)
+        found.append(cell_of(folder, method, int(steps), int(seed)))
+    found.sort(key=lambda cell: (cell.steps, cell.seed, cell.method))
+    return {cell: json.loads(cell.run.metrics.read_text()) for cell in found}
+
+
+def run_cells(recipes: Mapping[Cell, Recipe], settings: ComputeSettings, *, jobs: int, observer: Observer) -> list[str]:
+    """Runs the cells that are not finished, ``jobs`` at a time; says which failed, and why."""
+    missing = [cell for cell in recipes if not cell.detections.exists()]
+    observer(Note(f"{len(recipes)} cells, {len(recipes) - len(missing)} of them finished before"))
+    failures = []
+
+    def work(cell: Cell) -> None:
+        observer(Phase(cell.title))
+        _train(cell, recipes[cell])
+        _predict(cell, recipes[cell], settings)
+        ap = json.loads(cell.run.metrics.read_text())["AP"]
+        observer(Note(f"{cell.title}: " + ("no AP" if ap is None else f"AP {ap:.1f}")))
+
+    with ThreadPoolExecutor(max_workers=jobs) as pool:
+        for cell, done in [(cell, pool.submit(work, cell)) for cell in missing]:
+            try:
+                done.result()
+            except (GDetKDError, OSError, RuntimeError) as error:  # RuntimeError: torch's, out of memory for one
+                failures.append(f"{cell.title}: {error}")
+                observer(Note(failures[-1]))
+            except KeyboardInterrupt as interrupt:
+                pool.shutdown(wait=False, cancel_futures=True)  # else the others would still be run
+                interrupt.add_note("the same command goes on where it was")
+                raise
+    return failures
+
+
+def _train(cell: Cell, recipe: Recipe) -> None:
+    """Trains the cell's student in a process, unless it is trained.
+
+    Raises:
+        GDetKDError: the process failed, or one of an earlier call is still at it.
+    """
+    run = cell.run
+    if run.metrics.exists():
+        return
+    if run.path.exists():
+        with run.held():  # the process of a call that was killed may have outlived it
+            run.recover_resume()
+    command = [sys.executable, "-m", "gdetkd_cli", "distill" if recipe.distill else "train", "--json"]
+    if run.resume.exists():
+        command += ["--resume", str(run.path)]
+    else:
+        shutil.rmtree(run.path, ignore_errors=True)  # killed before its first checkpoint
+        cell.folder.mkdir(parents=True, exist_ok=True)
+        own = cell.folder / "recipe.yaml"
+        write_text(own, dump_recipe(recipe))
+        command += ["--recipe", str(own), "--output", str(run.path)]
+    if code_is_trusted():
+        command.append("--trust-code")
+    log = cell.folder / "log.txt"
+    with log.open("a") as told:
+        code = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=told, check=False).returncode
+    if code < 0:
+        name = signal.Signals(-code).name
+        reason = " (often: too little memory)" if name == "SIGKILL" else ""
+        raise GDetKDError(f"its process was ended by {name}{reason}; the same command goes on where it was ({log})")
+    if code:
+        said = log.read_text().strip().splitlines()
+        raise GDetKDError(f"{said[-1] if said else f'exit code {code}'} ({log})")
+
+
+def _predict(cell: Cell, recipe: Recipe, settings: ComputeSettings) -> None:
+    """Writes what the cell's student detects in the validation pictures, as its own evaluation saw it."""
+    loaded = catalog.load(catalog.locate(str(cell.run.path)))
+    module = loaded.detector.module.to(settings.device)
+    if settings.channels_last:
+        module.to(memory_format=torch.channels_last)
+    split = build.relabel(build.build_split(recipe.data, "val"), loaded.detector)
+    batches = validation_batches(split=split, batch_size=recipe.train.batch_size)
+    half = _HALF.get(settings.precision)
+    with torch.autocast(settings.device, dtype=half, enabled=half is not None):
+        found = predict_split(loaded.detector, batches, settings.device)
+    fresh = cell.detections.with_suffix(".tmp")
+    torch.save({number: vars(one) for number, one in found.items()}, fresh)
+    fresh.replace(cell.detections)
