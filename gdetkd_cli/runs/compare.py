@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -111,7 +112,8 @@ def _claim(folder: Path, recipe: Recipe, jobs: int) -> tuple[Recipe, ComputeSett
         RunFolderError: the folder has cells of another recipe, which are no table with these.
     """
     kept = folder / "recipe.yaml"
-    before = load_recipe(kept) if kept.exists() else None
+    started = any(folder.glob("*/recipe.yaml"))
+    before = load_recipe(kept) if kept.exists() and started else None
     runtime = recipe.runtime
     if before is not None and runtime.threads == "auto":
         runtime = runtime.model_copy(update={"threads": before.runtime.threads})
@@ -127,6 +129,7 @@ def _claim(folder: Path, recipe: Recipe, jobs: int) -> tuple[Recipe, ComputeSett
             )
         return recipe, settings
     folder.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(folder / "labels", ignore_errors=True)  # of a call that got no further, perhaps of another recipe
     write_text(kept, dump_recipe(recipe))
     return recipe, settings
 

@@ -16,10 +16,10 @@ from PIL import Image
 
 from gdetkd_cli.build import build_split, resolve_runtime
 from gdetkd_cli.data.synthetic import synthetic_split
-from gdetkd_cli.errors import ModelError, RecipeError, RunFolderError
+from gdetkd_cli.errors import DataError, ModelError, RecipeError, RunFolderError
 from gdetkd_cli.evaluation.coco_metrics import evaluate_coco
 from gdetkd_cli.recipe.methods import DEFAULT, TERMS, recipe_of
-from gdetkd_cli.recipe.schema import SGFI, CheckpointDetector, FitNet, FolderData, Recipe
+from gdetkd_cli.recipe.schema import SGFI, CheckpointDetector, CocoData, FitNet, FolderData, Recipe
 from gdetkd_cli.results import Comparison, MethodRow
 from gdetkd_cli.runs import cells, compare, job, run_compare
 from gdetkd_cli.runs.cells import Cell, cell_of, run_cells
@@ -221,6 +221,14 @@ def test_a_budget_is_what_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
     assert [(one.train.steps, one.train.reference_batch) for one in seen] == [(3, None)]
     assert seen[0].train.optimizer.lr == pytest.approx(recipe.train.optimizer.lr / 4)
+
+
+def test_a_call_that_ran_nothing_claims_nothing(tmp_path: Path) -> None:
+    """Data that could not be read are put right: the folder has no cells that the new recipe could not stand beside."""
+    wrong = toy.recipe(steps=3).model_copy(update={"data": CocoData(format="coco", root=tmp_path / "absent")})
+    with pytest.raises(DataError, match="absent"):
+        run_compare(wrong, methods=("none",), seeds=1, output=tmp_path / "table")
+    assert len(run_compare(toy.recipe(steps=3), methods=("none",), seeds=1, output=tmp_path / "table").rows) == 1
 
 
 def _a_cell(folder: Path) -> Cell:
