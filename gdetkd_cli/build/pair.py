@@ -131,7 +131,7 @@ def _transfer(config: Distill, student: Detector, teacher: Detector, trained_hea
     if config.head_transfer is False:
         return False, "left out by the recipe"
     if config.head_transfer == "auto" and trained_head:
-        # Measured: a trained student loses by it (docs/benchmarks.md).
+        # Measured: a trained student loses by it (docs/experiments.md).
         return False, "nothing copied: the student's own head is trained; head_transfer: true copies all the same"
     try:
         copied = transfer_head(student, teacher)
@@ -176,7 +176,7 @@ def _settled(block: CKD | str | None, teacher: Detector) -> tuple[CKD | None, st
     if isinstance(block, CKD):
         return block, ""
     if isinstance(teacher, ProbedDetector):
-        # Measured: contrasting regions by the mean of their features makes students worse (docs/benchmarks.md).
+        # Measured: contrasting regions by the mean of their features makes students worse (docs/experiments.md).
         return None, "the teacher's region embedding is not known; ckd: {} takes the mean of its pooled features"
     return CKD(), ""
 
