@@ -7,14 +7,16 @@ finished is never run again, one that was killed goes on.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import torch
@@ -57,6 +59,19 @@ class Cell:
         return self.folder / "detections.pt"
 
 
+@dataclass(frozen=True)
+class _Place:
+    """Where a cell is computed.
+
+    Attributes:
+        device: of this process: ``cpu`` or ``cuda:1``.
+        environment: what the cell's own process needs to be told, whose only CUDA device it then is.
+    """
+
+    device: str
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+
 def cell_of(folder: Path, method: str, steps: int, seed: int) -> Cell:
     """A cell of the table in ``folder``."""
     return Cell(method, steps, seed, folder / f"{method}-{steps}-{seed}")
@@ -73,15 +88,23 @@ def finished_cells(folder: Path) -> dict[Cell, Mapping[str, Any]]:
 
 
 def run_cells(recipes: Mapping[Cell, Recipe], settings: ComputeSettings, *, jobs: int, observer: Observer) -> list[str]:
-    """Runs the cells that are not finished, ``jobs`` at a time; says which failed, and why."""
+    """Runs the cells that are not finished, ``jobs`` at a time, each on a GPU of its own where there are as many; says
+    which failed, and why."""
     missing = [cell for cell in recipes if not cell.detections.exists()]
     observer(Note(f"{len(recipes)} cells, {len(recipes) - len(missing)} of them finished before"))
     failures = []
+    free: SimpleQueue[_Place] = SimpleQueue()
+    for place in _places(settings, jobs):
+        free.put(place)
 
     def work(cell: Cell) -> None:
         observer(Phase(cell.title))
-        _train(cell, recipes[cell])
-        _predict(cell, recipes[cell], settings)
+        place = free.get()
+        try:
+            _train(cell, recipes[cell], place)
+            _predict(cell, recipes[cell], settings, place)
+        finally:
+            free.put(place)
         ap = json.loads(cell.run.metrics.read_text())["AP"]
         observer(Note(f"{cell.title}: " + ("no AP" if ap is None else f"AP {ap:.1f}")))
 
@@ -99,7 +122,18 @@ def run_cells(recipes: Mapping[Cell, Recipe], settings: ComputeSettings, *, jobs
     return failures
 
 
-def _train(cell: Cell, recipe: Recipe) -> None:
+def _places(settings: ComputeSettings, jobs: int) -> list[_Place]:
+    """One for each of the ``jobs``; they share GPUs where there are fewer."""
+    if settings.device != "cuda":
+        return [_Place(settings.device)] * jobs
+    count = torch.cuda.device_count()
+    # By the names that this process was given: its device 0 may be the machine's device 3.
+    given = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))
+    names = given.split(",")[:count]
+    return [_Place(f"cuda:{i % count}", {"CUDA_VISIBLE_DEVICES": names[i % count]}) for i in range(jobs)]
+
+
+def _train(cell: Cell, recipe: Recipe, place: _Place) -> None:
     """Trains the cell's student in a process, unless it is trained.
 
     Raises:
@@ -124,7 +158,8 @@ def _train(cell: Cell, recipe: Recipe) -> None:
         command.append("--trust-code")
     log = cell.folder / "log.txt"
     with log.open("a") as told:
-        code = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=told, check=False).returncode
+        environment = {**os.environ, **place.environment}
+        code = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=told, check=False, env=environment).returncode
     if code < 0:
         name = signal.Signals(-code).name
         reason = " (often: too little memory)" if name == "SIGKILL" else ""
@@ -134,17 +169,17 @@ def _train(cell: Cell, recipe: Recipe) -> None:
         raise GDetKDError(f"{said[-1] if said else f'exit code {code}'} ({log})")
 
 
-def _predict(cell: Cell, recipe: Recipe, settings: ComputeSettings) -> None:
+def _predict(cell: Cell, recipe: Recipe, settings: ComputeSettings, place: _Place) -> None:
     """Writes what the cell's student detects in the validation pictures, as its own evaluation saw it."""
     loaded = catalog.load(catalog.locate(str(cell.run.path)))
-    module = loaded.detector.module.to(settings.device)
+    module = loaded.detector.module.to(place.device)
     if settings.channels_last:
         module.to(memory_format=torch.channels_last)
     split = build.relabel(build.build_split(recipe.data, "val"), loaded.detector)
     batches = validation_batches(split=split, batch_size=recipe.train.batch_size)
     half = _HALF.get(settings.precision)
     with torch.autocast(settings.device, dtype=half, enabled=half is not None):
-        found = predict_split(loaded.detector, batches, settings.device)
+        found = predict_split(loaded.detector, batches, place.device)
     fresh = cell.detections.with_suffix(".tmp")
     torch.save({number: vars(one) for number, one in found.items()}, fresh)
     fresh.replace(cell.detections)

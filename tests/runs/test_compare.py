@@ -6,6 +6,8 @@ import csv
 import json
 import subprocess
 import sys
+import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -247,7 +249,7 @@ def test_a_cell_that_an_orphan_still_trains_is_left_alone(tmp_path: Path) -> Non
     )  # fmt: skip
     assert holder.stdout is not None and holder.stdout.readline()
     with pytest.raises(RunFolderError, match="another process is writing into"):
-        cells._train(cell, toy.recipe(steps=3))
+        cells._train(cell, toy.recipe(steps=3), cells._Place("cpu"))
     holder.communicate()
     assert (cell.run.path / "recipe.yaml").read_text() == "kept"
     with cell.run.held():
@@ -266,6 +268,32 @@ def test_how_a_cell_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert run_cells({_a_cell(tmp_path): toy.recipe(steps=3)}, settings, jobs=1, observer=heard.append) == [
         "none, 3 steps, seed 0: no memory left"
     ]
+
+
+def test_runs_at_the_same_time_have_gpus_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5,7")
+    settings = replace(resolve_runtime(toy.recipe().runtime), device="cuda")
+    together = threading.Barrier(2, timeout=60)
+    given: list[str] = []
+
+    def run(command: list[str], *, env: dict[str, str], **_: Any) -> subprocess.CompletedProcess[str]:
+        together.wait()  # both cells of a pair are being trained
+        given.append(env["CUDA_VISIBLE_DEVICES"])
+        return subprocess.CompletedProcess(command, 0)
+
+    predicted: list[str] = []
+    monkeypatch.setattr(cells.subprocess, "run", run)
+    monkeypatch.setattr(cells, "_predict", lambda *args: predicted.append(args[3].device))
+    recipes = {cell_of(tmp_path, "none", 3, seed): toy.recipe(steps=3) for seed in range(4)}
+    failures = run_cells(recipes, settings, jobs=2, observer=lambda _: None)
+    assert len(failures) == 4  # no process ran: none has metrics
+    assert sorted(given) == ["3", "3", "5", "5"] and sorted(predicted) == ["cuda:0", "cuda:0", "cuda:1", "cuda:1"]
+
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert [place.device for place in cells._places(settings, 3)] == ["cuda:0", "cuda:1", "cuda:0"]
+    assert [place.environment["CUDA_VISIBLE_DEVICES"] for place in cells._places(settings, 3)] == ["0", "1", "0"]
+    assert cells._places(replace(settings, device="cpu"), 2) == [cells._Place("cpu"), cells._Place("cpu")]
 
 
 def test_pictures_that_the_teacher_labels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
