@@ -34,7 +34,14 @@ from gdetkd_cli.training.run_folder import write_text
 _FACTS = ("AP", "AP50", "AP75", "AP_S", "AP_M", "AP_L", "seconds_per_step", "peak_memory_mb")
 CELL_FIELDS = ("recipe", "method", "steps", "seed", *_FACTS)
 # What a budget replaces, and what changes no number.
-_OF_NO_MATTER = ("train.steps", "train.evaluate_every", "runtime.threads", "runtime.workers", "runtime.cache_mb")
+_OF_NO_MATTER = (
+    "seed",
+    "train.steps",
+    "train.evaluate_every",
+    "runtime.threads",
+    "runtime.workers",
+    "runtime.cache_mb",
+)
 _PLATEAU = 1.0  # AP that doubling the steps adds at most, where plain training is at its end
 
 

@@ -184,11 +184,13 @@ def test_another_recipe_gets_no_place_in_the_table(compared: tuple[Path, Compari
         run_compare(toy.recipe(steps=3, student="retinanet").model_copy(update=other), methods=("none",), output=folder)
 
 
-def test_other_precision_is_another_table_but_other_steps_are_not(compared: tuple[Path, Comparison]) -> None:
+def test_other_precision_is_another_table_but_other_steps_or_seeds_are_not(compared: tuple[Path, Comparison]) -> None:
     folder, before = compared
     recipe = toy.recipe(steps=99, student="retinanet")
     again = run_compare(recipe, methods=("none",), steps=(3,), seeds=2, output=folder)
     assert again.rows[0].ap == before.rows[0].ap
+    second = recipe.model_copy(update={"seed": 1})  # the second seed alone
+    assert run_compare(second, methods=("none",), steps=(3,), seeds=1, output=folder).rows[0].ap == before.rows[0].ap
     half = recipe.model_copy(update={"runtime": recipe.runtime.model_copy(update={"precision": "bf16"})})
     with pytest.raises(RunFolderError, match=r"differs in runtime\.precision;"):
         run_compare(half, methods=("none",), output=folder)
