@@ -9,9 +9,19 @@ from typing import assert_never
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
-from gdetkd_cli.cli.render import duration, headline
+from gdetkd_cli.cli.render import duration, headline, number
 from gdetkd_cli.cli.terminal import console, is_first_process
-from gdetkd_cli.training.events import Evaluated, Event, Note, Observer, Phase, PicturesDone, StepDone, silent
+from gdetkd_cli.training.events import (
+    CellDone,
+    Evaluated,
+    Event,
+    Note,
+    Observer,
+    Phase,
+    PicturesDone,
+    StepDone,
+    silent,
+)
 
 
 @contextmanager
@@ -75,6 +85,11 @@ def _line(event: Event) -> str:
             return f"{event.what} {event.done:,} of {event.total:,} pictures"
         case Evaluated():
             return f"step {event.step}: {headline(event.metrics)}"
+        case CellDone():
+            left = f"; {event.left} to go" if event.left else ""
+            if left and event.eta_seconds is not None:
+                left += f", about {duration(event.eta_seconds)}"
+            return f"{event.title}: AP {number(event.ap)}{left}"
         case _:
             assert_never(event)
 

@@ -12,11 +12,15 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from queue import SimpleQueue
+from statistics import mean
+from threading import Lock
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -29,7 +33,7 @@ from gdetkd_cli.evaluation.predict import predict_split
 from gdetkd_cli.recipe.load import dump_recipe
 from gdetkd_cli.recipe.schema import Recipe
 from gdetkd_cli.training.device import ComputeSettings
-from gdetkd_cli.training.events import Note, Observer, Phase
+from gdetkd_cli.training.events import CellDone, Note, Observer, Phase
 from gdetkd_cli.training.run_folder import RunFolder, write_text
 from gdetkd_cli.trust import code_is_trusted
 
@@ -72,6 +76,33 @@ class _Place:
     environment: Mapping[str, str] = field(default_factory=dict)
 
 
+class _TimeLeft:
+    """How long the cells that are not finished will take, by those that are; of threads that work side by side."""
+
+    def __init__(self, cells: Iterable[Cell], jobs: int) -> None:
+        self._left = set(cells)
+        self._jobs = jobs
+        self._per_step: dict[str, list[float]] = defaultdict(list)  # seconds, by method
+        self._lock = Lock()
+
+    def without(self, cell: Cell, seconds: float | None = None) -> tuple[int, float | None]:
+        """How many cells are left without this one, and their seconds; None while nothing tells them.
+
+        Args:
+            seconds: that this one took; None: not all of it was run now.
+        """
+        with self._lock:
+            self._left.discard(cell)
+            if seconds is not None:
+                self._per_step[cell.method].append(seconds / cell.steps)
+            own = {method: mean(rates) for method, rates in self._per_step.items()}
+            if not own:
+                return len(self._left), None
+            usual = mean(own.values())
+            work = sum(other.steps * own.get(other.method, usual) for other in self._left)
+            return len(self._left), work / min(self._jobs, max(1, len(self._left)))
+
+
 def cell_of(folder: Path, method: str, steps: int, seed: int) -> Cell:
     """A cell of the table in ``folder``."""
     return Cell(method, steps, seed, folder / f"{method}-{steps}-{seed}")
@@ -96,23 +127,26 @@ def run_cells(recipes: Mapping[Cell, Recipe], settings: ComputeSettings, *, jobs
     free: SimpleQueue[_Place] = SimpleQueue()
     for place in _places(settings, jobs):
         free.put(place)
+    time_left = _TimeLeft(missing, jobs)
 
     def work(cell: Cell) -> None:
         observer(Phase(cell.title))
         place = free.get()
+        whole, start = not cell.run.path.exists(), perf_counter()
         try:
             _train(cell, recipes[cell], place)
             _predict(cell, recipes[cell], settings, place)
         finally:
             free.put(place)
-        ap = json.loads(cell.run.metrics.read_text())["AP"]
-        observer(Note(f"{cell.title}: " + ("no AP" if ap is None else f"AP {ap:.1f}")))
+        left, seconds = time_left.without(cell, perf_counter() - start if whole else None)
+        observer(CellDone(cell.title, json.loads(cell.run.metrics.read_text())["AP"], left, seconds))
 
     with ThreadPoolExecutor(max_workers=jobs) as pool:
         for cell, done in [(cell, pool.submit(work, cell)) for cell in missing]:
             try:
                 done.result()
             except (GDetKDError, OSError, RuntimeError) as error:  # RuntimeError: torch's, out of memory for one
+                time_left.without(cell)
                 failures.append(f"{cell.title}: {error}")
                 observer(Note(failures[-1]))
             except KeyboardInterrupt as interrupt:

@@ -63,7 +63,24 @@ class PicturesDone:
     total: int
 
 
-Event = Note | Phase | StepDone | Evaluated | PicturesDone
+@dataclass(frozen=True)
+class CellDone:
+    """One run of a table is finished.
+
+    Attributes:
+        title: its method, budget and seed.
+        ap: COCO box AP in 0-100; None: its student detects nothing that could be counted.
+        left: runs that are not finished, those at work among them.
+        eta_seconds: until the last of them is; None: nothing tells it yet.
+    """
+
+    title: str
+    ap: float | None
+    left: int
+    eta_seconds: float | None
+
+
+Event = Note | Phase | StepDone | Evaluated | PicturesDone | CellDone
 Observer = Callable[[Event], None]
 
 

@@ -15,7 +15,7 @@ from gdetkd_cli.cli.live import narration
 from gdetkd_cli.cli.output import to_json
 from gdetkd_cli.cli.terminal import is_first_process
 from gdetkd_cli.evaluation.coco_metrics import CocoMetrics
-from gdetkd_cli.training.events import Evaluated, Event, Note, Phase, PicturesDone, StepDone
+from gdetkd_cli.training.events import CellDone, Evaluated, Event, Note, Phase, PicturesDone, StepDone
 
 STEP = StepDone(20, 600, 1.234, {"sgfi": 0.5, "ckd": 0.25}, 1e-3, 35.25, 80.0)
 
@@ -190,6 +190,16 @@ def test_elsewhere_each_event_is_one_plain_line(metrics: CocoMetrics) -> None:
         "wrote [b]" + "x" * 200,
         "step 20/600  35.2 images/s  1 min 20 s left  loss 1.23  sgfi 0.5  ckd 0.25  lr 0.001",
         f"step 20: {render.headline(metrics)}",
+    ]
+
+
+def test_what_is_left_of_a_table() -> None:
+    title = "sgfi, 500 steps, seed 0"
+    done = (CellDone(title, 23.4, 2, 310.0), CellDone(title, None, 1, None), CellDone(title, 23.4, 0, 0.0))
+    assert narrated(*done, terminal=False).splitlines() == [
+        f"{title}: AP 23.4; 2 to go, about 5 min 10 s",
+        f"{title}: AP -; 1 to go",
+        f"{title}: AP 23.4",
     ]
 
 

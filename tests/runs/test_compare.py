@@ -298,6 +298,17 @@ def test_runs_at_the_same_time_have_gpus_of_their_own(tmp_path: Path, monkeypatc
     assert cells._places(replace(settings, device="cpu"), 2) == [cells._Place("cpu"), cells._Place("cpu")]
 
 
+def test_time_left_is_told_by_the_cells_that_were_run(tmp_path: Path) -> None:
+    plain, distilled, long, other = (
+        cell_of(tmp_path, method, steps, 0) for method, steps in (("none", 10), ("sgfi", 10), ("sgfi", 40), ("ckd", 10))
+    )
+    left = cells._TimeLeft([plain, distilled, long, other], jobs=2)
+    assert left.without(plain) == (3, None)  # it was trained by an earlier call
+    assert left.without(distilled, 20.0) == (2, (40 * 2.0 + 10 * 2.0) / 2)
+    assert left.without(other, 10.0) == (1, 40 * 2.0)  # one process has the last cell to itself
+    assert left.without(long, 80.0) == (0, 0.0)
+
+
 def test_pictures_that_the_teacher_labels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Labelled once, for plain training too; the cells' recipes have ordinary annotations."""
     pictures = tmp_path / "pictures"
