@@ -33,7 +33,7 @@ from gdetkd_cli.training.run_folder import write_text
 
 _FACTS = ("AP", "AP50", "AP75", "AP_S", "AP_M", "AP_L", "seconds_per_step", "peak_memory_mb")
 CELL_FIELDS = ("recipe", "method", "steps", "seed", *_FACTS)
-# What a budget replaces, and what changes no number.
+# What a budget or a seed replaces, and what changes no number.
 _OF_NO_MATTER = (
     "seed",
     "train.steps",
