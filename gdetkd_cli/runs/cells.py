@@ -137,6 +137,7 @@ def run_cells(recipes: Mapping[Cell, Recipe], settings: ComputeSettings, *, jobs
             _train(cell, recipes[cell], place)
             _predict(cell, recipes[cell], settings, place)
         finally:
+            time_left.without(cell)  # a failed one too
             free.put(place)
         left, seconds = time_left.without(cell, perf_counter() - start if whole else None)
         observer(CellDone(cell.title, json.loads(cell.run.metrics.read_text())["AP"], left, seconds))
@@ -146,7 +147,6 @@ def run_cells(recipes: Mapping[Cell, Recipe], settings: ComputeSettings, *, jobs
             try:
                 done.result()
             except (GDetKDError, OSError, RuntimeError) as error:  # RuntimeError: torch's, out of memory for one
-                time_left.without(cell)
                 failures.append(f"{cell.title}: {error}")
                 observer(Note(failures[-1]))
             except KeyboardInterrupt as interrupt:

@@ -15,7 +15,7 @@ import torch
 
 from gdetkd_cli import build
 from gdetkd_cli.data.split import Split
-from gdetkd_cli.errors import GDetKDError, RunFolderError
+from gdetkd_cli.errors import GDetKDError, RecipeError, RunFolderError
 from gdetkd_cli.evaluation.bootstrap import MatchedPictures, draw_again, interval_of_difference
 from gdetkd_cli.recipe.load import dump_recipe, load_recipe
 from gdetkd_cli.recipe.methods import NONE, recipe_of
@@ -25,7 +25,7 @@ from gdetkd_cli.report.comparison import draw_comparison
 from gdetkd_cli.results import Comparison, MethodRow
 from gdetkd_cli.runs.cells import Cell, cell_of, finished_cells, run_cells
 from gdetkd_cli.runs.evaluate import run_eval
-from gdetkd_cli.runs.job import check_taught, with_labels
+from gdetkd_cli.runs.job import check_taught, features_only, with_labels
 from gdetkd_cli.structures import Detections
 from gdetkd_cli.training.device import ComputeSettings
 from gdetkd_cli.training.events import Note, Observer, silent
@@ -67,7 +67,7 @@ def run_compare(
         observer: is told of progress.
 
     Raises:
-        RecipeError: a method that there is not, or a recipe without a teacher.
+        RecipeError: a method that there is not, a recipe without a teacher, or a student that detects nothing.
         RunFolderError: the folder belongs to another recipe.
     """
     check_taught(recipe)
@@ -87,6 +87,11 @@ def run_compare(
     torch.set_num_threads(settings.threads)
     data = with_labels(recipe, folder / "labels", settings.device, observer)
     split = build.build_split(data, "val")
+    if features_only(build.build_detector(recipe.student, split.class_names, recipe.seed).detector):
+        raise RecipeError(
+            f"{build.title_of(recipe.student)} takes images and no targets, so it detects nothing that a table could "
+            "compare; use `gdetkd distill`"
+        )
     recipes = {cell: own.model_copy(update={"runtime": recipe.runtime, "data": data}) for cell, own in recipes.items()}
     failures = run_cells(recipes, settings, jobs=jobs, observer=observer)
     finished = finished_cells(folder)
