@@ -42,6 +42,12 @@ def scaled_to_batch(recipe: Recipe, processes: int) -> Recipe:
     return recipe.model_copy(update={"train": changed, "distill": distill})
 
 
+def epochs(recipe: Recipe, pictures: int, processes: int = 1) -> float:
+    """Passes over the training pictures that the recipe makes."""
+    train = scaled_to_batch(recipe, processes).train
+    return train.steps * train.batch_size * processes / pictures
+
+
 def changes(before: Recipe, after: Recipe) -> list[str]:
     """What the rule changed, for people; nothing where it had nothing to do."""
     if before.train.reference_batch is None or before.train.steps == after.train.steps:

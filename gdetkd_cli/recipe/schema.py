@@ -354,7 +354,10 @@ class Distill(Strict):
     cwd: CWD | None = None
     fgd: FGD | None = None
     logit: Logit | None = None
-    head_transfer: bool | Literal["auto"] = Field("auto", description="start the student's head from the teacher's")
+    head_transfer: bool | Literal["auto"] = Field(
+        "auto",
+        description="start the student's head from the teacher's; auto: a fresh head, in a run of at most 25 epochs",
+    )
     task_loss: Literal["own", "none"] = Field(
         "own", description="none: the student's own losses are left out; it learns from the teacher alone"
     )

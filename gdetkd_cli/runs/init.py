@@ -19,6 +19,7 @@ from gdetkd_cli.detectors import architectures
 from gdetkd_cli.detectors.factory import is_reference
 from gdetkd_cli.detectors.probed import ProbedDetector
 from gdetkd_cli.errors import ModelError, RecipeError
+from gdetkd_cli.recipe.scaling import epochs
 from gdetkd_cli.recipe.schema import Data, Recipe
 from gdetkd_cli.results import CheckedRecipe, ProbeOptions, PyramidReport, TermPlan
 from gdetkd_cli.runs.folder_data import find_data
@@ -178,7 +179,12 @@ def _checked(
     for note in (*((untrained,) if untrained else ()), *student.notes, *teacher.notes):
         observer(Note(note))
     pair = build.build_pair(
-        recipe.distill, student.detector, teacher.detector, recipe.seed, trained_head=student.trained_head
+        recipe.distill,
+        student.detector,
+        teacher.detector,
+        recipe.seed,
+        trained_head=student.trained_head,
+        epochs=epochs(recipe, len(train)),
     )
     student_report, teacher_report = (
         report_of(built.detector, source=title, format="run", size=size)
@@ -222,7 +228,11 @@ def _text(recipe: dict[str, Any], checked: CheckedRecipe, images: int) -> str:
     comments = {
         "student": _found(checked.student) + [_FRESH] * fresh,
         "teacher": _found(checked.teacher),
-        "distill": [f"A {checked.pair} pair.", *map(_said, checked.terms)],
+        "distill": [
+            f"A {checked.pair} pair.",
+            *map(_said, checked.terms),
+            f"head transfer: {checked.head_transfer}",
+        ],
         "train": [f"{round(train['steps'] * train['batch_size'] / images)} epochs."],
     }
     title = f"{checked.teacher.source} -> {checked.student.source}, made by gdetkd init"

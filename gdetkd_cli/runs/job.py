@@ -16,6 +16,7 @@ from gdetkd_cli.detectors.protocol import Detector
 from gdetkd_cli.detectors.trainable import TrainableDetector
 from gdetkd_cli.distill.distiller import Distiller
 from gdetkd_cli.errors import PairError, RecipeError
+from gdetkd_cli.recipe.scaling import epochs
 from gdetkd_cli.recipe.schema import CocoData, ComposedDetector, Data, FolderData, Recipe, TorchvisionDetector
 from gdetkd_cli.training.device import ComputeSettings
 from gdetkd_cli.training.events import Note, Observer, silent
@@ -101,15 +102,21 @@ def prepare(
     notes += [f"{split.name}: {note}" for split in (train, val) for note in split.notes]
     notes += [told(one) for one in labelled.values()]
     notes += [f"student: {note}" for note in student.notes]
+    pictures: dict[build.Which, int] = {"train": len(train), "val": len(val)}
+    pictures |= {which: one.pictures for which, one in labelled.items()}
     pair = None
     if recipe.distill is not None and teacher is not None:
         notes += [f"teacher: {note}" for note in teacher.notes]
         pair = build.build_pair(
-            recipe.distill, student.detector, teacher.detector, recipe.seed, trained_head=student.trained_head
+            recipe.distill,
+            student.detector,
+            teacher.detector,
+            recipe.seed,
+            trained_head=student.trained_head,
+            epochs=epochs(recipe, pictures["train"], accelerator.num_processes),
         )
     distiller = pair.distiller if pair else Distiller(student=student.detector)
     build.apply_runtime(settings, recipe, student.detector, pair, device)
-    pictures: dict[build.Which, int] = {"train": len(train), "val": len(val)}
     return Job(
         recipe=recipe,
         settings=settings,
@@ -118,7 +125,7 @@ def prepare(
         pair=pair,
         train=train,
         val=val,
-        pictures=pictures | {which: one.pictures for which, one in labelled.items()},
+        pictures=pictures,
         labels={which: one.tables for which, one in labelled.items()},
         notes=tuple(notes),
     )

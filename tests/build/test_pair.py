@@ -12,6 +12,7 @@ import torch
 from gdetkd_cli.build.detector import build_detector
 from gdetkd_cli.build.pair import build_pair
 from gdetkd_cli.detectors.protocol import Detector
+from gdetkd_cli.distill.terms import SGFITerm
 from gdetkd_cli.recipe.schema import ComposedDetector, Distill
 
 TinyDetector = Callable[..., Detector]
@@ -49,6 +50,23 @@ def test_a_trained_head_is_left_alone_unless_the_recipe_says_otherwise(
     assert torch.equal(*heads) == copied
     assert pair.head_transfer.startswith("copied from the teacher: box_head" if copied else ("nothing", "left out"))
     assert ("the student's own head is trained" in pair.head_transfer) == (trained and not copied)
+
+
+@pytest.mark.parametrize(
+    ("head_transfer", "epochs", "copied"),
+    [("auto", 25.0, True), ("auto", 25.5, False), (True, 100.0, True), (False, 1.0, False)],
+)
+def test_a_long_run_needs_no_head_start(
+    head_transfer: Any, epochs: float, copied: bool, tiny_detector: TinyDetector
+) -> None:
+    student, teacher = tiny_detector("faster-rcnn"), tiny_detector("faster-rcnn", seed=1)
+    pair = build_pair(Distill(head_transfer=head_transfer), student, teacher, seed=0, epochs=epochs)
+    heads = [detector.module.roi_heads.box_head.fc6.weight for detector in (student, teacher)]  # type: ignore[union-attr]
+    assert torch.equal(*heads) == copied
+    term = pair.distiller.terms["sgfi"]
+    assert isinstance(term, SGFITerm)
+    assert term.same_space == copied  # free features go with a head of one's own
+    assert ("epochs are more than the 25" in pair.head_transfer) == (head_transfer == "auto" and not copied)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import toy
 
-from gdetkd_cli.recipe.scaling import changes, scaled_to_batch
+from gdetkd_cli.recipe.scaling import changes, epochs, scaled_to_batch
 from gdetkd_cli.recipe.schema import Recipe
 
 
@@ -42,6 +42,7 @@ def test_as_many_pictures_are_seen(processes: int, lr: float, steps: int, warmup
     assert scaled.train.evaluate_every == every
     assert scaled.distill is not None and scaled.distill.sgfi is not None
     assert scaled.distill.sgfi.warmup_steps == term
+    assert epochs(recipe(), 720, processes) == epochs(scaled, 720, processes) == 20.0
     assert scaled_to_batch(scaled, processes) == scaled  # once is enough: a resumed run keeps what was settled
     assert changes(recipe(), scaled) == (
         [] if processes == 8 else [f"scaled from a batch of 16: learning rate {lr:g}, {steps} steps"]
