@@ -356,7 +356,7 @@ class Distill(Strict):
     logit: Logit | None = None
     head_transfer: bool | Literal["auto"] = Field(
         "auto",
-        description="start the student's head from the teacher's; auto: a fresh head, in a run of at most 25 epochs",
+        description="start the student's head from the teacher's; auto: a fresh head, in a run of at most 15 epochs",
     )
     task_loss: Literal["own", "none"] = Field(
         "own", description="none: the student's own losses are left out; it learns from the teacher alone"

@@ -70,7 +70,7 @@ distill:
                                 # Or {{weight: auto, gamma: 0.07, queue: 4096}}: temperature, embeddings remembered
   class_kd: auto                # teacher's class scores; auto: where both detectors are two-stage. Or {{weight: 1.0}}
   box_kd: auto                  # teacher's box corrections; as class_kd
-  # head_transfer: auto         # start the student's head from the teacher's; auto: in a run of 25 epochs at most
+  # head_transfer: auto         # start the student's head from the teacher's; auto: in a run of 15 epochs at most
   # regions:
   #   per_image: 64             # regions per image at most
 

@@ -54,7 +54,7 @@ def test_a_trained_head_is_left_alone_unless_the_recipe_says_otherwise(
 
 @pytest.mark.parametrize(
     ("head_transfer", "epochs", "copied"),
-    [("auto", 25.0, True), ("auto", 25.5, False), (True, 100.0, True), (False, 1.0, False)],
+    [("auto", 15.0, True), ("auto", 15.5, False), (True, 100.0, True), (False, 1.0, False)],
 )
 def test_a_long_run_needs_no_head_start(
     head_transfer: Any, epochs: float, copied: bool, tiny_detector: TinyDetector
@@ -66,7 +66,7 @@ def test_a_long_run_needs_no_head_start(
     term = pair.distiller.terms["sgfi"]
     assert isinstance(term, SGFITerm)
     assert term.same_space == copied  # free features go with a head of one's own
-    assert ("epochs are more than the 25" in pair.head_transfer) == (head_transfer == "auto" and not copied)
+    assert ("epochs are more than the 15" in pair.head_transfer) == (head_transfer == "auto" and not copied)
 
 
 @pytest.mark.parametrize(
