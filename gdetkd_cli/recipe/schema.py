@@ -273,7 +273,7 @@ class SGFI(Term):
 class CKD(Warmed):
     """Contrastive distillation over regions (G-DetKD, arXiv 2108.07482)."""
 
-    weight: NonNegativeFloat | Literal["auto"] = Field("auto", description="auto: 1 for a two-stage student, else 0.2")
+    weight: NonNegativeFloat | Literal["auto"] = Field("auto", description="auto: 1 for a two-stage student, else 0.05")
     gamma: PositiveFloat = Field(0.07, description="temperature of the contrast")
     negative_iou: Fraction = Field(0.5, description="regions of one image that overlap more are not negatives")
     queue: int = Field(4096, ge=0, description="teacher embeddings remembered as further negatives")

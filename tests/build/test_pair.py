@@ -73,8 +73,8 @@ def test_a_long_run_needs_no_head_start(
     ("student", "ckd", "weight"),
     [
         ("faster-rcnn", {}, 1.0),
-        ("retinanet", {}, 0.2),
-        ("fcos", {"weight": "auto", "queue": 8}, 0.2),
+        ("retinanet", {}, 0.05),
+        ("fcos", {"weight": "auto", "queue": 8}, 0.05),
         ("retinanet", {"weight": 3}, 3.0),
         ("faster-rcnn", {"weight": 0}, 0.0),
     ],
