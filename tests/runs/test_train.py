@@ -213,7 +213,7 @@ def test_the_plan_runs_and_writes_nothing(student: str, tmp_path: Path, monkeypa
     )
     assert weights == {
         "sgfi": 10.0,
-        "ckd": 0.2 if heterogeneous else 1.0,  # auto: what suits the student
+        "ckd": 0.05 if heterogeneous else 1.0,  # auto: what suits the student
         "class_kd": None if heterogeneous else 1.0,
         "box_kd": None if heterogeneous else 1.0,
     }
