@@ -15,7 +15,7 @@ from gdetkd_cli.distill.distiller import Distiller, WeightedTerm
 from gdetkd_cli.distill.pair import PairKind, pair_kind, prediction_columns
 from gdetkd_cli.distill.regions import choose_regions
 from gdetkd_cli.distill.terms import BoxTerm, CKDTerm, ClassTerm, SGFITerm
-from gdetkd_cli.distill.transfer import transfer_head
+from gdetkd_cli.distill.transfer import fitting_head, transfer_head
 from gdetkd_cli.errors import PairError
 from gdetkd_cli.recipe.schema import CKD, PKD, SGFI, Distill, PredictionKD
 from gdetkd_cli.results import TermPlan
@@ -142,20 +142,21 @@ def _transfer(
     """Whether the teacher's head was copied, and what there is to say of it."""
     if config.head_transfer is False:
         return False, "left out by the recipe"
-    if config.head_transfer == "auto" and trained_head:
-        # Measured: a trained student loses by it (docs/experiments.md).
-        return False, "nothing copied: the student's own head is trained; head_transfer: true copies all the same"
-    if config.head_transfer == "auto" and epochs > _HEAD_START_EPOCHS:
-        return False, (
-            f"nothing copied: {epochs:.0f} epochs are more than the {_HEAD_START_EPOCHS:g} in which a head start "
-            "helps; head_transfer: true copies all the same"
-        )
     try:
-        copied = transfer_head(student, teacher)
+        fitting_head(student, teacher)  # first: `true` is no advice to a pair whose heads differ
     except PairError as error:
         if config.head_transfer is True:
             raise PairError(f"distill.head_transfer: {error}; set it to auto or false") from error
         return False, f"nothing copied: {error}"
+    if config.head_transfer == "auto":
+        needless = None
+        if trained_head:  # measured: a trained student loses by it (docs/experiments.md)
+            needless = "the student's own head is trained"
+        elif epochs > _HEAD_START_EPOCHS:
+            needless = f"{epochs:.0f} epochs are more than the {_HEAD_START_EPOCHS:g} in which a head start helps"
+        if needless:
+            return False, f"nothing copied: {needless}; head_transfer: true copies all the same"
+    copied = transfer_head(student, teacher)
     parts = sorted({re.sub(r"(head|predictor)\..*", r"\1", name) for name in copied})
     return True, f"copied from the teacher: {', '.join(parts)} ({len(copied)} tensors)"
 

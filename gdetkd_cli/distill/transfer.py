@@ -19,10 +19,19 @@ def transfer_head(student: Detector, teacher: Detector) -> list[str]:
     Raises:
         PairError: heads of other kinds, or any shape, anchor or class list that differs; nothing is copied then.
     """
-    dense = isinstance(student, DenseDetector) and isinstance(teacher, DenseDetector)
-    copies = _dense_head(student, teacher) if dense else _roi_heads(student, teacher)
+    copies = fitting_head(student, teacher)
     student.module.load_state_dict(copies, strict=False)
     return sorted(name.removeprefix("roi_heads.") for name in copies)
+
+
+def fitting_head(student: Detector, teacher: Detector) -> dict[str, Tensor]:
+    """What ``transfer_head`` copies: names in the student and values; nothing is copied.
+
+    Raises:
+        PairError: the heads do not fit, as ``transfer_head`` has it.
+    """
+    dense = isinstance(student, DenseDetector) and isinstance(teacher, DenseDetector)
+    return _dense_head(student, teacher) if dense else _roi_heads(student, teacher)
 
 
 def _dense_head(student: Detector, teacher: Detector) -> dict[str, Tensor]:

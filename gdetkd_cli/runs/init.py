@@ -74,7 +74,7 @@ def run_init(teacher: str, student: str, data: Path, *, output: Path, observer: 
         recipe["distill"] = {"regions": {"per_image": 32}}
     valid = Recipe.model_validate(recipe)
     checked = _checked(valid, str(output), train, (student, teacher), (short, long), observer)
-    _write(output, _text(recipe, checked, len(train)), recipe)
+    _write(output, _text(recipe, checked, epochs(valid, len(train))), recipe)
     return checked
 
 
@@ -221,9 +221,8 @@ def _detector(reference: str, size: tuple[int, int], *, trains: bool) -> dict[st
     return {"arch": "checkpoint", "path": reference, "input": {"size": list(size)}}
 
 
-def _text(recipe: dict[str, Any], checked: CheckedRecipe, images: int) -> str:
+def _text(recipe: dict[str, Any], checked: CheckedRecipe, passes: float) -> str:
     """The recipe with what was found beside it."""
-    train = recipe["train"]
     fresh = recipe["student"]["arch"] in ("composed", "torchvision")
     comments = {
         "student": _found(checked.student) + [_FRESH] * fresh,
@@ -233,7 +232,7 @@ def _text(recipe: dict[str, Any], checked: CheckedRecipe, images: int) -> str:
             *map(_said, checked.terms),
             f"head transfer: {checked.head_transfer}",
         ],
-        "train": [f"{round(train['steps'] * train['batch_size'] / images)} epochs."],
+        "train": [f"{passes:.0f} epochs."],
     }
     title = f"{checked.teacher.source} -> {checked.student.source}, made by gdetkd init"
     return _lines(Path(checked.recipe), title, recipe, comments)

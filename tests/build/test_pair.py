@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from gdetkd_cli.build.detector import build_detector
-from gdetkd_cli.build.pair import build_pair
+from gdetkd_cli.build.pair import BuiltPair, build_pair
 from gdetkd_cli.detectors.protocol import Detector
 from gdetkd_cli.distill.terms import SGFITerm
 from gdetkd_cli.recipe.schema import ComposedDetector, Distill
@@ -37,6 +37,15 @@ def test_a_head_is_trained_if_its_weights_are_for_these_classes(
     assert build_detector(ComposedDetector(**description), CLASSES, seed=0).trained_head is trained
 
 
+def built_with_head(tiny_detector: TinyDetector, head_transfer: Any, copied: bool, **how: Any) -> BuiltPair:
+    """A pair whose heads fit; asserts that the teacher's was copied, or was not."""
+    student, teacher = tiny_detector("faster-rcnn"), tiny_detector("faster-rcnn", seed=1)
+    pair = build_pair(Distill(head_transfer=head_transfer), student, teacher, seed=0, **how)
+    heads = [detector.module.roi_heads.box_head.fc6.weight for detector in (student, teacher)]  # type: ignore[union-attr]
+    assert torch.equal(*heads) == copied
+    return pair
+
+
 @pytest.mark.parametrize(
     ("head_transfer", "trained", "copied"),
     [("auto", False, True), ("auto", True, False), (True, True, True), (False, False, False)],
@@ -44,10 +53,7 @@ def test_a_head_is_trained_if_its_weights_are_for_these_classes(
 def test_a_trained_head_is_left_alone_unless_the_recipe_says_otherwise(
     head_transfer: Any, trained: bool, copied: bool, tiny_detector: TinyDetector
 ) -> None:
-    student, teacher = tiny_detector("faster-rcnn"), tiny_detector("faster-rcnn", seed=1)
-    pair = build_pair(Distill(head_transfer=head_transfer), student, teacher, seed=0, trained_head=trained)
-    heads = [detector.module.roi_heads.box_head.fc6.weight for detector in (student, teacher)]  # type: ignore[union-attr]
-    assert torch.equal(*heads) == copied
+    pair = built_with_head(tiny_detector, head_transfer, copied, trained_head=trained)
     assert pair.head_transfer.startswith("copied from the teacher: box_head" if copied else ("nothing", "left out"))
     assert ("the student's own head is trained" in pair.head_transfer) == (trained and not copied)
 
@@ -59,14 +65,18 @@ def test_a_trained_head_is_left_alone_unless_the_recipe_says_otherwise(
 def test_a_long_run_needs_no_head_start(
     head_transfer: Any, epochs: float, copied: bool, tiny_detector: TinyDetector
 ) -> None:
-    student, teacher = tiny_detector("faster-rcnn"), tiny_detector("faster-rcnn", seed=1)
-    pair = build_pair(Distill(head_transfer=head_transfer), student, teacher, seed=0, epochs=epochs)
-    heads = [detector.module.roi_heads.box_head.fc6.weight for detector in (student, teacher)]  # type: ignore[union-attr]
-    assert torch.equal(*heads) == copied
+    pair = built_with_head(tiny_detector, head_transfer, copied, epochs=epochs)
     term = pair.distiller.terms["sgfi"]
     assert isinstance(term, SGFITerm)
     assert term.same_space == copied  # free features go with a head of one's own
     assert ("epochs are more than the 15" in pair.head_transfer) == (head_transfer == "auto" and not copied)
+
+
+@pytest.mark.parametrize("how", [{"epochs": 100.0}, {"trained_head": True}], ids=["long", "trained"])
+def test_a_pair_whose_heads_differ_is_not_told_to_copy(how: dict[str, Any], tiny_detector: TinyDetector) -> None:
+    pair = build_pair(Distill(), tiny_detector("fcos"), tiny_detector("faster-rcnn"), seed=0, **how)
+    assert pair.head_transfer.startswith("nothing copied: ")
+    assert "head_transfer: true" not in pair.head_transfer
 
 
 @pytest.mark.parametrize(
