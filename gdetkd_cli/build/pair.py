@@ -17,7 +17,7 @@ from gdetkd_cli.distill.regions import choose_regions
 from gdetkd_cli.distill.terms import BoxTerm, CKDTerm, ClassTerm, SGFITerm
 from gdetkd_cli.distill.transfer import fitting_head, transfer_head
 from gdetkd_cli.errors import PairError
-from gdetkd_cli.recipe.schema import CKD, PKD, SGFI, Distill, PredictionKD
+from gdetkd_cli.recipe.distillation import CKD, PKD, SGFI, Distill, PredictionKD
 from gdetkd_cli.results import TermPlan
 from gdetkd_cli.structures import Batch, Regions
 

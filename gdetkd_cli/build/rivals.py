@@ -8,7 +8,7 @@ from gdetkd_cli.detectors.protocol import Detector
 from gdetkd_cli.distill.map_terms import CWDTerm, FGDTerm, FitNetTerm, GTMaskTerm, LogitTerm, PKDTerm, RoIImitationTerm
 from gdetkd_cli.distill.pair import agreeing_anchors, class_map_columns, level_shapes
 from gdetkd_cli.errors import PairError
-from gdetkd_cli.recipe.schema import CWD, FGD, PKD, Distill, FitNet, GTMask, Logit, RoIImitation
+from gdetkd_cli.recipe.distillation import CWD, FGD, PKD, Distill, FitNet, GTMask, Logit, RoIImitation
 
 Rival = FitNet | GTMask | RoIImitation | PKD | CWD | FGD | Logit
 NAMES = ("fitnet", "gt_mask", "roi_imitation", "pkd", "cwd", "fgd", "logit")

@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from gdetkd_cli.errors import RecipeError
-from gdetkd_cli.recipe.schema import (
+from gdetkd_cli.recipe.distillation import (
     CKD,
     CWD,
     FGD,
@@ -19,9 +19,9 @@ from gdetkd_cli.recipe.schema import (
     GTMask,
     Logit,
     PredictionKD,
-    Recipe,
     RoIImitation,
 )
+from gdetkd_cli.recipe.schema import Recipe
 
 NONE, WHOLE, HEAD = "none", "gdetkd", "head"
 TERMS: Mapping[str, type[BaseModel]] = {

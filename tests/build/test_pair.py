@@ -13,7 +13,8 @@ from gdetkd_cli.build.detector import build_detector
 from gdetkd_cli.build.pair import BuiltPair, build_pair
 from gdetkd_cli.detectors.protocol import Detector
 from gdetkd_cli.distill.terms import SGFITerm
-from gdetkd_cli.recipe.schema import ComposedDetector, Distill
+from gdetkd_cli.recipe.distillation import Distill
+from gdetkd_cli.recipe.schema import ComposedDetector
 
 TinyDetector = Callable[..., Detector]
 CLASSES = ("circle", "square", "triangle")

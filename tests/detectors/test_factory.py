@@ -16,7 +16,8 @@ from gdetkd_cli.detectors import catalog
 from gdetkd_cli.detectors.factory import is_reference, make
 from gdetkd_cli.detectors.trainable import TrainableDetector
 from gdetkd_cli.errors import GDetKDError, ModelError, PairError, RecipeError
-from gdetkd_cli.recipe.schema import Distill, FactoryDetector, Recipe
+from gdetkd_cli.recipe.distillation import Distill
+from gdetkd_cli.recipe.schema import FactoryDetector, Recipe
 from gdetkd_cli.results import ProbeOptions
 from gdetkd_cli.runs import run_compare, run_distill, run_eval, run_probe, run_train
 from gdetkd_cli.structures import Batch, Target

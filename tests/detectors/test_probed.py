@@ -20,7 +20,8 @@ from gdetkd_cli.detectors.probed import ProbedDetector
 from gdetkd_cli.errors import ModelError
 from gdetkd_cli.probing.inputs import ModelInput
 from gdetkd_cli.probing.runner import ModuleRunner
-from gdetkd_cli.recipe.schema import CheckpointDetector, Distill
+from gdetkd_cli.recipe.distillation import Distill
+from gdetkd_cli.recipe.schema import CheckpointDetector
 from gdetkd_cli.runs import run_distill
 from gdetkd_cli.structures import Batch, Regions
 

@@ -10,8 +10,9 @@ import yaml
 
 from gdetkd_cli.errors import RecipeError
 from gdetkd_cli.recipe import builtin
+from gdetkd_cli.recipe.distillation import PredictionKD
 from gdetkd_cli.recipe.load import dump_recipe, json_schema, load_data, load_recipe
-from gdetkd_cli.recipe.schema import CocoData, PredictionKD, SyntheticData
+from gdetkd_cli.recipe.schema import CocoData, SyntheticData
 from gdetkd_cli.recipe.starter import starter_recipe
 
 MINIMAL = """\

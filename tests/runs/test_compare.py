@@ -20,8 +20,9 @@ from gdetkd_cli.build import build_split, resolve_runtime
 from gdetkd_cli.data.synthetic import synthetic_split
 from gdetkd_cli.errors import DataError, ModelError, RecipeError, RunFolderError
 from gdetkd_cli.evaluation.coco_metrics import evaluate_coco
+from gdetkd_cli.recipe.distillation import SGFI, FitNet
 from gdetkd_cli.recipe.methods import DEFAULT, TERMS, recipe_of
-from gdetkd_cli.recipe.schema import SGFI, CheckpointDetector, CocoData, FitNet, FolderData, Recipe
+from gdetkd_cli.recipe.schema import CheckpointDetector, CocoData, FolderData, Recipe
 from gdetkd_cli.results import Comparison, MethodRow
 from gdetkd_cli.runs import cells, compare, job, run_compare
 from gdetkd_cli.runs.cells import Cell, cell_of, run_cells

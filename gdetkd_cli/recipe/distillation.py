@@ -1,0 +1,142 @@
+"""The recipe's ``distill`` block: regions, G-DetKD's terms, and other methods' to compare with."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
+
+from gdetkd_cli.recipe.base import Fraction, Strict
+
+
+class RegionChoice(Strict):
+    """Which boxes student and teacher are compared on."""
+
+    per_image: PositiveInt = Field(64, description="regions per image at most")
+    positive_iou: Fraction = Field(0.5, description="dense students: overlap with the truth that makes a positive")
+    negatives_per_positive: NonNegativeFloat = Field(3.0, description="dense students: negatives per positive")
+
+
+class Warmed(Strict):
+    """What comes in gently."""
+
+    warmup_steps: int = Field(0, ge=0, description="steps over which the weight rises linearly from 0")
+
+
+class Term(Warmed):
+    """What every distillation term has but those whose weight depends on the student."""
+
+    weight: NonNegativeFloat = 1.0
+
+
+class SGFI(Term):
+    """Semantic-guided feature imitation (G-DetKD, arXiv 2108.07482)."""
+
+    weight: NonNegativeFloat = Field(10.0, description="of the term; its target is standardised, so 10 suits most")
+    normalize: Literal["channel", "scalar", "none"] = Field(
+        "channel", description="teacher features are standardised per channel, as a whole, or (as in the paper) not"
+    )
+    embed_channels: PositiveInt = Field(64, description="channels of the embedding that levels are matched in")
+    tau: PositiveFloat = Field(1.0, description="temperature of the match at the start; it is learnt")
+    similarity: Literal["cosine", "product"] = Field(
+        "cosine", description="levels are matched by the cosine of embeddings, or (as in the paper) by their product"
+    )
+    prior: NonNegativeFloat = Field(
+        3.0,
+        description="how much the match favours the level that the student itself assigns a region to: a level's logit "
+        "falls by this times the square of the octaves it lies away; 0: not at all (the paper)",
+    )
+    sampling_ratio: PositiveInt = Field(2, description="RoIAlign samples per bin and axis")
+
+
+class CKD(Warmed):
+    """Contrastive distillation over regions (G-DetKD, arXiv 2108.07482)."""
+
+    weight: NonNegativeFloat | Literal["auto"] = Field("auto", description="auto: 1 for a two-stage student, else 0.05")
+    gamma: PositiveFloat = Field(0.07, description="temperature of the contrast")
+    negative_iou: Fraction = Field(0.5, description="regions of one image that overlap more are not negatives")
+    queue: int = Field(4096, ge=0, description="teacher embeddings remembered as further negatives")
+    project_channels: PositiveInt = Field(128, description="channels of the space that regions are compared in")
+
+
+class PredictionKD(Term):
+    """Class or box predictions of the teacher's RoI head as targets (G-DetKD, arXiv 2108.07482)."""
+
+
+class FitNet(Term):
+    """Another method, to compare with: whole maps, level by level (Romero et al., ICLR 2015)."""
+
+    weight: NonNegativeFloat = Field(10.0, description="SGFI's default, as for the other squared errors")
+
+
+class GTMask(Term):
+    """Another method, to compare with: the cells near objects (Wang et al., CVPR 2019)."""
+
+    weight: NonNegativeFloat = 10.0
+    share: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
+        0.5, description="of the best anchor's overlap that makes a cell near an object"
+    )
+
+
+class RoIImitation(Term):
+    """Another method, to compare with: regions on the one level each detector assigns (Li et al., CVPR 2017)."""
+
+    weight: NonNegativeFloat = 10.0
+
+
+class PKD(Warmed):
+    """Another method, to compare with: correlation of maps (Cao et al., NeurIPS 2022)."""
+
+    weight: NonNegativeFloat | Literal["auto"] = Field(
+        "auto", description="auto: as published, 6 for a two-stage student, else 10"
+    )
+
+
+class CWD(Term):
+    """Another method, to compare with: where each channel looks (Shu et al., ICCV 2021)."""
+
+    weight: NonNegativeFloat = Field(10.0, description="as published")
+    tau: PositiveFloat = Field(1.0, description="temperature of the softmax over cells")
+
+
+class FGD(Term):
+    """Another method, to compare with: focal and global distillation (Yang et al., CVPR 2022).
+
+    The weights are those published for a RetinaNet. Other detectors' differ by the scale of their features, which is
+    the same for all here: the teacher is standardised.
+    """
+
+    temperature: PositiveFloat = Field(0.5, description="of the attentions")
+    objects: NonNegativeFloat = 1e-3
+    background: NonNegativeFloat = 5e-4
+    attention: NonNegativeFloat = 5e-4
+    relation: NonNegativeFloat = 5e-6
+
+
+class Logit(Term):
+    """Another method, to compare with: class logits of every cell (Yang et al., ICCV 2023); two dense heads alike."""
+
+
+class Distill(Strict):
+    """The distillation terms. ``null`` leaves a term out; ``auto`` adds it where the pair allows it."""
+
+    pair: Literal["auto", "homogeneous", "heterogeneous"] = "auto"
+    regions: RegionChoice = RegionChoice()
+    sgfi: SGFI | None = SGFI()
+    ckd: CKD | Literal["auto"] | None = Field("auto", description="auto: where the teacher has a region embedding")
+    class_kd: PredictionKD | Literal["auto"] | None = "auto"
+    box_kd: PredictionKD | Literal["auto"] | None = "auto"
+    fitnet: FitNet | None = None
+    gt_mask: GTMask | None = None
+    roi_imitation: RoIImitation | None = None
+    pkd: PKD | None = None
+    cwd: CWD | None = None
+    fgd: FGD | None = None
+    logit: Logit | None = None
+    head_transfer: bool | Literal["auto"] = Field(
+        "auto",
+        description="start the student's head from the teacher's; auto: a fresh head, in a run of at most 15 epochs",
+    )
+    task_loss: Literal["own", "none"] = Field(
+        "own", description="none: the student's own losses are left out; it learns from the teacher alone"
+    )
