@@ -57,7 +57,7 @@ def recipe_of(recipe: Recipe, method: str, *, steps: int, seed: int) -> Recipe:
     """
     if recipe.teacher is None or recipe.distill is None:
         raise RecipeError(f"the recipe {recipe.name} has no teacher or no distill block: nothing to compare")
-    train = recipe.train.model_copy(update={"steps": steps, "evaluate_every": None})
+    train = recipe.train.model_copy(update={"steps": steps})
     changed: dict[str, Any] = {"train": train, "seed": seed}
     if method == NONE:
         changed |= {"teacher": None, "distill": None}

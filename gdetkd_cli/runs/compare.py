@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean, median, stdev
@@ -33,6 +33,7 @@ from gdetkd_cli.training.run_folder import write_text
 
 _FACTS = ("AP", "AP50", "AP75", "AP_S", "AP_M", "AP_L", "seconds_per_step", "peak_memory_mb")
 CELL_FIELDS = ("recipe", "method", "steps", "seed", *_FACTS)
+_CURVE_FIELDS = ("recipe", "method", "steps", "seed", "step", "AP")
 # What a budget or a seed replaces, and what changes no number.
 _OF_NO_MATTER = (
     "seed",
@@ -103,6 +104,7 @@ def run_compare(
     teacher = _teacher_ap(folder, observer)
     cells, table, plot = folder / "cells.csv", folder / "table.csv", folder / "comparison.png"
     _write_cells(cells, recipe.name, finished)
+    _write_curves(folder / "curves.csv", recipe.name, finished)
     _write_table(table, rows)
     draw_comparison(rows, teacher, plot)
     return Comparison(
@@ -253,6 +255,16 @@ def _write_cells(path: Path, name: str, facts: Mapping[Cell, Mapping[str, Any]])
         numbers = {k: "" if fact[k] is None else round(float(fact[k]), 3) for k in _FACTS}
         rows.append(known | numbers)
     _write_csv(path, CELL_FIELDS, rows)
+
+
+def _write_curves(path: Path, name: str, cells: Iterable[Cell]) -> None:
+    """AP on the way of each cell, one line an evaluation: as many as ``train.evaluate_every`` asks for."""
+    rows = []
+    for cell in cells:
+        known = {"recipe": name, "method": cell.method, "steps": cell.steps, "seed": cell.seed}
+        told = (line for line in cell.run.read_log() if "evaluation" in line)
+        rows += [known | {"step": line["step"], "AP": line["evaluation"]["AP"]} for line in told]
+    _write_csv(path, _CURVE_FIELDS, rows)
 
 
 def _write_table(path: Path, rows: Sequence[MethodRow]) -> None:

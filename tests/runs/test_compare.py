@@ -118,6 +118,7 @@ def compared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Comparison
     """Plain training, one rival and one that cannot be, two seeds."""
     folder = tmp_path_factory.mktemp("compare") / "table"
     recipe = toy.recipe(steps=3, student="retinanet")
+    recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"evaluate_every": 2})})
     return folder, run_compare(recipe, methods=("none", "pkd", "class_kd"), seeds=2, output=folder)
 
 
@@ -147,6 +148,12 @@ def test_rows_and_files(compared: tuple[Path, Comparison]) -> None:
     ]
     metrics = json.loads((folder / "pkd-3-1" / "run" / "metrics.json").read_text())
     assert float(cells[3]["AP"]) == pytest.approx(metrics["AP"], abs=1e-3)
+    with (folder / "curves.csv").open(newline="") as file:
+        curves = list(csv.DictReader(file))
+    assert [(c["method"], c["seed"], c["step"]) for c in curves] == [
+        (cell["method"], cell["seed"], step) for cell in cells for step in ("2", "3")
+    ]
+    assert float(curves[-1]["AP"]) == pytest.approx(metrics["AP"])
     assert found.plot.stat().st_size > 1000
     # The intervals are made of the very detections that the metrics are.
     split = build_split(toy.recipe().data, "val")
