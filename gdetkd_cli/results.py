@@ -220,7 +220,7 @@ class MethodRow:
         ap: by seed.
         mean, deviation: of these; the deviation is None of a single seed.
         ap_small, ap_medium, ap_large: means over seeds.
-        difference: mean over seeds of AP minus plain training's of the same seed.
+        difference: mean over seeds of AP minus the baseline's of the same seed.
         interval: the middle 95 % of that difference over pictures drawn again.
         seconds_per_step, peak_memory_mb: medians over seeds.
     """
@@ -244,6 +244,7 @@ class Comparison:
     """What ``gdetkd compare`` found.
 
     Attributes:
+        baseline: the method that the rows' differences are to.
         teacher_ap: the teacher's own, on the same pictures; None where its detections cannot be read.
         rows: by budget and method, in the order asked for; a row without AP was not run.
         notes: what the table can show and what it cannot.
@@ -252,6 +253,7 @@ class Comparison:
     """
 
     recipe: str
+    baseline: str
     teacher_ap: float | None
     rows: tuple[MethodRow, ...]
     notes: tuple[str, ...]

@@ -28,6 +28,9 @@ def compare(
     ] = None,
     seeds: Annotated[int, typer.Option("--seeds", min=1, help="Runs of each method.")] = 3,
     jobs: Annotated[int, typer.Option("--jobs", min=1, help="Runs at the same time.")] = 1,
+    baseline: Annotated[
+        str, typer.Option("--baseline", metavar="METHOD", help="The method that the others' differences are to.")
+    ] = "none",
     overrides: options.SetOption = None,
     output: Annotated[
         Path | None,
@@ -50,8 +53,8 @@ def compare(
     from gdetkd_cli.runs import run_compare
 
     asked = tuple(name.strip() for name in methods.split(",")) if methods else DEFAULT
-    work = partial(run_compare, loaded, methods=asked, steps=budgets, seeds=seeds, jobs=jobs, output=output)
-    found = perform(work, render.compared, as_json=as_json)
+    table = partial(run_compare, loaded, methods=asked, steps=budgets, seeds=seeds, baseline=baseline)
+    found = perform(partial(table, jobs=jobs, output=output), render.compared, as_json=as_json)
     if found is not None and found.failures:
         raise ComparisonError(f"{len(found.failures)} runs did not finish, the first: {found.failures[0]}")
 

@@ -53,6 +53,7 @@ def run_compare(
     steps: Sequence[int] = (),
     seeds: int = 3,
     jobs: int = 1,
+    baseline: str = NONE,
     output: Path | None = None,
     observer: Observer = silent,
 ) -> Comparison:
@@ -64,11 +65,13 @@ def run_compare(
         steps: budgets; default: the recipe's.
         seeds: from the recipe's on.
         jobs: cells run at the same time.
+        baseline: the method that the others' differences are to.
         output: folder of the cells and the table; ``runs/compare-NAME`` by default. One that exists is continued.
         observer: is told of progress.
 
     Raises:
-        RecipeError: a method that there is not, a recipe without a teacher, or a student that detects nothing.
+        RecipeError: a method that there is not, a baseline that is not in the table, a recipe without a teacher, or a
+            student that detects nothing.
         RunFolderError: the folder belongs to another recipe.
     """
     check_taught(recipe)
@@ -84,6 +87,9 @@ def run_compare(
         for seed in numbers
         for method in names
     }
+    in_table = dict.fromkeys([*names, *(cell.method for cell in finished_cells(folder))])
+    if baseline != NONE and baseline not in in_table:
+        raise RecipeError(f"the baseline {baseline!r} is not in the table; expected one of {', '.join(in_table)}")
     recipe, settings = _claim(folder, recipe, jobs)
     torch.set_num_threads(settings.threads)
     data = with_labels(recipe, folder / "labels", settings.device, observer)
@@ -98,17 +104,18 @@ def run_compare(
     finished = finished_cells(folder)
     asked = [(cell.steps, cell.method) for cell in recipes]
     known = dict.fromkeys([*asked, *((cell.steps, cell.method) for cell in finished)])
-    rows = [_row(method, budget, finished) for budget, method in sorted(known, key=lambda row: row[0])]
+    rows = [_row(method, budget, finished, baseline) for budget, method in sorted(known, key=lambda row: row[0])]
     observer(Note("differences over pictures drawn again"))
-    rows = _with_intervals(rows, finished, split)
+    rows = _with_intervals(rows, finished, split, baseline)
     teacher = _teacher_ap(folder, observer)
     cells, table, plot = folder / "cells.csv", folder / "table.csv", folder / "comparison.png"
     _write_cells(cells, recipe.name, finished)
     _write_curves(folder / "curves.csv", recipe.name, finished)
-    _write_table(table, rows)
+    _write_table(table, rows, baseline)
     draw_comparison(rows, teacher, plot)
     return Comparison(
         recipe=recipe.name,
+        baseline=baseline,
         teacher_ap=teacher,
         rows=tuple(rows),
         notes=tuple(_notes(rows, teacher)),
@@ -157,7 +164,7 @@ def _fields(block: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
             yield prefix + name, value
 
 
-def _row(method: str, steps: int, facts: Mapping[Cell, Mapping[str, Any]]) -> MethodRow:
+def _row(method: str, steps: int, facts: Mapping[Cell, Mapping[str, Any]], baseline: str) -> MethodRow:
     own = {cell.seed: fact for cell, fact in facts.items() if (cell.method, cell.steps) == (method, steps)}
     ap = {seed: float(fact["AP"]) for seed, fact in own.items() if fact["AP"] is not None}
     if not ap:
@@ -167,8 +174,8 @@ def _row(method: str, steps: int, facts: Mapping[Cell, Mapping[str, Any]]) -> Me
         values = [float(fact[name]) for fact in own.values() if fact[name] is not None]
         return mean(values) if values else None
 
-    plain = {cell.seed: fact["AP"] for cell, fact in facts.items() if (cell.method, cell.steps) == (NONE, steps)}
-    differences = [value - plain[seed] for seed, value in ap.items() if plain.get(seed) is not None]
+    others = {cell.seed: fact["AP"] for cell, fact in facts.items() if (cell.method, cell.steps) == (baseline, steps)}
+    differences = [value - others[seed] for seed, value in ap.items() if others.get(seed) is not None]
     return MethodRow(
         method=method,
         steps=steps,
@@ -178,14 +185,16 @@ def _row(method: str, steps: int, facts: Mapping[Cell, Mapping[str, Any]]) -> Me
         ap_small=of("AP_S"),
         ap_medium=of("AP_M"),
         ap_large=of("AP_L"),
-        difference=mean(differences) if differences and method != NONE else None,
+        difference=mean(differences) if differences and method != baseline else None,
         seconds_per_step=median(float(fact["seconds_per_step"]) for fact in own.values()),
         peak_memory_mb=median(float(fact["peak_memory_mb"]) for fact in own.values()),
     )
 
 
-def _with_intervals(rows: Sequence[MethodRow], facts: Mapping[Cell, Any], split: Split) -> list[MethodRow]:
-    """The rows, with the interval of each difference to plain training."""
+def _with_intervals(
+    rows: Sequence[MethodRow], facts: Mapping[Cell, Any], split: Split, baseline: str
+) -> list[MethodRow]:
+    """The rows, with the interval of each difference to the baseline."""
     drawings = draw_again(len(split))
     drawn = {}
     for cell in facts:
@@ -195,11 +204,11 @@ def _with_intervals(rows: Sequence[MethodRow], facts: Mapping[Cell, Any], split:
         drawn[cell.method, cell.steps, cell.seed] = matched.drawn(drawings)
     done = []
     for row in rows:
-        seeds = [seed for seed in row.ap if (NONE, row.steps, seed) in drawn]
+        seeds = [seed for seed in row.ap if (baseline, row.steps, seed) in drawn]
         if row.difference is None or not seeds:
             done.append(row)
             continue
-        ours, theirs = ([drawn[name, row.steps, seed] for seed in seeds] for name in (row.method, NONE))
+        ours, theirs = ([drawn[name, row.steps, seed] for seed in seeds] for name in (row.method, baseline))
         done.append(replace(row, interval=interval_of_difference(ours, theirs)))
     return done
 
@@ -267,14 +276,15 @@ def _write_curves(path: Path, name: str, cells: Iterable[Cell]) -> None:
     _write_csv(path, _CURVE_FIELDS, rows)
 
 
-def _write_table(path: Path, rows: Sequence[MethodRow]) -> None:
+def _write_table(path: Path, rows: Sequence[MethodRow], baseline: str) -> None:
     fields = [f for f in MethodRow.__dataclass_fields__ if f not in ("ap", "interval")]
     lines = []
     for row in rows:
         low, high = row.interval or (None, None)
         line = {f: getattr(row, f) for f in fields} | {"seeds": len(row.ap), "low": low, "high": high}
+        line["baseline"] = baseline
         lines.append({k: round(v, 3) if isinstance(v, float) else v for k, v in line.items()})
-    _write_csv(path, (*fields, "seeds", "low", "high"), lines)
+    _write_csv(path, (*fields, "seeds", "low", "high", "baseline"), lines)
 
 
 def _write_csv(path: Path, fields: Sequence[str], rows: Sequence[Mapping[str, object]]) -> None:

@@ -62,8 +62,10 @@ def test_bench(runs: Any, recipe: str) -> None:
 
 
 def test_compare(runs: Any, recipe: str) -> None:
-    shown = done("compare", recipe, "--methods", "none, sgfi+ckd,pkd", "--steps", "500,8000", "--seeds", "2", "--json")
+    asked = ("--methods", "none, sgfi+ckd,pkd", "--steps", "500,8000", "--seeds", "2", "--baseline", "pkd")
+    shown = done("compare", recipe, *asked, "--json")
     expected = {"methods": ("none", "sgfi+ckd", "pkd"), "steps": (500, 8000), "seeds": 2, "jobs": 1, "output": None}
+    expected["baseline"] = "pkd"
     assert runs.call == ("run_compare", (load_recipe(recipe),), expected)
     assert json.loads(shown.stdout)["rows"][1]["interval"] == [4.24, 6.86]
 

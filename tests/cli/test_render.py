@@ -156,7 +156,9 @@ def test_json_spreads_metrics_and_has_no_nan(runs: Any, metrics: CocoMetrics) ->
 
 
 def test_a_table_of_methods(runs: Any) -> None:
-    shown = text(render.compared(runs.results["run_compare"]))
+    compared = runs.results["run_compare"]
+    shown = text(render.compared(compared))
+    assert "to none" in shown and "to sgfi" in text(render.compared(dataclasses.replace(compared, baseline="sgfi")))
     assert has_row(shown, "none", "500", "30.0 / 32.0", "31.0 ± 1.4", "-", "33.3", "-", "-", "-", "-", "-")
     numbers = ("+5.5", "+4.2 … +6.9", "0.25", "812")
     assert has_row(shown, "sgfi+ckd", "500", "36.0 / 37.0", "36.5 ± 0.7", "-", "-", "-", *numbers)

@@ -176,6 +176,21 @@ def test_a_finished_cell_is_not_run_again_and_a_lost_one_is(compared: tuple[Path
     assert [r.ap for r in again.rows] == [r.ap for r in before.rows[:2]]
 
 
+def test_differences_to_another_method(compared: tuple[Path, Comparison]) -> None:
+    folder, before = compared
+    recipe = toy.recipe(steps=3, student="retinanet")
+    found = run_compare(recipe, methods=("none",), seeds=2, baseline="pkd", output=folder)
+    plain, pkd = found.rows
+    assert pkd.difference is None and pkd.interval is None
+    assert plain.difference == pytest.approx(-before.rows[1].difference)  # type: ignore[operator]
+    assert plain.interval is not None and before.rows[1].interval is not None
+    assert plain.interval == pytest.approx([-value for value in reversed(before.rows[1].interval)])
+    with found.table.open(newline="") as file:
+        assert {line["baseline"] for line in csv.DictReader(file)} == {"pkd"}
+    with pytest.raises(RecipeError, match="the baseline 'cwd' is not in the table; expected one of none, pkd"):
+        run_compare(recipe, methods=("none",), seeds=2, baseline="cwd", output=folder)
+
+
 def test_what_was_asked_for_before_stays_in_the_table(compared: tuple[Path, Comparison]) -> None:
     folder, _ = compared
     found = run_compare(toy.recipe(steps=3, student="retinanet"), methods=("none",), seeds=1, output=folder)
