@@ -25,8 +25,8 @@ from gdetkd_cli.structures import Batch, Regions
 # class scores are made of: contrast with full weight costs it more than it brings (docs/benchmarks.md).
 _CKD_WEIGHTS = (1.0, 0.05)  # of a two-stage student, of a dense one
 _PKD_WEIGHTS = (6.0, 10.0)  # the same, as published
-# The teacher's head is a head start. Measured (docs/experiments.md): in 3 passes over the pictures it brings 12 AP, in
-# 13 it brings 3 at most, in 53 none, and in 25, beside a teacher that the student can reach without it, it costs 1.3.
+# The teacher's head is a head start. Measured (docs/experiments.md): in 3 passes over the pictures it brings 11 AP, in
+# 13 it brings 0.5, in 53 none, and in 25, beside a teacher that the student can reach without it, it costs 1.3.
 _HEAD_START_EPOCHS = 15.0
 
 Block = SGFI | CKD | PredictionKD | Rival
