@@ -47,11 +47,10 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.take:
         name, folder = arguments.take
-        cells = _read(Path(folder) / "cells.csv")
-        take(CELLS / f"{name}.csv", cells, tuple(cells[0]), arguments.suffix)
-        table = _read(Path(folder) / "table.csv")
+        cells, table = (_read(Path(folder) / file) for file in ("cells.csv", "table.csv"))
         if any(row.get("baseline", _NONE) != _NONE for row in table):
             sys.exit(f"{folder}/table.csv has differences to another method than {_NONE}: compare without --baseline")
+        take(CELLS / f"{name}.csv", cells, tuple(cells[0]), arguments.suffix)
         take(CELLS / f"{name}-intervals.csv", table, _INTERVAL, arguments.suffix)
     text = PAGE.read_text()
     fresh = rendered(text, CELLS)

@@ -32,8 +32,9 @@ from gdetkd_cli.training.events import Note, Observer, silent
 from gdetkd_cli.training.run_folder import write_text
 
 _FACTS = ("AP", "AP50", "AP75", "AP_S", "AP_M", "AP_L", "seconds_per_step", "peak_memory_mb")
-CELL_FIELDS = ("recipe", "method", "steps", "seed", *_FACTS)
-_CURVE_FIELDS = ("recipe", "method", "steps", "seed", "step", "AP")
+_OF_A_CELL = ("recipe", "method", "steps", "seed")
+CELL_FIELDS = (*_OF_A_CELL, *_FACTS)
+_CURVE_FIELDS = (*_OF_A_CELL, "step", "AP")
 # What a budget or a seed replaces, and what changes no number.
 _OF_NO_MATTER = (
     "seed",
@@ -87,9 +88,10 @@ def run_compare(
         for seed in numbers
         for method in names
     }
-    in_table = dict.fromkeys([*names, *(cell.method for cell in finished_cells(folder))])
-    if baseline != NONE and baseline not in in_table:
-        raise RecipeError(f"the baseline {baseline!r} is not in the table; expected one of {', '.join(in_table)}")
+    if baseline not in (NONE, *names):
+        in_table = dict.fromkeys([*names, *(cell.method for cell in finished_cells(folder))])
+        if baseline not in in_table:
+            raise RecipeError(f"the baseline {baseline!r} is not in the table; expected one of {', '.join(in_table)}")
     recipe, settings = _claim(folder, recipe, jobs)
     torch.set_num_threads(settings.threads)
     data = with_labels(recipe, folder / "labels", settings.device, observer)
@@ -260,9 +262,8 @@ def _notes(rows: Sequence[MethodRow], teacher: float | None) -> list[str]:
 def _write_cells(path: Path, name: str, facts: Mapping[Cell, Mapping[str, Any]]) -> None:
     rows = []
     for cell, fact in facts.items():
-        known = {"recipe": name, "method": cell.method, "steps": cell.steps, "seed": cell.seed}
         numbers = {k: "" if fact[k] is None else round(float(fact[k]), 3) for k in _FACTS}
-        rows.append(known | numbers)
+        rows.append(_names(name, cell) | numbers)
     _write_csv(path, CELL_FIELDS, rows)
 
 
@@ -270,10 +271,14 @@ def _write_curves(path: Path, name: str, cells: Iterable[Cell]) -> None:
     """AP on the way of each cell, one line an evaluation: as many as ``train.evaluate_every`` asks for."""
     rows = []
     for cell in cells:
-        known = {"recipe": name, "method": cell.method, "steps": cell.steps, "seed": cell.seed}
         told = (line for line in cell.run.read_log() if "evaluation" in line)
-        rows += [known | {"step": line["step"], "AP": line["evaluation"]["AP"]} for line in told]
+        rows += [_names(name, cell) | {"step": line["step"], "AP": line["evaluation"]["AP"]} for line in told]
     _write_csv(path, _CURVE_FIELDS, rows)
+
+
+def _names(recipe: str, cell: Cell) -> dict[str, Any]:
+    """What says which cell a line is of."""
+    return dict(zip(_OF_A_CELL, (recipe, cell.method, cell.steps, cell.seed), strict=True))
 
 
 def _write_table(path: Path, rows: Sequence[MethodRow], baseline: str) -> None:
@@ -281,8 +286,8 @@ def _write_table(path: Path, rows: Sequence[MethodRow], baseline: str) -> None:
     lines = []
     for row in rows:
         low, high = row.interval or (None, None)
-        line = {f: getattr(row, f) for f in fields} | {"seeds": len(row.ap), "low": low, "high": high}
-        line["baseline"] = baseline
+        line = {f: getattr(row, f) for f in fields}
+        line |= {"seeds": len(row.ap), "low": low, "high": high, "baseline": baseline}
         lines.append({k: round(v, 3) if isinstance(v, float) else v for k, v in line.items()})
     _write_csv(path, (*fields, "seeds", "low", "high", "baseline"), lines)
 

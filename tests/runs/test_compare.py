@@ -14,10 +14,8 @@ from typing import Any
 import pytest
 import torch
 import toy
-from PIL import Image
 
 from gdetkd_cli.build import build_split, resolve_runtime
-from gdetkd_cli.data.synthetic import synthetic_split
 from gdetkd_cli.errors import DataError, ModelError, RecipeError, RunFolderError
 from gdetkd_cli.evaluation.coco_metrics import evaluate_coco
 from gdetkd_cli.recipe.distillation import SGFI, FitNet
@@ -117,8 +115,7 @@ def test_a_plateau_is_told_by_the_seeds_that_both_budgets_have() -> None:
 def compared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Comparison]:
     """Plain training, one rival and one that cannot be, two seeds."""
     folder = tmp_path_factory.mktemp("compare") / "table"
-    recipe = toy.recipe(steps=3, student="retinanet")
-    recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"evaluate_every": 2})})
+    recipe = toy.recipe(steps=3, student="retinanet", evaluate_every=2)
     return folder, run_compare(recipe, methods=("none", "pkd", "class_kd"), seeds=2, output=folder)
 
 
@@ -335,10 +332,7 @@ def test_time_left_is_told_by_the_cells_that_were_run(tmp_path: Path) -> None:
 def test_pictures_that_the_teacher_labels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Labelled once, for plain training too; the cells' recipes have ordinary annotations."""
     pictures = tmp_path / "pictures"
-    pictures.mkdir()
-    split = synthetic_split(split="train", images=12, size=64, seed=0)
-    for i in range(12):
-        Image.fromarray(split.read(i).permute(1, 2, 0).numpy()).save(pictures / f"{i:02}.png")
+    toy.write_pictures(pictures, [f"{i:02}.png" for i in range(12)])
     teacher = CheckpointDetector(arch="checkpoint", path="builtin:shapes-teacher")
     data = FolderData.model_validate({"format": "folder", "root": pictures, "labels": {"score": 0.05}})
     recipe = toy.recipe(steps=2).model_copy(update={"data": data, "teacher": teacher})

@@ -10,11 +10,9 @@ from typing import Any
 import pytest
 import torch
 import toy
-from PIL import Image
 
 from gdetkd_cli.build.labels import label_split
 from gdetkd_cli.data.folder import read_folder
-from gdetkd_cli.data.synthetic import synthetic_split
 from gdetkd_cli.errors import DataError
 from gdetkd_cli.recipe.schema import CheckpointDetector, CocoData, FolderData, Recipe
 from gdetkd_cli.runs import plan_distill, run_distill, run_eval, run_train
@@ -29,11 +27,7 @@ TEACHER = CheckpointDetector(arch="checkpoint", path="builtin:shapes-teacher")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Twelve pictures, two of them deeper, and a file that is none."""
     root: Path = tmp_path_factory.mktemp("pictures")
-    (root / "more").mkdir()
-    split = synthetic_split(split="train", images=12, size=64, seed=0)
-    for i in range(12):
-        name = f"{i:02}.png" if i < 10 else f"more/{i}.jpg"
-        Image.fromarray(split.read(i).permute(1, 2, 0).numpy()).save(root / name)
+    toy.write_pictures(root, [*(f"{i:02}.png" for i in range(10)), "more/10.jpg", "more/11.jpg"])
     (root / "notes.txt").write_text("nothing")
     return root
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -16,16 +15,14 @@ import toy
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from distilling import ALL_TERMS
-from PIL import Image
 
 from gdetkd_cli import build
-from gdetkd_cli.build import build_detector
-from gdetkd_cli.data.synthetic import CLASS_NAMES, synthetic_split
 from gdetkd_cli.recipe.distillation import Logit
 from gdetkd_cli.recipe.methods import TERMS
-from gdetkd_cli.recipe.schema import CheckpointDetector, ComposedDetector, FolderData, Recipe
+from gdetkd_cli.recipe.schema import CheckpointDetector, FolderData, Recipe
 from gdetkd_cli.runs import profile_distill, run_distill
 from gdetkd_cli.training.device import ComputeSettings
+from gdetkd_cli.training.run_folder import RunFolder
 
 # Of any pair; logits need two dense heads.
 OTHERS = {name: settings() for name, settings in TERMS.items() if name not in (*ALL_TERMS, "logit")}
@@ -46,16 +43,10 @@ def runs_elsewhere() -> Iterator[None]:
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def _of_kind(head: str, width: int) -> ComposedDetector:
-    block = toy.detector("faster-rcnn" if head == "cascade-rcnn" else head, width)
-    return ComposedDetector.model_validate(block | {"head": head})
-
-
-def _with_student(head: str, **distill: Any) -> Recipe:
-    recipe = toy.recipe(steps=2)
+def _with_student(head: str, *, teacher: str = "faster-rcnn", **distill: Any) -> Recipe:
+    recipe = toy.recipe(steps=2, student=head, teacher=teacher)
     assert recipe.distill is not None
     changed: dict[str, Any] = {
-        "student": _of_kind(head, 8),
         "distill": recipe.distill.model_copy(update=distill),
         # Elsewhere sums have another order in that layout, and one in the last bit chooses other regions.
         "runtime": recipe.runtime.model_copy(update={"channels_last": False}),
@@ -63,29 +54,17 @@ def _with_student(head: str, **distill: Any) -> Recipe:
     return recipe.model_copy(update=changed)
 
 
-def _two_retinanets(folder: Path) -> Recipe:
-    """Their whole head is transferred, and logits are compared."""
-    teacher, weights = _of_kind("retinanet", 12), folder / "teacher.pt"
-    torch.save(build_detector(teacher, CLASS_NAMES, seed=0).detector.module.state_dict(), weights)
-    recipe = _with_student("retinanet", logit=Logit(), head_transfer=True)
-    return recipe.model_copy(update={"teacher": teacher.model_copy(update={"weights": str(weights)})})
-
-
 def _without_annotations(folder: Path) -> Recipe:
     """The teacher's own detections are the truth."""
-    pictures = folder / "pictures"
-    pictures.mkdir()
-    split = synthetic_split(split="train", images=10, size=64, seed=0)
-    for i in range(10):
-        Image.fromarray(split.read(i).permute(1, 2, 0).numpy()).save(pictures / f"{i}.png")
-    data = FolderData.model_validate({"format": "folder", "root": pictures})
+    toy.write_pictures(folder, [f"{i}.png" for i in range(10)])
+    data = FolderData.model_validate({"format": "folder", "root": folder})
     teacher = CheckpointDetector(arch="checkpoint", path="builtin:shapes-teacher")
     return _with_student("fcos").model_copy(update={"data": data, "teacher": teacher})
 
 
 def _losses(run: Path) -> list[dict[str, float]]:
-    lines = (json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines())
-    return [{k: v for k, v in line.items() if k != "images_per_second"} for line in lines if "loss" in line]
+    lines = (line for line in RunFolder(run).read_log() if "loss" in line)
+    return [{k: v for k, v in line.items() if k != "images_per_second"} for line in lines]
 
 
 def test_tensors_of_two_devices_do_not_mix() -> None:
@@ -109,9 +88,9 @@ def test_a_run_elsewhere_is_the_run_on_a_cpu(case: str, tmp_path: Path) -> None:
     if case == "other methods":
         recipe = _with_student("fcos", sgfi=None, **OTHERS)
     elif case == "two RetinaNets":
-        recipe = _two_retinanets(tmp_path)
+        recipe = _with_student("retinanet", teacher="retinanet", logit=Logit(), head_transfer=True)
     elif case == "no annotations":
-        recipe = _without_annotations(tmp_path)
+        recipe = _without_annotations(tmp_path / "pictures")
     else:
         recipe = _with_student(case)
     here = run_distill(recipe, output=tmp_path / "here")

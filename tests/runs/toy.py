@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 
 from gdetkd_cli.build import build_detector
-from gdetkd_cli.data.synthetic import CLASS_NAMES
+from gdetkd_cli.data.synthetic import CLASS_NAMES, synthetic_split
 from gdetkd_cli.recipe.schema import ComposedDetector, Recipe
 
 SMALL = {
@@ -33,9 +35,9 @@ def detector(head: str = "faster-rcnn", width: int = 8) -> dict[str, Any]:
         "blocks": [1, 1, 1, 1],
         "head": head,
         "pyramid_channels": 16,
-        "pyramid_levels": [2, 6] if head == "faster-rcnn" else [2, 5],
+        "pyramid_levels": [2, 6] if head.endswith("rcnn") else [2, 5],
         "image_size": [64, 64],
-        "arguments": SMALL if head == "faster-rcnn" else {},
+        "arguments": SMALL if head.endswith("rcnn") else {},
     }
 
 
@@ -43,22 +45,31 @@ _FOLDER = tempfile.TemporaryDirectory()
 
 
 @cache
-def _teacher_weights() -> str:
+def _teacher_weights(head: str) -> str:
     """A file of a teacher's weights: a teacher without any is refused."""
-    built = build_detector(ComposedDetector.model_validate(detector(width=12)), CLASS_NAMES, seed=0)
-    path = Path(_FOLDER.name) / "teacher.pt"
+    built = build_detector(ComposedDetector.model_validate(detector(head, width=12)), CLASS_NAMES, seed=0)
+    path = Path(_FOLDER.name) / f"{head}.pt"
     torch.save(built.detector.module.state_dict(), path)
     return str(path)
 
 
-def recipe(*, steps: int = 6, student: str = "faster-rcnn", **train: Any) -> Recipe:
+def write_pictures(folder: Path, names: Sequence[str]) -> None:
+    """Pictures of the built-in scenes, 64 pixels wide, into files of these names; no annotations."""
+    split = synthetic_split(split="train", images=len(names), size=64, seed=0)
+    for i, name in enumerate(names):
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(split.read(i).permute(1, 2, 0).numpy()).save(path)
+
+
+def recipe(*, steps: int = 6, student: str = "faster-rcnn", teacher: str = "faster-rcnn", **train: Any) -> Recipe:
     """A distillation recipe; ``train`` overrides fields of its train block."""
     return Recipe.model_validate(
         {
             "name": "toy",
             "data": {"format": "synthetic", "train_images": 10, "val_images": 4, "size": 64},
             "student": detector(student),
-            "teacher": detector(width=12) | {"weights": _teacher_weights()},
+            "teacher": detector(teacher, width=12) | {"weights": _teacher_weights(teacher)},
             "distill": {"regions": {"per_image": 8}, "ckd": {"queue": 40}},
             "train": {"steps": steps, "batch_size": 2, "log_every": 1, "checkpoint_every": 3, **train},
             "runtime": {"threads": 1, "workers": 0, "device": "cpu"},
