@@ -1,4 +1,4 @@
-"""The command line as its users meet it: arguments, streams, exit codes, and one sentence for each mistake."""
+"""The command line as its users meet it: arguments, streams and exit codes."""
 
 from __future__ import annotations
 
@@ -12,24 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner, Result
+from invoke import done, gdetkd
 
 from gdetkd_cli import __version__
-from gdetkd_cli.cli.app import app
-from gdetkd_cli.errors import ExportError, NonFiniteLossError, RunFolderError
 from gdetkd_cli.recipe.load import load_recipe
 from gdetkd_cli.recipe.schema import CocoData, SyntheticData
-
-
-def gdetkd(*arguments: str) -> Result:
-    return CliRunner().invoke(app, arguments, prog_name="gdetkd")
-
-
-def done(*arguments: str) -> Result:
-    result = gdetkd(*arguments)
-    assert result.exit_code == 0, result.output
-    return result
-
 
 # ----------------------------------------------------------------------------------------- commands and their options
 
@@ -233,113 +220,6 @@ def test_recipe_validate_lists_every_problem(recipe: str) -> None:
 
 def test_recipe_schema_is_json() -> None:
     assert json.loads(done("recipe", "schema").stdout)["title"] == "Recipe"
-
-
-# ------------------------------------------------------------------------------------------------------------- errors
-
-NO_START = "give --recipe RECIPE to start a run, or --resume RUN to continue one"
-
-
-@pytest.mark.parametrize(
-    ("arguments", "sentence"),
-    [
-        (["train"], NO_START),
-        (["distill", "--dry-run"], NO_START),
-        (["distill", "--recipe", "r", "--resume", "x"], "--resume excludes --recipe; leave out one side"),
-        (
-            ["train", "--resume", "x", "--detector", "teacher", "--set", "a=b", "--output", "o"],
-            "--resume excludes --detector, --set, --output; leave out one side",
-        ),
-        (["distill", "--resume", "x", "--dry-run"], "--resume excludes --dry-run; leave out one side"),
-        (
-            ["distill", "--recipe", "r", "--dry-run", "--profile", "3"],
-            "--dry-run excludes --profile; leave out one side",
-        ),
-        (["export", "x"], "give --onnx, --torchscript, or both"),
-        (
-            ["train", "--recipe", "nowhere.yaml"],
-            (
-                "there is no recipe file nowhere.yaml, and no built-in recipe of that name; "
-                "to see the built-in ones: gdetkd recipe list"
-            ),
-        ),
-        (
-            ["distill", "--recipe", "tiny.yaml", "--set", "train.steps=-1"],
-            "--set train.steps=-1: train.steps: input should be greater than 0 (got -1)",
-        ),
-    ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
-)
-def test_a_mistake_is_one_sentence_and_nothing_runs(
-    runs: Any, recipe: str, arguments: list[str], sentence: str
-) -> None:
-    shown = gdetkd(*arguments)
-    assert (shown.exit_code, shown.stdout, shown.stderr) == (2, "", f"Error: {sentence}\n")
-    assert runs.calls == []
-
-
-@pytest.mark.parametrize(
-    ("arguments", "part"),
-    [
-        (["nothing"], "No such command 'nothing'"),
-        (["train", "--nothing"], "No such option: --nothing"),
-        (["eval"], "Missing argument"),
-        (["train", "--detector", "both"], "'both' is not one of 'student', 'teacher'"),
-        (["probe", "x", "--size", "480"], "expected height x width in pixels, for example 480x640; got 480"),
-        (["probe", "x", "--size", "0x640"], "expected height x width in pixels, for example 480x640; got 0x640"),
-        (["distill", "--recipe", "r", "--profile", "0"], "Invalid value for '--profile'"),
-    ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
-)
-def test_typers_own_usage_errors_keep_code_2(runs: Any, arguments: list[str], part: str) -> None:
-    shown = gdetkd(*arguments)
-    assert (shown.exit_code, shown.stdout) == (2, "")
-    assert part in shown.stderr
-    assert runs.calls == []
-
-
-@pytest.mark.parametrize("error", [RunFolderError("no folder"), NonFiniteLossError("NaN"), ExportError("differs")])
-def test_a_known_error_is_a_sentence_and_its_own_code(runs: Any, error: Any) -> None:
-    runs.fails = error
-    shown = gdetkd("demo", "--json")
-    assert (shown.exit_code, shown.stdout) == (error.exit_code, "")
-    assert shown.stderr.splitlines()[-1] == f"Error: {error}"
-    assert "Traceback" not in shown.stderr
-
-
-def test_an_unknown_error_is_one_line(runs: Any) -> None:
-    runs.fails = ValueError("shapes\n  differ")
-    shown = gdetkd("demo")
-    assert (shown.exit_code, shown.stdout) == (70, "")
-    assert shown.stderr.splitlines()[-1] == (
-        "internal error: ValueError: shapes differ; run again as `gdetkd --debug ...` to see where"
-    )
-    assert "Traceback" not in shown.stderr
-
-
-@pytest.mark.parametrize("error", [ValueError("boom"), RunFolderError("boom")])
-@pytest.mark.parametrize("by", ["option", "variable"])
-def test_debug_adds_the_traceback(runs: Any, monkeypatch: pytest.MonkeyPatch, error: Exception, by: str) -> None:
-    runs.fails = error
-    if by == "variable":
-        monkeypatch.setenv("GDETKD_DEBUG", "1")
-    shown = gdetkd(*(["--debug"] if by == "option" else []), "demo")
-    assert shown.exit_code in (2, 70)
-    assert "Traceback (most recent call last)" in shown.stderr
-    assert "boom" in shown.stderr.splitlines()[-1]
-
-
-def test_an_interrupt_is_one_line(runs: Any) -> None:
-    runs.fails = KeyboardInterrupt()
-    shown = gdetkd("demo")
-    assert (shown.exit_code, shown.stdout, shown.stderr.splitlines()[-1]) == (130, "", "interrupted")
-
-
-def test_an_interrupt_says_how_to_go_on_where_that_is_known(runs: Any) -> None:
-    runs.fails = KeyboardInterrupt()
-    runs.fails.add_note("continue with gdetkd distill --resume runs/tiny")
-    shown = gdetkd("demo")
-    assert shown.stderr.splitlines()[-1] == "interrupted; continue with gdetkd distill --resume runs/tiny"
 
 
 # ------------------------------------------------------------------------------------------------ version, help, speed

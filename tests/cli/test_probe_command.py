@@ -7,16 +7,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from typer.testing import CliRunner, Result
+from invoke import done
 
-from gdetkd_cli.cli.app import app
 from gdetkd_cli.results import Alternative, ProbeOptions
-
-
-def done(*arguments: str) -> Result:
-    result = CliRunner().invoke(app, arguments, prog_name="gdetkd")
-    assert result.exit_code == 0, result.output
-    return result
 
 
 def test_probe(runs: Any) -> None:

@@ -1,0 +1,63 @@
+"""Networks in every form that probing reads, and how its tests call it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import NamedTemporaryFile
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gdetkd_cli.detectors.files import kind_of, open_runner
+from gdetkd_cli.probing.inputs import ModelInput
+from gdetkd_cli.probing.probe import Probed, probe
+from gdetkd_cli.probing.runner import ModuleRunner, Runner
+
+SIZE = (192, 256)
+
+
+def scripted(model: nn.Module) -> nn.Module:
+    return torch.jit.script(model)
+
+
+def traced(model: nn.Module) -> nn.Module:
+    return torch.jit.trace(model, torch.rand(1, 3, *SIZE))
+
+
+def frozen(model: nn.Module) -> nn.Module:
+    return torch.jit.freeze(torch.jit.trace(model, torch.rand(1, 3, *SIZE)))
+
+
+def exported(model: nn.Module, example: Tensor | None = None) -> Runner:
+    images = torch.rand(1, 3, *SIZE) if example is None else example
+    with NamedTemporaryFile(suffix=".pt2") as file:
+        torch.export.save(torch.export.export(model, (images,)), file.name)
+        return open_runner(Path(file.name), kind_of(Path(file.name)))
+
+
+def onnx(model: nn.Module, example: Tensor | None = None) -> Runner:
+    images = torch.rand(1, 3, *SIZE) if example is None else example
+    with NamedTemporaryFile(suffix=".onnx") as file:
+        torch.onnx.export(model, (images,), file.name, dynamo=False)
+        return open_runner(Path(file.name), kind_of(Path(file.name)))
+
+
+FORMATS: dict[str, Callable[[nn.Module], nn.Module | Runner]] = {
+    "eager": lambda model: model,
+    "scripted": scripted,
+    "traced": traced,
+    "frozen": frozen,
+    "exported": exported,
+    "onnx": onnx,
+}
+
+
+def run(model: Any, size: tuple[int, int] = SIZE) -> Probed:
+    return probe(ModuleRunner(model) if isinstance(model, nn.Module) else model, size, ModelInput())
+
+
+def build(twin: Callable[[], nn.Module]) -> nn.Module:
+    torch.manual_seed(0)
+    return twin().eval()
