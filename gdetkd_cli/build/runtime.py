@@ -22,13 +22,15 @@ def resolve_runtime(runtime: Runtime, *, local_processes: int | None = None) -> 
         local_processes: how many processes share this machine's cores; None: as many as the launcher started.
 
     Raises:
-        ModelError: CUDA is asked for where there is none.
+        ModelError: CUDA is asked for where there is none, or a precision that only CUDA has.
     """
     cuda = torch.cuda.is_available()
     if runtime.device == "cuda" and not cuda:
         raise ModelError("runtime.device is cuda, but this machine has no usable CUDA device; set it to auto or cpu")
     device = "cuda" if cuda and runtime.device != "cpu" else "cpu"
     on_cuda = device == "cuda"
+    if runtime.precision == "fp16" and not on_cuda:
+        raise ModelError("runtime.precision is fp16, which needs CUDA; on a CPU set it to auto, bf16 or fp32")
     return ComputeSettings(
         device=device,
         precision=("bf16" if on_cuda else "fp32") if runtime.precision == "auto" else runtime.precision,

@@ -121,24 +121,34 @@ class Loop:
     def _step(self, step: int, batch: Batch) -> tuple[LossReport, float]:
         self._distiller.step = step
         report: LossReport = self._forward(batch.to(self._accelerator.device))
-        total = float(report.total.detach())
-        if not math.isfinite(total):
-            parts = ", ".join(f"{name} {float(value):.4g}" for name, value in report.parts.items())
-            raise NonFiniteLossError(
-                f"the loss is {total} at step {step} ({parts}). Try a lower train.optimizer.lr, a longer "
-                "train.schedule.warmup_steps, train.clip_norm, or runtime.precision=fp32. The last checkpoint, if any, "
-                f"is in {self._folder.resume}"
-            )
+        self._refuse_non_finite("loss", float(report.total.detach()), step, report)
         self._accelerator.backward(report.total)
-        norm = self._clip()
+        self._accelerator.unscale_gradients()
+        norm, added_norm = clip_apart(self._distiller, self._options.clip_norm)
+        if not self._leaves_out_overflow():
+            self._refuse_non_finite("gradient's norm", norm + added_norm, step, report)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         self._schedule.step()
         return report, norm
 
-    def _clip(self) -> float:
-        self._accelerator.unscale_gradients()
-        return clip_apart(self._distiller, self._options.clip_norm)
+    def _refuse_non_finite(self, what: str, value: float, step: int, report: LossReport) -> None:
+        """Before the step is taken: a checkpoint, or the student at the end, would have the NaN in it."""
+        if math.isfinite(value):
+            return
+        parts = ", ".join(f"{name} {float(part):.4g}" for name, part in report.parts.items())
+        raise NonFiniteLossError(
+            f"the {what} is {value} at step {step} ({parts}). Try a lower train.optimizer.lr, a longer "
+            "train.schedule.warmup_steps, train.clip_norm, or runtime.precision=fp32. The last checkpoint, if any, "
+            f"is in {self._folder.resume}"
+        )
+
+    def _leaves_out_overflow(self) -> bool:
+        """Whether half precision's scaler passes over a step that overflows, and halves its scale; down to 1, where
+        what overflows is the gradient itself.
+        """
+        scaler = self._accelerator.scaler
+        return scaler is not None and scaler.get_scale() > 1
 
     def _log(self, done: int, start: int, window: _Window, report: LossReport, norm: float, spent: float) -> None:
         if not self._accelerator.is_main_process:
@@ -153,7 +163,7 @@ class Loop:
             **parts,
             **{f"weight/{name}": weight for name, weight in report.weights.items()},
             "lr": lr,
-            "gradient_norm": norm,
+            "gradient_norm": norm if math.isfinite(norm) else None,  # JSON has no infinity
             "images_per_second": rate,
         }
         self._folder.log(line)
@@ -201,18 +211,16 @@ class Loop:
         return step
 
 
-def clip_apart(distiller: Distiller, limit: float | None) -> float:
+def clip_apart(distiller: Distiller, limit: float | None) -> tuple[float, float]:
     """Clips the student's gradients and the added parts' apart: adapters must not slow the student down.
 
     Returns:
-        The norm of the student's gradient before.
+        The norm of each gradient before; 0 where nothing is added.
     """
     most = limit or float("inf")
-    norm = clip_grad_norm_(list(distiller.student.parameters()), most)
-    added = list(distiller.added_parameters())
-    if added:
-        clip_grad_norm_(added, most)
-    return float(norm)
+    parts = (list(distiller.student.parameters()), list(distiller.added_parameters()))
+    student, added = (float(clip_grad_norm_(part, most)) if part else 0.0 for part in parts)
+    return student, added
 
 
 def seed_everything(seed: int, rank: int = 0) -> None:

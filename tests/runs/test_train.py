@@ -5,15 +5,19 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import toy
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 
 from gdetkd_cli.detectors import catalog
 from gdetkd_cli.distill.distiller import Distiller
-from gdetkd_cli.errors import NonFiniteLossError, RecipeError, RunFolderError
+from gdetkd_cli.errors import ModelError, NonFiniteLossError, RecipeError, RunFolderError
 from gdetkd_cli.recipe.load import dump_recipe, load_recipe
 from gdetkd_cli.recipe.schema import ComposedDetector, Recipe
 from gdetkd_cli.runs import (
@@ -25,8 +29,11 @@ from gdetkd_cli.runs import (
     run_distill,
     run_eval,
     run_train,
+    train,
 )
+from gdetkd_cli.runs.job import accelerator_for
 from gdetkd_cli.structures import Batch, LossReport
+from gdetkd_cli.training.device import ComputeSettings
 from gdetkd_cli.training.events import Evaluated, Event, Note, StepDone
 
 
@@ -140,6 +147,59 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(
     with pytest.raises(NonFiniteLossError, match=r"nan at step 4 \(.*sgfi nan.*lower train.optimizer.lr"):
         run_distill(toy.recipe(), output=tmp_path / "run")
     assert json.loads((tmp_path / "run" / "resume" / "progress.json").read_text()) == {"step": 3}
+
+
+class _Poison(torch.autograd.Function):
+    """A loss that is finite, of which the gradient is not."""
+
+    @staticmethod
+    def forward(_context: Any, value: torch.Tensor) -> torch.Tensor:
+        return value.clone()
+
+    @staticmethod
+    def backward(_context: Any, gradient: torch.Tensor) -> torch.Tensor:
+        return gradient * float("inf")
+
+
+def _scaled(settings: ComputeSettings, recipe: Recipe) -> Accelerator:
+    """Half precision as CUDA has it: accelerate has none on a CPU."""
+    accelerator = accelerator_for(settings, recipe)
+    accelerator.scaler, accelerator.native_amp = torch.amp.GradScaler("cpu", init_scale=16.0), True
+    accelerator.state._mixed_precision = "fp16"
+    return accelerator
+
+
+@pytest.mark.parametrize("half", [False, True], ids=["fp32", "fp16"])
+def test_a_gradient_that_is_not_finite_stops_the_run_before_anything_is_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, half: bool
+) -> None:
+    forward = Distiller.forward
+
+    def poisoned(self: Distiller, batch: Batch) -> LossReport:
+        report = forward(self, batch)
+        return report if self.step < 5 else replace(report, total=_Poison.apply(report.total))
+
+    monkeypatch.setattr(Distiller, "forward", poisoned)
+    if half:
+        monkeypatch.setattr(train, "accelerator_for", _scaled)
+    # The scaler passes over an overflow 4 times, until its scale is 1.
+    at = 9 if half else 5
+    with pytest.raises(NonFiniteLossError, match=rf"the gradient's norm is nan at step {at} \(loss_classifier \d"):
+        run_distill(toy.recipe(steps=40), output=tmp_path / "run")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    kept = torch.load(tmp_path / "run" / "resume" / "pytorch_model.bin", weights_only=True)
+    assert all(value.isfinite().all() for value in kept.values())
+    norms = [line["gradient_norm"] for line in _lines(tmp_path / "run")]
+    assert all(isinstance(norm, float) for norm in norms[:5])
+    assert norms[5:] == [None] * (at - 5)
+
+
+def test_half_precision_that_a_cpu_has_not_is_refused(tmp_path: Path) -> None:
+    recipe = toy.recipe()
+    half = recipe.model_copy(update={"runtime": recipe.runtime.model_copy(update={"precision": "fp16"})})
+    with pytest.raises(ModelError, match=r"runtime\.precision is fp16, .* bf16 or fp32"):
+        run_distill(half, output=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_an_existing_folder_is_never_overwritten(tmp_path: Path) -> None:
