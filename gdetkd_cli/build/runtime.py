@@ -33,12 +33,17 @@ def resolve_runtime(runtime: Runtime, *, local_processes: int | None = None) -> 
         raise ModelError("runtime.precision is fp16, which needs CUDA; on a CPU set it to auto, bf16 or fp32")
     return ComputeSettings(
         device=device,
-        precision=("bf16" if on_cuda else "fp32") if runtime.precision == "auto" else runtime.precision,
+        precision=_best_precision(on_cuda) if runtime.precision == "auto" else runtime.precision,
         channels_last=True if runtime.channels_last == "auto" else runtime.channels_last,
         compile=runtime.compile,
         threads=best_thread_count(local_processes) if runtime.threads == "auto" else runtime.threads,
         workers=(4 if on_cuda else 0) if runtime.workers == "auto" else runtime.workers,
     )
+
+
+def _best_precision(on_cuda: bool) -> str:
+    """bf16 on cards that compute in it (Ampere and later); what older ones emulate is slower than fp32."""
+    return "bf16" if on_cuda and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
 
 
 def apply_runtime(

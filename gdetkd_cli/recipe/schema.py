@@ -256,7 +256,7 @@ class Train(Strict):
 
 class Runtime(Strict):
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field("auto", description="auto: bf16 on CUDA, fp32 on CPU")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field("auto", description="auto: bf16 where a GPU has it")
     channels_last: bool | Literal["auto"] = Field(
         "auto", description="auto: on; as fast or faster on CUDA and on a CPU, most so for small networks"
     )

@@ -92,7 +92,7 @@ train:
 
 # runtime:
 #   device: auto                # or: cpu, cuda
-#   precision: auto             # bf16 on CUDA, fp32 on CPU; or: fp32, bf16, fp16
+#   precision: auto             # bf16 on GPUs that have it, else fp32; or: fp32, bf16, fp16
 #   compile: false              # torch.compile the backbones
 #   threads: auto               # CPU threads
 #   workers: auto               # loader processes
