@@ -6,10 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import invoke
 import pytest
-from typer.testing import CliRunner
-
-from gdetkd_cli.cli.app import app
 
 RECIPE = """\
 name: toy
@@ -40,9 +38,7 @@ runtime: {device: cpu, threads: 1}
 
 def gdetkd(*arguments: str) -> dict[str, Any]:
     """Runs a command with --json; its exit code must be 0 and its stdout one JSON document."""
-    result = CliRunner().invoke(app, [*arguments, "--json"])
-    assert result.exit_code == 0, result.stderr
-    return json.loads(result.stdout)
+    return json.loads(invoke.done(*arguments, "--json").stdout)
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +95,7 @@ def test_mistakes_are_one_sentence(folder: Path, monkeypatch: pytest.MonkeyPatch
         (["train", "--recipe", "toy.yaml", "--set", "data={format: coco, root: empty}"], 2, "empty"),
         (["distill", "--recipe", "toy.yaml", "--set", "teacher.path=gone"], 2, "gone"),
     ):
-        result = CliRunner().invoke(app, arguments)
+        result = invoke.gdetkd(*arguments)
         assert result.exit_code == code, (arguments, result.stderr)
         assert words in result.stderr, (arguments, result.stderr)
         assert "Traceback" not in result.stderr
