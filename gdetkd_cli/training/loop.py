@@ -121,23 +121,23 @@ class Loop:
     def _step(self, step: int, batch: Batch) -> tuple[LossReport, float]:
         self._distiller.step = step
         report: LossReport = self._forward(batch.to(self._accelerator.device))
-        self._refuse_non_finite("loss", float(report.total.detach()), step, report)
+        total = float(report.total.detach())
+        if not math.isfinite(total):
+            raise self._non_finite("loss", total, step, report)
         self._accelerator.backward(report.total)
         self._accelerator.unscale_gradients()
         norm, added_norm = clip_apart(self._distiller, self._options.clip_norm)
-        if not self._leaves_out_overflow():
-            self._refuse_non_finite("gradient's norm", norm + added_norm, step, report)
+        # Before the step is taken: a checkpoint, or the student at the end, would have the NaN in it.
+        if not (math.isfinite(norm + added_norm) or self._leaves_out_overflow()):
+            raise self._non_finite("gradient's norm", norm + added_norm, step, report)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         self._schedule.step()
         return report, norm
 
-    def _refuse_non_finite(self, what: str, value: float, step: int, report: LossReport) -> None:
-        """Before the step is taken: a checkpoint, or the student at the end, would have the NaN in it."""
-        if math.isfinite(value):
-            return
+    def _non_finite(self, what: str, value: float, step: int, report: LossReport) -> NonFiniteLossError:
         parts = ", ".join(f"{name} {float(part):.4g}" for name, part in report.parts.items())
-        raise NonFiniteLossError(
+        return NonFiniteLossError(
             f"the {what} is {value} at step {step} ({parts}). Try a lower train.optimizer.lr, a longer "
             "train.schedule.warmup_steps, train.clip_norm, or runtime.precision=fp32. The last checkpoint, if any, "
             f"is in {self._folder.resume}"
