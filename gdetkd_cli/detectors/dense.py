@@ -16,6 +16,7 @@ from torchvision.models.detection.ssd import SSD
 from torchvision.ops import clip_boxes_to_image
 
 from gdetkd_cli.detectors import torchvision_common as common
+from gdetkd_cli.detectors.exact_boxes import exact_boxes
 from gdetkd_cli.detectors.pooling import DENSE_CELLS, assign_levels, cells, channels_of, pool_all_levels, pool_assigned
 from gdetkd_cli.detectors.protocol import Candidates, Family, Observation, RegionView, View
 from gdetkd_cli.detectors.tap import Tap
@@ -66,7 +67,7 @@ class DenseDetector:
 
     def observe(self, batch: Batch, *, candidates: bool = True) -> DenseObservation:
         names = ["transform", "backbone", "head", "anchor_generator"] + ([_TOWER] if self._has_tower else [])
-        with Tap(self.module, names) as tap:
+        with exact_boxes(self.module), Tap(self.module, names) as tap:
             losses = self.module(batch.images, common.targets_for(batch))
         images, _ = tap.output("transform")
         features = common.features_by_name(tap.output("backbone"))

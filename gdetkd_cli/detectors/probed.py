@@ -14,7 +14,7 @@ from torch.nn.functional import pad
 
 from gdetkd_cli.detectors.pooling import DENSE_CELLS, TWO_STAGE_CELLS, assign_levels, channels_of, pool_assigned
 from gdetkd_cli.detectors.protocol import Detector, Family, Observation, RegionView, View
-from gdetkd_cli.detectors.torchvision_common import evaluating
+from gdetkd_cli.detectors.torchvision_common import device_of, evaluating
 from gdetkd_cli.errors import ModelError, PairError
 from gdetkd_cli.probing.geometry import Geometry
 from gdetkd_cli.probing.inputs import ModelInput
@@ -109,7 +109,8 @@ class ProbedDetector:
     def predict(self, images: list[Tensor]) -> list[Detections]:
         form = self.check_detects()
         prepared = [self._input.prepare(image) for image in images]
-        with evaluating(self.module):
+        # Unknown code decodes boxes in whatever dtype autocast gives it, so it runs as it was made.
+        with evaluating(self.module), torch.autocast(device_of(self.module).type, enabled=False):
             groups = [form.read(self._run(group), len(group)) for group in self.probed.call.groups(prepared)]
         found = list(chain(*groups))
         unknown = [label for one in found for label in one.labels.tolist() if label > len(self.class_names)]
@@ -183,7 +184,7 @@ class ProbedDetector:
         """Where the network's input lies in images of this size; measured once for each size."""
         size = (image.shape[-2], image.shape[-1])
         if size not in self._frames:
-            with evaluating(self.module):
+            with evaluating(self.module), torch.autocast(image.device.type, enabled=False):
                 self._frames[size] = frame_of(self._runner, self.probed.call, image, self._input)
         return self._frames[size]
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gdetkd_cli.detectors.exact_boxes import exact_boxes
 from gdetkd_cli.detectors.geometry import measure_levels
 from gdetkd_cli.structures import Batch, Detections, Frame, LevelSpec
 
@@ -78,7 +79,7 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 @torch.no_grad()
 def predict(module: nn.Module, images: list[Tensor]) -> list[Detections]:
     """Runs a torchvision detector; boxes in each image's own pixels, by falling score."""
-    with evaluating(module):
+    with evaluating(module), exact_boxes(module):
         outputs = module(images)
     # RetinaNet and FCOS have an output for background, which is silent only once they are trained.
     found = [(o, o["labels"] > 0) for o in outputs]

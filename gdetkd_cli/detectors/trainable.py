@@ -85,6 +85,11 @@ class TrainableDetector(ProbedDetector):
         return self.probed.call.takes != "any"
 
     def observe(self, batch: Batch, *, candidates: bool = True) -> Observation:
+        # Own code mixes network and boxes in ways that are not known here, and half precision would round the boxes.
+        with torch.autocast(batch.images[0].device.type, enabled=False):
+            return self._observe(batch, candidates)
+
+    def _observe(self, batch: Batch, candidates: bool) -> Observation:
         if self._input.fit is not None:
             raise PairError(
                 f"{self._source} takes one size alone, so it can teach but not be trained; leave out input.fit"

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from gdetkd_cli.detectors import torchvision_common as common
+from gdetkd_cli.detectors.exact_boxes import exact_boxes
 from gdetkd_cli.detectors.pooling import assign_levels, pool_assigned
 from gdetkd_cli.detectors.protocol import Candidates, Family, Observation, RegionView, View
 from gdetkd_cli.detectors.tap import Tap
@@ -68,7 +69,7 @@ class TwoStageDetector:
         return common.anchors_in_cells(self.module.rpn.anchor_generator, self.levels)
 
     def observe(self, batch: Batch, *, candidates: bool = True) -> TwoStageObservation:
-        with Tap(self.module, ["transform", "backbone", _POOL, _HEAD, _PREDICTOR]) as tap:
+        with exact_boxes(self.module), Tap(self.module, ["transform", "backbone", _POOL, _HEAD, _PREDICTOR]) as tap:
             losses = self.module(batch.images, common.targets_for(batch))
         images, _ = tap.output("transform")
         features = common.features_by_name(tap.output("backbone"))
@@ -135,7 +136,8 @@ class TwoStageDetector:
         embedding = heads.box_head(heads.box_roi_pool(seen.features, per_image, seen.image_sizes))
         if not predictions:
             return RegionView(embedding=embedding)
-        class_logits, box_deltas = heads.box_predictor(embedding)
+        with exact_boxes(heads):
+            class_logits, box_deltas = heads.box_predictor(embedding)
         return RegionView(embedding=embedding, class_logits=class_logits, box_deltas=box_deltas.unflatten(1, (-1, 4)))
 
     def _assign(self, pyramid: Pyramid, regions: Regions) -> Tensor:

@@ -37,8 +37,6 @@ from gdetkd_cli.training.events import CellDone, Note, Observer, Phase
 from gdetkd_cli.training.run_folder import RunFolder, write_text
 from gdetkd_cli.trust import code_is_trusted
 
-_HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
-
 
 @dataclass(frozen=True)
 class Cell:
@@ -204,16 +202,14 @@ def _train(cell: Cell, recipe: Recipe, place: _Place) -> None:
 
 
 def _predict(cell: Cell, recipe: Recipe, settings: ComputeSettings, place: _Place) -> None:
-    """Writes what the cell's student detects in the validation pictures, as its own evaluation saw it."""
+    """Writes what the cell's student detects in the validation pictures, in float32, as its own evaluation saw it."""
     loaded = catalog.load(catalog.locate(str(cell.run.path)))
     module = loaded.detector.module.to(place.device)
     if settings.channels_last:
         module.to(memory_format=torch.channels_last)
     split = build.relabel(build.build_split(recipe.data, "val"), loaded.detector)
     batches = validation_batches(split=split, batch_size=recipe.train.batch_size)
-    half = _HALF.get(settings.precision)
-    with torch.autocast(settings.device, dtype=half, enabled=half is not None):
-        found = predict_split(loaded.detector, batches, place.device)
+    found = predict_split(loaded.detector, batches, place.device)
     fresh = cell.detections.with_suffix(".tmp")
     torch.save({number: vars(one) for number, one in found.items()}, fresh)
     fresh.replace(cell.detections)

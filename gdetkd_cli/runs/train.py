@@ -200,7 +200,10 @@ def _trained(
 def evaluate_split(
     detector: Detector, split: Split, accelerator: Accelerator, batch_size: int, observer: Observer = silent
 ) -> CocoMetrics | None:
-    """COCO metrics of a detector; every process predicts its share, the main process gets the result."""
+    """COCO metrics of a detector; every process predicts its share, the main process gets the result.
+
+    In float32 whatever the run's precision, so that ``gdetkd eval`` reports the same AP of the saved file.
+    """
     progress = counting(observer, "evaluated", ceil(len(split) / accelerator.num_processes))
     batches = validation_batches(
         split=split,
@@ -208,8 +211,7 @@ def evaluate_split(
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
     )
-    with accelerator.autocast():
-        own = predict_split(detector, batches, accelerator.device, progress)
+    own = predict_split(detector, batches, accelerator.device, progress)
     everything = gather_predictions(own)
     if not accelerator.is_main_process:
         return None
