@@ -173,6 +173,8 @@ def _sgfi(block: SGFI | None, student: Detector, teacher: Detector, same_space: 
         embed_channels=block.embed_channels,
         initial_tau=block.tau,
         prior=block.prior,
+        centre=block.center,
+        prior_steps=block.prior_steps,
         cosine=block.similarity == "cosine",
         normalize=block.normalize,
         sampling_ratio=block.sampling_ratio,

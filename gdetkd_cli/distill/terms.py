@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from gdetkd_cli.distill.queue import RegionQueue
 from gdetkd_cli.losses.ckd import contrastive_loss, overlap_negatives
 from gdetkd_cli.losses.prediction import box_loss, class_loss
 from gdetkd_cli.losses.sgfi import imitation_loss, level_prior
-from gdetkd_cli.structures import Batch, Regions
+from gdetkd_cli.structures import Batch, Pyramid, Regions
 
 
 @dataclass(frozen=True)
@@ -67,14 +67,19 @@ class SGFITerm(nn.Module):
         initial_tau: temperature of the match at the start.
         cosine: levels are matched by the angle between embeddings; or by their product (the paper).
         normalize: standardise the target ``channel`` by channel, as one ``scalar``, or not at all (``none``).
-        prior: how much the match favours the level that the student assigns a region to; 0: not at all (the paper).
+        prior: how much the match favours the student levels near ``centre``; 0: not at all (the paper).
+        centre: the stride of the level that the teacher pools a region from, or that of the level that the student
+            assigns it to.
+        prior_steps: steps over which the prior falls linearly to 0; None: it stays.
         sampling_ratio: RoIAlign samples per bin and axis on the student's levels.
         same_space: the student got the teacher's head, so its features have to become the teacher's own, not a linear
             map of them: they are standardised with the teacher's statistics and f_adapt starts as the identity.
     """
 
     student_needs: frozenset[View] = frozenset({"level"})
-    teacher_needs: frozenset[View] = frozenset({"pooled"})
+    teacher_needs: frozenset[View] = frozenset({"pooled", "level"})
+
+    steps: Tensor
 
     def __init__(
         self,
@@ -83,6 +88,8 @@ class SGFITerm(nn.Module):
         teacher_channels: int,
         embed_channels: int,
         prior: float,
+        centre: Literal["teacher", "student"] = "teacher",
+        prior_steps: int | None = None,
         cosine: bool = True,
         initial_tau: float = 1.0,
         normalize: str,
@@ -103,24 +110,46 @@ class SGFITerm(nn.Module):
             None if normalize == "none" else Standardizer(channels=teacher_channels, per_channel=normalize == "channel")
         )
         self.prior = prior
+        self.centre = centre
+        self.prior_steps = prior_steps
+        self.register_buffer("steps", torch.zeros(()))  # done so far
         self.sampling_ratio = sampling_ratio
 
     def forward(self, pair: ObservedPair) -> Tensor:
-        target, channels, own = pair.teacher_view.pooled, pair.teacher_view.pooled_channels, pair.student_view.level
-        assert target is not None and own is not None
+        target, channels = pair.teacher_view.pooled, pair.teacher_view.pooled_channels
+        assert target is not None
         if self.standardizer is not None:
             self.standardizer.update(target, channels)
             target = self.standardizer(target.float(), channels)
         pyramid = pair.student_seen.pyramid
         levels = pool_all_levels(pyramid, pair.regions, size=target.shape[-1], sampling_ratio=self.sampling_ratio)
-        strides = target.new_tensor([(spec.stride[0] * spec.stride[1]) ** 0.5 for spec in pyramid.levels])
-        prior = level_prior(own, strides, self.prior)
+        prior = self._prior(pair)
         affine = self.standardizer.affine() if self.same_space and self.standardizer is not None else None
         # Standardisation is folded into the adapters' weights: half precision would lose a small deviation around a
         # large mean.
         with torch.autocast(target.device.type, enabled=False):
             imitation, _ = self.matcher(levels, target.float(), affine, prior)
         return imitation_loss(imitation.float(), target.float(), channels)
+
+    def _prior(self, pair: ObservedPair) -> Tensor:
+        """(R, L) logits that the match of each region starts from."""
+        index = pair.regions.image_index
+        octaves = _octaves(pair.student_seen.pyramid, index)
+        view, theirs = pair.student_view, octaves
+        if self.centre == "teacher":
+            view, theirs = pair.teacher_view, _octaves(pair.teacher_seen.pyramid, index)
+        assert view.level is not None
+        strength: Tensor | float = self.prior
+        if self.prior_steps is not None:
+            strength = self.prior * (1 - self.steps / self.prior_steps).clamp(min=0)
+            self.steps += self.training
+        return level_prior(octaves, theirs.gather(1, view.level[:, None]).squeeze(1), strength)
+
+
+def _octaves(pyramid: Pyramid, image_index: Tensor) -> Tensor:
+    """(R, L) log2 of the stride of each level, in pixels of each region's image: the mean of both axes."""
+    strides = pyramid.frame.scale.new_tensor([level.stride for level in pyramid.levels]).log2().mean(dim=1)
+    return strides - pyramid.frame.scale[image_index].log2().mean(dim=1, keepdim=True)
 
 
 class CKDTerm(nn.Module):

@@ -33,19 +33,18 @@ def unit(embedding: Tensor) -> Tensor:
     return normalize(embedding, dim=-1, eps=_LEAST_NORM)
 
 
-def level_prior(own: Tensor, strides: Tensor, strength: float) -> Tensor:
-    """prior_il = -strength (log2 s_l - log2 s_own(i))^2: a level loses by the octaves that it lies away.
+def level_prior(octaves: Tensor, centre: Tensor, strength: Tensor | float) -> Tensor:
+    """prior_il = -strength (octaves_il - centre_i)^2: a level loses by the octaves that it lies away.
 
     Args:
-        own: (R,) int64, the level that the student itself assigns each region to.
-        strides: (L,) of its levels.
+        octaves: (R, L) log2 of the stride of each student level, in pixels of the region's image.
+        centre: (R,) log2 of the stride that the match of each region starts from.
         strength: 0 favours none.
 
     Returns:
-        (R, L), 0 at each region's own level.
+        (R, L) logits.
     """
-    octaves = strides.log2()
-    return -strength * (octaves[None] - octaves[own][:, None]).square()
+    return -strength * (octaves - centre[:, None]).square()
 
 
 def imitation_loss(imitation: Tensor, target: Tensor, channels: Tensor | None = None) -> Tensor:
