@@ -79,11 +79,13 @@ class Regions:
         boxes: (R, 4) batch-image pixels.
         image_index: (R,) int64, which image of the batch; non-decreasing.
         candidate: (R,) int64, the row of the student's ``Candidates`` that the region is, -1 for none.
+        refined: by later stage of a cascade student, (R, 4) batch-image pixels, what it made of the boxes; else empty.
     """
 
     boxes: Tensor
     image_index: Tensor
     candidate: Tensor
+    refined: tuple[Tensor, ...] = ()
 
     def __len__(self) -> int:
         return self.boxes.shape[0]

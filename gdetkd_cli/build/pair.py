@@ -12,7 +12,7 @@ from gdetkd_cli.build.rivals import Rival, rival_term, rivals
 from gdetkd_cli.detectors.probed import ProbedDetector
 from gdetkd_cli.detectors.protocol import Detector, Observation
 from gdetkd_cli.distill.distiller import Distiller, WeightedTerm
-from gdetkd_cli.distill.pair import PairKind, pair_kind, prediction_columns
+from gdetkd_cli.distill.pair import PairKind, pair_kind, prediction_columns, stage_weights
 from gdetkd_cli.distill.regions import choose_regions
 from gdetkd_cli.distill.terms import BoxTerm, CKDTerm, ClassTerm, SGFITerm
 from gdetkd_cli.distill.transfer import fitting_head, transfer_head
@@ -25,9 +25,8 @@ from gdetkd_cli.structures import Batch, Regions
 # class scores are made of: contrast with full weight costs it more than it brings (docs/benchmarks.md).
 _CKD_WEIGHTS = (1.0, 0.05)  # of a two-stage student, of a dense one
 _PKD_WEIGHTS = (6.0, 10.0)  # the same, as published
-# The teacher's head is a head start. Measured (docs/experiments.md): in 3 passes over the pictures it brings 11 AP, in
-# 13 it brings 0.5, in 53 none, and in 25, beside a teacher that the student can reach without it, it costs 1.3.
-_HEAD_START_EPOCHS = 15.0
+_MOST_REGIONS = 512  # of an image, as many as a Faster R-CNN's head trains on
+_MOST_REGIONS_ON_CPU = 64  # where the cost of a step grows with them
 
 Block = SGFI | CKD | PredictionKD | Rival
 
@@ -40,12 +39,14 @@ class BuiltPair:
         kind: homogeneous or heterogeneous.
         terms: every term, its weight or why it is left out.
         head_transfer: what was copied from the teacher's head, or why nothing was.
+        regions_per_image: most regions of an image that the terms compare.
     """
 
     distiller: Distiller
     kind: PairKind
     terms: tuple[TermPlan, ...]
     head_transfer: str
+    regions_per_image: int
 
 
 def build_pair(
@@ -55,7 +56,7 @@ def build_pair(
     seed: int,
     *,
     trained_head: bool = False,
-    epochs: float = 0.0,
+    device: str = "cpu",
 ) -> BuiltPair:
     """The distiller of a pair, its terms chosen and checked.
 
@@ -64,7 +65,7 @@ def build_pair(
         student, teacher: on the CPU.
         seed: of the terms' fresh weights and the choice of regions.
         trained_head: the student's head has weights already, which `head_transfer: auto` leaves alone.
-        epochs: passes over the training pictures that the run makes; a long run needs no head start.
+        device: where the run computes, ``cpu`` or ``cuda``; a CPU compares fewer regions by default.
 
     Raises:
         PairError: a term that the recipe asks for does not fit the pair.
@@ -75,7 +76,7 @@ def build_pair(
             f"distill.pair is {config.pair}, but {teacher.family} -> {student.family} is a {kind} pair; "
             "set distill.pair to auto"
         )
-    transferred, head_transfer = _transfer(config, student, teacher, trained_head, epochs)
+    transferred, head_transfer = _transfer(config, student, teacher, trained_head)
     channels = {level.channels for detector in (student, teacher) for level in detector.levels}
     same_space = transferred and len(channels) == 1
     teacher.module.eval()
@@ -101,18 +102,19 @@ def build_pair(
     )
     ckd, reason = _settled(config.ckd, teacher)
     add("ckd", ckd, _ckd(ckd, student, teacher), reason)
+    stages = stage_weights(student, teacher)
     for name, block, term_class in (
         ("class_kd", config.class_kd, ClassTerm),
         ("box_kd", config.box_kd, BoxTerm),
     ):
         settled, reason, columns = _prediction(name, block, student, teacher)
-        add(name, settled, term_class(columns=columns) if columns is not None else None, reason)
+        add(name, settled, term_class(columns=columns, stage_weights=stages) if columns is not None else None, reason)
     for name, rival in rivals(config):
         add(name, rival, rival_term(rival, student, teacher, same_space=same_space), "")
     if not terms:
         raise PairError("the recipe leaves out every distillation term; use `gdetkd train` for plain training")
 
-    options = config.regions
+    options, per_image = config.regions, _regions_per_image(config, student, device)
 
     def choose(seen: Observation, batch: Batch, step: int) -> Regions:
         assert seen.candidates is not None
@@ -120,7 +122,7 @@ def build_pair(
         return choose_regions(
             seen.candidates,
             batch,
-            per_image=options.per_image,
+            per_image=per_image,
             positive_iou=options.positive_iou,
             negatives_per_positive=options.negatives_per_positive,
             generator=generator,
@@ -133,12 +135,20 @@ def build_pair(
         choose_regions=choose,
         task_loss=config.task_loss == "own",
     )
-    return BuiltPair(distiller=distiller, kind=kind, terms=tuple(plans), head_transfer=head_transfer)
+    return BuiltPair(
+        distiller=distiller, kind=kind, terms=tuple(plans), head_transfer=head_transfer, regions_per_image=per_image
+    )
 
 
-def _transfer(
-    config: Distill, student: Detector, teacher: Detector, trained_head: bool, epochs: float
-) -> tuple[bool, str]:
+def _regions_per_image(config: Distill, student: Detector, device: str) -> int:
+    """The recipe's number, or as many as the student's head trains on (the paper), fewer on a CPU."""
+    if config.regions.per_image != "auto":
+        return config.regions.per_image
+    own = student.sampled_proposals or _MOST_REGIONS
+    return min(own, _MOST_REGIONS_ON_CPU) if device == "cpu" else own
+
+
+def _transfer(config: Distill, student: Detector, teacher: Detector, trained_head: bool) -> tuple[bool, str]:
     """Whether the teacher's head was copied, and what there is to say of it."""
     if config.head_transfer is False:
         return False, "left out by the recipe"
@@ -148,14 +158,8 @@ def _transfer(
         if config.head_transfer is True:
             raise PairError(f"distill.head_transfer: {error}; set it to auto or false") from error
         return False, f"nothing copied: {error}"
-    if config.head_transfer == "auto":
-        needless = None
-        if trained_head:  # measured: a trained student loses by it (docs/experiments.md)
-            needless = "the student's own head is trained"
-        elif epochs > _HEAD_START_EPOCHS:
-            needless = f"{epochs:.0f} epochs are more than the {_HEAD_START_EPOCHS:g} in which a head start helps"
-        if needless:
-            return False, f"nothing copied: {needless}; head_transfer: true copies all the same"
+    if config.head_transfer == "auto" and trained_head:  # measured: a trained student loses by it (docs/experiments.md)
+        return False, "nothing copied: the student's own head is trained; head_transfer: true copies all the same"
     copied = transfer_head(student, teacher)
     parts = sorted({re.sub(r"(head|predictor)\..*", r"\1", name) for name in copied})
     return True, f"copied from the teacher: {', '.join(parts)} ({len(copied)} tensors)"

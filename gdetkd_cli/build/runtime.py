@@ -61,7 +61,18 @@ def apply_runtime(
     if pair is not None:
         pair.distiller.to(device)
     if recipe.augment.multi_scale:
-        # The loader sets each picture's size; the detector's own resize would undo it. It stays for inference.
-        transform: Any = getattr(student.module, "transform", None)
-        if isinstance(transform, GeneralizedRCNNTransform):  # a module of the user's own may resize as it likes
-            transform._skip_resize = True
+        # The loader sets each image's size; the detectors' own resize would undo it. It stays for inference.
+        own = _image_size(student.module)
+        for detector in detectors:
+            # A teacher made for another size keeps its own: boxes are mapped, and its features are best there.
+            if own is not None and _image_size(detector.module) == own:
+                transform: Any = detector.module.transform
+                transform._skip_resize = True
+
+
+def _image_size(module: Any) -> tuple[Any, int] | None:
+    """Short sides and longest side, in pixels, that a torchvision detector brings images to; None for others."""
+    transform = getattr(module, "transform", None)
+    if not isinstance(transform, GeneralizedRCNNTransform):  # a module of the user's own may resize as it likes
+        return None
+    return tuple(transform.min_size), transform.max_size

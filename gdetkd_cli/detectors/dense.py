@@ -46,6 +46,7 @@ class DenseDetector:
     """A ``torchvision.models.detection`` RetinaNet, FCOS or SSD."""
 
     family: Family = "dense"
+    sampled_proposals: int | None = None
 
     def __init__(self, *, module: nn.Module, class_names: tuple[str, ...]) -> None:
         self.module: Any = module
@@ -87,9 +88,7 @@ class DenseDetector:
         )
 
     def look(self, batch: Batch) -> DenseObservation:
-        with common.evaluating(self.module):
-            images, _ = self.module.transform(batch.images)
-            features = common.features_by_name(self.module.backbone(images.tensors))
+        images, features = common.look(self.module, batch.images)
         pyramid = Pyramid(
             maps=tuple(features.values()), levels=self.levels, frame=common.frame_of(batch.images, images)
         )

@@ -31,6 +31,7 @@ class ProbedDetector:
     """
 
     family: Family = "unknown"
+    sampled_proposals: int | None = None
 
     def __init__(
         self,

@@ -44,6 +44,21 @@ class Observation:
 
 
 @dataclass(frozen=True)
+class StageView:
+    """What a later stage of a cascade says of R regions.
+
+    Attributes:
+        boxes: (R, 4) batch-image pixels, detached: what the stages before made of the regions, which it judges.
+        class_logits: (R, K + 1), background first.
+        box_deltas: (R, K + 1, 4) in the stage's box coding.
+    """
+
+    boxes: Tensor
+    class_logits: Tensor
+    box_deltas: Tensor
+
+
+@dataclass(frozen=True)
 class RegionView:
     """What a detector says of R regions. A field is None when it was not asked for or the family has none.
 
@@ -53,6 +68,7 @@ class RegionView:
         embedding: (R, D) the region embedding.
         class_logits: (R, K + 1), background first.
         box_deltas: (R, K + 1, 4) in the detector's box coding.
+        later: what the later stages of a cascade say; empty for other heads.
         level: (R,) int64, the level of its pyramid that the detector's own assignment picks.
         class_maps: L maps (N, A x (K + 1), H_l, W_l), a dense head's class logits in every cell, whatever the regions.
     """
@@ -62,6 +78,7 @@ class RegionView:
     embedding: Tensor | None = None
     class_logits: Tensor | None = None
     box_deltas: Tensor | None = None
+    later: tuple[StageView, ...] = ()
     level: Tensor | None = None
     class_maps: tuple[Tensor, ...] | None = None
 
@@ -79,6 +96,7 @@ class Detector(Protocol):
         levels: the pyramid, fine to coarse.
         embedding_channels: D of the region embedding.
         embedding_source: where the region embedding is read, for people.
+        sampled_proposals: most proposals of an image that its own head trains on; None where it samples none.
     """
 
     module: nn.Module
@@ -91,6 +109,8 @@ class Detector(Protocol):
     def embedding_channels(self) -> int: ...
     @property
     def embedding_source(self) -> str: ...
+    @property
+    def sampled_proposals(self) -> int | None: ...
 
     def observe(self, batch: Batch, *, candidates: bool = True) -> Observation:
         """A training forward: the detector's own losses, its pyramid, and the boxes it offers, if they are wanted."""

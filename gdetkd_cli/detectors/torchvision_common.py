@@ -32,6 +32,17 @@ def measure_backbone(module: Any) -> tuple[LevelSpec, ...]:
         return measure_levels(forward, device=device)
 
 
+def look(module: Any, images: list[Tensor]) -> tuple[Any, dict[str, Tensor]]:
+    """The transform's ImageList and the backbone's features by key, in evaluation mode; no heads.
+
+    Where the loader sets the size of images (``_skip_resize``, see ``build.runtime``), they are not resized.
+    """
+    with evaluating(module):
+        module.transform.train(module.transform._skip_resize)  # which heeds that in training mode alone
+        resized, _ = module.transform(images)
+        return resized, features_by_name(module.backbone(resized.tensors))
+
+
 def targets_for(batch: Batch) -> list[dict[str, Tensor]]:
     """The batch's truth as torchvision's detectors take it."""
     return [{"boxes": t.boxes, "labels": t.labels} for t in batch.targets]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from gdetkd_cli.detectors import torchvision_common as common
 from gdetkd_cli.detectors.exact_boxes import exact_boxes
 from gdetkd_cli.detectors.pooling import assign_levels, pool_assigned
-from gdetkd_cli.detectors.protocol import Candidates, Family, Observation, RegionView, View
+from gdetkd_cli.detectors.protocol import Candidates, Family, Observation, RegionView, StageView, View
 from gdetkd_cli.detectors.tap import Tap
 from gdetkd_cli.structures import Batch, Detections, LevelSpec, Pyramid, Regions
 
@@ -59,9 +59,23 @@ class TwoStageDetector:
         return _HEAD
 
     @property
+    def sampled_proposals(self) -> int | None:
+        return int(self.module.roi_heads.fg_bg_sampler.batch_size_per_image)
+
+    @property
     def box_weights(self) -> tuple[float, ...]:
         """Weights of the box coder: two heads' deltas compare only when these agree."""
         return tuple(self.module.roi_heads.box_coder.weights)
+
+    @property
+    def later_weights(self) -> tuple[float, ...]:
+        """Of a cascade's later stages, the weight of each in its own loss; none for a plain RoI head."""
+        return tuple(getattr(self.module.roi_heads, "later_weights", ()))
+
+    @property
+    def later_box_weights(self) -> tuple[tuple[float, ...], ...]:
+        """Of a cascade's later stages, the weights of each one's box coder."""
+        return tuple(tuple(stage.box_coder.weights) for stage in getattr(self.module.roi_heads, "later", ()))
 
     @property
     def anchors(self) -> tuple[Tensor, ...]:
@@ -69,7 +83,10 @@ class TwoStageDetector:
         return common.anchors_in_cells(self.module.rpn.anchor_generator, self.levels)
 
     def observe(self, batch: Batch, *, candidates: bool = True) -> TwoStageObservation:
-        with exact_boxes(self.module), Tap(self.module, ["transform", "backbone", _POOL, _HEAD, _PREDICTOR]) as tap:
+        later = [f"roi_heads.later.{number}" for number in range(len(self.later_weights))]
+        names = ["transform", "backbone", _POOL, _HEAD, _PREDICTOR]
+        names += [f"{stage}.{part}" for stage in later for part in ("box_roi_pool", "box_predictor")]
+        with exact_boxes(self.module), Tap(self.module, names) as tap:
             losses = self.module(batch.images, common.targets_for(batch))
         images, _ = tap.output("transform")
         features = common.features_by_name(tap.output("backbone"))
@@ -77,7 +94,10 @@ class TwoStageDetector:
         proposals: list[Tensor] = tap.inputs(_POOL)[1]
         image_index = torch.cat([torch.full((len(p),), i, device=p.device) for i, p in enumerate(proposals)])
         with torch.no_grad():
-            boxes = frame.to_image(torch.cat(proposals), image_index)
+            boxes, *refined = (
+                frame.to_image(torch.cat(tap.inputs(pool)[1]), image_index)
+                for pool in (_POOL, *(f"{stage}.box_roi_pool" for stage in later))
+            )
         class_logits, box_deltas = tap.output(_PREDICTOR)
         return TwoStageObservation(
             losses=losses,
@@ -89,13 +109,14 @@ class TwoStageDetector:
                 embedding=tap.output(_HEAD),
                 class_logits=class_logits,
                 box_deltas=box_deltas.unflatten(1, (-1, 4)),
+                later=tuple(
+                    _stage(own, tap.output(f"{stage}.box_predictor")) for own, stage in zip(refined, later, strict=True)
+                ),
             ),
         )
 
     def look(self, batch: Batch) -> TwoStageObservation:
-        with common.evaluating(self.module):
-            images, _ = self.module.transform(batch.images)
-            features = common.features_by_name(self.module.backbone(images.tensors))
+        images, features = common.look(self.module, batch.images)
         return TwoStageObservation(
             losses={},
             pyramid=Pyramid(
@@ -129,16 +150,32 @@ class TwoStageDetector:
                 embedding=_rows(seen.sampled.embedding, rows),
                 class_logits=_rows(seen.sampled.class_logits, rows),
                 box_deltas=_rows(seen.sampled.box_deltas, rows),
+                later=tuple(
+                    StageView(one.boxes[rows], one.class_logits[rows], one.box_deltas[rows])
+                    for one in seen.sampled.later
+                ),
             )
         heads = self.module.roi_heads
-        boxes = seen.pyramid.frame.to_model(regions.boxes, regions.image_index)
-        per_image = list(boxes.split(torch.bincount(regions.image_index, minlength=len(seen.image_sizes)).tolist()))
-        embedding = heads.box_head(heads.box_roi_pool(seen.features, per_image, seen.image_sizes))
+        embedding = self._embed(heads, seen, regions, regions.boxes)
         if not predictions:
             return RegionView(embedding=embedding)
         with exact_boxes(heads):
             class_logits, box_deltas = heads.box_predictor(embedding)
-        return RegionView(embedding=embedding, class_logits=class_logits, box_deltas=box_deltas.unflatten(1, (-1, 4)))
+            # Later stages judge the boxes that the student's own stages have made of the regions.
+            later = tuple(
+                _stage(boxes, stage.box_predictor(self._embed(stage, seen, regions, boxes)))
+                for boxes, stage in zip(regions.refined, getattr(heads, "later", ()), strict=False)
+            )
+        return RegionView(
+            embedding=embedding, class_logits=class_logits, box_deltas=box_deltas.unflatten(1, (-1, 4)), later=later
+        )
+
+    def _embed(self, heads: Any, seen: TwoStageObservation, regions: Regions, boxes: Tensor) -> Tensor:
+        """(R, D) what a RoI head, or a stage of a cascade, makes of boxes (R, 4) in batch-image pixels."""
+        boxes = seen.pyramid.frame.to_model(boxes, regions.image_index)
+        per_image = list(boxes.split(torch.bincount(regions.image_index, minlength=len(seen.image_sizes)).tolist()))
+        embedding: Tensor = heads.box_head(heads.box_roi_pool(seen.features, per_image, seen.image_sizes))
+        return embedding
 
     def _assign(self, pyramid: Pyramid, regions: Regions) -> Tensor:
         """(R,) the level that the RoI head pools a region from: sides of one octave up from its canonical scale."""
@@ -148,6 +185,11 @@ class TwoStageDetector:
 
     def predict(self, images: list[Tensor]) -> list[Detections]:
         return common.predict(self.module, images)
+
+
+def _stage(boxes: Tensor, predictions: tuple[Tensor, Tensor]) -> StageView:
+    class_logits, box_deltas = predictions
+    return StageView(boxes=boxes, class_logits=class_logits, box_deltas=box_deltas.unflatten(1, (-1, 4)))
 
 
 def _rows(values: Tensor | None, rows: Tensor) -> Tensor | None:

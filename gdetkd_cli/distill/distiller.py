@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import perf_counter
 
 import torch
@@ -108,6 +108,7 @@ class Distiller(nn.Module):
         with self._timed("regions", seconds, batch):
             regions = self._choose_regions(seen, batch, self.step)
             student_view = _view(self._detector, seen, regions, student_needs)
+            regions = replace(regions, refined=tuple(stage.boxes for stage in student_view.later))
         # no_grad, not inference_mode: the adapters' graphs need these tensors.
         with self._timed("teacher", seconds, batch), torch.no_grad():
             teacher_seen = self.teacher.look(batch)

@@ -56,6 +56,13 @@ def prediction_columns(student: Detector, teacher: Detector) -> Tensor:
     return class_columns(student, teacher)
 
 
+def stage_weights(student: Detector, teacher: Detector) -> tuple[float, ...]:
+    """The student's weights of the later stages, where both detectors are cascades of the same stages; else none."""
+    if not (isinstance(student, TwoStageDetector) and isinstance(teacher, TwoStageDetector)):
+        return ()
+    return student.later_weights if student.later_box_weights == teacher.later_box_weights else ()
+
+
 def class_map_columns(student: Detector, teacher: Detector) -> Tensor:
     """Checks that the two dense heads say the same kind of thing of a cell; returns ``class_columns``.
 

@@ -111,6 +111,10 @@ class SGFITerm(nn.Module):
         )
         self.prior = prior
         self.centre = centre
+        level: frozenset[View] = frozenset({"level"} if prior else ())
+        pooled: frozenset[View] = frozenset({"pooled"})
+        self.student_needs = level if centre == "student" else frozenset[View]()
+        self.teacher_needs = pooled | level if centre == "teacher" else pooled
         self.prior_steps = prior_steps
         self.register_buffer("steps", torch.zeros(()))  # done so far
         self.sampling_ratio = sampling_ratio
@@ -131,8 +135,10 @@ class SGFITerm(nn.Module):
             imitation, _ = self.matcher(levels, target.float(), affine, prior)
         return imitation_loss(imitation.float(), target.float(), channels)
 
-    def _prior(self, pair: ObservedPair) -> Tensor:
-        """(R, L) logits that the match of each region starts from."""
+    def _prior(self, pair: ObservedPair) -> Tensor | None:
+        """(R, L) logits that the match of each region starts from; None where it favours no level."""
+        if self.prior == 0:
+            return None
         index = pair.regions.image_index
         octaves = _octaves(pair.student_seen.pyramid, index)
         view, theirs = pair.student_view, octaves
@@ -209,33 +215,50 @@ class _PredictionTerm(nn.Module):
 
     Args:
         columns: (K + 1,) int64, the teacher's column for each of the student's.
+        stage_weights: of the later stages of two cascades; empty for other pairs.
     """
 
     student_needs: frozenset[View] = frozenset({"predictions"})
     teacher_needs: frozenset[View] = frozenset({"predictions"})
     columns: Tensor
 
-    def __init__(self, *, columns: Tensor) -> None:
+    def __init__(self, *, columns: Tensor, stage_weights: Sequence[float] = ()) -> None:
         super().__init__()
         self.register_buffer("columns", columns)
+        self.stage_weights = tuple(stage_weights)
+
+    def forward(self, pair: ObservedPair) -> Tensor:
+        """The first stage's loss, and those of a cascade's later stages by their weights in its own loss."""
+        first = [_predictions(view) for view in (pair.student_view, pair.teacher_view)]
+        loss = self.compare(*first[0], first[1][0][:, self.columns], first[1][1][:, self.columns])
+        stages = zip(self.stage_weights, pair.student_view.later, pair.teacher_view.later, strict=False)
+        for weight, ours, theirs in stages:
+            logits, deltas = theirs.class_logits[:, self.columns], theirs.box_deltas[:, self.columns]
+            loss = loss + weight * self.compare(ours.class_logits, ours.box_deltas, logits, deltas)
+        return loss
+
+    def compare(self, student_logits: Tensor, student_deltas: Tensor, logits: Tensor, deltas: Tensor) -> Tensor:
+        """One stage's loss; the teacher's columns are in the student's order."""
+        raise NotImplementedError
 
 
 class ClassTerm(_PredictionTerm):
     """L_cls: the teacher's class distribution on each region."""
 
-    def forward(self, pair: ObservedPair) -> Tensor:
-        student, teacher = pair.student_view.class_logits, pair.teacher_view.class_logits
-        assert student is not None and teacher is not None
-        return class_loss(student, teacher[:, self.columns])
+    def compare(self, student_logits: Tensor, student_deltas: Tensor, logits: Tensor, deltas: Tensor) -> Tensor:
+        return class_loss(student_logits, logits)
 
 
 class BoxTerm(_PredictionTerm):
     """L_reg: the teacher's boxes on each region, class by class."""
 
-    def forward(self, pair: ObservedPair) -> Tensor:
-        student, teacher = pair.student_view, pair.teacher_view
-        assert student.box_deltas is not None and teacher.box_deltas is not None and teacher.class_logits is not None
-        return box_loss(student.box_deltas, teacher.box_deltas[:, self.columns], teacher.class_logits[:, self.columns])
+    def compare(self, student_logits: Tensor, student_deltas: Tensor, logits: Tensor, deltas: Tensor) -> Tensor:
+        return box_loss(student_deltas, deltas, logits)
+
+
+def _predictions(view: RegionView) -> tuple[Tensor, Tensor]:
+    assert view.class_logits is not None and view.box_deltas is not None
+    return view.class_logits, view.box_deltas
 
 
 def needs_of(terms: Sequence[Term]) -> tuple[frozenset[View], frozenset[View]]:

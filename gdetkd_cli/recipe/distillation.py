@@ -12,7 +12,11 @@ from gdetkd_cli.recipe.base import Fraction, Strict
 class RegionChoice(Strict):
     """Which boxes student and teacher are compared on."""
 
-    per_image: PositiveInt = Field(64, description="regions per image at most")
+    per_image: PositiveInt | Literal["auto"] = Field(
+        "auto",
+        description="regions per image at most; auto: as many as the student's head trains on (the paper), 512 where "
+        "it samples none; on a CPU 64 at most",
+    )
     positive_iou: Fraction = Field(0.5, description="dense students: overlap with the truth that makes a positive")
     negatives_per_positive: NonNegativeFloat = Field(3.0, description="dense students: negatives per positive")
 
@@ -141,7 +145,7 @@ class Distill(Strict):
     logit: Logit | None = None
     head_transfer: bool | Literal["auto"] = Field(
         "auto",
-        description="start the student's head from the teacher's; auto: a fresh head, in a run of at most 15 epochs",
+        description="start the student's head from the teacher's; auto: where it fits and the student's own is fresh",
     )
     task_loss: Literal["own", "none"] = Field(
         "own", description="none: the student's own losses are left out; it learns from the teacher alone"

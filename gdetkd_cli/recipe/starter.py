@@ -70,9 +70,9 @@ distill:
                                 # Or {{weight: auto, gamma: 0.07, queue: 4096}}: temperature, embeddings remembered
   class_kd: auto                # teacher's class scores; auto: where both detectors are two-stage. Or {{weight: 1.0}}
   box_kd: auto                  # teacher's box corrections; as class_kd
-  # head_transfer: auto         # start the student's head from the teacher's; auto: in a run of 15 epochs at most
+  # head_transfer: auto         # start the student's head from the teacher's; auto: where it fits a fresh head
   # regions:
-  #   per_image: 64             # regions per image at most
+  #   per_image: auto           # regions per image at most; auto: the head's own number, on a CPU 64 at most
 
 train:
   steps: 5000                   # optimizer steps

@@ -70,8 +70,6 @@ def run_init(teacher: str, student: str, data: Path, *, output: Path, observer: 
             "schedule": {"warmup_steps": 200},
         },
     }
-    if not cuda:
-        recipe["distill"] = {"regions": {"per_image": 32}}
     valid = Recipe.model_validate(recipe)
     checked = _checked(valid, str(output), train, (student, teacher), (short, long), observer)
     _write(output, _text(recipe, checked, epochs(valid, len(train))), recipe)
@@ -184,7 +182,6 @@ def _checked(
         teacher.detector,
         recipe.seed,
         trained_head=student.trained_head,
-        epochs=epochs(recipe, len(train)),
     )
     student_report, teacher_report = (
         report_of(built.detector, source=title, format="run", size=size)

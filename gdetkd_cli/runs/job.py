@@ -16,7 +16,6 @@ from gdetkd_cli.detectors.protocol import Detector
 from gdetkd_cli.detectors.trainable import TrainableDetector
 from gdetkd_cli.distill.distiller import Distiller
 from gdetkd_cli.errors import PairError, RecipeError
-from gdetkd_cli.recipe.scaling import epochs
 from gdetkd_cli.recipe.schema import CocoData, ComposedDetector, Data, FolderData, Recipe, TorchvisionDetector
 from gdetkd_cli.training.device import ComputeSettings
 from gdetkd_cli.training.events import Note, Observer, silent
@@ -113,7 +112,7 @@ def prepare(
             teacher.detector,
             recipe.seed,
             trained_head=student.trained_head,
-            epochs=epochs(recipe, pictures["train"], accelerator.num_processes),
+            device=device.type,
         )
     distiller = pair.distiller if pair else Distiller(student=student.detector)
     build.apply_runtime(settings, recipe, student.detector, pair, device)

@@ -247,6 +247,7 @@ def _announce(job: Job, observer: Observer) -> None:
     for term in job.pair.terms:
         observer(Note(f"term {term.name}: " + (f"weight {term.weight:g}" if term.weight is not None else term.reason)))
     observer(Note(f"head transfer: {job.pair.head_transfer}"))
+    observer(Note(f"regions: {job.pair.regions_per_image} per image at most"))
     if not job.distiller.task_loss:
         learnt = ", ".join(term.name for term in job.pair.terms if term.weight is not None)
         observer(Note(f"task loss: none; the student learns from {learnt} alone, and its own losses do not count"))

@@ -59,25 +59,47 @@ def test_a_trained_head_is_left_alone_unless_the_recipe_says_otherwise(
     assert ("the student's own head is trained" in pair.head_transfer) == (trained and not copied)
 
 
-@pytest.mark.parametrize(
-    ("head_transfer", "epochs", "copied"),
-    [("auto", 15.0, True), ("auto", 15.5, False), (True, 100.0, True), (False, 1.0, False)],
-)
-def test_a_long_run_needs_no_head_start(
-    head_transfer: Any, epochs: float, copied: bool, tiny_detector: TinyDetector
+@pytest.mark.parametrize(("head_transfer", "copied"), [(True, True), (False, False)])
+def test_features_become_the_teachers_own_where_its_head_reads_them(
+    head_transfer: Any, copied: bool, tiny_detector: TinyDetector
 ) -> None:
-    pair = built_with_head(tiny_detector, head_transfer, copied, epochs=epochs)
+    pair = built_with_head(tiny_detector, head_transfer, copied)
     term = pair.distiller.terms["sgfi"]
     assert isinstance(term, SGFITerm)
     assert term.same_space == copied  # free features go with a head of one's own
-    assert ("epochs are more than the 15" in pair.head_transfer) == (head_transfer == "auto" and not copied)
 
 
-@pytest.mark.parametrize("how", [{"epochs": 100.0}, {"trained_head": True}], ids=["long", "trained"])
-def test_a_pair_whose_heads_differ_is_not_told_to_copy(how: dict[str, Any], tiny_detector: TinyDetector) -> None:
-    pair = build_pair(Distill(), tiny_detector("fcos"), tiny_detector("faster-rcnn"), seed=0, **how)
+def test_a_pair_whose_heads_differ_is_not_told_to_copy(tiny_detector: TinyDetector) -> None:
+    pair = build_pair(Distill(), tiny_detector("fcos"), tiny_detector("faster-rcnn"), seed=0, trained_head=True)
     assert pair.head_transfer.startswith("nothing copied: ")
     assert "head_transfer: true" not in pair.head_transfer
+
+
+@pytest.mark.parametrize(
+    ("student", "per_image", "device", "expected"),
+    [
+        ("faster-rcnn", "auto", "cuda", 16),  # the toy's head trains on 16
+        ("faster-rcnn", "auto", "cpu", 16),
+        ("fcos", "auto", "cuda", 512),
+        ("fcos", "auto", "cpu", 64),
+        ("fcos", 100, "cpu", 100),
+    ],
+)
+def test_regions_follow_the_head_and_the_device(
+    student: str, per_image: Any, device: str, expected: int, tiny_detector: TinyDetector
+) -> None:
+    config = Distill.model_validate({"regions": {"per_image": per_image}})
+    pair = build_pair(config, tiny_detector(student), tiny_detector("faster-rcnn", seed=1), seed=0, device=device)
+    assert pair.regions_per_image == expected
+
+
+def test_later_stages_of_two_cascades_are_distilled(tiny_detector: TinyDetector) -> None:
+    pairs = {
+        student: build_pair(Distill(), tiny_detector(student), tiny_detector("cascade-rcnn", seed=1), seed=0)
+        for student in ("cascade-rcnn", "faster-rcnn")
+    }
+    weights = {name: pair.distiller.terms["class_kd"].stage_weights for name, pair in pairs.items()}
+    assert weights == {"cascade-rcnn": (0.5, 0.25), "faster-rcnn": ()}
 
 
 @pytest.mark.parametrize(

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from catalogue import all_regions
 from torch import Tensor
 from torchvision.ops import batched_nms, clip_boxes_to_image
 
-from gdetkd_cli.detectors.protocol import Detector
+from gdetkd_cli.detectors.protocol import Detector, View
 from gdetkd_cli.structures import Batch
 
 WEIGHTS = ((10.0, 10, 5, 5), (20.0, 20, 10, 10), (30.0, 30, 15, 15))
@@ -90,3 +92,30 @@ def test_every_stage_learns(tiny_detector: Callable[..., Detector], batch: Batch
     for stage in (module.roi_heads, *module.roi_heads.later):
         for layer in (stage.box_head.fc6, stage.box_predictor.cls_score):
             assert layer.weight.grad.abs().sum() > 0
+
+
+def test_both_cascades_say_the_same_of_the_refined_boxes(
+    tiny_detector: Callable[..., Detector], tiny_batch: Batch
+) -> None:
+    """A student that is its own teacher: every later stage of the teacher sees the boxes that the student's saw."""
+    student, teacher = tiny_detector("cascade-rcnn", norm="frozen"), tiny_detector("cascade-rcnn", norm="frozen")
+    for detector in (student, teacher):
+        for number, stage in enumerate((detector.module.roi_heads, *detector.module.roi_heads.later)):
+            torch.manual_seed(number)
+            for layer in (stage.box_predictor.cls_score, stage.box_predictor.bbox_pred):
+                layer.weight.data = 0.3 * torch.randn(layer.weight.shape)
+    seen = student.observe(tiny_batch)
+    assert seen.candidates is not None
+    regions = all_regions(seen.candidates, own=True)
+    needs: frozenset[View] = frozenset({"predictions"})
+    ours = student.view_regions(seen, regions, needs)
+    refined = replace(regions, refined=tuple(stage.boxes for stage in ours.later))
+    with torch.no_grad():
+        theirs = teacher.view_regions(teacher.look(tiny_batch), refined, needs)
+
+    assert len(ours.later) == len(theirs.later) == 2
+    assert not torch.allclose(ours.later[0].boxes, regions.boxes, atol=1.0)
+    for own, other in zip(ours.later, theirs.later, strict=True):
+        torch.testing.assert_close(own.boxes, other.boxes)
+        torch.testing.assert_close(own.class_logits, other.class_logits, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(own.box_deltas, other.box_deltas, rtol=1e-3, atol=1e-3)

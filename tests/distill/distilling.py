@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +39,7 @@ def terms_of(teacher: str, student: str) -> tuple[str, ...]:
 EVERY_TERM = [(*pair, name) for pair in PAIRS for name in terms_of(*pair)]
 
 
-def make_term(name: str, student: Detector, teacher: Detector) -> nn.Module:
+def make_term(name: str, student: Detector, teacher: Detector, **of_sgfi: Any) -> nn.Module:
     torch.manual_seed(7)
     if name == "sgfi":
         return SGFITerm(
@@ -48,6 +49,7 @@ def make_term(name: str, student: Detector, teacher: Detector) -> nn.Module:
             prior=3.0,
             normalize="channel",
             sampling_ratio=2,
+            **of_sgfi,
         )
     if name == "ckd":
         return CKDTerm(

@@ -94,7 +94,7 @@ def test_a_match_on_the_own_level_alone_is_roi_imitation(
 ) -> None:
     """Both pool a region where the cells of either detector lie, not where a head of its own would read them."""
     pupil, frozen = tiny_detector(student), tiny_detector(teacher, seed=1)
-    soft = make_term("sgfi", pupil, frozen)
+    soft = make_term("sgfi", pupil, frozen, centre="student")
     soft.prior = 1e6
     hard = RoIImitationTerm(
         student_channels=max(level.channels for level in pupil.levels),

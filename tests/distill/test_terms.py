@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from gdetkd_cli.detectors.pooling import pool_all_levels
-from gdetkd_cli.detectors.protocol import Observation, RegionView
+from gdetkd_cli.detectors.protocol import Observation, RegionView, StageView
 from gdetkd_cli.distill.terms import BoxTerm, CKDTerm, ClassTerm, ObservedPair, SGFITerm, Term, needs_of
 from gdetkd_cli.losses.ckd import contrastive_loss
+from gdetkd_cli.losses.prediction import class_loss
 from gdetkd_cli.losses.sgfi import imitation_loss
 from gdetkd_cli.structures import Batch, Frame, LevelSpec, Pyramid, Regions
 
@@ -104,11 +106,41 @@ def test_sgfi_starts_from_the_students_own_level() -> None:
     own = torch.tensor([0, 1, 0])
     target = draw(3, 6, 7, 7)
     pair = make_pair(maps=MAPS, student=RegionView(level=own), teacher=RegionView(pooled=target))
-    term = make_sgfi(prior=1e4)
+    term = make_sgfi(prior=1e4, centre="student")
     levels = pool_all_levels(pair.student_seen.pyramid, pair.regions, size=7, sampling_ratio=2)
     alone = torch.where((own == 0)[:, None, None, None], levels[0], levels[1])
 
     torch.testing.assert_close(term(pair), imitation_loss(term.matcher.adapters[0](alone), target))
+
+
+@pytest.mark.parametrize(("level", "nearest"), [(0, 0), (1, 1), (2, 1)])
+def test_sgfi_starts_from_the_stride_that_the_teacher_pools_from(level: int, nearest: int) -> None:
+    """Teacher strides of 2, 4 and 32, student strides of 2 and 4: whatever level the student would assign."""
+    target = draw(3, 6, 7, 7)
+    view = RegionView(pooled=target, level=torch.full((3,), level))
+    pair = make_pair(maps=MAPS, teacher=view)
+    strides = ((2.0, 2.0), (4.0, 4.0), (32.0, 32.0))
+    base = pair.teacher_seen.pyramid
+    levels = tuple(replace(base.levels[0], stride=stride) for stride in strides)
+    seen = replace(pair.teacher_seen, pyramid=replace(base, levels=levels))
+    term = make_sgfi(prior=1e4)
+    loss = term(replace(pair, teacher_seen=seen))
+
+    pooled = pool_all_levels(pair.student_seen.pyramid, pair.regions, size=7, sampling_ratio=2)
+    torch.testing.assert_close(loss, imitation_loss(term.matcher.adapters[0](pooled[nearest]), target))
+
+
+def test_the_prior_is_measured_in_pixels_of_the_image() -> None:
+    """A teacher that sees the image at half the size: its stride of 2 is 4 pixels of the image."""
+    target = draw(3, 6, 7, 7)
+    pair = make_pair(maps=MAPS, teacher=RegionView(pooled=target, level=torch.zeros(3, dtype=torch.int64)))
+    frame = pair.teacher_seen.pyramid.frame
+    halved = replace(pair.teacher_seen.pyramid, frame=replace(frame, scale=frame.scale / 2))
+    term = make_sgfi(prior=1e4)
+    loss = term(replace(pair, teacher_seen=replace(pair.teacher_seen, pyramid=halved)))
+
+    pooled = pool_all_levels(pair.student_seen.pyramid, pair.regions, size=7, sampling_ratio=2)
+    torch.testing.assert_close(loss, imitation_loss(term.matcher.adapters[0](pooled[1]), target))
 
 
 def test_sgfi_of_any_teachers_scale_is_alike() -> None:
@@ -288,7 +320,11 @@ def test_ckd_learns_to_tell_regions_apart() -> None:
 def test_class_term_permutes_the_teachers_columns() -> None:
     teacher = draw(3, 4)
     student = teacher[:, COLUMNS].clone().requires_grad_()
-    aligned = make_pair(student=RegionView(class_logits=student), teacher=RegionView(class_logits=teacher))
+    deltas = torch.zeros(3, 4, 4)
+    aligned = make_pair(
+        student=RegionView(class_logits=student, box_deltas=deltas),
+        teacher=RegionView(class_logits=teacher, box_deltas=deltas),
+    )
 
     loss = ClassTerm(columns=COLUMNS)(aligned)
     loss.backward()
@@ -307,12 +343,25 @@ def test_box_term_permutes_deltas_and_their_weights() -> None:
     pair = make_pair(
         boxes=APART[:1],
         image_index=(0,),
-        student=RegionView(box_deltas=student),
+        student=RegionView(class_logits=logits, box_deltas=student),
         teacher=RegionView(class_logits=logits, box_deltas=deltas),
     )
 
     # Both differences are circle's, whose probability is 0.3: |0.3 * 10| + |0.3 * -5| = 4.5.
     assert BoxTerm(columns=COLUMNS)(pair).item() == pytest.approx(4.5, rel=1e-5)
+
+
+def test_later_stages_count_by_their_weights() -> None:
+    logits, deltas = draw(3, 4), draw(3, 4, 4, seed=1)
+    stages = [StageView(APART, draw(3, 4, seed=s), draw(3, 4, 4, seed=s + 10)) for s in (2, 3, 4, 5)]
+    pair = make_pair(
+        student=RegionView(class_logits=logits, box_deltas=deltas, later=tuple(stages[:2])),
+        teacher=RegionView(class_logits=logits, box_deltas=deltas, later=tuple(stages[2:])),
+    )
+    term = ClassTerm(columns=torch.arange(4), stage_weights=(0.5, 0.25))
+    by_stage = [class_loss(stages[i].class_logits, stages[i + 2].class_logits) for i in (0, 1)]
+    torch.testing.assert_close(term(pair), 0.5 * by_stage[0] + 0.25 * by_stage[1])
+    assert ClassTerm(columns=torch.arange(4))(pair).item() == pytest.approx(0, abs=1e-6)
 
 
 # ------------------------------------------------------------------------------------------------------------ needs
@@ -322,8 +371,10 @@ def test_needs_are_those_of_all_terms() -> None:
     sgfi, ckd, classes = make_sgfi(), make_ckd(), ClassTerm(columns=COLUMNS)
     cases: list[tuple[list[Term], set[str], set[str]]] = [
         ([], set(), set()),
-        ([sgfi], {"level"}, {"pooled"}),
-        ([sgfi, ckd], {"level", "embedding"}, {"pooled", "embedding"}),
+        ([sgfi], set(), {"pooled"}),
+        ([make_sgfi(prior=1.0)], set(), {"pooled", "level"}),
+        ([make_sgfi(prior=1.0, centre="student")], {"level"}, {"pooled"}),
+        ([sgfi, ckd], {"embedding"}, {"pooled", "embedding"}),
         ([ckd, classes], {"embedding", "predictions"}, {"embedding", "predictions"}),
     ]
     for terms, student, teacher in cases:

@@ -72,11 +72,11 @@ def test_attention_with_a_prior() -> None:
 
 
 def test_the_prior_by_hand() -> None:
-    """Levels of stride 4, 8 and 32: one octave, then two."""
-    prior = level_prior(torch.tensor([0, 2, 1]), torch.tensor([4.0, 8.0, 32.0]), 2.0)
-
-    assert prior.tolist() == [[0, -2, -18], [-18, -8, 0], [-2, 0, -8]]
-    assert not level_prior(torch.tensor([0, 1]), torch.tensor([4.0, 8.0]), 0.0).any()
+    """Levels of stride 4, 8 and 32 in pixels of one image, of stride 2, 4 and 16 in those of another."""
+    octaves = torch.tensor([[2.0, 3, 5], [2, 3, 5], [1, 2, 4]])
+    prior = level_prior(octaves, torch.tensor([2.0, 5, 3]), 2.0)
+    assert prior.tolist() == [[0, -2, -18], [-18, -8, 0], [-8, -2, -2]]
+    assert not level_prior(octaves, torch.tensor([2.0, 5, 3]), 0.0).any()
 
 
 def test_the_weights_of_a_region_sum_to_one_over_its_levels() -> None:
