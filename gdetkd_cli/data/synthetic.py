@@ -25,7 +25,7 @@ MARKS = ("dot", "bar", "ring")
 CLASS_NAMES = tuple(f"{outline}-{mark}" for outline in OUTLINES for mark in MARKS)
 
 _OVERSAMPLING = 2  # drawn twice as large, then averaged: smooth edges
-_SMALLEST, _LARGEST = 0.12, 0.88  # outer diameter of an object, as a fraction of the scene's side
+_LARGEST = 0.88  # outer diameter of an object, as a fraction of the scene's side
 _MARK_REACH = (0.34, 0.45)  # half the mark's extent, as a fraction of the object's radius
 _MIN_VISIBLE = 0.45  # an object that would leave less of an earlier one to be seen is not drawn
 _MIN_MARK_VISIBLE = 0.75  # the same for the part that tells the class
@@ -45,7 +45,7 @@ class _Placed:
 
 
 @lru_cache(maxsize=2)  # a demo asks for the same validation scenes several times
-def synthetic_split(*, split: str, images: int, size: int, seed: int) -> Split:
+def synthetic_split(*, split: str, images: int, size: int, seed: int, smallest: float = 0.12) -> Split:
     """Draws ``images`` scenes of ``size`` x ``size`` pixels.
 
     Args:
@@ -53,8 +53,11 @@ def synthetic_split(*, split: str, images: int, size: int, seed: int) -> Split:
         images: how many. The first n scenes of a longer split are the same n scenes.
         size: side in pixels.
         seed: another seed is another data set.
+        smallest: outer diameter of the smallest object, as a fraction of the side.
     """
-    scenes = [_draw_scene(np.random.default_rng([seed, _SPLIT_KEYS[split], index]), size) for index in range(images)]
+    scenes = [
+        _draw_scene(np.random.default_rng([seed, _SPLIT_KEYS[split], index]), size, smallest) for index in range(images)
+    ]
     pictures = [torch.from_numpy(pixels).permute(2, 0, 1).contiguous() for pixels, _, _ in scenes]
     records = []
     for index, (_, boxes, labels) in enumerate(scenes):
@@ -83,7 +86,7 @@ def _read(pictures: list[Tensor], index: int) -> Tensor:
     return pictures[index]
 
 
-def _draw_scene(rng: Generator, size: int) -> tuple[np.ndarray, list[list[float]], list[int]]:
+def _draw_scene(rng: Generator, size: int, smallest: float) -> tuple[np.ndarray, list[list[float]], list[int]]:
     """One scene: (size, size, 3) uint8 pixels, xyxy boxes in pixels, labels 1..K."""
     side = size * _OVERSAMPLING
     picture = _background(rng, side)
@@ -96,7 +99,7 @@ def _draw_scene(rng: Generator, size: int) -> tuple[np.ndarray, list[list[float]
     placed: list[_Placed] = []
     for _ in range(int(rng.integers(3, 9))):
         label = int(rng.integers(1, len(CLASS_NAMES) + 1))
-        radius = 0.5 * side * math.exp(rng.uniform(math.log(_SMALLEST), math.log(_LARGEST)))
+        radius = 0.5 * side * math.exp(rng.uniform(math.log(smallest), math.log(_LARGEST)))
         centre = (rng.uniform(radius, side - radius), rng.uniform(radius, side - radius))
         outline = _outline(OUTLINES[(label - 1) // len(MARKS)], centre, radius, rng.uniform(0, 2 * math.pi))
         trial = owner.copy()
