@@ -21,7 +21,7 @@ class SyntheticData(Strict):
 
     format: Literal["synthetic"] = "synthetic"
     train_images: PositiveInt = Field(1200, description="scenes in the training split")
-    val_images: PositiveInt = Field(200, description="scenes in the validation split")
+    val_images: PositiveInt = Field(1000, description="scenes in the validation split")
     size: Annotated[int, Field(ge=64)] = Field(128, description="side of a scene in pixels")
     smallest: Annotated[float, Field(ge=0.02, le=0.5)] = Field(
         0.12, description="outer diameter of the smallest object, as a fraction of the side"

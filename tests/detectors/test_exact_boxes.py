@@ -1,4 +1,4 @@
-"""Half precision never touches a coordinate: every family, on images above 1,000 pixels, where bfloat16 resolves 4 to 8.
+"""Half precision never touches a coordinate: every family, above 1,000 pixels, where bfloat16 resolves 4 to 8.
 
 Each test fails if ``exact_boxes`` does nothing.
 """

@@ -74,6 +74,20 @@ def test_a_run_leaves_everything_that_is_promised(tmp_path: Path) -> None:
     assert json.loads((run / "metrics.json").read_text())["AP"] == pytest.approx(result.metrics.ap)
 
 
+def test_half_precision_trains_and_the_file_has_the_reported_ap(tmp_path: Path) -> None:
+    """The loop evaluates in float32, as ``gdetkd eval`` does and as the student is shipped."""
+    recipe = toy.recipe(steps=3)
+    recipe = recipe.model_copy(update={"runtime": recipe.runtime.model_copy(update={"precision": "bf16"})})
+    AcceleratorState._reset_state(reset_partial_state=True)  # accelerate refuses two precisions within one process
+    try:
+        result = run_distill(recipe, output=tmp_path / "run")
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+    assert json.loads((tmp_path / "run" / "environment.json").read_text())["precision"] == "bf16"
+    assert run_eval(str(tmp_path / "run"), data=None).metrics.to_json() == result.metrics.to_json()
+
+
 def test_the_student_file_holds_the_student_alone_and_needs_no_gdetkd(tmp_path: Path) -> None:
     run = run_distill(toy.recipe(steps=1), output=tmp_path / "run").run
     detector = catalog.load(run / "student.pt").detector

@@ -1,0 +1,72 @@
+"""What half precision does to a detector far from the image's corner: AP in float32, in half precision, and without the
+guard that keeps coordinates in float32.
+
+    python benchmarks/precision.py                             # the shipped teacher
+    python benchmarks/precision.py --model runs/fcos --dtype float16
+
+Scenes of the built-in data lie at (1060, 600) of images of 1,216 x 736 pixels, where bfloat16 resolves 8 and 4 pixels.
+The model is one that works at the scenes' own size (128 pixels).
+"""
+
+from __future__ import annotations
+
+import argparse
+from contextlib import nullcontext
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+
+from gdetkd_cli.data.synthetic import CLASS_NAMES, synthetic_split
+from gdetkd_cli.detectors import catalog, torchvision_common
+from gdetkd_cli.evaluation.coco_metrics import evaluate_coco
+from gdetkd_cli.evaluation.predict import predict_split
+from gdetkd_cli.structures import Batch, Detections
+
+SIZE, CORNER, SIDE = (736, 1216), (1060, 600), 128  # (height, width), (x, y), pixels
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="builtin:shapes-teacher", help="run folder or student.pt")
+    parser.add_argument("--scenes", type=int, default=100)
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16"))
+    options = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    detector = catalog.load(catalog.locate(options.model)).detector
+    module: Any = detector.module.to(device)
+    module.transform.min_size, module.transform.max_size = (SIZE[0],), SIZE[1]
+    dtype = getattr(torch, options.dtype)
+    print(f"{options.model}, {options.scenes} scenes at {CORNER}, {device}")
+    print(f"float32                        {ap_of(detector, options.scenes, device, None):.1f} AP")
+    print(f"{options.dtype:30} {ap_of(detector, options.scenes, device, dtype):.1f} AP")
+    with patch.object(torchvision_common, "exact_boxes", lambda _: nullcontext()):
+        print(f"{options.dtype + ', boxes too':30} {ap_of(detector, options.scenes, device, dtype):.1f} AP")
+
+
+def ap_of(detector: Any, scenes: int, device: str, dtype: torch.dtype | None) -> float:
+    """COCO box AP in 0-100 of a detector on the moved scenes; under autocast where a dtype is given."""
+    split = synthetic_split(split="val", images=scenes, size=SIDE, seed=0)
+    batches = (
+        Batch([on_canvas(split.read(i))], [], torch.tensor([record.image_id])) for i, record in enumerate(split.records)
+    )
+    with torch.autocast(device, dtype or torch.bfloat16, enabled=dtype is not None):
+        found = predict_split(detector, batches, device)
+    shift = torch.tensor([*CORNER, *CORNER])
+    moved = {n: Detections(boxes=d.boxes.float() - shift, scores=d.scores, labels=d.labels) for n, d in found.items()}
+    ap = evaluate_coco(split.records, CLASS_NAMES, moved).ap
+    assert ap is not None
+    return ap
+
+
+def on_canvas(scene: Tensor) -> Tensor:
+    """(3, 128, 128) uint8 -> (3, 736, 1216) in 0..1, grey but for the scene."""
+    image = torch.full((3, *SIZE), 0.5)
+    x, y = CORNER
+    image[:, y : y + SIDE, x : x + SIDE] = scene / 255
+    return image
+
+
+if __name__ == "__main__":
+    main()
