@@ -40,12 +40,14 @@ class BuiltPair:
         kind: homogeneous or heterogeneous.
         terms: every term, its weight or why it is left out.
         head_transfer: what was copied from the teacher's head, or why nothing was.
+        transferred: whether it was copied.
     """
 
     distiller: Distiller
     kind: PairKind
     terms: tuple[TermPlan, ...]
     head_transfer: str
+    transferred: bool
 
 
 def build_pair(
@@ -133,7 +135,9 @@ def build_pair(
         choose_regions=choose,
         task_loss=config.task_loss == "own",
     )
-    return BuiltPair(distiller=distiller, kind=kind, terms=tuple(plans), head_transfer=head_transfer)
+    return BuiltPair(
+        distiller=distiller, kind=kind, terms=tuple(plans), head_transfer=head_transfer, transferred=transferred
+    )
 
 
 def _transfer(
