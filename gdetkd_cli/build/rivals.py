@@ -20,6 +20,7 @@ from gdetkd_cli.distill.map_terms import (
 )
 from gdetkd_cli.distill.pair import agreeing_anchors, class_map_columns, level_shapes
 from gdetkd_cli.errors import PairError
+from gdetkd_cli.losses.fgd import DENSE_CELLS, TWO_STAGE_CELLS
 from gdetkd_cli.recipe.distillation import CWD, FGD, PKD, Distill, FitNet, GTMask, Logit, RoIImitation, WholeMaps
 from gdetkd_cli.structures import Regions
 
@@ -105,11 +106,15 @@ def rival_term(block: Rival, student: Detector, teacher: Detector, *, same_space
                 student_channels=ours,
                 teacher_channels=theirs,
                 **asdict(fgd_weights(block, student)),
-                scaled=block.sums == "scaled",
+                published_cells=_published_cells(student) if block.sums == "scaled" else None,
                 standardized=block.standardize,
                 counted=counted,
                 same_space=same_space,
             )
+
+
+def _published_cells(student: Detector) -> int:
+    return TWO_STAGE_CELLS if student.family == "two-stage" else DENSE_CELLS
 
 
 def _assignment(detector: Detector) -> Assign:

@@ -240,7 +240,8 @@ class FGDTerm(_MapTerm):
     Args:
         temperature: of the attentions.
         objects, background, attention, relation: weights of the four parts.
-        scaled: sums over channels and cells are brought to the published size; see ``losses.fgd``.
+        published_cells: sums over channels and cells are brought to 256 channels and to so many cells of all levels
+            together (see ``losses.fgd``); None: they are left as they are.
         standardized: each of the teacher's levels has mean 0 and deviation 1; or its features are as they are.
     """
 
@@ -254,7 +255,7 @@ class FGDTerm(_MapTerm):
         background: float,
         attention: float,
         relation: float,
-        scaled: bool = True,
+        published_cells: int | None,
         standardized: bool = True,
         counted: Sequence[bool] | None = None,
         same_space: bool = False,
@@ -275,17 +276,20 @@ class FGDTerm(_MapTerm):
             raise ValueError("FGD's context blocks need a teacher whose levels have the same channels")
         self.temperature = temperature
         self.weights = (objects, background, attention, relation)
-        self.scaled = scaled
+        self.published_cells = published_cells
 
     def forward(self, pair: ObservedPair) -> Tensor:
         boxes = _boxes_in_cells(pair)
-        specs = pair.student_seen.pyramid.levels
+        levels = list(self.levels(pair))
+        scale = Scale()
+        if self.published_cells is not None:
+            cells = sum(level.inside[0].numel() for level in levels)
+            scale = published_scale(levels[0].target.shape[1], cells, self.published_cells)
         losses = []
-        for level in self.levels(pair):
-            _, channels, height, width = level.target.shape
-            shape = (height, width)
-            scale = published_scale(channels, shape, specs[level.number].stride) if self.scaled else Scale()
-            objects, background = object_masks([image[level.number] for image in boxes], shape)
+        for level in levels:
+            objects, background = object_masks(
+                [image[level.number] for image in boxes], (level.target.shape[-2], level.target.shape[-1])
+            )
             inside = level.inside.float()
             # Beyond the images both are 0: neither the attentions nor the context are taught what padding looks like.
             ours, theirs = (maps * inside[:, None] for maps in (level.adapted, level.target))

@@ -14,8 +14,10 @@ brings each sum to the size that it has there. Write e for the mean squared diff
 - Attention: |A_s - A_t| summed over cells grows as H W, summed over channels as C. The two are scaled apart.
 - Global: the squared difference summed over channels and cells grows as C H W e.
 
-So sums over channels get the factor 256 / C, and sums over cells the factor (800 * 1088 / area of a cell) / (H W). Both
-are 1 at the published size. The features' own scale, e, stays: see ``FGDTerm``.
+So sums over channels get the factor 256 / C. Sums over cells get the cells of the published levels over the cells of
+all levels that are compared, one factor for all levels: at the published strides this is the ratio of the images'
+areas, and a pyramid that begins finer or coarser adds up to the same. Both factors are 1 at the published size. The
+features' own scale, e, stays: see ``FGDTerm``.
 
 Shapes: N images, C channels, H x W cells, M boxes.
 """
@@ -30,9 +32,10 @@ from torch import Tensor, nn
 from torch.nn.functional import l1_loss, mse_loss
 
 PUBLISHED_CHANNELS = 256
-# Pixels of an image of 4 to 3, COCO's most frequent form, as the published settings resize it: 800 pixels on its short
-# side, padded to multiples of 32.
-PUBLISHED_PIXELS = 800 * 1088
+# Cells of the levels that the published settings compare, in an image of 4 to 3, COCO's most frequent form, resized to
+# 800 pixels on its short side and padded to multiples of 32: 800 x 1088. Strides 4 to 32, and 8 to 128.
+TWO_STAGE_CELLS = 200 * 272 + 100 * 136 + 50 * 68 + 25 * 34
+DENSE_CELLS = 100 * 136 + 50 * 68 + 25 * 34 + 13 * 17 + 7 * 9
 
 
 @dataclass(frozen=True)
@@ -43,16 +46,15 @@ class Scale:
     cells: float = 1.0
 
 
-def published_scale(channels: int, shape: tuple[int, int], stride: tuple[float, float]) -> Scale:
+def published_scale(channels: int, cells: int, published_cells: int) -> Scale:
     """The factors under which published weights mean what they mean at the published size.
 
     Args:
         channels: C of the maps that are compared.
-        shape: (H, W) of the level, in cells.
-        stride: (y, x) pixels of the network's input per cell.
+        cells: H W of all levels that are compared, together.
+        published_cells: ``TWO_STAGE_CELLS`` or ``DENSE_CELLS``.
     """
-    published_cells = PUBLISHED_PIXELS / (stride[0] * stride[1])
-    return Scale(channels=PUBLISHED_CHANNELS / channels, cells=published_cells / (shape[0] * shape[1]))
+    return Scale(channels=PUBLISHED_CHANNELS / channels, cells=published_cells / cells)
 
 
 def attention(maps: Tensor, temperature: float) -> tuple[Tensor, Tensor]:

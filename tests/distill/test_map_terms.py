@@ -22,7 +22,14 @@ TERMS: dict[type[nn.Module], dict[str, Any]] = {
     GTMaskTerm: {"share": 0.5, "anchors": [torch.full((1, 2), 4.0)] * 2},
     PKDTerm: {},
     CWDTerm: {"tau": 1.0},
-    FGDTerm: {"temperature": 0.5, "objects": 1e-3, "background": 5e-4, "attention": 1e-3, "relation": 5e-6},
+    FGDTerm: {
+        "temperature": 0.5,
+        "objects": 1e-3,
+        "background": 5e-4,
+        "attention": 1e-3,
+        "relation": 5e-6,
+        "published_cells": 1000,
+    },
 }
 
 
@@ -161,7 +168,11 @@ def test_fgd_against_its_equations(scaled: bool, standardized: bool) -> None:
     settings = {"temperature": 0.5, "objects": 2.0, "background": 3.0, "attention": 5.0, "relation": 7.0}
     observed = ObservedPair(**(vars(pair()) | {"student_seen": seen([6, 6], [4, 8], 0)}))
     term = FGDTerm(
-        student_channels=[6, 6], teacher_channels=TEACHER, scaled=scaled, standardized=standardized, **settings
+        student_channels=[6, 6],
+        teacher_channels=TEACHER,
+        published_cells=1000 if scaled else None,
+        standardized=standardized,
+        **settings,
     )
     expected = 0.0
     for student, teacher, stride in zip(
@@ -169,7 +180,7 @@ def test_fgd_against_its_equations(scaled: bool, standardized: bool) -> None:
     ):
         target = (teacher - teacher.mean()) / teacher.std(unbiased=False) if standardized else teacher
         masks = object_masks([boxes / stride for boxes in BOXES], (64 // stride, 64 // stride))
-        scale = Scale(256 / 6, 800 * 1088 / 64**2) if scaled else Scale()
+        scale = Scale(256 / 6, 1000 / (16**2 + 8**2)) if scaled else Scale()
         objects, background, attention = focal_losses(student, target, *masks, 0.5, scale)
         squares = (student - target).square().sum() / 2 * scale.channels * scale.cells
         expected += float(2 * objects + 3 * background + 5 * attention + 7 * squares)

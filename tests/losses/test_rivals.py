@@ -11,6 +11,8 @@ from torchvision.ops import box_iou
 
 from gdetkd_cli.losses.cwd import channel_divergence
 from gdetkd_cli.losses.fgd import (
+    DENSE_CELLS,
+    TWO_STAGE_CELLS,
     ContextBlock,
     Scale,
     attention,
@@ -271,10 +273,11 @@ def test_global_context_against_a_slow_version() -> None:
 
 
 def test_published_sizes_need_no_scale() -> None:
-    """An image of 4 to 3 at 800 pixels, on RetinaNet's finest level."""
-    assert published_scale(256, (100, 136), (8, 8)) == Scale(1, 1)
-    assert published_scale(64, (50, 136), (8, 8)) == Scale(4, 2)
-    assert published_scale(256, (100, 136), (4, 16)) == Scale(1, 1)
+    """800 x 1088 pixels: strides 4 to 32 of a two-stage detector, 8 to 128 of a dense one."""
+    for cells, strides in ((TWO_STAGE_CELLS, (4, 8, 16, 32)), (DENSE_CELLS, (8, 16, 32, 64, 128))):
+        assert cells == sum(math.ceil(800 / stride) * math.ceil(1088 / stride) for stride in strides)
+        assert published_scale(256, cells, cells) == Scale(1, 1)
+    assert published_scale(64, 50, 100) == Scale(4, 2)
 
 
 def all_parts(student: Tensor, teacher: Tensor, box: tuple[float, float, float, float], scale: Scale) -> list[float]:
@@ -286,21 +289,22 @@ def all_parts(student: Tensor, teacher: Tensor, box: tuple[float, float, float, 
     return [float(part.detach()) for part in parts]
 
 
-def at_stride_8(maps: Tensor) -> Scale:
-    return published_scale(maps.shape[1], (maps.shape[-2], maps.shape[-1]), (8, 8))
+def scale_of(maps: Tensor) -> Scale:
+    """To 256 channels and 1,000 cells."""
+    return published_scale(maps.shape[1], maps.shape[-2] * maps.shape[-1], 1000)
 
 
 @pytest.mark.parametrize("what", ["channels", "cells"])
 def test_scaled_parts_do_not_depend_on_the_size(what: str) -> None:
     """Every channel or every cell twice: the scaled losses stay, of the published ones the sums double."""
     student, teacher, box = random_maps(0), random_maps(1), (1.0, 1.0, 3.0, 3.0)
-    one = all_parts(student, teacher, box, at_stride_8(student))
+    one = all_parts(student, teacher, box, scale_of(student))
     if what == "channels":
         wide_student, wide_teacher, wide_box = student.repeat(1, 2, 1, 1), teacher.repeat(1, 2, 1, 1), box
     else:
         wide_student, wide_teacher = student.repeat_interleave(2, dim=3), teacher.repeat_interleave(2, dim=3)
         wide_box = (2.0, 1.0, 6.0, 3.0)
-    assert all_parts(wide_student, wide_teacher, wide_box, at_stride_8(wide_student)) == pytest.approx(one, rel=1e-4)
+    assert all_parts(wide_student, wide_teacher, wide_box, scale_of(wide_student)) == pytest.approx(one, rel=1e-4)
     before, after = all_parts(student, teacher, box, Scale()), all_parts(wide_student, wide_teacher, wide_box, Scale())
     grown = [b / a for a, b in zip(before, after, strict=True)]
     focal = 2.0 if what == "channels" else 1.0
@@ -310,8 +314,8 @@ def test_scaled_parts_do_not_depend_on_the_size(what: str) -> None:
 
 def test_at_the_published_size_the_scaled_parts_are_the_published_ones() -> None:
     generator = torch.Generator().manual_seed(0)
-    student, teacher = (torch.randn(1, 256, 25, 34, generator=generator) for _ in range(2))
-    scale = published_scale(256, (25, 34), (32, 32))
+    student, teacher = (torch.randn(1, 256, 25, 40, generator=generator) for _ in range(2))
+    scale = scale_of(student)
     box = (1.0, 1.0, 9.0, 3.0)
     assert all_parts(student, teacher, box, scale) == all_parts(student, teacher, box, Scale())
 
@@ -319,7 +323,7 @@ def test_at_the_published_size_the_scaled_parts_are_the_published_ones() -> None
 def test_scaled_parts_against_a_slow_version() -> None:
     """As means, with the published sizes written out."""
     student, teacher, box = random_maps(0), random_maps(1), (1.0, 1.0, 3.0, 3.0)
-    found = all_parts(student, teacher, box, at_stride_8(student))
+    found = all_parts(student, teacher, box, scale_of(student))
     expected = [0.0, 0.0, 0.0, 0.0]
     for n in range(2):
         (cells_s, channels_s), (cells_t, channels_t) = (attention(maps[n : n + 1], 0.5) for maps in (student, teacher))
@@ -328,9 +332,9 @@ def test_scaled_parts_against_a_slow_version() -> None:
         inside[1:3, 1:3] = True
         expected[0] += 256 * float(weighted[:, inside].mean()) / 2
         expected[1] += 256 * float(weighted[:, ~inside].mean()) / 2
-        expected[2] += 100 * 136 * float((cells_s - cells_t).abs().mean()) / 2
+        expected[2] += 1000 * float((cells_s - cells_t).abs().mean()) / 2
         expected[2] += 256 * float((channels_s - channels_t).abs().mean()) / 2
-        expected[3] += 256 * 100 * 136 * float((student[n] - teacher[n]).square().mean()) / 2
+        expected[3] += 256 * 1000 * float((student[n] - teacher[n]).square().mean()) / 2
     assert found == pytest.approx(expected, rel=1e-4)
 
 
