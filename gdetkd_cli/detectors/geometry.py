@@ -75,7 +75,7 @@ def _measure(forward: Forward, image: Tensor) -> tuple[LevelSpec, ...]:
 
 
 def is_subsampled(level: Tensor, before: Tensor) -> bool:
-    """Whether a level takes every k-th cell of the one before it, or the greatest of each k x k.
+    """Whether a level only takes every k-th cell of the one before it, or the greatest of each k x k.
 
     A constant map says nothing of how it was made, so it is not.
 
@@ -83,7 +83,9 @@ def is_subsampled(level: Tensor, before: Tensor) -> bool:
         level: (N, C, H, W).
         before: (N, C', H', W'), the next finer level of the same images.
     """
-    step = round(before.shape[-1] / level.shape[-1])
-    if step < 2 or level.shape[1] != before.shape[1] or bool((level == level.flatten()[0]).all()):
+    down, across = (round(before.shape[axis] / level.shape[axis]) for axis in (-2, -1))
+    constant = bool((level == level.flatten()[0]).all())
+    if max(down, across) < 2 or min(down, across) < 1 or level.shape[1] != before.shape[1] or constant:
         return False
-    return any(torch.equal(level, one) for one in (before[..., ::step, ::step], max_pool2d(before, step)))
+    every, greatest = before[..., ::down, ::across], max_pool2d(before, (down, across))
+    return torch.equal(level, every) or torch.equal(level, greatest)

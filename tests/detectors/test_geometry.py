@@ -151,3 +151,5 @@ def test_constant_maps_say_nothing_of_how_they_were_made() -> None:
     assert is_subsampled(torch.arange(16.0).view(1, 1, 4, 4)[..., ::2, ::2], torch.arange(16.0).view(1, 1, 4, 4))
     assert not is_subsampled(torch.zeros(1, 1, 2, 2), torch.zeros(1, 1, 4, 4))
     assert not is_subsampled(torch.arange(16.0).view(1, 1, 4, 4), torch.arange(16.0).view(1, 1, 4, 4))  # no coarser
+    assert not is_subsampled(torch.arange(2.0).view(1, 2, 1, 1), torch.arange(8.0).view(1, 2, 1, 4))
+    assert is_subsampled(torch.tensor([[[[1.0, 3.0]]]]), torch.arange(4.0).view(1, 1, 1, 4))  # along one axis
