@@ -24,6 +24,8 @@ class LevelSpec:
         stride: (y, x) model pixels per cell, measured.
         offset: (y, x) model-pixel coordinate of the centre of cell (0, 0), measured.
         shape: (H, W) cells at the size the level was measured at.
+        subsampled: the map only repeats cells of the level before it, or the greatest of them, and computes nothing of
+            its own: the ``pool`` that torchvision's two-stage pyramids end in.
     """
 
     name: str
@@ -31,6 +33,7 @@ class LevelSpec:
     stride: tuple[float, float]
     offset: tuple[float, float]
     shape: tuple[int, int]
+    subsampled: bool = False
 
 
 @dataclass(frozen=True)

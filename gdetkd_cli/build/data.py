@@ -40,9 +40,7 @@ def build_split(data: Data, which: Which, labels: Path | None = None, *, outline
     """
     if isinstance(data, SyntheticData):
         images = data.train_images if which == "train" else data.val_images
-        return synthetic_split(
-            split=which, images=images, size=data.size, seed=data.seed, smallest=data.smallest
-        )
+        return synthetic_split(split=which, images=images, size=data.size, seed=data.seed, smallest=data.smallest)
     if isinstance(data, VocData):
         lists = data.train if which == "train" else data.val
         return read_voc(lists=[data.root / path for path in lists], root=data.root, classes=data.classes)

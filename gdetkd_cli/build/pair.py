@@ -39,6 +39,7 @@ class BuiltPair:
         kind: homogeneous or heterogeneous.
         terms: every term, its weight or why it is left out.
         head_transfer: what was copied from the teacher's head, or why nothing was.
+        transferred: whether it was copied.
         regions_per_image: most regions of an image that the terms compare.
     """
 
@@ -46,6 +47,7 @@ class BuiltPair:
     kind: PairKind
     terms: tuple[TermPlan, ...]
     head_transfer: str
+    transferred: bool
     regions_per_image: int
 
 
@@ -136,7 +138,12 @@ def build_pair(
         task_loss=config.task_loss == "own",
     )
     return BuiltPair(
-        distiller=distiller, kind=kind, terms=tuple(plans), head_transfer=head_transfer, regions_per_image=per_image
+        distiller=distiller,
+        kind=kind,
+        terms=tuple(plans),
+        head_transfer=head_transfer,
+        transferred=transferred,
+        regions_per_image=per_image,
     )
 
 

@@ -20,7 +20,7 @@ def compare(
             "--methods",
             metavar="A,B,C",
             help="none (plain training), gdetkd (the recipe as it is), or terms joined by +, as in sgfi+ckd+head. "
-            "Default: all methods, each alone.",
+            "Default: all methods, each alone, and each with the teacher's head where gdetkd has it.",
         ),
     ] = None,
     steps: Annotated[
@@ -46,13 +46,12 @@ def compare(
     from gdetkd_cli.cli import render
     from gdetkd_cli.cli.output import perform
     from gdetkd_cli.recipe.load import load_recipe
-    from gdetkd_cli.recipe.methods import DEFAULT
 
     loaded = load_recipe(recipe, overrides or ())
     budgets = _budgets(steps)
     from gdetkd_cli.runs import run_compare
 
-    asked = tuple(name.strip() for name in methods.split(",")) if methods else DEFAULT
+    asked = tuple(name.strip() for name in methods.split(",")) if methods else ()
     table = partial(run_compare, loaded, methods=asked, steps=budgets, seeds=seeds, baseline=baseline)
     found = perform(partial(table, jobs=jobs, output=output), render.compared, as_json=as_json)
     if found is not None and found.failures:

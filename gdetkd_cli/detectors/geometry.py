@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
+from torch.nn.functional import max_pool2d
 
 from gdetkd_cli.errors import ModelError
 from gdetkd_cli.probing.geometry import cells_of
@@ -21,7 +22,7 @@ _SIDES = (512, 384)  # pixels; what a cell is must not depend on the image's siz
 
 
 def measure_levels(forward: Forward, *, device: torch.device | str = "cpu") -> tuple[LevelSpec, ...]:
-    """Measures each level's stride and offset.
+    """Measures each level's stride and offset, and whether it is a subsampling of the level before.
 
     Args:
         forward: (N, 3, H, W) -> L maps (N, C_l, H_l, W_l) by name, fine to coarse; must be in evaluation mode.
@@ -50,7 +51,8 @@ def _measure(forward: Forward, image: Tensor) -> tuple[LevelSpec, ...]:
         return list(maps.values())
 
     seen = record(run, {}, [image])
-    specs = []
+    specs: list[LevelSpec] = []
+    before: Tensor | None = None
     for (name, level), index in zip(maps.items(), seen.results, strict=True):
         cells = None if index is None else cells_of(seen.values, 0, index)
         if cells is None or not torch.isfinite(level).all():
@@ -58,5 +60,32 @@ def _measure(forward: Forward, image: Tensor) -> tuple[LevelSpec, ...]:
                 f"pyramid level {name!r} does not respond to the image, or not with finite numbers; it cannot be "
                 "used for distillation"
             )
-        specs.append(LevelSpec(name, level.shape[1], cells.stride, cells.offset, (level.shape[-2], level.shape[-1])))
+        specs.append(
+            LevelSpec(
+                name=name,
+                channels=level.shape[1],
+                stride=cells.stride,
+                offset=cells.offset,
+                shape=(level.shape[-2], level.shape[-1]),
+                subsampled=before is not None and is_subsampled(level, before),
+            )
+        )
+        before = level
     return tuple(specs)
+
+
+def is_subsampled(level: Tensor, before: Tensor) -> bool:
+    """Whether a level only takes every k-th cell of the one before it, or the greatest of each k x k.
+
+    A constant map says nothing of how it was made, so it is not.
+
+    Args:
+        level: (N, C, H, W).
+        before: (N, C', H', W'), the next finer level of the same images.
+    """
+    down, across = (round(before.shape[axis] / level.shape[axis]) for axis in (-2, -1))
+    constant = bool((level == level.flatten()[0]).all())
+    if max(down, across) < 2 or min(down, across) < 1 or level.shape[1] != before.shape[1] or constant:
+        return False
+    every, greatest = before[..., ::down, ::across], max_pool2d(before, (down, across))
+    return torch.equal(level, every) or torch.equal(level, greatest)

@@ -6,18 +6,20 @@ Shapes: N images; boxes xyxy.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gdetkd_cli.detectors import torchvision_common as common
+from gdetkd_cli.detectors.geometry import is_subsampled
 from gdetkd_cli.detectors.probed import ProbedDetector, stack
 from gdetkd_cli.detectors.protocol import Candidates, Observation
 from gdetkd_cli.detectors.tap import Tap
 from gdetkd_cli.errors import PairError
 from gdetkd_cli.probing.inputs import ModelInput
+from gdetkd_cli.probing.probe import probe_image
 from gdetkd_cli.probing.record import Output, tensors_in
 from gdetkd_cli.probing.runner import ModuleRunner, calls_for
 from gdetkd_cli.structures import Batch, Pyramid
@@ -75,6 +77,15 @@ class TrainableDetector(ProbedDetector):
         runner = ModuleRunner(module, calls=calls_for(last=last))
         super().__init__(
             runner=runner, source=source, kind="factory", model_input=model_input, size=size, levels=levels
+        )
+        with torch.no_grad():
+            _, maps = self._read([model_input.prepare(probe_image(size))])
+        self.levels = (
+            self.levels[0],
+            *(
+                replace(spec, subsampled=is_subsampled(level, before))
+                for spec, level, before in zip(self.levels[1:], maps[1:], maps, strict=False)
+            ),
         )
         module.train(training)
         self.class_names = class_names

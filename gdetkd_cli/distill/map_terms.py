@@ -2,12 +2,13 @@
 
 They get the teacher standardised as SGFI does, so that none fails for its features' scale alone: by channel, and for
 FGD, which attends to some channels more than to others, as a whole. Maps are compared on the student's cells
-(``alignment``). Shapes: N images, C channels, H x W cells.
+(``alignment``). Levels of the student that only subsample another are left out: they have no weights of their own, so
+what they are taught is taught to the level before, a second time. Shapes: N images, C channels, H x W cells.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,19 +17,21 @@ from torch import Tensor, nn
 from torch.nn.functional import conv2d
 
 from gdetkd_cli.detectors.pooling import cells
-from gdetkd_cli.detectors.protocol import View
+from gdetkd_cli.detectors.protocol import Observation, View
 from gdetkd_cli.distill.alignment import align
 from gdetkd_cli.distill.heads import Standardizer, folded, new_adapter
 from gdetkd_cli.distill.terms import ObservedPair
 from gdetkd_cli.errors import PairError
 from gdetkd_cli.losses.cwd import channel_divergence
-from gdetkd_cli.losses.fgd import ContextBlock, focal_losses, global_loss, object_masks
+from gdetkd_cli.losses.fgd import ContextBlock, Scale, focal_losses, global_loss, object_masks, published_scale
 from gdetkd_cli.losses.fitnet import map_imitation_loss
-from gdetkd_cli.losses.gt_mask import near_object_masks
+from gdetkd_cli.losses.gt_mask import inside_box_masks, near_object_masks
 from gdetkd_cli.losses.logit import class_map_loss
 from gdetkd_cli.losses.pkd import pearson_loss
 from gdetkd_cli.losses.roi_imitation import region_imitation_loss
-from gdetkd_cli.structures import Pyramid
+from gdetkd_cli.structures import Pyramid, Regions
+
+Assign = Callable[[Observation, Regions], Tensor]  # (R,) int64, the level that a detector assigns each region to
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,7 @@ class _MapTerm(nn.Module):
 
     Args:
         student_channels, teacher_channels: channels of each level of both.
+        counted: by student level, whether it is compared; None: all are.
         adapt: a 1 x 1 convolution on every student level, or only where channels differ.
         standardize: the teacher's levels, per ``channel``, as a ``whole``, or not.
         same_space: as in SGFITerm: the student got the teacher's head, so nothing may stand between their features.
@@ -59,6 +63,7 @@ class _MapTerm(nn.Module):
         *,
         student_channels: Sequence[int],
         teacher_channels: Sequence[int],
+        counted: Sequence[bool] | None = None,
         adapt: bool = True,
         standardize: Literal["channel", "whole"] | None = "channel",
         same_space: bool = False,
@@ -68,8 +73,11 @@ class _MapTerm(nn.Module):
         adapt = adapt and not same_space
         most = max(teacher_channels)
         same = set(teacher_channels) == {most}
+        self.counted = tuple(counted) if counted is not None else (True,) * len(student_channels)
+        # A level that is not compared has no weights: DistributedDataParallel would wait for their gradients.
         self.adapters = nn.ModuleList(
-            nn.Conv2d(c, most, 1) if adapt or c != most or not same else nn.Identity() for c in student_channels
+            nn.Conv2d(c, most, 1) if counts and (adapt or c != most or not same) else nn.Identity()
+            for c, counts in zip(student_channels, self.counted, strict=True)
         )
         self.standardizers = nn.ModuleList(
             Standardizer(channels=c, per_channel=standardize == "channel") if standardize else nn.Identity()
@@ -77,9 +85,11 @@ class _MapTerm(nn.Module):
         )
 
     def levels(self, pair: ObservedPair) -> Iterator[_Level]:
-        """The pair's levels, aligned, adapted and standardised."""
+        """The pair's levels that are compared, aligned, adapted and standardised."""
         aligned = align(pair.student_seen.pyramid, pair.teacher_seen.pyramid, _sizes(pair))
         for number, (level, adapter) in enumerate(zip(aligned, self.adapters, strict=True)):
+            if not self.counted[number]:
+                continue
             target, standardizer = level.teacher, self.standardizers[level.teacher_level]
             adapted = adapter(level.student)[:, : target.shape[1]].float()
             if isinstance(standardizer, Standardizer):
@@ -103,6 +113,7 @@ class GTMaskTerm(_MapTerm):
     Args:
         anchors: by student level, (A, 2) width and height in cells.
         share: of the best anchor's overlap with an object; see ``near_object_masks``.
+        assign: the level of each object, for the cells inside its box instead; see ``inside_box_masks``.
     """
 
     def __init__(
@@ -112,31 +123,74 @@ class GTMaskTerm(_MapTerm):
         teacher_channels: Sequence[int],
         anchors: Sequence[Tensor],
         share: float,
+        assign: Assign | None = None,
+        counted: Sequence[bool] | None = None,
         same_space: bool = False,
     ) -> None:
-        super().__init__(student_channels=student_channels, teacher_channels=teacher_channels, same_space=same_space)
+        super().__init__(
+            student_channels=student_channels,
+            teacher_channels=teacher_channels,
+            counted=counted,
+            same_space=same_space,
+        )
         self.anchors = anchors
         self.share = share
+        self.assign = assign
 
     def forward(self, pair: ObservedPair) -> Tensor:
-        boxes = _boxes_in_cells(pair)
-        shapes = [(m.shape[-2], m.shape[-1]) for m in pair.student_seen.pyramid.maps]
-        masks = [near_object_masks(image, shapes, self.anchors, self.share) for image in boxes]
+        masks = self._masks(pair)
         losses, counts = [], []
         for level in self.levels(pair):
-            near = torch.stack([image[level.number] for image in masks]) & level.inside
+            near = masks[level.number] & level.inside
             losses.append(map_imitation_loss(level.adapted, level.target, near))
             counts.append(near.sum())
         count = torch.stack(counts).float()
         return (torch.stack(losses) * count).sum() / count.sum().clamp(min=1)
 
+    def _masks(self, pair: ObservedPair) -> dict[int, Tensor]:
+        """By level that is compared, (N, H, W) bool: the cells near an object."""
+        levels = [number for number, counts in enumerate(self.counted) if counts]
+        maps = pair.student_seen.pyramid.maps
+        shapes = [(maps[level].shape[-2], maps[level].shape[-1]) for level in levels]
+        assigned = self._assigned(pair) if self.assign else None
+        # By level, its place among those that are compared; a copy's objects belong to the level that it copies.
+        place = (torch.tensor(self.counted, device=maps[0].device).cumsum(dim=0) - 1).clamp(min=0)
+        by_image = []
+        for image, boxes in enumerate(_boxes_in_cells(pair)):
+            chosen = [boxes[level] for level in levels]
+            if assigned is None:
+                anchors = [self.anchors[level] for level in levels]
+                by_image.append(near_object_masks(chosen, shapes, anchors, self.share))
+            else:
+                by_image.append(inside_box_masks(chosen, shapes, place[assigned[image]]))
+        return {level: torch.stack([image[i] for image in by_image]) for i, level in enumerate(levels)}
+
+    @torch.no_grad()
+    def _assigned(self, pair: ObservedPair) -> list[Tensor]:
+        """By image, (M,) the level of each object."""
+        assert self.assign is not None
+        boxes = [target.boxes for target in pair.batch.targets]
+        index = torch.cat([torch.full((len(b),), i, device=b.device) for i, b in enumerate(boxes)])
+        regions = Regions(torch.cat(boxes), index, torch.full_like(index, -1))
+        return list(self.assign(pair.student_seen, regions).split([len(b) for b in boxes]))
+
 
 class PKDTerm(_MapTerm):
     """Every level correlates with the teacher's, channel by channel; sum over levels, as published."""
 
-    def __init__(self, *, student_channels: Sequence[int], teacher_channels: Sequence[int]) -> None:
+    def __init__(
+        self,
+        *,
+        student_channels: Sequence[int],
+        teacher_channels: Sequence[int],
+        counted: Sequence[bool] | None = None,
+    ) -> None:
         super().__init__(
-            student_channels=student_channels, teacher_channels=teacher_channels, adapt=False, standardize=None
+            student_channels=student_channels,
+            teacher_channels=teacher_channels,
+            counted=counted,
+            adapt=False,
+            standardize=None,
         )
 
     def forward(self, pair: ObservedPair) -> Tensor:
@@ -157,10 +211,15 @@ class CWDTerm(_MapTerm):
         student_channels: Sequence[int],
         teacher_channels: Sequence[int],
         tau: float,
+        counted: Sequence[bool] | None = None,
         same_space: bool = False,
     ) -> None:
         super().__init__(
-            student_channels=student_channels, teacher_channels=teacher_channels, adapt=False, same_space=same_space
+            student_channels=student_channels,
+            teacher_channels=teacher_channels,
+            counted=counted,
+            adapt=False,
+            same_space=same_space,
         )
         self.tau = tau
 
@@ -174,9 +233,16 @@ class CWDTerm(_MapTerm):
 class FGDTerm(_MapTerm):
     """Focal and global distillation; sum over levels, as published.
 
+    The published weights are for features as they are. Squared differences grow with the square of the teacher's
+    deviation, which no weight here can follow: it differs by orders of magnitude between teachers. Standardised, the
+    parts are what the published ones are for a teacher whose levels have deviation 1.
+
     Args:
         temperature: of the attentions.
         objects, background, attention, relation: weights of the four parts.
+        published_cells: sums over channels and cells are brought to 256 channels and to so many cells of all levels
+            together (see ``losses.fgd``); None: they are left as they are.
+        standardized: each of the teacher's levels has mean 0 and deviation 1; or its features are as they are.
     """
 
     def __init__(
@@ -189,37 +255,47 @@ class FGDTerm(_MapTerm):
         background: float,
         attention: float,
         relation: float,
+        published_cells: int | None,
+        standardized: bool = True,
+        counted: Sequence[bool] | None = None,
         same_space: bool = False,
     ) -> None:
         super().__init__(
             student_channels=student_channels,
             teacher_channels=teacher_channels,
+            counted=counted,
             adapt=False,
-            standardize="whole",
+            standardize="whole" if standardized else None,
             same_space=same_space,
         )
         most = max(teacher_channels)
         self.student_blocks, self.teacher_blocks = (
-            nn.ModuleList(ContextBlock(most) for _ in student_channels) for _ in range(2)
+            nn.ModuleList(ContextBlock(most) if counts else nn.Identity() for counts in self.counted) for _ in range(2)
         )
         if set(teacher_channels) != {most}:
             raise ValueError("FGD's context blocks need a teacher whose levels have the same channels")
         self.temperature = temperature
         self.weights = (objects, background, attention, relation)
+        self.published_cells = published_cells
 
     def forward(self, pair: ObservedPair) -> Tensor:
         boxes = _boxes_in_cells(pair)
+        levels = list(self.levels(pair))
+        scale = Scale()
+        if self.published_cells is not None:
+            cells = sum(level.inside[0].numel() for level in levels)
+            scale = published_scale(levels[0].target.shape[1], cells, self.published_cells)
         losses = []
-        for level in self.levels(pair):
+        for level in levels:
             objects, background = object_masks(
                 [image[level.number] for image in boxes], (level.target.shape[-2], level.target.shape[-1])
             )
             inside = level.inside.float()
             # Beyond the images both are 0: neither the attentions nor the context are taught what padding looks like.
             ours, theirs = (maps * inside[:, None] for maps in (level.adapted, level.target))
-            parts = focal_losses(ours, theirs, objects * inside, background * inside, self.temperature)
+            parts = focal_losses(ours, theirs, objects * inside, background * inside, self.temperature, scale)
             blocks = (self.student_blocks[level.number], self.teacher_blocks[level.number])
-            relation = global_loss(ours, theirs, *blocks)  # type: ignore[arg-type]  # they are such blocks
+            relation = global_loss(ours, theirs, *blocks, scale)  # type: ignore[arg-type]  # they are such blocks
             losses.append(sum(w * part for w, part in zip(self.weights, (*parts, relation), strict=True)))
         return torch.stack([torch.as_tensor(loss) for loss in losses]).sum()
 

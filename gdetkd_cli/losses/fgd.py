@@ -4,17 +4,57 @@ Focal: the teacher's attention over cells and channels weighs the imitation, obj
 to 8), and the student's attention follows it (9). Global: what each map says of its whole, through a context block,
 is imitated as well (10 to 12). Sums over channels and cells, means over images, as published.
 
+The published weights belong to 256 channels and to images of 800 pixels: a sum grows with what it runs over. ``Scale``
+brings each sum to the size that it has there. Write e for the mean squared difference of the features:
+
+- Attention over cells sums to H W and attention over channels to C, so each has mean 1 and adds no size of its own.
+- Objects: the cells of a box weigh 1 / (cells of the box), so their sum is a mean over the box; the sum over channels
+  remains. It grows as C e for each object, and not with H W.
+- Background: weights sum to 1 over the cells of the background. It grows as C e.
+- Attention: |A_s - A_t| summed over cells grows as H W, summed over channels as C. The two are scaled apart.
+- Global: the squared difference summed over channels and cells grows as C H W e.
+
+So sums over channels get the factor 256 / C. Sums over cells get the cells of the published levels over the cells of
+all levels that are compared, one factor for all levels: at the published strides this is the ratio of the images'
+areas, and a pyramid that begins finer or coarser adds up to the same. Both factors are 1 at the published size. The
+features' own scale, e, stays: see ``FGDTerm``.
+
 Shapes: N images, C channels, H x W cells, M boxes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import ceil, floor
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import l1_loss, mse_loss
+
+PUBLISHED_CHANNELS = 256
+# Cells of the levels that the published settings compare, in an image of 4 to 3, COCO's most frequent form, resized to
+# 800 pixels on its short side and padded to multiples of 32: 800 x 1088. Strides 4 to 32, and 8 to 128.
+TWO_STAGE_CELLS = 200 * 272 + 100 * 136 + 50 * 68 + 25 * 34
+DENSE_CELLS = 100 * 136 + 50 * 68 + 25 * 34 + 13 * 17 + 7 * 9
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Factors that sums over channels and sums over cells get; 1 and 1 are the published loss."""
+
+    channels: float = 1.0
+    cells: float = 1.0
+
+
+def published_scale(channels: int, cells: int, published_cells: int) -> Scale:
+    """The factors under which published weights mean what they mean at the published size.
+
+    Args:
+        channels: C of the maps that are compared.
+        cells: H W of all levels that are compared, together.
+        published_cells: ``TWO_STAGE_CELLS`` or ``DENSE_CELLS``.
+    """
+    return Scale(channels=PUBLISHED_CHANNELS / channels, cells=published_cells / cells)
 
 
 def attention(maps: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -38,22 +78,30 @@ def object_masks(boxes: Sequence[Tensor], shape: tuple[int, int]) -> tuple[Tenso
     height, width = shape
     objects = torch.zeros(len(boxes), height, width, device=boxes[0].device)
     for mask, found in zip(objects, boxes, strict=True):
-        for x1, y1, x2, y2 in found.tolist():
-            columns, rows = _cells_between(x1, x2, width), _cells_between(y1, y2, height)
-            inner = mask[rows, columns]
-            inner.clamp_(min=1.0 / inner.numel())
+        if len(found):
+            columns = _touched(found[:, 0], found[:, 2], width)[:, None, :]
+            rows = _touched(found[:, 1], found[:, 3], height)[:, :, None]
+            sizes = columns.sum(dim=(1, 2)) * rows.sum(dim=(1, 2))
+            mask.copy_(((rows & columns) / sizes[:, None, None]).amax(dim=0))
     background = (objects == 0).float()
     return objects, background / background.sum(dim=(1, 2), keepdim=True).clamp(min=1)
 
 
-def _cells_between(low: float, high: float, length: int) -> slice:
-    """The cells of an axis that an interval touches; one at least."""
-    first = min(max(floor(low), 0), length - 1)
-    return slice(first, min(max(ceil(high), first + 1), length))
+def _touched(low: Tensor, high: Tensor, length: int) -> Tensor:
+    """(M, length) bool: the cells of an axis that an interval touches; one at least."""
+    first = low.floor().clamp(0, length - 1)
+    end = torch.maximum(high.ceil(), first + 1)
+    index = torch.arange(length, device=low.device)
+    return (index >= first[:, None]) & (index < end[:, None])
 
 
 def focal_losses(
-    student: Tensor, teacher: Tensor, objects: Tensor, background: Tensor, temperature: float
+    student: Tensor,
+    teacher: Tensor,
+    objects: Tensor,
+    background: Tensor,
+    temperature: float,
+    scale: Scale = Scale(),
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Imitation of objects, imitation of background, and of the attentions.
 
@@ -61,12 +109,15 @@ def focal_losses(
         student, teacher: (N, C, H, W).
         objects, background: (N, H, W) weights, as ``object_masks`` gives them.
         temperature: of the attentions.
+        scale: of sums over channels and over cells.
     """
     teacher = teacher.detach()
     (cells_s, channels_s), (cells_t, channels_t) = (attention(maps, temperature) for maps in (student, teacher))
     error = ((student - teacher).square() * channels_t[:, :, None, None]).sum(dim=1) * cells_t  # (N, H, W)
+    error = scale.channels * error
     images = len(student)
-    follow = l1_loss(cells_s, cells_t, reduction="sum") + l1_loss(channels_s, channels_t, reduction="sum")
+    follow = scale.cells * l1_loss(cells_s, cells_t, reduction="sum")
+    follow = follow + scale.channels * l1_loss(channels_s, channels_t, reduction="sum")
     return (error * objects).sum() / images, (error * background).sum() / images, follow / images
 
 
@@ -91,6 +142,13 @@ class ContextBlock(nn.Module):
         return maps + self.transform(context)[:, :, None, None]
 
 
-def global_loss(student: Tensor, teacher: Tensor, student_block: ContextBlock, teacher_block: ContextBlock) -> Tensor:
+def global_loss(
+    student: Tensor,
+    teacher: Tensor,
+    student_block: ContextBlock,
+    teacher_block: ContextBlock,
+    scale: Scale = Scale(),
+) -> Tensor:
     """The squared difference of both maps through their own context blocks, summed; mean over images."""
-    return mse_loss(student_block(student), teacher_block(teacher.detach()), reduction="sum") / len(student)
+    total = mse_loss(student_block(student), teacher_block(teacher.detach()), reduction="sum")
+    return scale.channels * scale.cells * total / len(student)

@@ -1,10 +1,15 @@
-"""Imitation near objects: which cells count, as fine-grained feature imitation chooses them (Wang et al., CVPR 2019).
+"""Imitation near objects: which cells count, of those near an anchor that fits, or of those inside a box.
 
-An anchor of each shape lies at every cell. A cell counts for a box where one of its anchors overlaps the box by more
-than a share of what the best anchor does. The paper has one map; over a pyramid, the best anchor of all levels sets
-the bar, so that an object counts on the levels of its size.
+``near_object_masks`` chooses as fine-grained feature imitation does (Wang et al., CVPR 2019). An anchor of each shape
+lies at every cell. A cell counts for a box where one of its anchors overlaps the box by more than a share of what the
+best anchor does. The paper has one map; over a pyramid, the best anchor of all levels sets the bar, so that an object
+counts on the levels of its size.
 
-Shapes: M boxes, H x W cells, A shapes of anchors.
+``inside_box_masks`` takes the cells inside ground-truth boxes, each box on one level, that of its size. G-DetKD's table
+names such a baseline "GT mask" without more; DeFeat (Guo et al., CVPR 2021) publishes it in this form. On every level,
+the finest would have three of four cells of every object, whatever its size.
+
+Shapes: M boxes, L levels, H x W cells, A shapes of anchors.
 """
 
 from __future__ import annotations
@@ -37,6 +42,34 @@ def near_object_masks(
         overlaps.append(best)
     bar = share * torch.stack([level.amax(dim=0) for level in overlaps]).amax(dim=0)
     return [((level > bar) & (level > 0)).any(dim=1).view(shape) for level, shape in zip(overlaps, shapes, strict=True)]
+
+
+def inside_box_masks(boxes: Sequence[Tensor], shapes: Sequence[tuple[int, int]], assigned: Tensor) -> list[Tensor]:
+    """By level, (H, W) bool: the cells whose centre lies in a box of the level.
+
+    A box that holds no centre, or lies between them, still has the cell that its own centre falls into.
+
+    Args:
+        boxes: by level, (M, 4) the same objects, xyxy in that level's cells (the centre of cell (0, 0) is (0.5, 0.5)).
+        shapes: by level, (H, W).
+        assigned: (M,) int64, the level of each object; one that is none of them counts nowhere.
+    """
+    masks = []
+    for level, (found, (height, width)) in enumerate(zip(boxes, shapes, strict=True)):
+        own = found[assigned == level]
+        columns = _covered(own[:, 0], own[:, 2], width)
+        rows = _covered(own[:, 1], own[:, 3], height)
+        masks.append((rows[:, :, None] & columns[:, None, :]).any(dim=0))
+    return masks
+
+
+def _covered(low: Tensor, high: Tensor, length: int) -> Tensor:
+    """(M, length) bool: the cells of an axis whose centre lies in an interval, and the one under its middle."""
+    index = torch.arange(length, device=low.device)
+    centres = index + 0.5
+    inside = (centres >= low[:, None]) & (centres <= high[:, None])
+    middle = ((low + high) / 2).floor().clamp(0, length - 1)
+    return inside | (index == middle[:, None])
 
 
 def _overlaps(anchors: Tensor, boxes: Tensor) -> Tensor:

@@ -73,28 +73,43 @@ class PredictionKD(Term):
     """Class or box predictions of the teacher's RoI head as targets (G-DetKD, arXiv 2108.07482)."""
 
 
-class FitNet(Term):
+class WholeMaps(Warmed):
+    """What the terms that compare whole maps share."""
+
+    pooled_levels: bool = Field(
+        False,
+        description="compare also student levels that only subsample the one before, as the last of torchvision's "
+        "two-stage pyramids does",
+    )
+
+
+class FitNet(WholeMaps):
     """Another method, to compare with: whole maps, level by level (Romero et al., ICLR 2015)."""
 
     weight: NonNegativeFloat = Field(10.0, description="SGFI's default, as for the other squared errors")
 
 
-class GTMask(Term):
-    """Another method, to compare with: the cells near objects (Wang et al., CVPR 2019)."""
+class GTMask(WholeMaps):
+    """Another method, to compare with: the cells near objects (Wang et al., CVPR 2019), or inside their boxes."""
 
-    weight: NonNegativeFloat = 10.0
+    weight: NonNegativeFloat = Field(10.0, description="SGFI's default, as for the other squared errors")
+    mask: Literal["anchors", "boxes"] = Field(
+        "anchors",
+        description="which cells count: those where an anchor overlaps an object nearly as much as the best one does, "
+        "or those inside an object's box, on the level that the student assigns it to",
+    )
     share: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
-        0.5, description="of the best anchor's overlap that makes a cell near an object"
+        0.5, description="mask: anchors: of the best anchor's overlap that makes a cell near an object"
     )
 
 
 class RoIImitation(Term):
     """Another method, to compare with: regions on the one level each detector assigns (Li et al., CVPR 2017)."""
 
-    weight: NonNegativeFloat = 10.0
+    weight: NonNegativeFloat = Field(10.0, description="SGFI's default, as for the other squared errors")
 
 
-class PKD(Warmed):
+class PKD(WholeMaps):
     """Another method, to compare with: correlation of maps (Cao et al., NeurIPS 2022)."""
 
     weight: NonNegativeFloat | Literal["auto"] = Field(
@@ -102,25 +117,37 @@ class PKD(Warmed):
     )
 
 
-class CWD(Term):
+class CWD(WholeMaps):
     """Another method, to compare with: where each channel looks (Shu et al., ICCV 2021)."""
 
     weight: NonNegativeFloat = Field(10.0, description="as published")
     tau: PositiveFloat = Field(1.0, description="temperature of the softmax over cells")
 
 
-class FGD(Term):
+FGDWeight = NonNegativeFloat | Literal["auto"]
+
+
+class FGD(WholeMaps):
     """Another method, to compare with: focal and global distillation (Yang et al., CVPR 2022).
 
-    The weights are those published for a RetinaNet. Other detectors' differ by the scale of their features, which is
-    the same for all here: the teacher is standardised.
+    The four weights and the temperature are published for each family of detectors; ``auto`` takes those of the
+    student's: two-stage, FCOS, and RetinaNet's for any other.
     """
 
-    temperature: PositiveFloat = Field(0.5, description="of the attentions")
-    objects: NonNegativeFloat = 1e-3
-    background: NonNegativeFloat = 5e-4
-    attention: NonNegativeFloat = 5e-4
-    relation: NonNegativeFloat = 5e-6
+    weight: NonNegativeFloat = Field(1.0, description="of the four parts together")
+    temperature: PositiveFloat | Literal["auto"] = Field("auto", description="of the attentions; 0.5, for FCOS 0.8")
+    objects: FGDWeight = Field("auto", description="two-stage 5e-5, FCOS 1.6e-3, else 1e-3")
+    background: FGDWeight = Field("auto", description="two-stage 2.5e-5, FCOS 8e-4, else 5e-4")
+    attention: FGDWeight = Field("auto", description="two-stage 5e-5, FCOS 8e-4, else 5e-4")
+    relation: FGDWeight = Field("auto", description="two-stage 5e-7, FCOS 8e-6, else 5e-6")
+    sums: Literal["scaled", "published"] = Field(
+        "scaled",
+        description="sums over channels and cells brought to 256 channels and to images of 800 pixels, which the "
+        "published weights are for; or as they are",
+    )
+    standardize: bool = Field(
+        True, description="each of the teacher's levels has mean 0 and deviation 1; or (as published) is as it is"
+    )
 
 
 class Logit(Term):

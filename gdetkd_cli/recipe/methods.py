@@ -37,8 +37,24 @@ TERMS: Mapping[str, type[BaseModel]] = {
     "fgd": FGD,
     "logit": Logit,
 }
+VARIANTS: Mapping[str, tuple[str, Mapping[str, Any]]] = {  # a term with other settings, as a method of its own
+    "gt_box": ("gt_mask", {"mask": "boxes"}),
+}
 _SQUARED_ERRORS = ("fitnet", "gt_mask", "roi_imitation")
-DEFAULT = (NONE, "fitnet", "gt_mask", "roi_imitation", "pkd", "cwd", "fgd", "sgfi", "ckd", WHOLE)
+DEFAULT = (NONE, "fitnet", "gt_mask", "gt_box", "roi_imitation", "pkd", "cwd", "fgd", "sgfi", "ckd", WHOLE)
+
+
+def default_methods(*, head: bool) -> tuple[str, ...]:
+    """The methods of a table that names none: each alone.
+
+    Args:
+        head: whether ``gdetkd`` starts from the teacher's head. Every method then has a second row that does so too:
+            a head start is worth the same to all of them.
+    """
+    if not head:
+        return DEFAULT
+    doubled = [(name,) if name in (NONE, WHOLE) else (name, f"{name}+{HEAD}") for name in DEFAULT]
+    return tuple(name for rows in doubled for name in rows)
 
 
 def recipe_of(recipe: Recipe, method: str, *, steps: int, seed: int) -> Recipe:
@@ -48,7 +64,8 @@ def recipe_of(recipe: Recipe, method: str, *, steps: int, seed: int) -> Recipe:
         recipe: with a teacher and a distill block.
         method: ``none`` (plain training), ``gdetkd`` (the recipe's own block), or names of terms joined by ``+``, with
             ``head`` for head transfer. A term has the recipe's settings where it is there, else its defaults; but a
-            squared error has SGFI's weight, as the same loss on other cells.
+            squared error has SGFI's weight and warm-up, as the same loss on other cells. ``gt_box`` is ``gt_mask``
+            with ``mask: boxes``.
         steps: optimizer steps.
         seed: of the student's weights and the order of pictures.
 
@@ -69,16 +86,25 @@ def recipe_of(recipe: Recipe, method: str, *, steps: int, seed: int) -> Recipe:
 def _only(block: Distill, method: str) -> Distill:
     """The block with the terms of a method alone."""
     names = method.split("+")
-    unknown = [name for name in names if name not in TERMS and name != HEAD]
+    unknown = [name for name in names if name not in (*TERMS, *VARIANTS, HEAD)]
     if unknown or names == [HEAD]:
         raise RecipeError(
             f"there is no method {method!r}; expected {NONE}, {WHOLE}, or terms joined by '+', of: "
-            f"{', '.join(TERMS)}, {HEAD}"
+            f"{', '.join((*TERMS, *VARIANTS))}, {HEAD}"
         )
+    asked: dict[str, Mapping[str, Any]] = {}
+    for name in dict.fromkeys(names):
+        term, changes = VARIANTS.get(name, (name, {}))
+        if term in asked:
+            raise RecipeError(f"the method {method!r} has the term {term} twice; name {name} or the other one")
+        asked[term] = changes
     terms = {}
     for name, settings in TERMS.items():
         own = getattr(block, name)
-        shared = {"weight": block.sgfi.weight} if block.sgfi and name in _SQUARED_ERRORS else {}
+        shared = {}
+        if block.sgfi and name in _SQUARED_ERRORS:
+            shared = {"weight": block.sgfi.weight, "warmup_steps": block.sgfi.warmup_steps}
         # Not "auto": a term that is asked for by name is there, or the pair is refused.
-        terms[name] = None if name not in names else own if isinstance(own, settings) else settings(**shared)
+        chosen = own if isinstance(own, settings) else settings(**shared)
+        terms[name] = chosen.model_copy(update=asked[name]) if name in asked else None
     return block.model_copy(update={**terms, "head_transfer": HEAD in names})

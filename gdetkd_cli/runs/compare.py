@@ -18,13 +18,14 @@ from gdetkd_cli.data.split import Split
 from gdetkd_cli.errors import GDetKDError, RecipeError, RunFolderError
 from gdetkd_cli.evaluation.bootstrap import MatchedPictures, draw_again, interval_of_difference
 from gdetkd_cli.recipe.load import dump_recipe, load_recipe
-from gdetkd_cli.recipe.methods import NONE, recipe_of
+from gdetkd_cli.recipe.methods import NONE, default_methods, recipe_of
 from gdetkd_cli.recipe.scaling import scaled_to_batch
 from gdetkd_cli.recipe.schema import Recipe
 from gdetkd_cli.report.comparison import draw_comparison
 from gdetkd_cli.results import Comparison, MethodRow
 from gdetkd_cli.runs.cells import Cell, cell_of, finished_cells, run_cells
 from gdetkd_cli.runs.evaluate import run_eval
+from gdetkd_cli.runs.head_start import starts_from_teachers_head
 from gdetkd_cli.runs.job import check_taught, features_only, with_labels
 from gdetkd_cli.structures import Detections
 from gdetkd_cli.training.device import ComputeSettings
@@ -50,7 +51,7 @@ _PLATEAU = 1.0  # AP that doubling the steps adds at most, where plain training 
 def run_compare(
     recipe: Recipe,
     *,
-    methods: Sequence[str],
+    methods: Sequence[str] = (),
     steps: Sequence[int] = (),
     seeds: int = 3,
     jobs: int = 1,
@@ -62,7 +63,7 @@ def run_compare(
 
     Args:
         recipe: the pair, the data and the settings of the terms.
-        methods: see ``recipe_of``.
+        methods: see ``recipe_of``; none: ``default_methods``, which adds the teacher's head where ``gdetkd`` has it.
         steps: budgets; default: the recipe's.
         seeds: from the recipe's on.
         jobs: cells run at the same time.
@@ -79,7 +80,7 @@ def run_compare(
     # Cells are processes of their own: their recipes have the rule behind them, so that a budget is what is run.
     recipe = scaled_to_batch(recipe, processes=1)
     budgets = tuple(dict.fromkeys(steps)) or (recipe.train.steps,)
-    names = tuple(dict.fromkeys(methods))
+    names = tuple(dict.fromkeys(methods)) or default_methods(head=starts_from_teachers_head(recipe))
     numbers = range(recipe.seed, recipe.seed + seeds)
     folder = output or Path("runs") / f"compare-{recipe.name}"
     recipes = {  # all of them first: a mistake in the last is told before the first runs

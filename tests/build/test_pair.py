@@ -11,10 +11,13 @@ import torch
 
 from gdetkd_cli.build.detector import build_detector
 from gdetkd_cli.build.pair import BuiltPair, build_pair
+from gdetkd_cli.build.rivals import fgd_weights
 from gdetkd_cli.detectors.protocol import Detector
+from gdetkd_cli.distill.map_terms import GTMaskTerm, _MapTerm
 from gdetkd_cli.distill.terms import SGFITerm
-from gdetkd_cli.recipe.distillation import Distill
+from gdetkd_cli.recipe.distillation import FGD, Distill
 from gdetkd_cli.recipe.schema import ComposedDetector
+from gdetkd_cli.structures import Batch, Regions
 
 TinyDetector = Callable[..., Detector]
 CLASSES = ("circle", "square", "triangle")
@@ -44,6 +47,7 @@ def built_with_head(tiny_detector: TinyDetector, head_transfer: Any, copied: boo
     pair = build_pair(Distill(head_transfer=head_transfer), student, teacher, seed=0, **how)
     heads = [detector.module.roi_heads.box_head.fc6.weight for detector in (student, teacher)]  # type: ignore[union-attr]
     assert torch.equal(*heads) == copied
+    assert pair.transferred == copied
     return pair
 
 
@@ -121,3 +125,66 @@ def test_the_weight_of_contrast_suits_the_student(
 
     assert {term.name: term.weight for term in pair.terms}["ckd"] == weight
     assert pair.distiller._weights["ckd"].weight == weight
+
+
+# ----------------------------------------------------------------------------------------------------- other methods
+
+
+@pytest.mark.parametrize(
+    ("student", "published"),
+    [
+        ("faster-rcnn", (0.5, 5e-5, 2.5e-5, 5e-5, 5e-7)),
+        ("cascade-rcnn", (0.5, 5e-5, 2.5e-5, 5e-5, 5e-7)),
+        ("retinanet", (0.5, 1e-3, 5e-4, 5e-4, 5e-6)),
+        ("fcos", (0.8, 1.6e-3, 8e-4, 8e-4, 8e-6)),
+    ],
+)
+def test_fgd_has_the_weights_published_for_the_students_family(
+    student: str, published: tuple[float, ...], tiny_detector: TinyDetector
+) -> None:
+    found = fgd_weights(FGD(), tiny_detector(student))
+    assert tuple(vars(found).values()) == published
+    own = fgd_weights(FGD(temperature=2.0, relation=0.0), tiny_detector(student))
+    assert tuple(vars(own).values()) == (2.0, *published[1:4], 0.0)
+
+
+@pytest.mark.parametrize(
+    ("student", "pooled", "counted"),
+    [
+        ("faster-rcnn", False, (True, True, True, True, False)),
+        ("faster-rcnn", True, (True,) * 5),
+        ("retinanet", False, None),
+        ("fcos", False, None),
+    ],
+)
+def test_maps_are_compared_without_the_pooled_copy_of_the_last_level(
+    student: str, pooled: bool, counted: tuple[bool, ...] | None, tiny_detector: TinyDetector
+) -> None:
+    trained, teacher = tiny_detector(student), tiny_detector("faster-rcnn", seed=1)
+    names = ("fitnet", "gt_mask", "pkd", "cwd", "fgd")
+    block = Distill.model_validate({name: {"pooled_levels": pooled} for name in names})
+    pair = build_pair(block, trained, teacher, seed=0)
+    for name in names:
+        term = pair.distiller.terms[name]
+        assert isinstance(term, _MapTerm)
+        assert term.counted == (counted or (True,) * len(trained.levels))
+
+
+@pytest.mark.parametrize("student", ["faster-rcnn", "retinanet", "fcos"])
+def test_objects_lie_on_the_level_that_the_student_assigns_them_to(
+    student: str, tiny_detector: TinyDetector, tiny_batch: Batch
+) -> None:
+    trained, teacher = tiny_detector(student), tiny_detector("faster-rcnn", seed=1)
+    pair = build_pair(Distill.model_validate({"gt_mask": {"mask": "boxes"}}), trained, teacher, seed=0)
+    term = pair.distiller.terms["gt_mask"]
+    assert isinstance(term, GTMaskTerm)
+    assert term.assign is not None
+    boxes = torch.cat([target.boxes for target in tiny_batch.targets])
+    index = torch.tensor([0, 0, 2])
+    regions = Regions(boxes, index, torch.full_like(index, -1))
+    seen = trained.look(tiny_batch)
+    own = trained.view_regions(seen, regions, frozenset({"level"})).level
+    assert own is not None
+    assert torch.equal(term.assign(seen, regions), own)
+    report = pair.distiller.train()(tiny_batch)
+    assert report.parts["gt_mask"] > 0

@@ -57,6 +57,11 @@ def test_compare(runs: Any, recipe: str) -> None:
     assert json.loads(shown.stdout)["rows"][1]["interval"] == [4.24, 6.86]
 
 
+def test_compare_leaves_the_choice_of_methods_to_the_run(runs: Any, recipe: str) -> None:
+    done("compare", recipe)
+    assert runs.call[2]["methods"] == ()
+
+
 def test_compare_ends_with_an_error_where_runs_did_not_finish(runs: Any, recipe: str) -> None:
     failed = dataclasses.replace(runs.results["run_compare"], failures=("pkd, 500 steps, seed 0: loss not finite",))
     runs.results["run_compare"] = failed

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gdetkd_cli.detectors.geometry import measure_levels
+from gdetkd_cli.detectors.geometry import is_subsampled, measure_levels
 from gdetkd_cli.errors import ModelError
 from gdetkd_cli.structures import LevelSpec
 
@@ -132,3 +132,24 @@ class Infinite(nn.Module):
 def test_a_level_that_overflows() -> None:
     with pytest.raises(ModelError, match="'stage 0' does not respond"):
         measure(nn.Sequential(stem(), Infinite()))
+
+
+class Pooled(nn.Module):
+    """A level that is a max pool of the one before it, as torchvision's two-stage pyramids end in."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.max_pool2d(x, 1, 2)
+
+
+def test_a_level_that_only_subsamples_the_one_before_is_found() -> None:
+    """By its values: strides and offsets of a convolution with the same step are the same."""
+    levels = measure(stem(), Pooled(), conv(16, 16, 3, 2, 1), nn.MaxPool2d(2))
+    assert [level.subsampled for level in levels] == [False, True, False, True]
+
+
+def test_constant_maps_say_nothing_of_how_they_were_made() -> None:
+    assert is_subsampled(torch.arange(16.0).view(1, 1, 4, 4)[..., ::2, ::2], torch.arange(16.0).view(1, 1, 4, 4))
+    assert not is_subsampled(torch.zeros(1, 1, 2, 2), torch.zeros(1, 1, 4, 4))
+    assert not is_subsampled(torch.arange(16.0).view(1, 1, 4, 4), torch.arange(16.0).view(1, 1, 4, 4))  # no coarser
+    assert not is_subsampled(torch.arange(2.0).view(1, 2, 1, 1), torch.arange(8.0).view(1, 2, 1, 4))
+    assert is_subsampled(torch.tensor([[[[1.0, 3.0]]]]), torch.arange(4.0).view(1, 1, 1, 4))  # along one axis

@@ -12,6 +12,7 @@ from gdetkd_cli.detectors.protocol import Observation, RegionView
 from gdetkd_cli.distill.map_terms import CWDTerm, FGDTerm, FitNetTerm, GTMaskTerm, LogitTerm, PKDTerm, RoIImitationTerm
 from gdetkd_cli.distill.terms import ObservedPair
 from gdetkd_cli.errors import PairError
+from gdetkd_cli.losses.fgd import Scale, focal_losses, object_masks
 from gdetkd_cli.structures import Batch, Frame, LevelSpec, Pyramid, Regions, Target
 
 STUDENT, TEACHER = [5, 5], [6, 6, 6]
@@ -21,7 +22,14 @@ TERMS: dict[type[nn.Module], dict[str, Any]] = {
     GTMaskTerm: {"share": 0.5, "anchors": [torch.full((1, 2), 4.0)] * 2},
     PKDTerm: {},
     CWDTerm: {"tau": 1.0},
-    FGDTerm: {"temperature": 0.5, "objects": 1e-3, "background": 5e-4, "attention": 1e-3, "relation": 5e-6},
+    FGDTerm: {
+        "temperature": 0.5,
+        "objects": 1e-3,
+        "background": 5e-4,
+        "attention": 1e-3,
+        "relation": 5e-6,
+        "published_cells": 1000,
+    },
 }
 
 
@@ -103,6 +111,80 @@ def test_with_the_teachers_head_nothing_stands_between_the_features(term: type[n
     ]
     assert losses[0] == pytest.approx(0, abs=1e-5)  # FGD's context blocks add nothing at the start
     assert losses[1] > 10 * abs(losses[0])
+
+
+def test_inside_boxes_only_their_cells_get_a_gradient() -> None:
+    """Of the first image's objects the small one lies on the fine level, the large one on the coarse."""
+    observed = pair()
+    asked = []
+
+    def assign(seen: Observation, regions: Regions) -> Tensor:
+        asked.append(regions)
+        return torch.tensor([0, 1])
+
+    term = GTMaskTerm(student_channels=STUDENT, teacher_channels=TEACHER, anchors=[], share=0.5, assign=assign)
+    fine, coarse = torch.autograd.grad(term(observed), observed.student_seen.pyramid.maps)
+    assert torch.equal(asked[0].boxes, BOXES[0])
+    assert asked[0].image_index.tolist() == [0, 0]
+    moved = [level.abs().sum(dim=1) > 0 for level in (fine, coarse)]
+    expected = [torch.zeros(2, 16, 16, dtype=torch.bool), torch.zeros(2, 8, 8, dtype=torch.bool)]
+    expected[0][0, 1:5, 1:7] = True  # 4 to 28 by 4 to 20 pixels, cells of 4
+    expected[1][0] = True  # 1 to 62 by 0 to 62: every centre of a cell of 8
+    assert all(torch.equal(a, b) for a, b in zip(moved, expected, strict=True))
+
+
+@pytest.mark.parametrize("term", TERMS, ids=lambda term: term.__name__)
+def test_levels_that_do_not_count_are_left_out(term: type[nn.Module]) -> None:
+    """They get no gradient and have no weights, for whose gradients several processes would wait."""
+    torch.manual_seed(0)
+    alone = term(student_channels=STUDENT, teacher_channels=TEACHER, counted=[True, False], **TERMS[term])
+    observed = pair()
+    fine, coarse = observed.student_seen.pyramid.maps
+    alone(observed).backward()
+    assert fine.grad is not None
+    assert fine.grad.abs().sum() > 0
+    assert coarse.grad is None
+    assert all(parameter.grad is not None for parameter in alone.parameters())
+
+
+def test_objects_of_a_level_that_does_not_count_belong_to_the_one_before() -> None:
+    term = GTMaskTerm(
+        student_channels=STUDENT,
+        teacher_channels=TEACHER,
+        anchors=[],
+        share=0.5,
+        assign=lambda seen, regions: torch.tensor([1, 1]),
+        counted=[True, False],
+    )
+    masks = term._masks(pair())
+    assert list(masks) == [0]
+    assert masks[0][0].sum() == 16 * 16  # the large object's box covers the image
+    assert not masks[0][1].any()
+
+
+@pytest.mark.parametrize(("scaled", "standardized"), [(True, True), (False, True), (True, False), (False, False)])
+def test_fgd_against_its_equations(scaled: bool, standardized: bool) -> None:
+    """Equal channels: nothing is adapted, and fresh context blocks add nothing."""
+    settings = {"temperature": 0.5, "objects": 2.0, "background": 3.0, "attention": 5.0, "relation": 7.0}
+    observed = ObservedPair(**(vars(pair()) | {"student_seen": seen([6, 6], [4, 8], 0)}))
+    term = FGDTerm(
+        student_channels=[6, 6],
+        teacher_channels=TEACHER,
+        published_cells=1000 if scaled else None,
+        standardized=standardized,
+        **settings,
+    )
+    expected = 0.0
+    for student, teacher, stride in zip(
+        observed.student_seen.pyramid.maps, observed.teacher_seen.pyramid.maps, (4, 8), strict=False
+    ):
+        target = (teacher - teacher.mean()) / teacher.std(unbiased=False) if standardized else teacher
+        masks = object_masks([boxes / stride for boxes in BOXES], (64 // stride, 64 // stride))
+        scale = Scale(256 / 6, 1000 / (16**2 + 8**2)) if scaled else Scale()
+        objects, background, attention = focal_losses(student, target, *masks, 0.5, scale)
+        squares = (student - target).square().sum() / 2 * scale.channels * scale.cells
+        expected += float(2 * objects + 3 * background + 5 * attention + 7 * squares)
+    assert float(term(observed).detach()) == pytest.approx(expected, rel=1e-4)
 
 
 def test_equal_channels_are_correlated_as_they_are() -> None:

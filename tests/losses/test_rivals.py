@@ -10,9 +10,19 @@ from torch import Tensor
 from torchvision.ops import box_iou
 
 from gdetkd_cli.losses.cwd import channel_divergence
-from gdetkd_cli.losses.fgd import ContextBlock, attention, focal_losses, global_loss, object_masks
+from gdetkd_cli.losses.fgd import (
+    DENSE_CELLS,
+    TWO_STAGE_CELLS,
+    ContextBlock,
+    Scale,
+    attention,
+    focal_losses,
+    global_loss,
+    object_masks,
+    published_scale,
+)
 from gdetkd_cli.losses.fitnet import map_imitation_loss
-from gdetkd_cli.losses.gt_mask import near_object_masks
+from gdetkd_cli.losses.gt_mask import inside_box_masks, near_object_masks
 from gdetkd_cli.losses.logit import class_map_loss
 from gdetkd_cli.losses.pkd import pearson_loss
 from gdetkd_cli.losses.roi_imitation import region_imitation_loss
@@ -112,6 +122,43 @@ def test_near_cells_against_a_slow_version() -> None:
                     overlaps[y, x, a] = iw * ih / union
         expected |= (overlaps > 0.5 * overlaps.max()).any(dim=2)
     assert torch.equal(mask, expected)
+
+
+def test_cells_inside_a_box_by_hand() -> None:
+    """A cell counts if its centre lies in the box: 2.5 and 3.5 of 1.6 to 3.5, 0.5 of 0 to 1.4."""
+    boxes = torch.tensor([[1.6, 0, 3.5, 1.4], [0.1, 0.1, 0.3, 0.2], [4.6, 1.0, 5.4, 2.0]])
+    (mask,) = inside_box_masks([boxes], [(2, 6)], torch.zeros(3, dtype=torch.int64))
+    assert mask.tolist() == [
+        [True, False, True, True, False, False],  # the second box holds no centre: it has the cell around it
+        [False, False, False, False, False, True],  # the third's middle falls on an edge, at 5: the cell right of it
+    ]
+
+
+def test_a_box_counts_on_its_level_alone() -> None:
+    fine, coarse = torch.tensor([[0.0, 0, 4, 4], [4.0, 4, 8, 8]]), torch.tensor([[0.0, 0, 2, 2], [2.0, 2, 4, 4]])
+    on_fine, on_coarse = inside_box_masks([fine, coarse], [(8, 8), (4, 4)], torch.tensor([1, 0]))
+    assert on_fine.sum() == 16
+    assert on_fine[4:, 4:].all()
+    assert on_coarse.sum() == 4
+    assert on_coarse[:2, :2].all()
+    for mask in inside_box_masks([fine[:0], coarse[:0]], [(8, 8), (4, 4)], torch.zeros(0, dtype=torch.int64)):
+        assert not mask.any()
+
+
+def test_cells_inside_boxes_against_a_slow_version() -> None:
+    generator = torch.Generator().manual_seed(0)
+    corners = torch.rand(12, 2, 2, generator=generator).sort(dim=1).values.flatten(1) * torch.tensor([9.0, 6, 9, 6])
+    assigned = torch.randint(0, 2, (12,), generator=generator)
+    masks = inside_box_masks([corners, corners / 2], [(6, 9), (3, 5)], assigned)
+    for level, mask in enumerate(masks):
+        expected = torch.zeros_like(mask)
+        for (x1, y1, x2, y2), own in zip((corners / 2**level).tolist(), assigned.tolist(), strict=True):
+            for y in range(mask.shape[0]):
+                for x in range(mask.shape[1]):
+                    across = x1 <= x + 0.5 <= x2 or x == math.floor((x1 + x2) / 2)
+                    down = y1 <= y + 0.5 <= y2 or y == math.floor((y1 + y2) / 2)
+                    expected[y, x] |= own == level and across and down
+        assert torch.equal(mask, expected)
 
 
 # ------------------------------------------------------------------------------------------------------------- pkd
@@ -223,6 +270,72 @@ def test_global_context_against_a_slow_version() -> None:
         through.append(out)
     expected = float((through[0] - through[1]).detach().square().sum()) / 2
     assert float(global_loss(student, teacher, *blocks).detach()) == pytest.approx(expected, rel=1e-4)
+
+
+def test_published_sizes_need_no_scale() -> None:
+    """800 x 1088 pixels: strides 4 to 32 of a two-stage detector, 8 to 128 of a dense one."""
+    for cells, strides in ((TWO_STAGE_CELLS, (4, 8, 16, 32)), (DENSE_CELLS, (8, 16, 32, 64, 128))):
+        assert cells == sum(math.ceil(800 / stride) * math.ceil(1088 / stride) for stride in strides)
+        assert published_scale(256, cells, cells) == Scale(1, 1)
+    assert published_scale(64, 50, 100) == Scale(4, 2)
+
+
+def all_parts(student: Tensor, teacher: Tensor, box: tuple[float, float, float, float], scale: Scale) -> list[float]:
+    """Objects, background, attention and global loss, where a box covers the same cells of both images."""
+    shape = (student.shape[-2], student.shape[-1])
+    masks = object_masks([torch.tensor([box])] * len(student), shape)
+    blocks = (ContextBlock(student.shape[1]), ContextBlock(student.shape[1]))  # fresh: they add nothing
+    parts = (*focal_losses(student, teacher, *masks, 0.5, scale), global_loss(student, teacher, *blocks, scale))
+    return [float(part.detach()) for part in parts]
+
+
+def scale_of(maps: Tensor) -> Scale:
+    """To 256 channels and 1,000 cells."""
+    return published_scale(maps.shape[1], maps.shape[-2] * maps.shape[-1], 1000)
+
+
+@pytest.mark.parametrize("what", ["channels", "cells"])
+def test_scaled_parts_do_not_depend_on_the_size(what: str) -> None:
+    """Every channel or every cell twice: the scaled losses stay, of the published ones the sums double."""
+    student, teacher, box = random_maps(0), random_maps(1), (1.0, 1.0, 3.0, 3.0)
+    one = all_parts(student, teacher, box, scale_of(student))
+    if what == "channels":
+        wide_student, wide_teacher, wide_box = student.repeat(1, 2, 1, 1), teacher.repeat(1, 2, 1, 1), box
+    else:
+        wide_student, wide_teacher = student.repeat_interleave(2, dim=3), teacher.repeat_interleave(2, dim=3)
+        wide_box = (2.0, 1.0, 6.0, 3.0)
+    assert all_parts(wide_student, wide_teacher, wide_box, scale_of(wide_student)) == pytest.approx(one, rel=1e-4)
+    before, after = all_parts(student, teacher, box, Scale()), all_parts(wide_student, wide_teacher, wide_box, Scale())
+    grown = [b / a for a, b in zip(before, after, strict=True)]
+    focal = 2.0 if what == "channels" else 1.0
+    assert (grown[0], grown[1], grown[3]) == pytest.approx((focal, focal, 2.0), rel=1e-4)
+    assert 1 < grown[2] < 2  # of its two sums one doubles
+
+
+def test_at_the_published_size_the_scaled_parts_are_the_published_ones() -> None:
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (torch.randn(1, 256, 25, 40, generator=generator) for _ in range(2))
+    scale = scale_of(student)
+    box = (1.0, 1.0, 9.0, 3.0)
+    assert all_parts(student, teacher, box, scale) == all_parts(student, teacher, box, Scale())
+
+
+def test_scaled_parts_against_a_slow_version() -> None:
+    """As means, with the published sizes written out."""
+    student, teacher, box = random_maps(0), random_maps(1), (1.0, 1.0, 3.0, 3.0)
+    found = all_parts(student, teacher, box, scale_of(student))
+    expected = [0.0, 0.0, 0.0, 0.0]
+    for n in range(2):
+        (cells_s, channels_s), (cells_t, channels_t) = (attention(maps[n : n + 1], 0.5) for maps in (student, teacher))
+        weighted = (student[n] - teacher[n]).square() * channels_t[0, :, None, None] * cells_t
+        inside = torch.zeros(4, 5, dtype=torch.bool)
+        inside[1:3, 1:3] = True
+        expected[0] += 256 * float(weighted[:, inside].mean()) / 2
+        expected[1] += 256 * float(weighted[:, ~inside].mean()) / 2
+        expected[2] += 1000 * float((cells_s - cells_t).abs().mean()) / 2
+        expected[2] += 256 * float((channels_s - channels_t).abs().mean()) / 2
+        expected[3] += 256 * 1000 * float((student[n] - teacher[n]).square().mean()) / 2
+    assert found == pytest.approx(expected, rel=1e-4)
 
 
 # ----------------------------------------------------------------------------------------------------------- logit

@@ -18,13 +18,14 @@ import toy
 from gdetkd_cli.build import build_split, resolve_runtime
 from gdetkd_cli.errors import DataError, ModelError, RecipeError, RunFolderError
 from gdetkd_cli.evaluation.coco_metrics import evaluate_coco
-from gdetkd_cli.recipe.distillation import SGFI, FitNet
-from gdetkd_cli.recipe.methods import DEFAULT, TERMS, recipe_of
+from gdetkd_cli.recipe.distillation import SGFI, FitNet, GTMask
+from gdetkd_cli.recipe.methods import DEFAULT, TERMS, default_methods, recipe_of
 from gdetkd_cli.recipe.schema import CheckpointDetector, CocoData, FolderData, Recipe
 from gdetkd_cli.results import Comparison, MethodRow
 from gdetkd_cli.runs import cells, compare, job, run_compare
 from gdetkd_cli.runs.cells import Cell, cell_of, run_cells
 from gdetkd_cli.runs.compare import _notes
+from gdetkd_cli.runs.head_start import starts_from_teachers_head
 from gdetkd_cli.structures import Detections
 from gdetkd_cli.training.events import Event, Note, Phase
 
@@ -41,8 +42,8 @@ def test_every_method_is_the_recipe_with_other_terms() -> None:
     made = {method: recipe_of(recipe, method, steps=9, seed=4) for method in DEFAULT}
     for method, one in made.items():
         assert (one.train.steps, one.seed, one.student, one.data) == (9, 4, recipe.student, recipe.data)
-        if method in TERMS:
-            assert terms_of(one) == {method}
+        if method not in ("none", "gdetkd"):
+            assert terms_of(one) == {"gt_mask" if method == "gt_box" else method}
             assert one.distill is not None
             assert one.distill.head_transfer is False
     assert made["none"].teacher is None
@@ -68,6 +69,55 @@ def test_squared_errors_weigh_as_sgfi_does() -> None:
     made = recipe_of(recipe.model_copy(update={"distill": block}), "roi_imitation+fitnet+pkd", steps=1, seed=0).distill
     assert made is not None and made.roi_imitation and made.fitnet and made.pkd
     assert (made.roi_imitation.weight, made.fitnet.weight, made.pkd.weight) == (3.0, 7.0, "auto")
+
+
+def test_squared_errors_warm_up_as_sgfi_does() -> None:
+    recipe = toy.recipe()
+    assert recipe.distill is not None
+    block = recipe.distill.model_copy(update={"sgfi": SGFI(warmup_steps=7)})
+    made = recipe_of(recipe.model_copy(update={"distill": block}), "gt_box+pkd", steps=1, seed=0).distill
+    assert made is not None and made.gt_mask and made.pkd
+    assert (made.gt_mask.warmup_steps, made.pkd.warmup_steps) == (7, 0)
+
+
+def test_the_box_mask_is_a_method_of_its_own() -> None:
+    recipe = toy.recipe()
+    assert recipe.distill is not None
+    own = recipe.distill.model_copy(update={"gt_mask": GTMask(weight=3.0)})
+    recipe = recipe.model_copy(update={"distill": own})
+    masks = {}
+    for method in ("gt_mask", "gt_box+head"):
+        made = recipe_of(recipe, method, steps=1, seed=0).distill
+        assert made is not None and made.gt_mask
+        masks[method] = (made.gt_mask.mask, made.gt_mask.weight, made.head_transfer)
+    assert masks == {"gt_mask": ("anchors", 3.0, False), "gt_box+head": ("boxes", 3.0, True)}
+    with pytest.raises(
+        RecipeError, match=r"'gt_mask\+gt_box' has the term gt_mask twice; name gt_box or the other one"
+    ):
+        recipe_of(recipe, "gt_mask+gt_box", steps=1, seed=0)
+
+
+def test_methods_of_a_table_that_names_none() -> None:
+    assert default_methods(head=False) == DEFAULT
+    with_head = default_methods(head=True)
+    assert [name for name in with_head if not name.endswith("+head")] == list(DEFAULT)
+    assert {name.removesuffix("+head") for name in with_head if name.endswith("+head")} == {*DEFAULT[1:-1]}
+
+
+@pytest.mark.parametrize(
+    ("student", "head_transfer", "head"),
+    [
+        ("faster-rcnn", "auto", True),
+        ("faster-rcnn", False, False),
+        ("retinanet", "auto", False),  # its head is another
+    ],
+)
+def test_a_table_has_heads_where_gdetkd_has_one(student: str, head_transfer: Any, head: bool) -> None:
+    recipe = toy.recipe(student=student)
+    assert recipe.distill is not None
+    block = recipe.distill.model_copy(update={"head_transfer": head_transfer})
+    recipe = recipe.model_copy(update={"distill": block})
+    assert starts_from_teachers_head(recipe) is head
 
 
 @pytest.mark.parametrize("method", ["pdk", "sgfi+", "head", ""])
