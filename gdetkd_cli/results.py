@@ -258,6 +258,7 @@ class Comparison:
         failures: cells that did not finish, and why.
         cells, table, plot: files written.
         folds: of the cross-validation; None: one training and one validation split.
+        interval_over: what the rows' intervals cover: ``seeds and images``, or ``folds``.
     """
 
     recipe: str
@@ -270,11 +271,7 @@ class Comparison:
     table: Path
     plot: Path
     folds: int | None = None
-
-    @property
-    def covered(self) -> str:
-        """What the rows' intervals cover, for people."""
-        return "seeds and images" if self.folds is None else "folds"
+    interval_over: str = "seeds and images"
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,7 @@ def interval_over_seeds_and_images(
     return centre - half, centre + half
 
 
-def interval_over_folds(difference: float, by_fold: Sequence[float]) -> tuple[float, float] | None:
+def interval_over_folds(difference: float, fold_deviation: float, folds: int) -> tuple[float, float]:
     """The interval of a difference in pooled AP, from what the folds of a cross-validation say of it.
 
     A fold's difference has other validation images, another training set and other seeds' noise in it, so their spread
@@ -54,15 +54,10 @@ def interval_over_folds(difference: float, by_fold: Sequence[float]) -> tuple[fl
 
     Args:
         difference: of the AP pooled over the folds, mean over seeds.
-        by_fold: K differences, each of one fold alone, mean over seeds.
-
-    Returns:
-        Low and high; None for fewer than two folds.
+        fold_deviation: standard deviation of K differences, each of one fold alone, mean over seeds.
+        folds: K, at least 2.
     """
-    folds = len(by_fold)
-    if folds < 2:
-        return None
-    half = t_quantile(0.975, folds - 1) * stdev(by_fold) / math.sqrt(folds)
+    half = t_quantile(0.975, folds - 1) * fold_deviation / math.sqrt(folds)
     return difference - half, difference + half
 
 

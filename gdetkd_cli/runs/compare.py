@@ -24,7 +24,15 @@ from gdetkd_cli.runs.cells import Cell, cell_of, finished_cells, folds_in, run_c
 from gdetkd_cli.runs.evaluate import run_eval, teacher_metrics
 from gdetkd_cli.runs.folds import fold_teachers, folds_of, pooled_teacher_ap, recipe_for, with_fold
 from gdetkd_cli.runs.job import check_taught, features_only, with_labels
-from gdetkd_cli.runs.table import make_rows, notes_of, write_cells, write_curves, write_pooled, write_table
+from gdetkd_cli.runs.table import (
+    interval_over,
+    make_rows,
+    notes_of,
+    write_cells,
+    write_curves,
+    write_pooled,
+    write_table,
+)
 from gdetkd_cli.training.device import ComputeSettings
 from gdetkd_cli.training.events import Note, Observer, silent
 from gdetkd_cli.training.run_folder import write_text
@@ -151,6 +159,7 @@ def _write(
         table=folder / "table.csv",
         plot=folder / "comparison.png",
         folds=folds,
+        interval_over=interval_over(folds),
     )
     write_cells(found.cells, table.recipe, finished, folds)
     write_curves(folder / "curves.csv", table.recipe, finished, folds)

@@ -50,6 +50,11 @@ def make_rows(
     return _with_intervals(rows, finished, split, baseline), runs
 
 
+def interval_over(folds: int | None) -> str:
+    """What the intervals of a table cover, for people."""
+    return "seeds and images" if folds is None else "folds"
+
+
 def _key(cell: Cell) -> Key:
     return cell.method, cell.steps, cell.seed
 
@@ -146,8 +151,10 @@ def _with_fold_interval(
     # A fold without objects has no AP, by any method.
     numbers = [number for method, number in ap if method == row.method]
     differences = [mean(ap[row.method, number]) - mean(ap[baseline, number]) for number in numbers]
-    spread = stdev(differences) if len(differences) > 1 else None
-    return replace(row, interval=interval_over_folds(row.difference, differences), fold_deviation=spread)
+    if len(differences) < 2:
+        return row
+    spread = stdev(differences)
+    return replace(row, interval=interval_over_folds(row.difference, spread, len(differences)), fold_deviation=spread)
 
 
 def notes_of(
@@ -228,15 +235,16 @@ def write_curves(path: Path, recipe: str, cells: Iterable[Cell], folds: int | No
 
 
 def write_table(path: Path, rows: Sequence[MethodRow], baseline: str, images: int, folds: int | None) -> None:
-    """One line for each row, with all that its interval is computed from."""
+    """One line for each row, with all that its interval (``low``, ``high``) is computed from."""
     fields = [f for f in MethodRow.__dataclass_fields__ if f not in ("ap", "interval")]
     lines = []
     for row in rows:
         low, high = row.interval or (None, None)
         line = {f: getattr(row, f) for f in fields}
-        line |= {"seeds": len(row.ap), "images": images, "folds": folds, "low": low, "high": high, "baseline": baseline}
+        line |= {"seeds": len(row.ap), "images": images, "folds": folds, "low": low, "high": high}
+        line |= {"interval_over": interval_over(folds), "baseline": baseline}
         lines.append({k: round(v, 3) if isinstance(v, float) else v for k, v in line.items()})
-    _write_csv(path, (*fields, "seeds", "images", "folds", "low", "high", "baseline"), lines)
+    _write_csv(path, (*fields, "seeds", "images", "folds", "low", "high", "interval_over", "baseline"), lines)
 
 
 def _fold_field(folds: int | None) -> tuple[str, ...]:

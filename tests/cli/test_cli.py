@@ -55,6 +55,7 @@ def test_compare(runs: Any, recipe: str) -> None:
     expected |= {"baseline": "pkd", "folds": None}
     assert runs.call == ("run_compare", (load_recipe(recipe),), expected)
     assert json.loads(shown.stdout)["rows"][1]["interval"] == [4.24, 6.86]
+    assert json.loads(shown.stdout)["interval_over"] == "seeds and images"
 
 
 def test_compare_over_folds(runs: Any, recipe: str) -> None:

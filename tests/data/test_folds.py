@@ -14,7 +14,7 @@ from gdetkd_cli import build
 from gdetkd_cli.data.split import Split
 from gdetkd_cli.errors import DataError, RecipeError
 from gdetkd_cli.recipe.load import dump_recipe, load_recipe
-from gdetkd_cli.recipe.schema import CocoData, Data, Fold, SyntheticData, VocData
+from gdetkd_cli.recipe.schema import Bdd100kData, CocoData, Data, Fold, SyntheticData, VocData
 
 NAMES = ("cat", "dog")
 OUTLINE = [10, 10, 30, 10, 30, 30]
@@ -96,7 +96,45 @@ def test_labels_are_counted_in_one_class_list(tmp_path: Path) -> None:
     assert [whole.records[i].truth[0]["category_id"] for i in (0, 7)] == [2, 1]
 
 
-def test_scenes_and_lists_of_names_have_folds() -> None:
+def check_partition(data: Data, images: int) -> None:
+    held_out: list[int] = []
+    for number in (1, 2):
+        train, val = (shades(fold(data, number, 2, which)) for which in build.SPLITS)
+        assert sorted([*train, *val]) == list(range(1, images + 1))
+        assert len({*train.values(), *val.values()}) == images
+        held_out += val
+    assert sorted(held_out) == list(range(1, images + 1))
+
+
+def test_lists_of_names_have_folds(tmp_path: Path) -> None:
+    """Two lists of Pascal VOC; the same place in each is another image."""
+    for folder in ("Annotations", "JPEGImages", "ImageSets/Main"):
+        (tmp_path / folder).mkdir(parents=True)
+    for split, numbers in (("train", range(3)), ("val", range(3, 5))):
+        (tmp_path / "ImageSets" / "Main" / f"{split}.txt").write_text("".join(f"{n}\n" for n in numbers))
+        for n in numbers:
+            Image.new("RGB", (32, 32), (n * 20,) * 3).save(tmp_path / "JPEGImages" / f"{n}.png")
+            box = "<bndbox><xmin>3</xmin><ymin>3</ymin><xmax>9</xmax><ymax>9</ymax></bndbox>"
+            xml = f"<annotation><object><name>cat</name>{box}</object></annotation>"
+            (tmp_path / "Annotations" / f"{n}.xml").write_text(xml)
+    lists = {split: [Path("ImageSets/Main") / f"{split}.txt"] for split in ("train", "val")}
+    check_partition(VocData(format="voc", root=tmp_path, classes=["cat"], **lists), 5)
+
+
+def test_frames_have_folds(tmp_path: Path) -> None:
+    """BDD100K's labels; two files whose frames have the same numbers."""
+    (tmp_path / "images").mkdir()
+    for split, numbers in (("train", range(3)), ("val", range(3, 5))):
+        for n in numbers:
+            Image.new("RGB", (32, 32), (n * 20,) * 3).save(tmp_path / "images" / f"{n}.png")
+        label = {"category": "car", "box2d": {"x1": 2, "y1": 2, "x2": 9, "y2": 9}}
+        (tmp_path / f"{split}.json").write_text(json.dumps([{"name": f"{n}.png", "labels": [label]} for n in numbers]))
+    paths = {split: Path(f"{split}.json") for split in ("train", "val")}
+    folders = {f"{split}_images": Path("images") for split in ("train", "val")}
+    check_partition(Bdd100kData(format="bdd100k", root=tmp_path, **paths, **folders), 5)
+
+
+def test_scenes_have_folds() -> None:
     data = SyntheticData(train_images=5, val_images=2, size=64)
     parts = [build.build_split(data, which) for which in build.SPLITS]
     scenes = [part.read(i) for part in parts for i in range(len(part))]
@@ -107,7 +145,6 @@ def test_scenes_and_lists_of_names_have_folds() -> None:
             assert torch.equal(val.read(i), scenes[record.image_id - 1])
         ids += [record.image_id for record in val.records]
     assert sorted(ids) == list(range(1, 8))
-    assert VocData(format="voc", fold=Fold(number=1, of=2)).fold == Fold(number=1, of=2)
 
 
 def test_more_folds_than_images(tmp_path: Path) -> None:

@@ -95,6 +95,6 @@ def test_coverage_with_three_seeds(of_seeds: float) -> None:
 
 
 def test_folds_by_hand() -> None:
-    """t(3) = 3.182, s = 2 / sqrt(3) of 1, 3, 1, 3: half = 3.182 * 1.1547 / 2."""
-    assert interval_over_folds(1.9, [1.0, 3.0, 1.0, 3.0]) == pytest.approx((1.9 - 1.837, 1.9 + 1.837), abs=1e-3)
-    assert interval_over_folds(1.9, [1.0]) is None
+    """Differences of 1, 3, 1, 3: s = 2 / sqrt(3); t(3) = 3.182; half = 3.182 * 1.1547 / 2."""
+    spread = float(np.std([1.0, 3.0, 1.0, 3.0], ddof=1))
+    assert interval_over_folds(1.9, spread, 4) == pytest.approx((1.9 - 1.837, 1.9 + 1.837), abs=1e-3)

@@ -6,6 +6,7 @@ import csv
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from statistics import stdev
 from typing import Any
 
 import pytest
@@ -94,8 +95,8 @@ def test_ap_is_that_of_all_folds_together(crossed: tuple[Path, Recipe, Compariso
         for number in (1, 2)
     }
     by_fold = [aps["sgfi", number] - aps["none", number] for number in (1, 2)]
-    assert sgfi.interval == interval_over_folds(sgfi.difference, by_fold)
-    assert found.covered == "folds"
+    assert sgfi.interval == interval_over_folds(sgfi.difference, stdev(by_fold), 2)
+    assert found.interval_over == "folds"
 
 
 def test_files_name_the_fold(crossed: tuple[Path, Recipe, Comparison]) -> None:
@@ -115,6 +116,7 @@ def test_files_name_the_fold(crossed: tuple[Path, Recipe, Comparison]) -> None:
     with found.table.open(newline="") as file:
         (line,) = [line for line in csv.DictReader(file) if line["method"] == "sgfi"]
     assert (line["folds"], line["images"], line["image_deviation"]) == ("2", "14", "")
+    assert line["interval_over"] == "folds"
     assert float(line["fold_deviation"]) == pytest.approx(found.rows[1].fold_deviation, abs=1e-3)
     assert found.plot.stat().st_size > 1000
 
@@ -218,8 +220,9 @@ def test_rows_pool_folds_and_intervals_are_over_them(tmp_path: Path) -> None:
         return sum(aps) / 2
 
     by_fold = [of_fold("sgfi", number) - of_fold("none", number) for number in (1, 2)]
-    assert sgfi.interval == pytest.approx(interval_over_folds(sgfi.difference, by_fold))  # type: ignore[arg-type]
     assert sgfi.fold_deviation == pytest.approx(abs(by_fold[0] - by_fold[1]) / 2**0.5)
+    half = 12.706 * sgfi.fold_deviation / 2**0.5  # t(1) = 12.706
+    assert sgfi.interval == pytest.approx((sgfi.difference - half, sgfi.difference + half), abs=1e-2)
 
 
 def is_of(cell: Cell, method: str, number: int) -> bool:
