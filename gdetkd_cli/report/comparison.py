@@ -37,7 +37,7 @@ def draw_comparison(found: Comparison, path: Path) -> None:
         panel.set_title(f"{steps} steps")
         panel.set_ylabel("AP")
     if any(row.interval for row in rows):
-        covered = f"brackets: 95 % of the difference to {found.baseline}, over {found.interval_over}"
+        covered = f"brackets: 95 % interval of the difference to {found.baseline}, over {found.interval_over}"
         figure.supxlabel(covered, fontsize="small")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
