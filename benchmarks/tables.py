@@ -12,8 +12,10 @@ A table stands between two comments, of which the first says what it shows: the 
     <!-- budgets of frcnn at 500, 2000: none, sgfi -->
     <!-- end -->
 
-``frcnn`` means ``frcnn.csv`` and ``frcnn-intervals.csv``: from ``cells.csv`` and ``table.csv`` of ``gdetkd compare``.
-What has no finished cell is "not run".
+``frcnn`` means ``frcnn.csv`` and ``frcnn-intervals.csv``: from ``cells.csv`` (with folds ``pooled.csv``) and
+``table.csv`` of ``gdetkd compare``. The second holds what the interval of a gain needs beside the AP of each seed: the
+deviation of the gain over validation images and their number, or over folds and theirs. What has no finished cell is
+"not run".
 """
 
 from __future__ import annotations
@@ -26,6 +28,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import mean, median, stdev
 
+from gdetkd_cli.evaluation.intervals import interval_over_folds, interval_over_seeds_and_images
+
 DOCS = Path(__file__).parents[1] / "docs"
 PAGE, CELLS = DOCS / "benchmarks.md", DOCS / "benchmarks"
 _BLOCK = re.compile(
@@ -34,7 +38,7 @@ _BLOCK = re.compile(
     flags=re.DOTALL,
 )
 _NONE, _NOT_RUN = "none", "not run"
-_INTERVAL = ("method", "steps", "low", "high")
+_INTERVAL = ("method", "steps", "image_deviation", "images", "fold_deviation", "folds")
 
 Row = Mapping[str, str]
 
@@ -47,7 +51,10 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.take:
         name, folder = arguments.take
-        cells, table = (_read(Path(folder) / file) for file in ("cells.csv", "table.csv"))
+        cells = _read(Path(folder) / "pooled.csv") or _read(Path(folder) / "cells.csv")
+        table = _read(Path(folder) / "table.csv")
+        if not all("image_deviation" in row for row in table):
+            sys.exit(f"{folder}/table.csv has intervals over images alone: run the same `gdetkd compare` again")
         if any(row.get("baseline", _NONE) != _NONE for row in table):
             sys.exit(f"{folder}/table.csv has differences to another method than {_NONE}: compare without --baseline")
         take(CELLS / f"{name}.csv", cells, tuple(cells[0]), arguments.suffix)
@@ -87,7 +94,9 @@ def _table(block: re.Match[str], folder: Path) -> list[str]:
         lines += [[title, *(_by_seed(key, cells, steps) for steps in budgets)] for key, title in titles.items()]
     else:
         intervals = _read(folder / f"{block['name']}-intervals.csv")
-        columns = ("AP by seed", "mean ± std", "AP_S / AP_M / AP_L", "gain over `none` (95 %)", "ms/step", "MB")
+        covered = "folds" if any(row["folds"] for row in intervals) else "seeds and images"
+        gain = f"gain over `none` (95 % over {covered})"
+        columns = ("AP by seed", "mean ± std", "AP_S / AP_M / AP_L", gain, "ms/step", "MB")
         lines = [[f"{budgets[0]} steps", *columns]]
         lines += [[title, *_facts(key, cells, budgets[0], intervals)] for key, title in titles.items()]
     lines.insert(1, ["---"] * len(lines[0]))
@@ -104,11 +113,20 @@ def _facts(method: str, cells: Sequence[Row], steps: str, intervals: Sequence[Ro
     both = [ap[seed] - float(plain[seed]["AP"]) for seed in ap if seed in plain]
     gain = f"{mean(both):+.1f}" if method != _NONE and both else ""
     for row in intervals:
-        if gain and (row["method"], row["steps"]) == (method, steps) and row["low"]:
-            gain += f" ({float(row['low']):+.1f} to {float(row['high']):+.1f})"
+        if gain and (row["method"], row["steps"]) == (method, steps) and (interval := _interval(both, row)):
+            gain += f" ({interval[0]:+.1f} to {interval[1]:+.1f})"
     spent, memory = (_median(row[fact] for row in own.values()) for fact in ("seconds_per_step", "peak_memory_mb"))
     told = ["" if value is None else f"{value:.0f}" for value in (spent and 1000 * spent, memory)]
     return [_by_seed(method, cells, steps), whole, sizes, gain, *told]
+
+
+def _interval(gains: Sequence[float], row: Row) -> tuple[float, float] | None:
+    """95 % of the mean of the gains by seed; None where too little is known."""
+    if row["fold_deviation"]:
+        return interval_over_folds(mean(gains), float(row["fold_deviation"]), int(row["folds"]))
+    if row["image_deviation"]:
+        return interval_over_seeds_and_images(gains, float(row["image_deviation"]), int(row["images"]))
+    return None
 
 
 def _median(values: Iterable[str]) -> float | None:

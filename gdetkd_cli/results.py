@@ -217,11 +217,15 @@ class MethodRow:
     """One method at one budget, over seeds.
 
     Attributes:
-        ap: by seed.
+        ap: by seed; with folds, of the detections of all folds together.
         mean, deviation: of these; the deviation is None of a single seed.
         ap_small, ap_medium, ap_large: means over seeds.
         difference: mean over seeds of AP minus the baseline's of the same seed.
-        interval: the middle 95 % of that difference over pictures drawn again.
+        interval: 95 % of that difference, over seeds and images together; with folds, over folds. None: too few of
+            them to know, one seed for example.
+        seed_deviation: standard deviation of the difference over seeds.
+        image_deviation: standard deviation of the mean difference over validation images drawn again; None with folds.
+        fold_deviation: standard deviation of the difference over folds, each a mean over seeds; None without folds.
         seconds_per_step, peak_memory_mb: medians over seeds.
     """
 
@@ -235,6 +239,9 @@ class MethodRow:
     ap_large: float | None = None
     difference: float | None = None
     interval: tuple[float, float] | None = None
+    seed_deviation: float | None = None
+    image_deviation: float | None = None
+    fold_deviation: float | None = None
     seconds_per_step: float | None = None
     peak_memory_mb: float | None = None
 
@@ -250,6 +257,8 @@ class Comparison:
         notes: what the table can show and what it cannot.
         failures: cells that did not finish, and why.
         cells, table, plot: files written.
+        folds: of the cross-validation; None: one training and one validation split.
+        interval_over: what the rows' intervals cover: ``seeds and images``, or ``folds``.
     """
 
     recipe: str
@@ -261,6 +270,8 @@ class Comparison:
     cells: Path
     table: Path
     plot: Path
+    folds: int | None = None
+    interval_over: str = "seeds and images"
 
 
 @dataclass(frozen=True)

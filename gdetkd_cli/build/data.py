@@ -11,6 +11,7 @@ from gdetkd_cli.data.bdd100k import read_bdd100k
 from gdetkd_cli.data.coco import align_classes, read_coco
 from gdetkd_cli.data.dataset import DetectionDataset
 from gdetkd_cli.data.folder import read_folder
+from gdetkd_cli.data.folds import fold_of
 from gdetkd_cli.data.loader import training_batches
 from gdetkd_cli.data.split import Split
 from gdetkd_cli.data.synthetic import synthetic_split
@@ -18,7 +19,7 @@ from gdetkd_cli.data.transforms import build_augmentation
 from gdetkd_cli.data.voc import read_voc
 from gdetkd_cli.detectors.protocol import Detector
 from gdetkd_cli.errors import DataError
-from gdetkd_cli.recipe.schema import Bdd100kData, CocoData, Data, FolderData, Recipe, SyntheticData, VocData
+from gdetkd_cli.recipe.schema import Bdd100kData, CocoData, Data, Fold, FolderData, Recipe, SyntheticData, VocData
 from gdetkd_cli.structures import Batch
 from gdetkd_cli.training.device import ComputeSettings
 
@@ -30,7 +31,7 @@ def build_split(data: Data, which: Which, labels: Path | None = None, *, outline
     """The ``train`` or ``val`` split.
 
     Args:
-        data: the recipe's block.
+        data: the recipe's block; with a ``fold``, ``val`` is that fold of both splits' images, ``train`` all others.
         which: of the two.
         labels: folder of what the teacher's labels were written to in a run.
         outlines: keep the objects' outlines, where the annotations have any.
@@ -38,6 +39,9 @@ def build_split(data: Data, which: Which, labels: Path | None = None, *, outline
     Raises:
         DataError: it cannot be read, or it has no truth but what a teacher would say.
     """
+    fold = None if isinstance(data, FolderData) else data.fold
+    if fold is not None:
+        return _fold(data, fold, which, outlines=outlines)
     if isinstance(data, SyntheticData):
         images = data.train_images if which == "train" else data.val_images
         return synthetic_split(split=which, images=images, size=data.size, seed=data.seed, smallest=data.smallest)
@@ -60,6 +64,27 @@ def build_split(data: Data, which: Which, labels: Path | None = None, *, outline
     if isinstance(data, Bdd100kData):
         return read_bdd100k(labels=annotations, images=folder, classes=data.classes)
     return read_coco(annotations=annotations, images=folder, classes=data.classes, outlines=outlines)
+
+
+def all_folds(data: Data, *, outlines: bool = False) -> Split:
+    """The images of both splits, with the ids that they have in each fold.
+
+    Args:
+        data: the recipe's block, with a ``fold``.
+        outlines: as of ``build_split``.
+
+    Raises:
+        DataError: as of ``build_split``.
+    """
+    assert not isinstance(data, FolderData) and data.fold is not None
+    return _fold(data, data.fold, "all", outlines=outlines)
+
+
+def _fold(data: Data, fold: Fold, which: Literal["train", "val", "all"], *, outlines: bool) -> Split:
+    """What a fold makes of the two splits."""
+    whole = data.model_copy(update={"fold": None})
+    train, val = (build_split(whole, part, outlines=outlines) for part in SPLITS)
+    return fold_of(train, val, number=fold.number, of=fold.of, which=which)
 
 
 def needs_labels(data: Data, which: Which) -> TypeGuard[CocoData | FolderData]:

@@ -26,7 +26,17 @@ def compare(
     steps: Annotated[
         str | None, typer.Option("--steps", metavar="N,M", help="Budgets of optimizer steps. Default: the recipe's.")
     ] = None,
-    seeds: Annotated[int, typer.Option("--seeds", min=1, help="Runs of each method.")] = 3,
+    seeds: Annotated[int, typer.Option("--seeds", min=1, help="Runs of each method; one has no interval.")] = 3,
+    folds: Annotated[
+        int | None,
+        typer.Option(
+            "--folds",
+            metavar="K",
+            min=2,
+            help="Divide training and validation images together into K folds; run each method on each fold, and pool "
+            "the detections.",
+        ),
+    ] = None,
     jobs: Annotated[int, typer.Option("--jobs", min=1, help="Runs at the same time.")] = 1,
     baseline: Annotated[
         str, typer.Option("--baseline", metavar="METHOD", help="The method that the others' differences are to.")
@@ -42,6 +52,8 @@ def compare(
     """Train one student with several methods, and write a table.
 
     A run that is finished is not run again, so a table can grow, and be stopped and continued at any time.
+
+    The 95 % interval of a difference covers seeds and validation images together; with --folds, it is over folds.
     """
     from gdetkd_cli.cli import render
     from gdetkd_cli.cli.output import perform
@@ -52,7 +64,7 @@ def compare(
     from gdetkd_cli.runs import run_compare
 
     asked = tuple(name.strip() for name in methods.split(",")) if methods else ()
-    table = partial(run_compare, loaded, methods=asked, steps=budgets, seeds=seeds, baseline=baseline)
+    table = partial(run_compare, loaded, methods=asked, steps=budgets, seeds=seeds, folds=folds, baseline=baseline)
     found = perform(partial(table, jobs=jobs, output=output), render.compared, as_json=as_json)
     if found is not None and found.failures:
         raise ComparisonError(f"{len(found.failures)} runs did not finish, the first: {found.failures[0]}")

@@ -115,8 +115,8 @@ def evaluated(result: EvalResult) -> RenderableType:
 
 def compared(result: Comparison) -> RenderableType:
     """A table of methods."""
-    facts = ("AP by seed", "mean", "AP_S", "AP_M", "AP_L", f"to {result.baseline}", "95 %", "s/step", "MB")
-    table = Table("method", "steps", *facts, box=SIMPLE_HEAD)
+    facts = ("AP by seed", "mean", "AP_S", "AP_M", "AP_L", f"to {result.baseline}", f"95 % over {result.interval_over}")
+    table = Table("method", "steps", *facts, "s/step", "MB", box=SIMPLE_HEAD)
     for column in table.columns[2:]:
         column.justify = "right"
     for row in result.rows:

@@ -16,6 +16,25 @@ from gdetkd_cli.recipe.distillation import Distill
 # ----------------------------------------------------------------------------------------------------------- data
 
 
+class Fold(Strict):
+    """One fold of a cross-validation over the training and validation images together."""
+
+    number: PositiveInt = Field(description="the fold that is held out, from 1; the other images are for training")
+    of: Annotated[int, Field(ge=2)] = Field(description="folds in all")
+
+    @model_validator(mode="after")
+    def _is_one_of_them(self) -> Fold:
+        if self.number > self.of:
+            raise ValueError(f"number must be 1 to {self.of}, the folds in all; got {self.number}")
+        return self
+
+
+OneFold = Annotated[
+    Fold | None,
+    Field(description="divide the images of both splits anew, and hold out one fold of them; default: as they are"),
+]
+
+
 class SyntheticData(Strict):
     """The built-in scenes, drawn in code: nothing to download."""
 
@@ -27,6 +46,7 @@ class SyntheticData(Strict):
         0.12, description="outer diameter of the smallest object, as a fraction of the side"
     )
     seed: int = Field(0, description="another seed draws another data set")
+    fold: OneFold = None
 
 
 class TeacherLabels(Strict):
@@ -49,6 +69,13 @@ class CocoData(Strict):
     labels: Literal["annotations", "teacher"] | TeacherLabels = Field(
         "annotations", description="targets of the training pictures: their annotations, or what the teacher detects"
     )
+    fold: OneFold = None
+
+    @model_validator(mode="after")
+    def _folds_have_annotations(self) -> CocoData:
+        if self.fold is not None and self.labels != "annotations":
+            raise ValueError("fold needs annotations of every image, so it cannot stand beside labels: teacher")
+        return self
 
 
 class VocData(Strict):
@@ -65,6 +92,7 @@ class VocData(Strict):
         [Path("VOC2007/ImageSets/Main/test.txt")], min_length=1, description="lists of validation pictures"
     )
     classes: list[str] | None = Field(None, description="names to use, in this order; default: VOC's twenty")
+    fold: OneFold = None
 
 
 class Bdd100kData(Strict):
@@ -77,6 +105,7 @@ class Bdd100kData(Strict):
     train_images: Path = Field(Path("images/100k/train"), description="folder of the training pictures")
     val_images: Path = Field(Path("images/100k/val"), description="folder of the validation pictures")
     classes: list[str] | None = Field(None, description="names to use, in this order; default: the task's ten")
+    fold: OneFold = None
 
 
 class FolderData(Strict):

@@ -1,4 +1,4 @@
-"""The cells of a comparison: one run each, of a method, a budget and a seed.
+"""The cells of a comparison: one run each, of a method, a budget and a seed, and of a fold where there are folds.
 
 Each is trained by a process of its own, so that its memory can be told and its failure stops no other; a cell that is
 finished is never run again, one that was killed goes on.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -31,25 +32,31 @@ from gdetkd_cli.detectors import catalog
 from gdetkd_cli.errors import GDetKDError
 from gdetkd_cli.evaluation.predict import predict_split
 from gdetkd_cli.recipe.load import dump_recipe
-from gdetkd_cli.recipe.schema import Recipe
+from gdetkd_cli.recipe.schema import Fold, Recipe
+from gdetkd_cli.structures import Detections
 from gdetkd_cli.training.device import ComputeSettings
 from gdetkd_cli.training.events import CellDone, Note, Observer, Phase
 from gdetkd_cli.training.run_folder import RunFolder, write_text
 from gdetkd_cli.trust import code_is_trusted
 
+_FOLD = r"-fold-(\d+)-of-(\d+)"
+_CELL = re.compile(rf"(.+)-(\d+)-(\d+)(?:{_FOLD})?")
+
 
 @dataclass(frozen=True)
 class Cell:
-    """One run of a table, in a folder of its own."""
+    """One run of a table, in a folder of its own; ``fold`` is None without folds."""
 
     method: str
     steps: int
     seed: int
     folder: Path
+    fold: Fold | None = None
 
     @property
     def title(self) -> str:
-        return f"{self.method}, {self.steps} steps, seed {self.seed}"
+        part = f", fold {self.fold.number} of {self.fold.of}" if self.fold else ""
+        return f"{self.method}, {self.steps} steps, seed {self.seed}{part}"
 
     @property
     def run(self) -> RunFolder:
@@ -57,8 +64,13 @@ class Cell:
 
     @property
     def detections(self) -> Path:
-        """What the student detects in the validation pictures; written last, so a cell with it is finished."""
+        """What the student detects in the validation images; written last, so a cell with it is finished."""
         return self.folder / "detections.pt"
+
+    def read_detections(self) -> dict[int, Detections]:
+        """What the student of a finished cell detects, by image id."""
+        stored = torch.load(self.detections, weights_only=True)
+        return {number: Detections(**one) for number, one in stored.items()}
 
 
 @dataclass(frozen=True)
@@ -101,26 +113,51 @@ class _TimeLeft:
             return len(self._left), work / min(self._jobs, max(1, len(self._left)))
 
 
-def cell_of(folder: Path, method: str, steps: int, seed: int) -> Cell:
+def cell_of(folder: Path, method: str, steps: int, seed: int, fold: Fold | None = None) -> Cell:
     """A cell of the table in ``folder``."""
-    return Cell(method, steps, seed, folder / f"{method}-{steps}-{seed}")
+    return Cell(method, steps, seed, folder / f"{method}-{steps}-{seed}{_suffix(fold)}", fold)
 
 
-def finished_cells(folder: Path) -> dict[Cell, Mapping[str, Any]]:
-    """Every finished cell of the folder, whoever asked for it, and its metrics; by budget, seed and method."""
+def teacher_cell_of(folder: Path, steps: int, seed: int, fold: Fold) -> Cell:
+    """The training of a fold's own teacher, which is no cell of the table."""
+    return Cell("teacher", steps, seed, folder / f"teacher{_suffix(fold)}", fold)
+
+
+def finished_cells(folder: Path, folds: int | None = None) -> dict[Cell, Mapping[str, Any]]:
+    """Every finished cell of the folder, whoever asked for it, and its metrics; by budget, seed, method and fold.
+
+    Args:
+        folder: of the table.
+        folds: cells of so many folds alone; None: those without folds.
+    """
     found = []
     for written in folder.glob("*/detections.pt"):
-        method, steps, seed = written.parent.name.rsplit("-", 2)
-        found.append(cell_of(folder, method, int(steps), int(seed)))
-    found.sort(key=lambda cell: (cell.steps, cell.seed, cell.method))
+        if name := _CELL.fullmatch(written.parent.name):
+            method, steps, seed, number, of = name.groups()
+            fold = Fold(number=int(number), of=int(of)) if of else None
+            found.append(cell_of(folder, method, int(steps), int(seed), fold))
+    found = [cell for cell in found if (cell.fold and cell.fold.of) == folds]
+    found.sort(key=lambda cell: (cell.steps, cell.seed, cell.method, cell.fold.number if cell.fold else 0))
     return {cell: json.loads(cell.run.metrics.read_text()) for cell in found}
 
 
-def run_cells(recipes: Mapping[Cell, Recipe], settings: ComputeSettings, *, jobs: int, observer: Observer) -> list[str]:
+def folds_in(folder: Path) -> set[int | None]:
+    """Of how many folds the folder's cells and teachers are, begun ones included; None stands for those without."""
+    names = (written.parent.name for written in folder.glob("*/recipe.yaml"))
+    return {int(found[2]) if (found := re.search(f"{_FOLD}$", name)) else None for name in names}
+
+
+def _suffix(fold: Fold | None) -> str:
+    return f"-fold-{fold.number}-of-{fold.of}" if fold else ""
+
+
+def run_cells(
+    recipes: Mapping[Cell, Recipe], settings: ComputeSettings, *, jobs: int, observer: Observer, what: str = "cells"
+) -> list[str]:
     """Runs the cells that are not finished, ``jobs`` at a time, each on a GPU of its own where there are as many; says
-    which failed, and why."""
+    which failed, and why. ``what`` is what they are called."""
     missing = [cell for cell in recipes if not cell.detections.exists()]
-    observer(Note(f"{len(recipes)} cells, {len(recipes) - len(missing)} of them finished before"))
+    observer(Note(f"{len(recipes)} {what}, {len(recipes) - len(missing)} of them finished before"))
     failures = []
     free: SimpleQueue[_Place] = SimpleQueue()
     for place in _places(settings, jobs):
@@ -202,7 +239,7 @@ def _train(cell: Cell, recipe: Recipe, place: _Place) -> None:
 
 
 def _predict(cell: Cell, recipe: Recipe, settings: ComputeSettings, place: _Place) -> None:
-    """Writes what the cell's student detects in the validation pictures, in float32, as its own evaluation saw it."""
+    """Writes what the cell's student detects in the validation images, in float32, as its own evaluation saw it."""
     loaded = catalog.load(catalog.locate(str(cell.run.path)))
     module = loaded.detector.module.to(place.device)
     if settings.channels_last:

@@ -15,17 +15,18 @@ from gdetkd_cli import build
 from gdetkd_cli.build.detector import DetectorSpec
 from gdetkd_cli.data.coco import align_classes
 from gdetkd_cli.data.loader import validation_batches
+from gdetkd_cli.data.split import Split
 from gdetkd_cli.detectors import catalog
 from gdetkd_cli.detectors.files import Kind, kind_of
 from gdetkd_cli.detectors.probed import ProbedDetector, parameters_of
 from gdetkd_cli.distill.distiller import synchronize
 from gdetkd_cli.errors import DataError, RecipeError
-from gdetkd_cli.evaluation.coco_metrics import evaluate_coco
+from gdetkd_cli.evaluation.coco_metrics import CocoMetrics, evaluate_coco
 from gdetkd_cli.evaluation.exported import NotOursError, OnnxDetector, ScriptedDetector
 from gdetkd_cli.evaluation.predict import Predictor, predict_split
 from gdetkd_cli.recipe.builtin import list_builtin
 from gdetkd_cli.recipe.load import load_recipe
-from gdetkd_cli.recipe.schema import CheckpointDetector, Data
+from gdetkd_cli.recipe.schema import CheckpointDetector, Data, Recipe
 from gdetkd_cli.results import EvalResult
 from gdetkd_cli.runs.folder_data import find_data
 from gdetkd_cli.runs.job import check_taught
@@ -91,6 +92,22 @@ def run_eval(target: str, *, data: Data | Path | None, observer: Observer = sile
         size_mb=subject.size_mb,
         ms_per_image=stopwatch.ms_per_call,
     )
+
+
+def teacher_metrics(recipe: Recipe, split: Split, observer: Observer = silent) -> CocoMetrics:
+    """COCO metrics of a recipe's teacher on any split, on the GPU where there is one.
+
+    Raises:
+        ModelError, PairError: its detections cannot be read.
+        DataError: the split has classes that the teacher does not have.
+    """
+    assert recipe.teacher is not None
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    subject = _built(recipe.teacher, device, split.class_names, observer)
+    split = align_classes(split, subject.class_names)
+    progress = counting(observer, "evaluated", len(split))
+    found = predict_split(subject.predictor, validation_batches(split=split, batch_size=1), device, progress)
+    return evaluate_coco(split.records, split.class_names, found)
 
 
 class _Stopwatch:

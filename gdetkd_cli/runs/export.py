@@ -149,7 +149,7 @@ def _pictures(source: Path, observer: Observer) -> list[Tensor]:
 
 def _stretched(data: Data) -> list[Tensor]:
     if isinstance(data, SyntheticData):  # a scene is drawn when the split is made; a few will do
-        data = data.model_copy(update={"val_images": min(data.val_images, len(_STRETCHES))})
+        data = data.model_copy(update={"val_images": min(data.val_images, len(_STRETCHES)), "fold": None})
     split = build.build_split(data, "val")
     indices = range(min(len(split), len(_STRETCHES)))
     pictures = [split.read(index).float() / 255 for index in indices]

@@ -18,8 +18,14 @@ toy,none,10,0,10.0,0,0,1.0,2.0,3.0,0.1,100
 toy,none,10,1,20.0,0,0,3.0,4.0,5.0,0.2,200
 toy,sgfi,10,1,26.0,0,0,7.0,8.0,9.0,0.3,300
 toy,sgfi,20,0,50.0,0,0,7.0,8.0,9.0,0.3,300
+toy,pkd,10,0,12.0,0,0,1.0,2.0,3.0,0.1,100
+toy,pkd,10,1,23.0,0,0,3.0,4.0,5.0,0.2,200
+toy,cwd,10,0,12.0,0,0,1.0,2.0,3.0,0.1,100
+toy,cwd,10,1,23.0,0,0,3.0,4.0,5.0,0.2,200
 """
-INTERVALS = "method,steps,low,high\nsgfi,10,4.04,7.96\nsgfi,20,1,2\n"
+INTERVALS = (
+    "method,steps,image_deviation,images,fold_deviation,folds\nsgfi,10,1.0,200,,\nsgfi,20,1,200,,\npkd,10,0.0,200,,\n"
+)
 
 
 @pytest.fixture(scope="module")
@@ -49,16 +55,28 @@ def test_the_page_has_tables(tables: ModuleType) -> None:
 
 
 def test_methods(tables: ModuleType, folder: Path) -> None:
-    page = "a\n<!-- methods of toy at 10: none = plain, sgfi, ckd -->\nold\n<!-- end -->\nb\n"
-    kept, header, rule, none, sgfi, ckd, *rest = tables.rendered(page, folder).splitlines()[1:]
+    page = "a\n<!-- methods of toy at 10: none = plain, sgfi, ckd, pkd, cwd -->\nold\n<!-- end -->\nb\n"
+    kept, header, rule, none, sgfi, ckd, pkd, cwd, *rest = tables.rendered(page, folder).splitlines()[1:]
 
-    assert kept == "<!-- methods of toy at 10: none = plain, sgfi, ckd -->"
+    assert kept == "<!-- methods of toy at 10: none = plain, sgfi, ckd, pkd, cwd -->"
     assert header.startswith("| 10 steps | AP by seed |") and set(rule) <= set("|- ")
+    assert "| gain over `none` (95 % over seeds and images) |" in header
     assert none == "| plain | 10.0 / 20.0 | 15.0 ± 7.1 | 2.0 / 3.0 / 4.0 |  | 150 | 150 |"
-    # The gain is over the seed that both have.
-    assert sgfi == "| `sgfi` | not run / 26.0 | 26.0 | 7.0 / 8.0 / 9.0 | +6.0 (+4.0 to +8.0) | 300 | 300 |"
+    # The gain is over the seed that both have; one seed has no interval.
+    assert sgfi == "| `sgfi` | not run / 26.0 | 26.0 | 7.0 / 8.0 / 9.0 | +6.0 | 300 | 300 |"
+    # Gains of 2 and 3: s / sqrt(2) = 0.5, and t(1) = 12.706.
+    assert "| +2.5 (-3.9 to +8.9) |" in pkd
+    assert "| +2.5 |" in cwd  # its deviation over images is not known
     assert ckd == "| `ckd` | not run |  |  |  |  |  |"
     assert rest == ["<!-- end -->", "b"]
+
+
+def test_gains_over_folds(tables: ModuleType, folder: Path) -> None:
+    (folder / "toy-intervals.csv").write_text(f"{','.join(tables._INTERVAL)}\npkd,10,,14,1.0,4\n")
+    page = "<!-- methods of toy at 10: pkd -->\n<!-- end -->"
+    _, header, _, pkd, _ = tables.rendered(page, folder).splitlines()
+    assert "(95 % over folds)" in header
+    assert "| +2.5 (+0.9 to +4.1) |" in pkd  # t(3) / sqrt(4) = 1.591
 
 
 def test_budgets(tables: ModuleType, folder: Path) -> None:
@@ -80,8 +98,12 @@ def test_cells_are_added_and_replaced(tables: ModuleType, folder: Path) -> None:
     assert (folder / "toy.csv").read_text().split() == [
         "method,steps,seed,AP",
         "ckd,10,0,5",
+        "cwd,10,0,12.0",
+        "cwd,10,1,23.0",
         "none,10,0,10.0",
         "none,10,1,20.0",
+        "pkd,10,0,12.0",
+        "pkd,10,1,23.0",
         "sgfi,10,1,27",
         "sgfi@30,10,1,27",
         "sgfi,20,0,50.0",

@@ -52,9 +52,18 @@ def test_compare(runs: Any, recipe: str) -> None:
     asked = ("--methods", "none, sgfi+ckd,pkd", "--steps", "500,8000", "--seeds", "2", "--baseline", "pkd")
     shown = done("compare", recipe, *asked, "--json")
     expected = {"methods": ("none", "sgfi+ckd", "pkd"), "steps": (500, 8000), "seeds": 2, "jobs": 1, "output": None}
-    expected["baseline"] = "pkd"
+    expected |= {"baseline": "pkd", "folds": None}
     assert runs.call == ("run_compare", (load_recipe(recipe),), expected)
     assert json.loads(shown.stdout)["rows"][1]["interval"] == [4.24, 6.86]
+    assert json.loads(shown.stdout)["interval_over"] == "seeds and images"
+
+
+def test_compare_over_folds(runs: Any, recipe: str) -> None:
+    done("compare", recipe, "--folds", "5")
+    assert runs.call is not None and runs.call[2]["folds"] == 5
+    shown = gdetkd("compare", recipe, "--folds", "1")
+    assert shown.exit_code == 2
+    assert "--folds" in shown.stderr
 
 
 def test_compare_leaves_the_choice_of_methods_to_the_run(runs: Any, recipe: str) -> None:

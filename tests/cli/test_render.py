@@ -158,6 +158,8 @@ def test_json_spreads_metrics_and_has_no_nan(runs: Any, metrics: CocoMetrics) ->
 def test_a_table_of_methods(runs: Any) -> None:
     compared = runs.results["run_compare"]
     shown = text(render.compared(compared))
+    assert "95 % over seeds and images" in shown
+    assert "95 % over folds" in text(render.compared(dataclasses.replace(compared, interval_over="folds")))
     assert "to none" in shown and "to sgfi" in text(render.compared(dataclasses.replace(compared, baseline="sgfi")))
     assert has_row(shown, "none", "500", "30.0 / 32.0", "31.0 ± 1.4", "-", "33.3", "-", "-", "-", "-", "-")
     numbers = ("+5.5", "+4.2 … +6.9", "0.25", "812")

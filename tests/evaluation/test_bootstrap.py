@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from gdetkd_cli.data.split import Record
-from gdetkd_cli.evaluation.bootstrap import MatchedPictures, draw_again, interval_of_difference
+from gdetkd_cli.evaluation.bootstrap import MatchedPictures, deviation_of_difference, draw_again
 from gdetkd_cli.evaluation.coco_metrics import evaluate_coco
 from gdetkd_cli.structures import Detections
 
@@ -74,16 +74,28 @@ def test_a_class_without_detections_counts_as_zero_and_one_without_objects_not()
     assert np.isnan(MatchedPictures(records, CLASSES, cats).ap(0 * once))
 
 
-def test_the_interval_says_whether_a_difference_is_more_than_chance() -> None:
-    records, _ = scenes(pictures=40)
-    drawings = draw_again(40, drawings=200)
-    good, bad = (
-        [MatchedPictures(records, CLASSES, scenes(pictures=40, quality=q)[1]).drawn(drawings)] for q in (2.0, 10.0)
-    )
-    low, high = interval_of_difference(good, bad)
-    assert 0 < low < high
-    assert interval_of_difference(good, good) == (0.0, 0.0)
-    assert interval_of_difference(bad, good) == pytest.approx((-high, -low))
+def test_the_deviation_over_images_is_of_the_mean_over_seeds() -> None:
+    ours, theirs = np.array([[3.0, 5.0, 7.0], [1.0, 1.0, 1.0]]), np.array([[1.0, 1.0, 1.0], [1.0, 3.0, 1.0]])
+    # Mean differences: 1, 1 and 3.
+    assert deviation_of_difference(list(ours), list(theirs)) == pytest.approx((4 / 3) ** 0.5)
+    assert deviation_of_difference(list(theirs), list(ours)) == pytest.approx((4 / 3) ** 0.5)
+    assert deviation_of_difference(list(ours), list(ours)) == 0.0
+
+
+def test_a_drawing_without_objects_is_left_out() -> None:
+    ours, theirs = [np.array([3.0, np.nan, 5.0])], [np.array([1.0, np.nan, 1.0])]
+    assert deviation_of_difference(ours, theirs) == pytest.approx(2**0.5)
+
+
+def test_fewer_images_say_less() -> None:
+    deviations = []
+    for pictures in (10, 40):
+        records, _ = scenes(pictures=pictures)
+        drawings = draw_again(pictures, drawings=200)
+        matched = (MatchedPictures(records, CLASSES, scenes(pictures=pictures, quality=q)[1]) for q in (2.0, 10.0))
+        good, bad = ([one.drawn(drawings)] for one in matched)
+        deviations.append(deviation_of_difference(good, bad))
+    assert deviations[0] > deviations[1] > 0
 
 
 def test_every_drawing_has_as_many_pictures_and_is_the_same_again() -> None:

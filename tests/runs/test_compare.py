@@ -18,14 +18,15 @@ import toy
 from gdetkd_cli.build import build_split, resolve_runtime
 from gdetkd_cli.errors import DataError, ModelError, RecipeError, RunFolderError
 from gdetkd_cli.evaluation.coco_metrics import evaluate_coco
+from gdetkd_cli.evaluation.intervals import interval_over_seeds_and_images
 from gdetkd_cli.recipe.distillation import SGFI, FitNet, GTMask
 from gdetkd_cli.recipe.methods import DEFAULT, TERMS, default_methods, recipe_of
 from gdetkd_cli.recipe.schema import CheckpointDetector, CocoData, FolderData, Recipe
 from gdetkd_cli.results import Comparison, MethodRow
 from gdetkd_cli.runs import cells, compare, job, run_compare
 from gdetkd_cli.runs.cells import Cell, cell_of, run_cells
-from gdetkd_cli.runs.compare import _notes
 from gdetkd_cli.runs.head_start import starts_from_teachers_head
+from gdetkd_cli.runs.table import notes_of
 from gdetkd_cli.structures import Detections
 from gdetkd_cli.training.events import Event, Note, Phase
 
@@ -139,26 +140,38 @@ def row(steps: int, ap: float, method: str = "none") -> MethodRow:
 
 
 def test_what_a_table_can_show_is_said() -> None:
-    assert _notes([row(100, 30.0)], 40.0) == [
+    assert notes_of([row(100, 30.0)], 40.0) == [
         "whether plain training is at its plateau is not told by these budgets; one twice as long tells"
     ]
-    speed, climbing = _notes([row(100, 30.0), row(200, 41.0)], 40.0)
+    speed, climbing = notes_of([row(100, 30.0), row(200, 41.0)], 40.0)
     assert speed == (
         "at 200 steps plain training reaches 41.0 AP, the teacher 40.0: what distillation adds here is speed, not a "
         "better end"
     )
     assert climbing == "plain training gains +11.0 AP from 100 to 200 steps: not yet its plateau"
-    assert _notes([row(100, 30.0), row(200, 30.5)], 40.0)[-1].endswith("steps: its plateau")
-    assert _notes([row(30, 0.2), row(60, 0.6)], 40.0)[-1].endswith("steps: not yet its plateau")  # it has hardly begun
+    assert notes_of([row(100, 30.0), row(200, 30.5)], 40.0)[-1].endswith("steps: its plateau")
+    assert notes_of([row(30, 0.2), row(60, 0.6)], 40.0)[-1].endswith(
+        "steps: not yet its plateau"
+    )  # it has hardly begun
 
 
 def test_a_plateau_is_told_by_the_seeds_that_both_budgets_have() -> None:
     """Seed 1 alone was run at both: +0.5; the means over all seeds would say +4."""
     half = MethodRow(method="none", steps=100, ap={0: 23.0, 1: 30.0}, mean=26.5)
     whole = MethodRow(method="none", steps=200, ap={1: 30.5}, mean=30.5)
-    assert _notes([half, whole], 40.0) == ["plain training gains +0.5 AP from 100 to 200 steps (1 seed): its plateau"]
+    assert notes_of([half, whole], 40.0) == ["plain training gains +0.5 AP from 100 to 200 steps (1 seed): its plateau"]
     none = MethodRow(method="none", steps=200, ap={2: 30.5}, mean=30.5)
-    assert "no seed in common" in _notes([half, none], 40.0)[0]
+    assert "no seed in common" in notes_of([half, none], 40.0)[0]
+
+
+def test_why_one_seed_has_no_interval_is_said() -> None:
+    one = MethodRow(method="pkd", steps=100, ap={0: 33.0}, mean=33.0, difference=3.0, image_deviation=0.5)
+    assert notes_of([row(100, 30.0), one], 40.0)[-1] == (
+        "a difference of one seed has no interval, since one seed cannot show how far seeds differ; get more with "
+        "`--seeds 3`"
+    )
+    two = replace(one, seed_deviation=1.0, interval=(1.0, 5.0))
+    assert not any("interval" in note for note in notes_of([row(100, 30.0), two], 40.0))
 
 
 @pytest.fixture(scope="module")
@@ -176,7 +189,15 @@ def test_rows_and_files(compared: tuple[Path, Comparison]) -> None:
     assert plain.difference is None
     assert plain.interval is None
     assert pkd.difference == pytest.approx(sum(pkd.ap[s] - plain.ap[s] for s in (0, 1)) / 2)
-    assert pkd.interval is not None
+    assert pkd.image_deviation is not None and pkd.seed_deviation is not None
+    differences = [pkd.ap[seed] - plain.ap[seed] for seed in (0, 1)]
+    assert pkd.interval == interval_over_seeds_and_images(differences, pkd.image_deviation, 4)
+    assert pkd.seed_deviation == pytest.approx(abs(differences[0] - differences[1]) / 2**0.5)
+    with found.table.open(newline="") as file:
+        (line,) = [line for line in csv.DictReader(file) if line["method"] == "pkd"]
+    assert (line["images"], line["folds"], line["fold_deviation"]) == ("4", "", "")
+    for name in ("seed_deviation", "image_deviation"):
+        assert float(line[name]) == pytest.approx(getattr(pkd, name), abs=1e-3)
     assert pkd.seconds_per_step is not None
     assert pkd.seconds_per_step > 0
     assert pkd.peak_memory_mb is not None

@@ -1,0 +1,81 @@
+"""K-fold cross-validation: the training and validation images of a data set together, divided anew."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+from torch import Tensor
+
+from gdetkd_cli.data.coco import align_classes
+from gdetkd_cli.data.pictures import Pictures
+from gdetkd_cli.data.split import Split
+from gdetkd_cli.errors import DataError
+
+_SHUFFLE = 0  # the order is the same for every run, whatever its own seed
+
+
+@dataclass(frozen=True)
+class _Chosen:
+    """Reads some images of several splits; a class, not a closure, so that loader processes can get a copy.
+
+    Attributes:
+        reads: one function per split, as ``Split.read``.
+        places: for each image (split, index in it).
+    """
+
+    reads: Sequence[Callable[[int], Tensor]]
+    places: Sequence[tuple[int, int]]
+
+    def __call__(self, index: int) -> Tensor:
+        split, place = self.places[index]
+        return self.reads[split](place)
+
+
+def fold_of(train: Split, val: Split, *, number: int, of: int, which: Literal["train", "val", "all"]) -> Split:
+    """One fold of two splits together.
+
+    Image ids are new, 1 to P over the images of both splits, and the same in every fold, so that detections of several
+    folds can be pooled. Within a fold, images keep the order of the splits.
+
+    Args:
+        train, val: P images in all; labels are counted in ``train``'s class list.
+        number: which fold is held out, 1 to ``of``.
+        of: K folds; their sizes differ by one image at most.
+        which: ``val`` is the fold, ``train`` all other images, ``all`` every image.
+
+    Raises:
+        DataError: there are fewer images than folds, a class of ``val`` is not in ``train``, or an image is in both.
+    """
+    parts = (train, align_classes(val, train.class_names))
+    _check_distinct(parts)
+    places = [(part, index) for part, split in enumerate(parts) for index in range(len(split))]
+    if of > len(places):
+        raise DataError(f"{len(places)} images cannot be divided into {of} folds; choose {len(places)} folds or fewer")
+    # RandomState, not default_rng: NumPy promises that its numbers stay the same from version to version.
+    order = np.random.RandomState(_SHUFFLE).permutation(len(places)).tolist()
+    held_out = set(order[number - 1 :: of])
+    chosen = [i for i in range(len(places)) if which == "all" or (i in held_out) == (which == "val")]
+    records = [replace(parts[places[i][0]].records[places[i][1]], image_id=i + 1) for i in chosen]
+    part = "all folds" if which == "all" else f"{'held out' if which == 'val' else 'all but'} fold {number} of {of}"
+    return Split(
+        name=f"{train.name} and {val.name}, {part}",
+        class_names=train.class_names,
+        records=records,
+        read=_Chosen(reads=[split.read for split in parts], places=[places[i] for i in chosen]),
+        notes=tuple(f"{split.name}: {note}" for split in parts for note in split.notes),
+    )
+
+
+def _check_distinct(parts: Sequence[Split]) -> None:
+    """Raises a DataError where an image file is in the data twice: one fold would train on what it is tested on."""
+    times = Counter(path.absolute() for split in parts if isinstance(split.read, Pictures) for path in split.read.paths)
+    repeated = [path for path, count in times.items() if count > 1]
+    if repeated:
+        names = " and ".join(dict.fromkeys(split.name for split in parts))
+        raise DataError(
+            f"{names} name {len(repeated)} images more than once, {repeated[0]} first; folds need each image once"
+        )
