@@ -59,6 +59,7 @@ def build_pair(
     *,
     trained_head: bool = False,
     device: str = "cpu",
+    steps: int = 0,
 ) -> BuiltPair:
     """The distiller of a pair, its terms chosen and checked.
 
@@ -68,6 +69,7 @@ def build_pair(
         seed: of the terms' fresh weights and the choice of regions.
         trained_head: the student's head has weights already, which `head_transfer: auto` leaves alone.
         device: where the run computes, ``cpu`` or ``cuda``; a CPU compares fewer regions by default.
+        steps: of the run; prediction terms of a fresh head come in over half of them by default.
 
     Raises:
         PairError: a term that the recipe asks for does not fit the pair.
@@ -94,7 +96,10 @@ def build_pair(
             return
         weight = _weight(block, student)
         plans.append(TermPlan(name=name, weight=weight, reason=reason))
-        terms[name] = WeightedTerm(term, weight, block.warmup_steps)
+        warmup = block.warmup_steps
+        if warmup == "auto":
+            warmup = 0 if transferred or trained_head else steps // 2
+        terms[name] = WeightedTerm(term, weight, warmup)
 
     add(
         "sgfi",

@@ -69,8 +69,15 @@ class CKD(Warmed):
     project_channels: PositiveInt = Field(128, description="channels of the space that regions are compared in")
 
 
-class PredictionKD(Term):
+class PredictionKD(Strict):
     """Class or box predictions of the teacher's RoI head as targets (G-DetKD, arXiv 2108.07482)."""
+
+    weight: NonNegativeFloat = 1.0
+    warmup_steps: Annotated[int, Field(ge=0)] | Literal["auto"] = Field(
+        "auto",
+        description="steps over which the weight rises linearly from 0; auto: half of the run where the student's head "
+        "is fresh, which certain targets would hold back, else 0 (the paper)",
+    )
 
 
 class WholeMaps(Warmed):

@@ -36,7 +36,7 @@ def scaled_to_batch(recipe: Recipe, processes: int) -> Recipe:
         terms = {
             name: term.model_copy(update={"warmup_steps": ceil(term.warmup_steps / factor)})
             for name, term in distill
-            if hasattr(term, "warmup_steps")
+            if isinstance(getattr(term, "warmup_steps", None), int)
         }
         distill = distill.model_copy(update=terms)
     return recipe.model_copy(update={"train": changed, "distill": distill})

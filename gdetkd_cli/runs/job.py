@@ -113,6 +113,7 @@ def prepare(
             recipe.seed,
             trained_head=student.trained_head,
             device=device.type,
+            steps=recipe.train.steps,
         )
     distiller = pair.distiller if pair else Distiller(student=student.detector)
     build.apply_runtime(settings, recipe, student.detector, pair, device)

@@ -97,6 +97,26 @@ def test_regions_follow_the_head_and_the_device(
     assert pair.regions_per_image == expected
 
 
+@pytest.mark.parametrize(
+    ("head_transfer", "trained", "block", "expected"),
+    [
+        (False, False, "auto", 50),  # a fresh head
+        ("auto", False, "auto", 0),  # the teacher's head
+        ("auto", True, "auto", 0),  # a trained one of its own
+        (False, False, {"warmup_steps": 7}, 7),
+        (False, False, {"warmup_steps": 0}, 0),  # the paper
+    ],
+)
+def test_prediction_terms_come_in_late_where_the_head_is_fresh(
+    head_transfer: Any, trained: bool, block: Any, expected: int, tiny_detector: TinyDetector
+) -> None:
+    config = Distill.model_validate({"head_transfer": head_transfer, "class_kd": block, "box_kd": block})
+    student, teacher = tiny_detector("faster-rcnn"), tiny_detector("faster-rcnn", seed=1)
+    pair = build_pair(config, student, teacher, seed=0, trained_head=trained, steps=100)
+    weighted = {name: pair.distiller._weights[name].warmup_steps for name in ("sgfi", "class_kd", "box_kd")}
+    assert weighted == {"sgfi": 0, "class_kd": expected, "box_kd": expected}
+
+
 def test_later_stages_of_two_cascades_are_distilled(tiny_detector: TinyDetector) -> None:
     pairs = {
         student: build_pair(Distill(), tiny_detector(student), tiny_detector("cascade-rcnn", seed=1), seed=0)
