@@ -33,7 +33,7 @@ class RegionQueue(nn.Module):
         self.register_buffer("written", torch.zeros((), dtype=torch.int64))  # rows ever written
         # The same number on the host, where it is known without waiting for the device; None: read it.
         self._count: int | None = 0
-        self.register_load_state_dict_post_hook(_forget_count)
+        self.register_load_state_dict_post_hook(_forget_count)  # type: ignore[no-untyped-call]  # torch's
 
     def rows(self) -> tuple[Tensor, Tensor]:
         """A copy of the filled rows: embeddings (Q, D) and image ids (Q,).

@@ -17,6 +17,7 @@ from gdetkd_cli.detectors.pooling import pool_all_levels
 from gdetkd_cli.detectors.protocol import Observation, RegionView, View
 from gdetkd_cli.distill.heads import LevelMatcher, Standardizer
 from gdetkd_cli.distill.queue import RegionQueue
+from gdetkd_cli.host import beside
 from gdetkd_cli.losses.ckd import contrastive_loss, overlap_negatives
 from gdetkd_cli.losses.prediction import box_loss, class_loss
 from gdetkd_cli.losses.sgfi import imitation_loss, level_prior
@@ -113,7 +114,7 @@ class SGFITerm(nn.Module):
             target = self.standardizer(target.float(), channels)
         pyramid = pair.student_seen.pyramid
         levels = pool_all_levels(pyramid, pair.regions, size=target.shape[-1], sampling_ratio=self.sampling_ratio)
-        strides = target.new_tensor([(spec.stride[0] * spec.stride[1]) ** 0.5 for spec in pyramid.levels])
+        strides = beside([(spec.stride[0] * spec.stride[1]) ** 0.5 for spec in pyramid.levels], target)
         prior = level_prior(own, strides, self.prior)
         affine = self.standardizer.affine() if self.same_space and self.standardizer is not None else None
         # Standardisation is folded into the adapters' weights: half precision would lose a small deviation around a
