@@ -20,15 +20,14 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean, stdev
 from time import monotonic
 from typing import Any
 
+from gpu_summary import METHODS, PRECISIONS, summary
+
 ROOT = Path(__file__).resolve().parents[1]
 CHILDREN = Path(__file__).with_name("gpu_children.py")
-TARGETS = {"step ratio": 1.10, "memory ratio": 1.35}
-METHODS = ("none", "fgd", "roi_imitation", "gt_mask", "gdetkd")
-PRECISIONS = ("bf16", "fp32")
+_HANGS = 150.0  # seconds after which two processes are taken to wait for each other
 MARGIN = 15.0  # seconds of a slice kept for ending what runs, and for the summary
 
 
@@ -227,8 +226,12 @@ def _two_processes(settings: Settings) -> Measurement:
 
     def work(seconds: float) -> dict[str, Any] | None:
         launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-        printed = run([*launch, str(CHILDREN), "processes", given], seconds, settings.output / "log.txt")
-        return None if printed is None else json.loads(printed.strip().splitlines()[-1])
+        printed = run([*launch, str(CHILDREN), "processes", given], min(seconds, _HANGS), settings.output / "log.txt")
+        if printed is None:
+            raise RuntimeError(
+                f"not finished after {min(seconds, _HANGS):.0f} s; it hangs, or too little time was left"
+            )
+        return json.loads(printed.strip().splitlines()[-1])
 
     return Measurement("two-processes", _least(settings, 60), work)
 
@@ -324,69 +327,6 @@ def bccd_cells(table: Path) -> dict[tuple[str, int], dict[str, Any]]:
         method, _, seed = written.parent.name.rsplit("-", 2)
         found[method, int(seed)] = json.loads((written.parent / "run" / "metrics.json").read_text())
     return found
-
-
-# ---------------------------------------------------------------------------------------------------------- summary
-
-
-def met(name: str, value: float) -> str:
-    """``1.08 (target 1.10: met)``."""
-    return f"{value:.2f} (target {TARGETS[name]:.2f}: {'met' if value <= TARGETS[name] else 'missed'})"
-
-
-def summary(results: Mapping[str, Mapping[str, Any]], cells: Mapping[tuple[str, int], Mapping[str, Any]]) -> str:
-    """What is known so far, as Markdown; what is not, as a dash."""
-    lines = ["| precision | step, ms | floor, ms | step ratio | memory, MiB | plain, MiB | memory ratio |"]
-    lines += ["|---|---|---|---|---|---|---|", *(_cost_row(results, precision) for precision in PRECISIONS)]
-    lines += ["", "| what | bf16 AP | fp32 AP |", "|---|---|---|"]
-    trained = {precision: results.get(f"shapes-{precision}", {}).get("AP") for precision in PRECISIONS}
-    for title, found in (
-        ("shipped teacher, scenes at (1060, 600) of 1216 x 736", results.get("pasted", {})),
-        ("shapes/frcnn-frcnn, trained", trained),
-    ):
-        lines.append(_row(title, _number(found.get("bf16")), _number(found.get("fp32"))))
-    pair = results.get("two-processes")
-    told = "not measured"
-    if pair:
-        equal = f"losses finite: {pair['finite']}, weights equal: {pair['equal']}"
-        told = f"{pair['steps']} steps over {pair['backend']}, {equal}"
-    lines += ["", f"Two processes on one device: {told}.", ""]
-    teacher = results.get("bccd-teacher", {})
-    lines += [f"BCCD at 640 x 480, R18 from R50 (teacher {_number(teacher.get('AP'))} AP):", ""]
-    lines += ["| method | AP by seed | mean | deviation | s/step | MiB |", "|---|---|---|---|---|---|"]
-    return "\n".join([*lines, *(_method_row(cells, method) for method in METHODS)])
-
-
-def _cost_row(results: Mapping[str, Mapping[str, Any]], precision: str) -> str:
-    step = results.get(f"cost-{precision}-step")
-    plain, distilled = (results.get(f"cost-{precision}-memory-{kind}") for kind in ("plain", "distilled"))
-    times, ratio = ["-", "-"], "-"
-    if step:  # the step that the ratio is of, without its data
-        times = [f"{1e3 * seconds:.0f}" for seconds in (step["floor"] * step["ratio"], step["floor"])]
-        ratio = met("step ratio", step["ratio"])
-    sizes = [f"{one['peak_memory_mb']:.0f}" if one else "-" for one in (distilled, plain)]
-    memory = "-"
-    if plain and distilled:
-        memory = met("memory ratio", distilled["peak_memory_mb"] / plain["peak_memory_mb"])
-    return _row(precision, *times, ratio, *sizes, memory)
-
-
-def _method_row(cells: Mapping[tuple[str, int], Mapping[str, Any]], method: str) -> str:
-    own = [facts for (name, _), facts in sorted(cells.items()) if name == method]
-    if not own:
-        return _row(method, *"-----")
-    ap = [facts["AP"] for facts in own]
-    spread = f"{stdev(ap):.1f}" if len(ap) > 1 else "-"
-    seconds, memory = (mean(facts[name] for facts in own) for name in ("seconds_per_step", "peak_memory_mb"))
-    return _row(method, ", ".join(map(_number, ap)), _number(mean(ap)), spread, f"{seconds:.3f}", f"{memory:.0f}")
-
-
-def _row(*columns: str) -> str:
-    return "| " + " | ".join(columns) + " |"
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1f}"
 
 
 def main() -> None:

@@ -73,6 +73,7 @@ def processes(options: dict[str, Any]) -> dict[str, Any]:
 
     NCCL refuses two ranks on one GPU, so they talk through gloo.
     """
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # a machine without a network has no other
     distributed.init_process_group("gloo")
     os.environ["LOCAL_RANK"] = "0"  # both on the first device
     rank, world = distributed.get_rank(), distributed.get_world_size()
