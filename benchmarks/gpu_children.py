@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import signal
 import sys
 from typing import Any
 
@@ -73,6 +74,7 @@ def processes(options: dict[str, Any]) -> dict[str, Any]:
 
     NCCL refuses two ranks on one GPU, so they talk through gloo.
     """
+    signal.alarm(options["most"])  # torchrun's processes outlive it when it is killed
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # a machine without a network has no other
     distributed.init_process_group("gloo")
     os.environ["LOCAL_RANK"] = "0"  # both on the first device
