@@ -44,11 +44,24 @@ class Frame:
         scale: (N, 2), x then y.
         shift: (N, 2) model pixels, x then y.
         size: (height, width) of the padded model input, in model pixels.
+        known: scale and shift on the host, where it knows them without reading the device.
     """
 
     scale: Tensor
     shift: Tensor
     size: tuple[int, int]
+    known: tuple[Tensor, Tensor] | None = None
+
+    @staticmethod
+    def of(scale: Tensor, shift: Tensor, size: tuple[int, int], device: torch.device) -> Frame:
+        """A frame on a device, of numbers of the host; nothing waits for the device."""
+        there = [value.to(device, non_blocking=True) for value in (scale, shift)]
+        return Frame(scale=there[0], shift=there[1], size=size, known=(scale, shift))
+
+    def on_host(self) -> Frame:
+        """The same frame with its tensors on the CPU."""
+        scale, shift = self.known or (self.scale.cpu(), self.shift.cpu())
+        return Frame(scale=scale, shift=shift, size=self.size)
 
     def to_model(self, boxes: Tensor, image_index: Tensor) -> Tensor:
         """(R, 4) batch-image pixels -> (R, 4) model pixels."""
@@ -83,20 +96,36 @@ class Regions:
         image_index: (R,) int64, which image of the batch; non-decreasing.
         candidate: (R,) int64, the row of the student's ``Candidates`` that the region is, -1 for none.
         refined: by later stage of a cascade student, (R, 4) batch-image pixels, what it made of the boxes; else empty.
+        counts: regions of each image, where the host knows them; None: read from the device at each use.
+        all_candidates: whether no ``candidate`` is -1; None: read at each use.
     """
 
     boxes: Tensor
     image_index: Tensor
     candidate: Tensor
     refined: tuple[Tensor, ...] = ()
+    counts: tuple[int, ...] | None = None
+    all_candidates: bool | None = None
 
     def __len__(self) -> int:
         return self.boxes.shape[0]
 
+    def count_by_image(self, images: int) -> list[int]:
+        """R_i of each of ``images`` images."""
+        return count_by_image(self.image_index, images) if self.counts is None else list(self.counts)
+
     def per_image(self, images: int) -> list[Tensor]:
         """The boxes, split by image: ``images`` tensors (R_i, 4)."""
-        counts = torch.bincount(self.image_index, minlength=images)
-        return list(self.boxes.split(counts.tolist()))
+        return list(self.boxes.split(self.count_by_image(images)))
+
+    def are_candidates(self) -> bool:
+        """Whether every region is one of the student's candidates."""
+        return bool((self.candidate >= 0).all()) if self.all_candidates is None else self.all_candidates
+
+
+def count_by_image(image_index: Tensor, images: int) -> list[int]:
+    """How often each of ``images`` images is in (R,) indices; waits for the device."""
+    return torch.bincount(image_index, minlength=images).tolist()
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,10 @@ from torchvision.ops import clip_boxes_to_image
 
 from gdetkd_cli.detectors import torchvision_common as common
 from gdetkd_cli.detectors.exact_boxes import exact_boxes
-from gdetkd_cli.detectors.pooling import DENSE_CELLS, assign_levels, cells, channels_of, pool_all_levels, pool_assigned
+from gdetkd_cli.detectors.pooling import DENSE_CELLS, assign_levels, channels_of, pool_all_levels, pool_assigned
 from gdetkd_cli.detectors.protocol import Candidates, Family, Observation, RegionView, View
 from gdetkd_cli.detectors.tap import Tap
+from gdetkd_cli.host import beside, sent
 from gdetkd_cli.structures import Batch, Detections, LevelSpec, Pyramid, Regions
 
 _TOWER = "head.classification_head.conv"
@@ -149,24 +150,25 @@ class DenseDetector:
             with common.evaluating(self.module):
                 tower = tuple(self.module.head.classification_head.conv(m) for m in seen.pyramid.maps)
         embedding = tower[0].new_zeros(len(regions), tower[0].shape[1])
+        own, y, x = cell.unbind(dim=1)
+        # Every region on every level, and then its own: a few rows more cost less than asking for each level's.
         for level, features in enumerate(tower):
-            rows = (cell[:, 0] == level).nonzero().squeeze(1)
-            if rows.numel():
-                _, y, x = cell[rows].unbind(dim=1)
-                embedding = embedding.index_copy(0, rows, features[regions.image_index[rows], :, y, x])
+            height, width = features.shape[-2:]
+            read = features[regions.image_index, :, y.clamp(max=height - 1), x.clamp(max=width - 1)]
+            embedding = torch.where((own == level)[:, None], read, embedding)
         return embedding
 
     def _central_cells(self, pyramid: Pyramid, regions: Regions, assignment: Tensor) -> Tensor:
         """(R, 3) int64: each region's level, and the cell of it that the region's centre falls into."""
         pixels = pyramid.frame.to_model(regions.boxes, regions.image_index)
-        found = torch.zeros(len(regions), 3, dtype=torch.int64, device=pixels.device)
-        found[:, 0] = assignment
-        for level, (spec, features) in enumerate(zip(pyramid.levels, pyramid.maps, strict=True)):
-            rows = (assignment == level).nonzero().squeeze(1)
-            x0, y0, x1, y1 = cells(pixels[rows], spec).unbind(dim=1)
-            found[rows, 1] = ((y0 + y1) / 2).floor().long().clamp(0, features.shape[-2] - 1)
-            found[rows, 2] = ((x0 + x1) / 2).floor().long().clamp(0, features.shape[-1] - 1)
-        return found
+        stride, offset = (  # (R, 2) each, x and y
+            beside(values, pixels)[assignment].flip(1)
+            for values in ([level.stride for level in pyramid.levels], [level.offset for level in pyramid.levels])
+        )
+        last = beside([(m.shape[-2] - 1, m.shape[-1] - 1) for m in pyramid.maps], assignment)[assignment]
+        low, high = ((corner - offset) / stride + 0.5 for corner in pixels.split(2, dim=1))  # as ``cells``
+        cell = ((low + high) / 2).floor().long().flip(1).clamp(min=0).minimum(last)  # (R, 2), y and x
+        return torch.cat([assignment[:, None], cell], dim=1)
 
     @torch.no_grad()
     def _candidates(
@@ -186,9 +188,16 @@ class DenseDetector:
         all_boxes = torch.cat(boxes)
         # A clipped box without an inside cannot be pooled from.
         inside = ((all_boxes[:, 2:] - all_boxes[:, :2]) >= 1).all(dim=1) & torch.isfinite(all_boxes).all(dim=1)
-        index, all_boxes = index[inside], all_boxes[inside]
-        cell = cell_of[best.flatten()[inside]]
-        return Candidates(boxes=pyramid.frame.to_image(all_boxes, index), image_index=index, sampled=False), cell
+        kept = inside.cpu()  # the one wait, for the counts as well
+        rows = sent(kept.nonzero().squeeze(1), inside)
+        index, all_boxes, cell = index[rows], all_boxes[rows], cell_of[best.flatten()[rows]]
+        offered = Candidates(
+            boxes=pyramid.frame.to_image(all_boxes, index),
+            image_index=index,
+            sampled=False,
+            counts=tuple(kept.view(-1, count).sum(dim=1).tolist()),
+        )
+        return offered, cell
 
     def _scores(self, head: dict[str, Tensor]) -> Tensor:
         logits = head["cls_logits"]

@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torchvision.ops import roi_align
 
-from gdetkd_cli.structures import LevelSpec, Pyramid, Regions
+from gdetkd_cli.host import beside, sent
+from gdetkd_cli.structures import LevelSpec, Pyramid, Regions, count_by_image
 
 # Sides of a level's regions, in its cells: the middle of an octave. Two-stage detectors with a pyramid: 14 to 28 (224
 # pixels are the least at stride 16). Dense ones: 4 to 8 (RetinaNet's anchors, FCOS's ranges).
@@ -24,8 +25,8 @@ _SEPARABLE_CELLS = 4096  # maps up to 64 x 64 cells: beyond, the matrix products
 def cells(pixels: Tensor, level: LevelSpec) -> Tensor:
     """(R, 4) xyxy model pixels -> (R, 4) cells, continuous: the centre of cell (0, 0) is at (0.5, 0.5)."""
     (stride_y, stride_x), (offset_y, offset_x) = level.stride, level.offset
-    stride = pixels.new_tensor([stride_x, stride_y, stride_x, stride_y])
-    offset = pixels.new_tensor([offset_x, offset_y, offset_x, offset_y])
+    stride = beside([stride_x, stride_y, stride_x, stride_y], pixels)
+    offset = beside([offset_x, offset_y, offset_x, offset_y], pixels)
     return (pixels - offset) / stride + 0.5
 
 
@@ -35,7 +36,14 @@ def pool_level(pyramid: Pyramid, level: int, regions: Regions, *, size: int, sam
     features = pyramid.maps[level].float()
     # Without a gradient nothing is scattered, and the operator is the faster one.
     if features.requires_grad and features.shape[-2] * features.shape[-1] <= _SEPARABLE_CELLS:
-        return separable_roi_align(features, boxes, regions.image_index, size=size, sampling_ratio=sampling_ratio)
+        return separable_roi_align(
+            features,
+            boxes,
+            regions.image_index,
+            size=size,
+            sampling_ratio=sampling_ratio,
+            counts=regions.count_by_image(len(features)),
+        )
     rois = torch.cat([regions.image_index[:, None].to(boxes), boxes], dim=1)
     pooled: Tensor = roi_align(
         features, rois, (size, size), spatial_scale=1.0, sampling_ratio=sampling_ratio, aligned=True
@@ -44,7 +52,13 @@ def pool_level(pyramid: Pyramid, level: int, regions: Regions, *, size: int, sam
 
 
 def separable_roi_align(
-    features: Tensor, boxes: Tensor, image_index: Tensor, *, size: int, sampling_ratio: int
+    features: Tensor,
+    boxes: Tensor,
+    image_index: Tensor,
+    *,
+    size: int,
+    sampling_ratio: int,
+    counts: Sequence[int] | None = None,
 ) -> Tensor:
     """RoIAlign as two matrix products, one for each axis: the same numbers as torchvision's with ``aligned=True``.
 
@@ -57,6 +71,7 @@ def separable_roi_align(
         image_index: (R,) non-decreasing.
         size: bins per axis.
         sampling_ratio: samples per bin and axis.
+        counts: regions of each of the N images; None: counted.
 
     Returns:
         (R, C, size, size).
@@ -65,7 +80,7 @@ def separable_roi_align(
     along_y = _bin_weights(boxes[:, 1], boxes[:, 3], height, size, sampling_ratio)  # (R, size, H)
     along_x = _bin_weights(boxes[:, 0], boxes[:, 2], width, size, sampling_ratio)  # (R, size, W)
     rows_first = features.permute(0, 2, 3, 1).flatten(2)  # (N, H, W C)
-    counts = torch.bincount(image_index, minlength=images).tolist()
+    counts = count_by_image(image_index, images) if counts is None else list(counts)
     # In half precision the weights would blur where a region lies; torchvision's operator stays in float32 as well.
     with torch.autocast(features.device.type, enabled=False):
         if len(set(counts)) == 1:  # the usual case, in one product
@@ -105,15 +120,15 @@ def assign_levels(pyramid: Pyramid, regions: Regions, *, cells_per_side: float, 
     """
     pixels = pyramid.frame.to_model(regions.boxes, regions.image_index)
     side = (pixels[:, 2:] - pixels[:, :2]).clamp(min=1e-3).prod(dim=1).sqrt()
-    strides = pixels.new_tensor([(spec.stride[0] * spec.stride[1]) ** 0.5 for spec in pyramid.levels[:among]])
+    strides = beside([(spec.stride[0] * spec.stride[1]) ** 0.5 for spec in pyramid.levels[:among]], pixels)
     octaves = torch.log2(side[:, None] / (cells_per_side * strides[None])).abs()
     return octaves.argmin(dim=1)
 
 
 def channels_of(levels: Sequence[LevelSpec], assignment: Tensor) -> Tensor | None:
     """(R,) channels of each region's level, or None where all levels have as many."""
-    channels = torch.tensor([level.channels for level in levels], device=assignment.device)
-    return channels[assignment] if len(channels.unique()) > 1 else None
+    channels = [level.channels for level in levels]
+    return beside(channels, assignment)[assignment] if len(set(channels)) > 1 else None
 
 
 def pool_assigned(pyramid: Pyramid, regions: Regions, assignment: Tensor, *, size: int, sampling_ratio: int) -> Tensor:
@@ -122,14 +137,21 @@ def pool_assigned(pyramid: Pyramid, regions: Regions, assignment: Tensor, *, siz
     Where levels differ in channels, C is the largest number of them and the others are padded with zeros.
     """
     channels = max(level.channels for level in pyramid.levels)
-    order, parts = [], []
-    for level, spec in enumerate(pyramid.levels):
-        rows = (assignment == level).nonzero().squeeze(1)
-        if rows.numel():
-            chosen = Regions(regions.boxes[rows], regions.image_index[rows], regions.candidate[rows])
-            part = pool_level(pyramid, level, chosen, size=size, sampling_ratio=sampling_ratio)
-            order.append(rows)
-            parts.append(pad(part, (0, 0, 0, 0, 0, channels - spec.channels)))
-    if not parts:
+    if not len(regions):
         return pyramid.maps[0].new_zeros(0, channels, size, size, dtype=torch.float32)
-    return torch.cat(parts)[torch.cat(order).argsort()]
+    images = len(pyramid.maps[0])
+    own = assignment.cpu()  # the one wait for all levels: how many regions each has decides what is launched
+    order = own.argsort(stable=True)
+    image = torch.arange(images).repeat_interleave(torch.tensor(regions.count_by_image(images)))
+    counts = torch.bincount(own * images + image, minlength=len(pyramid.levels) * images).view(-1, images).tolist()
+    there = sent(order, assignment)
+    boxes, index, candidate = regions.boxes[there], regions.image_index[there], regions.candidate[there]
+    parts, start = [], 0
+    for level, (spec, of_images) in enumerate(zip(pyramid.levels, counts, strict=True)):
+        end = start + sum(of_images)
+        if end > start:
+            chosen = Regions(boxes[start:end], index[start:end], candidate[start:end], counts=tuple(of_images))
+            part = pool_level(pyramid, level, chosen, size=size, sampling_ratio=sampling_ratio)
+            parts.append(pad(part, (0, 0, 0, 0, 0, channels - spec.channels)))
+        start = end
+    return torch.cat(parts)[sent(order.argsort(), assignment)]

@@ -139,9 +139,8 @@ class ProbedDetector:
     def _frame_of(self, batch: Batch, size: tuple[int, int]) -> Frame:
         """Where the network's input, (height, width) pixels, lies in the batch's images."""
         frames = [self._frame(image) for image in batch.images]
-        stride = torch.tensor([f.stride[::-1] for f in frames], device=batch.images[0].device)
-        offset = torch.tensor([f.offset[::-1] for f in frames], device=stride.device)
-        return Frame(scale=1 / stride, shift=0.5 - offset / stride, size=size)
+        stride, offset = (torch.tensor(xs).flip(1) for xs in ([f.stride for f in frames], [f.offset for f in frames]))
+        return Frame.of(1 / stride, 0.5 - offset / stride, size, batch.images[0].device)
 
     def view_regions(self, seen: Observation, regions: Regions, needs: frozenset[View]) -> RegionView:
         assignment = assign_levels(seen.pyramid, regions, cells_per_side=self.cells_per_side)

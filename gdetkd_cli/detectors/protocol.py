@@ -21,11 +21,13 @@ class Candidates:
         image_index: (K,) int64, non-decreasing.
         sampled: True where the detector's own head already sampled them (a two-stage head's training proposals);
             False for a dense head's every prediction.
+        counts: candidates of each image, where the host knows them; None: read from the device.
     """
 
     boxes: Tensor
     image_index: Tensor
     sampled: bool
+    counts: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)

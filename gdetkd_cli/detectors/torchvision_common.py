@@ -55,11 +55,10 @@ def frame_of(images: Sequence[Tensor], resized: Any) -> Frame:
         images: N tensors (3, H_i, W_i) as they were given.
         resized: the transform's ImageList.
     """
-    device = resized.tensors.device
-    before = torch.tensor([[i.shape[-1], i.shape[-2]] for i in images], dtype=torch.float32, device=device)
-    after = torch.tensor([[w, h] for h, w in resized.image_sizes], dtype=torch.float32, device=device)
+    before = torch.tensor([[i.shape[-1], i.shape[-2]] for i in images], dtype=torch.float32)
+    after = torch.tensor([[w, h] for h, w in resized.image_sizes], dtype=torch.float32)
     height, width = resized.tensors.shape[-2:]
-    return Frame(scale=after / before, shift=torch.zeros_like(before), size=(height, width))
+    return Frame.of(after / before, torch.zeros_like(before), (height, width), resized.tensors.device)
 
 
 def anchors_in_cells(generator: Any, levels: Sequence[LevelSpec]) -> tuple[Tensor, ...]:

@@ -155,9 +155,11 @@ class TrainableDetector(ProbedDetector):
         # Drawn by the images alone: a resumed run draws the same, and training's own random numbers stay as they are.
         generator = torch.Generator().manual_seed(int(batch.image_ids.sum()))
         boxes, image_index = [], []
-        for i, (image, target) in enumerate(zip(batch.images, batch.targets, strict=True)):
+        truth = torch.cat([target.boxes for target in batch.targets]).cpu()
+        of_images = truth.split([len(target.boxes) for target in batch.targets])
+        for i, (image, objects) in enumerate(zip(batch.images, of_images, strict=True)):
             size = torch.tensor([image.shape[-1], image.shape[-2]] * 2, dtype=torch.float32)
-            near = target.boxes.cpu().repeat(_JITTERED, 1)
+            near = objects.repeat(_JITTERED, 1)
             sides = (near[:, 2:] - near[:, :2]).repeat(1, 2)
             near = near + (torch.rand(near.shape, generator=generator) - 0.5) * 0.4 * sides
             corners = torch.rand(_ANYWHERE, 2, 2, generator=generator).sort(dim=1).values.flatten(1) * size
@@ -166,4 +168,5 @@ class TrainableDetector(ProbedDetector):
             boxes.append(found)
             image_index.append(torch.full((len(found),), i))
         device = batch.images[0].device
-        return Candidates(torch.cat(boxes).to(device), torch.cat(image_index).to(device), sampled=False)
+        found_boxes, index = (torch.cat(x).to(device, non_blocking=True) for x in (boxes, image_index))
+        return Candidates(found_boxes, index, sampled=False, counts=tuple(len(b) for b in boxes))

@@ -102,7 +102,9 @@ class TwoStageDetector:
         return TwoStageObservation(
             losses=losses,
             pyramid=Pyramid(maps=tuple(features.values()), levels=self.levels, frame=frame),
-            candidates=Candidates(boxes=boxes, image_index=image_index, sampled=True),
+            candidates=Candidates(
+                boxes=boxes, image_index=image_index, sampled=True, counts=tuple(len(p) for p in proposals)
+            ),
             features=features,
             image_sizes=images.image_sizes,
             sampled=RegionView(
@@ -144,7 +146,7 @@ class TwoStageDetector:
 
     def _said_by_head(self, seen: TwoStageObservation, regions: Regions, *, predictions: bool) -> RegionView:
         """The RoI head's embeddings, and its predictions where they are wanted."""
-        if seen.sampled is not None and bool((regions.candidate >= 0).all()):
+        if seen.sampled is not None and regions.are_candidates():
             rows = regions.candidate  # the head ran on these boxes already
             return RegionView(
                 embedding=_rows(seen.sampled.embedding, rows),
@@ -173,7 +175,7 @@ class TwoStageDetector:
     def _embed(self, heads: Any, seen: TwoStageObservation, regions: Regions, boxes: Tensor) -> Tensor:
         """(R, D) what a RoI head, or a stage of a cascade, makes of boxes (R, 4) in batch-image pixels."""
         boxes = seen.pyramid.frame.to_model(boxes, regions.image_index)
-        per_image = list(boxes.split(torch.bincount(regions.image_index, minlength=len(seen.image_sizes)).tolist()))
+        per_image = list(boxes.split(regions.count_by_image(len(seen.image_sizes))))
         embedding: Tensor = heads.box_head(heads.box_roi_pool(seen.features, per_image, seen.image_sizes))
         return embedding
 

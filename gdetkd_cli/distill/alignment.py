@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool2d, grid_sample
 
+from gdetkd_cli.host import sent
 from gdetkd_cli.structures import LevelSpec, Pyramid
 
 _SAME = 1e-3  # cells: nearer than this, two centres are one
@@ -54,7 +55,7 @@ def align(student: Pyramid, teacher: Pyramid, sizes: Sequence[tuple[int, int]]) 
 
 def _strides(pyramid: Pyramid) -> list[float]:
     """By level, the geometric mean of its strides over images and axes, in pixels of the image."""
-    scale = float(pyramid.frame.scale.log().mean().exp())
+    scale = float(pyramid.frame.on_host().scale.log().mean().exp())
     return [(level.stride[0] * level.stride[1]) ** 0.5 / scale for level in pyramid.levels]
 
 
@@ -64,23 +65,24 @@ def _aligned(
     """``samples`` per axis and cell: a finer map is averaged over the cell, not picked from."""
     ours, theirs = student.maps[level], teacher.maps[nearest].detach().float()
     axes, insides, same = [], [], ours.shape[2:] == theirs.shape[2:] and samples == 1
+    frames = [pyramid.frame.on_host() for pyramid in (student, teacher)]  # a few numbers; asking a device would wait
     for axis in (0, 1):  # x, y
         count = ours.shape[3 - axis]
-        at = (torch.arange(count * samples, device=ours.device, dtype=torch.float32) + 0.5) / samples - 0.5  # of cells
+        at = (torch.arange(count * samples, dtype=torch.float32) + 0.5) / samples - 0.5  # of cells
         stride, offset = _of_axis(student.levels[level], axis)
-        image = ((at * stride + offset)[None] - student.frame.shift[:, axis, None]) / student.frame.scale[:, axis, None]
-        model = image * teacher.frame.scale[:, axis, None] + teacher.frame.shift[:, axis, None]
+        image = ((at * stride + offset)[None] - frames[0].shift[:, axis, None]) / frames[0].scale[:, axis, None]
+        model = image * frames[1].scale[:, axis, None] + frames[1].shift[:, axis, None]
         stride, offset = _of_axis(teacher.levels[nearest], axis)
         cells, length = (model - offset) / stride + 0.5, theirs.shape[3 - axis]
         axes.append(2 * cells / length - 1)  # as grid_sample counts
-        same = same and bool((cells - 0.5 - torch.arange(count, device=cells.device)).abs().max() < _SAME)
+        same = same and bool((cells - 0.5 - torch.arange(count)).abs().max() < _SAME)
         end = image.new_tensor([size[1 - axis] for size in sizes])[:, None]
         centre = (image >= 0) & (image <= end) & (cells >= 0) & (cells <= length)
         insides.append(centre.unflatten(1, (count, samples)).float().mean(dim=2) >= 0.5)
-    inside = insides[1][:, :, None] & insides[0][:, None, :]
+    inside = sent(insides[1][:, :, None] & insides[0][:, None, :], ours)
     if same:  # the usual pair of one family: nothing to resample
         return AlignedLevel(student=ours, teacher=theirs, inside=inside, teacher_level=nearest)
-    x, y = axes
+    x, y = (sent(axis, ours) for axis in axes)
     grid = torch.stack([x[:, None, :].expand(-1, y.shape[1], -1), y[:, :, None].expand(-1, -1, x.shape[1])], dim=3)
     with torch.autocast(theirs.device.type, enabled=False):
         sampled = grid_sample(theirs, grid, mode="bilinear", padding_mode="border", align_corners=False)

@@ -9,8 +9,10 @@ from time import perf_counter
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from gdetkd_cli.detectors.protocol import Detector, Observation, RegionView, View
+from gdetkd_cli.distill.queue import RegionQueue
 from gdetkd_cli.distill.terms import ObservedPair, Term, needs_of
 from gdetkd_cli.errors import TermNotComputedError
 from gdetkd_cli.structures import Batch, LossReport, Regions
@@ -66,6 +68,10 @@ class Distiller(nn.Module):
         self._choose_regions = choose_regions
         self.step = 0  # set by the loop; regions and weights depend on it
         self.profile = False  # fill LossReport.seconds
+        # DDP broadcasts every buffer at every forward. A queue is large, and the same on all processes without it.
+        queues = (name for name, module in self.named_modules() if isinstance(module, RegionQueue))
+        queued = [f"{name}.{buffer}" for name in queues for buffer, _ in self.get_submodule(name).named_buffers()]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, queued)
 
     @property
     def teacher(self) -> Detector | None:

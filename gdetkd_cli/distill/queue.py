@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor, distributed, nn
 from torch.nn.functional import pad
 
 
 class RegionQueue(nn.Module):
-    """The last ``size`` teacher embeddings and the pictures they come from, in registered buffers.
+    """The last ``size`` teacher embeddings and the images they come from, in registered buffers.
 
     The embeddings are kept as the teacher made them and projected when they are used, so that they never go stale.
+    Every process adds the same rows, so the buffers are equal without being broadcast.
 
     Args:
         size: rows kept, 0 for none.
@@ -27,42 +31,74 @@ class RegionQueue(nn.Module):
         self.register_buffer("embeddings", torch.zeros(size, channels))
         self.register_buffer("image_ids", torch.zeros(size, dtype=torch.int64))
         self.register_buffer("written", torch.zeros((), dtype=torch.int64))  # rows ever written
+        # The same number on the host, where it is known without waiting for the device; None: read it.
+        self._count: int | None = 0
+        self.register_load_state_dict_post_hook(_forget_count)  # type: ignore[no-untyped-call]  # torch's
 
     def rows(self) -> tuple[Tensor, Tensor]:
         """A copy of the filled rows: embeddings (Q, D) and image ids (Q,).
 
         A copy, because a step's graph keeps them until its backward, and ``add`` writes before that.
         """
-        filled = min(int(self.written), self.size)
+        filled = min(self._written(), self.size)
         return self.embeddings[:filled].clone(), self.image_ids[:filled].clone()
 
     @torch.no_grad()
     def add(self, embeddings: Tensor, image_ids: Tensor) -> None:
-        """Remembers (R, D) embeddings of regions of (R,) pictures, and those of every other process.
+        """Remembers (R, D) embeddings of regions of (R,) images, and those of every other process.
 
         Every process must call this at every step, with any number of rows (0 too): the processes exchange how many
         rows each has before the rows themselves.
         """
         if not self.size:
             return
-        embeddings, image_ids = gather_rows(embeddings.detach().float()), gather_rows(image_ids)
-        embeddings, image_ids = embeddings[-self.size :], image_ids[-self.size :]
-        start = int(self.written) % self.size
-        position = (start + torch.arange(len(embeddings), device=embeddings.device)) % self.size
+        counts = gather_counts(len(embeddings), embeddings.device)
+        embeddings = gather_rows(embeddings.detach().float(), counts)[-self.size :]
+        image_ids = gather_rows(image_ids, counts)[-self.size :]
+        written = self._written()
+        position = (written % self.size + torch.arange(len(embeddings), device=embeddings.device)) % self.size
         self.embeddings[position] = embeddings
         self.image_ids[position] = image_ids
         self.written += len(embeddings)
+        self._count = written + len(embeddings)
+
+    def _written(self) -> int:
+        if self._count is None:
+            self._count = int(self.written)
+        return self._count
 
 
-def gather_rows(rows: Tensor) -> Tensor:
-    """The rows of every process, in the order of their ranks; counts may differ. (R_p, ...) -> (sum of R_p, ...)."""
-    if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size() == 1:
+def _forget_count(queue: nn.Module, _: Any) -> None:
+    """A checkpoint was loaded: the buffer has another number than the host."""
+    assert isinstance(queue, RegionQueue)
+    queue._count = None
+
+
+def gather_counts(count: int, device: torch.device) -> list[int]:
+    """``count`` of every process, in the order of their ranks; one wait for the device where there are several."""
+    if _processes() == 1:
+        return [count]
+    counts = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(_processes())]
+    distributed.all_gather(counts, torch.full((1,), count, dtype=torch.int64, device=device))
+    return torch.cat(counts).tolist()
+
+
+def gather_rows(rows: Tensor, counts: Sequence[int] | None = None) -> Tensor:
+    """The rows of every process, in the order of their ranks. (R_p, ...) -> (sum of R_p, ...).
+
+    Args:
+        rows: this process's.
+        counts: R_p by process, as ``gather_counts`` gives them; None: the processes are asked.
+    """
+    if _processes() == 1:
         return rows
-    world = distributed.get_world_size()
-    counts = [torch.zeros((), dtype=torch.int64, device=rows.device) for _ in range(world)]
-    distributed.all_gather(counts, torch.tensor(len(rows), device=rows.device))
-    most = max(int(count) for count in counts)
-    padded = pad(rows, (0, 0) * (rows.dim() - 1) + (0, most - len(rows)))
-    parts = [torch.zeros_like(padded) for _ in range(world)]
+    counts = gather_counts(len(rows), rows.device) if counts is None else counts
+    padded = pad(rows, (0, 0) * (rows.dim() - 1) + (0, max(counts) - len(rows)))
+    parts = [torch.zeros_like(padded) for _ in counts]
     distributed.all_gather(parts, padded.contiguous())
-    return torch.cat([part[: int(count)] for part, count in zip(parts, counts, strict=True)])
+    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+
+
+def _processes() -> int:
+    joined = distributed.is_available() and distributed.is_initialized()
+    return distributed.get_world_size() if joined else 1

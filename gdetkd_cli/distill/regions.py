@@ -6,12 +6,16 @@ leaves every other random number of the run as it was.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import accumulate
+
 import torch
 from torch import Generator, Tensor
 from torchvision.ops import box_iou
 
 from gdetkd_cli.detectors.protocol import Candidates
-from gdetkd_cli.structures import Batch, Regions
+from gdetkd_cli.host import sent
+from gdetkd_cli.structures import Batch, Regions, count_by_image
 
 
 def choose_regions(
@@ -29,29 +33,41 @@ def choose_regions(
     are sampled: those that overlap the truth are positives, and each positive brings negatives. The true boxes are
     among the positives always, since a dense student's own boxes are poor early in training.
     """
-    boxes, image_index, candidate = [], [], []
+    counts = candidates.counts or count_by_image(candidates.image_index, len(batch))
+    starts = [0, *accumulate(counts)]
+    overlaps = None if candidates.sampled else _overlaps(candidates, batch, counts)
+    rows, chosen_counts, candidate = [], [], []
+    first_truth = starts[-1]  # true boxes are numbered behind the candidates
     for i, target in enumerate(batch.targets):
-        rows = (candidates.image_index == i).nonzero().squeeze(1)
-        if candidates.sampled:
-            chosen = _random_rows(rows, per_image, generator)
-            truth = target.boxes[:0]
+        own = torch.arange(starts[i], starts[i + 1])
+        if overlaps is None:
+            chosen, truth = _random_rows(own, per_image, generator), own[:0]
         else:
-            truth = target.boxes[_random_rows(torch.arange(len(target.boxes)), per_image, generator)]
+            truth = first_truth + _random_rows(torch.arange(len(target.boxes)), per_image, generator)
+            first_truth += len(target.boxes)
             room = max(0, per_image - len(truth))
-            chosen = _balanced_rows(
-                rows,
-                candidates.boxes[rows],
-                target.boxes,
-                len(truth),
-                room,
-                positive_iou,
-                negatives_per_positive,
-                generator,
-            )
-        boxes.append(torch.cat([candidates.boxes[chosen], truth]))
-        candidate.append(torch.cat([chosen, torch.full((len(truth),), -1, device=chosen.device)]))
-        image_index.append(torch.full((len(chosen) + len(truth),), i, device=chosen.device))
-    return Regions(boxes=torch.cat(boxes).detach(), image_index=torch.cat(image_index), candidate=torch.cat(candidate))
+            chosen = _balanced_rows(own, overlaps[i], len(truth), room, positive_iou, negatives_per_positive, generator)
+        rows += [chosen, truth]
+        candidate += [chosen, torch.full_like(truth, -1)]
+        chosen_counts.append(len(chosen) + len(truth))
+    boxes = candidates.boxes if overlaps is None else torch.cat([candidates.boxes, *(t.boxes for t in batch.targets)])
+    image_index = torch.arange(len(batch)).repeat_interleave(torch.tensor(chosen_counts))
+    return Regions(
+        boxes=boxes.detach()[sent(torch.cat(rows), boxes)],
+        image_index=sent(image_index, boxes),
+        candidate=sent(torch.cat(candidate), boxes),
+        counts=tuple(chosen_counts),
+        all_candidates=True if candidates.sampled else None,
+    )
+
+
+def _overlaps(candidates: Candidates, batch: Batch, counts: Sequence[int]) -> tuple[Tensor, ...]:
+    """By image, (K_i,) on the host: each candidate's greatest overlap with an object. One wait for all images."""
+    found = [
+        box_iou(boxes, target.boxes).amax(dim=1) if len(target.boxes) else boxes.new_zeros(len(boxes))
+        for boxes, target in zip(candidates.boxes.split(list(counts)), batch.targets, strict=True)
+    ]
+    return torch.cat(found).cpu().split(list(counts))
 
 
 def _random_rows(rows: Tensor, count: int, generator: Generator) -> Tensor:
@@ -59,13 +75,12 @@ def _random_rows(rows: Tensor, count: int, generator: Generator) -> Tensor:
     if len(rows) <= count:
         return rows
     picked = torch.randperm(len(rows), generator=generator)[:count].sort().values
-    return rows[picked.to(rows.device)]
+    return rows[picked]
 
 
 def _balanced_rows(
     rows: Tensor,
-    boxes: Tensor,
-    truth: Tensor,
+    overlap: Tensor,
     already: int,
     room: int,
     positive_iou: float,
@@ -73,12 +88,11 @@ def _balanced_rows(
     generator: Generator,
 ) -> Tensor:
     """Positives and negatives of one image, in rows of the candidates; ``already`` positives were chosen before."""
-    overlap = box_iou(boxes, truth).amax(dim=1) if len(truth) else boxes.new_zeros(len(boxes))
     positive, negative = rows[overlap > positive_iou], rows[overlap <= positive_iou]
     # With p positives in all, (1 + negatives_per_positive) p = the whole budget.
     share = int((room + already) / (1 + negatives_per_positive))
     positive = _random_rows(positive, max(0, share - already), generator)
-    # A picture without objects still offers as many negatives as one positive would bring.
+    # An image without objects still offers as many negatives as one positive would bring.
     wanted = int(negatives_per_positive * max(1, len(positive) + already))
     negative = _random_rows(negative, min(wanted, room - len(positive)), generator)
     return torch.cat([positive, negative])

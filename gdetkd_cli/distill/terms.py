@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import log2
 from typing import Literal, Protocol
 
 import torch
@@ -17,6 +18,7 @@ from gdetkd_cli.detectors.pooling import pool_all_levels
 from gdetkd_cli.detectors.protocol import Observation, RegionView, View
 from gdetkd_cli.distill.heads import LevelMatcher, Standardizer
 from gdetkd_cli.distill.queue import RegionQueue
+from gdetkd_cli.host import beside
 from gdetkd_cli.losses.ckd import contrastive_loss, overlap_negatives
 from gdetkd_cli.losses.prediction import box_loss, class_loss
 from gdetkd_cli.losses.sgfi import imitation_loss, level_prior
@@ -154,8 +156,9 @@ class SGFITerm(nn.Module):
 
 def _octaves(pyramid: Pyramid, image_index: Tensor) -> Tensor:
     """(R, L) log2 of the stride of each level, in pixels of each region's image: the mean of both axes."""
-    strides = pyramid.frame.scale.new_tensor([level.stride for level in pyramid.levels]).log2().mean(dim=1)
-    return strides - pyramid.frame.scale[image_index].log2().mean(dim=1, keepdim=True)
+    scale = pyramid.frame.scale
+    strides = beside([log2(level.stride[0] * level.stride[1]) / 2 for level in pyramid.levels], scale)
+    return strides - scale[image_index].log2().mean(dim=1, keepdim=True)
 
 
 class CKDTerm(nn.Module):

@@ -21,6 +21,7 @@ from gdetkd_cli.errors import NonFiniteLossError
 from gdetkd_cli.evaluation.coco_metrics import CocoMetrics
 from gdetkd_cli.structures import Batch, LossReport
 from gdetkd_cli.training.events import Evaluated, Observer, StepDone
+from gdetkd_cli.training.readings import Reading, Readings, reads_every
 from gdetkd_cli.training.run_folder import RunFolder, write_text
 
 
@@ -43,14 +44,16 @@ class _Window:
     steps: int = 0
     images: int = 0
     loss: float = 0.0
+    norm: float = 0.0
     parts: dict[str, float] = field(default_factory=dict)
 
-    def add(self, images: int, loss: float, parts: dict[str, Tensor]) -> None:
+    def add(self, reading: Reading) -> None:
         self.steps += 1
-        self.images += images
-        self.loss += loss
-        for name, value in parts.items():
-            self.parts[name] = self.parts.get(name, 0.0) + float(value)
+        self.images += reading.images
+        self.loss += reading.loss
+        self.norm = reading.student_norm
+        for name, value in reading.parts.items():
+            self.parts[name] = self.parts.get(name, 0.0) + value
 
 
 class Loop:
@@ -88,6 +91,8 @@ class Loop:
         self._options = options
         self._observer = observer
         self._schedule = schedule
+        self._readings = Readings(reads_every(accelerator.device, options.log_every))
+        self._window = _Window()
         self._forward, self._optimizer = accelerator.prepare(distiller, optimizer)
         # Not prepared: accelerate would advance it once for each process at every step.
         accelerator.register_for_checkpointing(schedule)
@@ -96,63 +101,94 @@ class Loop:
         """Trains to the end; returns the last evaluation (on the main process).
 
         Raises:
-            NonFiniteLossError: the loss is NaN or infinite; the last checkpoint is left as it is.
+            NonFiniteLossError: a loss or gradient was NaN or infinite. Nothing was written since that step: the last
+                checkpoint is left as it is.
         """
         start = self._restore() if resume else 0
-        window, metrics, spent = _Window(), None, 0.0
+        metrics, spent = None, 0.0
+        self._window = _Window()
         self._forward.train()
         for step, batch in enumerate(self._batches(start), start=start):
-            report, norm = self._step(step, batch)
-            window.add(len(batch), float(report.total.detach()), report.parts)
+            weights = self._guarded_step(step, batch)
             done = step + 1
             last = done == self._options.steps
-            if done % self._options.log_every == 0 or last:
-                spent += perf_counter() - window.started
-                self._log(done, start, window, report, norm, spent)
-                window = _Window()
-            if done % self._options.checkpoint_every == 0 and not last:
+            logs = done % self._options.log_every == 0 or last
+            saves = done % self._options.checkpoint_every == 0 and not last
+            evaluates = last or bool(self._options.evaluate_every and done % self._options.evaluate_every == 0)
+            if logs or saves or evaluates:  # what is written must not come after a fault
+                self._read()
+            if logs:
+                spent += perf_counter() - self._window.started
+                self._log(done, start, weights, spent)
+                self._window = _Window()
+            if saves:
                 self._save(done)
-            if last or (self._options.evaluate_every and done % self._options.evaluate_every == 0):
+            if evaluates:
                 metrics = self._evaluated(done)
                 self._forward.train()
-                window.started = perf_counter()
+                self._window.started = perf_counter()
         return metrics
 
-    def _step(self, step: int, batch: Batch) -> tuple[LossReport, float]:
+    def _guarded_step(self, step: int, batch: Batch) -> dict[str, float]:
+        """One step; the weights of its terms."""
+        try:
+            return self._step(step, batch)
+        except NonFiniteLossError:
+            raise
+        except Exception:
+            self._read()  # a fault that nobody has read yet is why the steps after it fail
+            raise
+
+    def _step(self, step: int, batch: Batch) -> dict[str, float]:
         self._distiller.step = step
         report: LossReport = self._forward(batch.to(self._accelerator.device))
-        total = float(report.total.detach())
-        if not math.isfinite(total):
-            raise self._non_finite("loss", total, step, report)
         self._accelerator.backward(report.total)
         self._accelerator.unscale_gradients()
-        norm, added_norm = clip_apart(self._distiller, self._options.clip_norm)
-        # Before the step is taken: a checkpoint, or the student at the end, would have the NaN in it.
-        if not (math.isfinite(norm + added_norm) or self._leaves_out_overflow()):
-            raise self._non_finite("gradient's norm", norm + added_norm, step, report)
+        self._readings.add(
+            step=step,
+            images=len(batch),
+            loss=report.total,
+            norms=clip_apart(self._distiller, self._options.clip_norm),
+            scale=self._scale(report.total),
+            parts=report.parts,
+        )
+        if self._readings.due:
+            self._read()
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         self._schedule.step()
-        return report, norm
+        return report.weights
 
-    def _non_finite(self, what: str, value: float, step: int, report: LossReport) -> NonFiniteLossError:
-        parts = ", ".join(f"{name} {float(part):.4g}" for name, part in report.parts.items())
+    def _scale(self, like: Tensor) -> Tensor:
+        """What half precision multiplies its gradients by, on the device: ``get_scale`` would wait for it."""
+        one = torch.ones((), device=like.device)
+        scaler = self._accelerator.scaler
+        return one if scaler is None else scaler.scale(one)
+
+    def _read(self) -> None:
+        """Takes the numbers of the steps since the last call into the window.
+
+        Raises:
+            NonFiniteLossError: one of them is NaN or infinite.
+        """
+        for reading in self._readings.read():
+            fault = reading.fault()
+            if fault is not None:
+                raise self._non_finite(*fault, reading)
+            self._window.add(reading)
+
+    def _non_finite(self, what: str, value: float, reading: Reading) -> NonFiniteLossError:
+        parts = ", ".join(f"{name} {part:.4g}" for name, part in reading.parts.items())
         return NonFiniteLossError(
-            f"the {what} is {value} at step {step} ({parts}). Try a lower train.optimizer.lr, a longer "
+            f"the {what} is {value} at step {reading.step} ({parts}). Try a lower train.optimizer.lr, a longer "
             "train.schedule.warmup_steps, train.clip_norm, or runtime.precision=fp32. The last checkpoint, if any, "
             f"is in {self._folder.resume}"
         )
 
-    def _leaves_out_overflow(self) -> bool:
-        """Whether half precision's scaler passes over a step that overflows, and halves its scale; down to 1, where
-        what overflows is the gradient itself.
-        """
-        scaler = self._accelerator.scaler
-        return scaler is not None and scaler.get_scale() > 1
-
-    def _log(self, done: int, start: int, window: _Window, report: LossReport, norm: float, spent: float) -> None:
+    def _log(self, done: int, start: int, weights: dict[str, float], spent: float) -> None:
         if not self._accelerator.is_main_process:
             return
+        window = self._window
         seconds = perf_counter() - window.started
         rate = window.images * self._accelerator.num_processes / seconds
         parts = {name: value / window.steps for name, value in window.parts.items()}
@@ -161,9 +197,9 @@ class Loop:
             "step": done,
             "loss": window.loss / window.steps,
             **parts,
-            **{f"weight/{name}": weight for name, weight in report.weights.items()},
+            **{f"weight/{name}": weight for name, weight in weights.items()},
             "lr": lr,
-            "gradient_norm": norm if math.isfinite(norm) else None,  # JSON has no infinity
+            "gradient_norm": window.norm if math.isfinite(window.norm) else None,  # JSON has no infinity
             "images_per_second": rate,
         }
         self._folder.log(line)
@@ -211,16 +247,16 @@ class Loop:
         return step
 
 
-def clip_apart(distiller: Distiller, limit: float | None) -> tuple[float, float]:
+def clip_apart(distiller: Distiller, limit: float | None) -> tuple[Tensor, Tensor]:
     """Clips the student's gradients and the added parts' apart: adapters must not slow the student down.
 
     Returns:
-        The norm of each gradient before; 0 where nothing is added.
+        The norm of each gradient before, on the device; 0 where nothing is added.
     """
     most = limit or float("inf")
-    parts = (list(distiller.student.parameters()), list(distiller.added_parameters()))
-    student, added = (float(clip_grad_norm_(part, most)) if part else 0.0 for part in parts)
-    return student, added
+    student_parts, added_parts = list(distiller.student.parameters()), list(distiller.added_parameters())
+    student = clip_grad_norm_(student_parts, most)
+    return student, clip_grad_norm_(added_parts, most) if added_parts else torch.zeros_like(student)
 
 
 def seed_everything(seed: int, rank: int = 0) -> None:

@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, distributed
+from torch import Tensor, distributed, nn
 from torch.multiprocessing.spawn import start_processes
+from torch.nn.parallel import DistributedDataParallel
 
+from gdetkd_cli.distill.distiller import Distiller, WeightedTerm
+from gdetkd_cli.distill.heads import Standardizer
 from gdetkd_cli.distill.queue import RegionQueue, gather_rows
 
 
@@ -164,3 +168,44 @@ def test_every_process_remembers_the_same(tmp_path: Path) -> None:
     for embeddings, image_ids in in_two_processes(work, tmp_path):
         assert embeddings[:, 0].tolist() == [5, 2, 3, 4]
         assert image_ids.tolist() == [50, 20, 30, 40]
+
+
+def test_the_count_comes_from_the_checkpoint() -> None:
+    """The host keeps its own count of the rows; a loaded queue's is the file's, whatever this one held before."""
+    full, other = RegionQueue(size=3, channels=2), nn.ModuleDict({"queue": RegionQueue(size=3, channels=2)})
+    add(full, 1, 2, 3, 4)
+    add(other["queue"], 9)
+    other.load_state_dict({f"queue.{name}": value for name, value in full.state_dict().items()})
+    add(other["queue"], 5)
+
+    assert held(other["queue"]) == [5, 3, 4]
+
+
+def test_ddp_leaves_the_queue_alone_and_broadcasts_statistics(tmp_path: Path) -> None:
+    """The processes are made to differ, to see what is broadcast: statistics are, the queue is not."""
+
+    class Detector:
+        module = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+
+    class Forwarding(Distiller):
+        def forward(self, batch: Any) -> Any:
+            return self.student(batch).sum()
+
+    def work(rank: int) -> tuple[Tensor, Tensor]:
+        memory = nn.Module()
+        memory.queue = RegionQueue(size=4, channels=2)
+        memory.standardizer = Standardizer(channels=2, per_channel=True)
+        terms = {"ckd": WeightedTerm(memory, 1.0)}
+        distiller = Forwarding(student=Detector(), teacher=None, terms=terms)  # type: ignore[arg-type]
+        wrapped = DistributedDataParallel(distiller)
+        memory.queue.embeddings.fill_(rank)
+        memory.standardizer.mean.fill_(rank)
+        Detector.module[1].running_mean.fill_(rank)  # type: ignore[union-attr, operator]
+        wrapped(torch.zeros(3, 2)).backward()
+        before = Detector.module[1].running_mean  # both saw the same rows since
+        return memory.queue.embeddings, torch.stack([memory.standardizer.mean, before])  # type: ignore[list-item]
+
+    (queue0, statistics0), (queue1, statistics1) = in_two_processes(work, tmp_path)
+    assert torch.equal(queue0, torch.zeros(4, 2))
+    assert torch.equal(queue1, torch.ones(4, 2))
+    assert torch.equal(statistics0, statistics1)

@@ -43,7 +43,7 @@ def runs_elsewhere() -> Iterator[None]:
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def _with_student(head: str, *, teacher: str = "faster-rcnn", **distill: Any) -> Recipe:
+def with_student(head: str, *, teacher: str = "faster-rcnn", **distill: Any) -> Recipe:
     recipe = toy.recipe(steps=2, student=head, teacher=teacher)
     assert recipe.distill is not None
     changed: dict[str, Any] = {
@@ -59,7 +59,7 @@ def _without_annotations(folder: Path) -> Recipe:
     toy.write_pictures(folder, [f"{i}.png" for i in range(10)])
     data = FolderData.model_validate({"format": "folder", "root": folder})
     teacher = CheckpointDetector(arch="checkpoint", path="builtin:shapes-teacher")
-    return _with_student("fcos").model_copy(update={"data": data, "teacher": teacher})
+    return with_student("fcos").model_copy(update={"data": data, "teacher": teacher})
 
 
 def _losses(run: Path) -> list[dict[str, float]]:
@@ -86,13 +86,13 @@ def test_tensors_of_two_devices_do_not_mix() -> None:
 )
 def test_a_run_elsewhere_is_the_run_on_a_cpu(case: str, tmp_path: Path) -> None:
     if case == "other methods":
-        recipe = _with_student("fcos", sgfi=None, **OTHERS)
+        recipe = with_student("fcos", sgfi=None, **OTHERS)
     elif case == "two RetinaNets":
-        recipe = _with_student("retinanet", teacher="retinanet", logit=Logit(), head_transfer=True)
+        recipe = with_student("retinanet", teacher="retinanet", logit=Logit(), head_transfer=True)
     elif case == "no annotations":
         recipe = _without_annotations(tmp_path / "pictures")
     else:
-        recipe = _with_student(case)
+        recipe = with_student(case)
     here = run_distill(recipe, output=tmp_path / "here")
     with runs_elsewhere():
         away = run_distill(recipe, output=tmp_path / "away")
@@ -107,5 +107,5 @@ def test_a_run_elsewhere_is_the_run_on_a_cpu(case: str, tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore:.*copying from a non-meta parameter:UserWarning")
 def test_a_step_is_timed_elsewhere() -> None:
     with runs_elsewhere():
-        profile = profile_distill(_with_student("faster-rcnn"), steps=1)
+        profile = profile_distill(with_student("faster-rcnn"), steps=1)
     assert {"student forward", "teacher", "term sgfi", "backward", "optimizer"} <= profile.seconds.keys()

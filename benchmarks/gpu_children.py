@@ -1,0 +1,112 @@
+"""What ``gpu.py`` measures in processes of their own; each prints one line of JSON.
+
+python benchmarks/gpu_children.py memory|pasted|processes OPTIONS_AS_JSON
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import sys
+from typing import Any
+
+import torch
+from torch import distributed
+
+from gdetkd_cli import build
+from gdetkd_cli.data.synthetic import CLASS_NAMES, synthetic_split
+from gdetkd_cli.detectors import catalog
+from gdetkd_cli.evaluation.coco_metrics import evaluate_coco
+from gdetkd_cli.evaluation.predict import predict_split
+from gdetkd_cli.recipe.load import load_recipe
+from gdetkd_cli.runs.job import accelerator_for, prepare
+from gdetkd_cli.runs.plan import Stepper, batches_of
+from gdetkd_cli.structures import Batch, Detections
+from gdetkd_cli.training.device import peak_memory_mb
+from gdetkd_cli.training.loop import seed_everything
+
+_MEMORY_STEPS = 4
+_SIZE = (736, 1216)  # (height, width) of the large images, pixels
+_AT = (1060, 600)  # x and y where a scene lies in one
+
+
+def memory(options: dict[str, Any]) -> dict[str, Any]:
+    """Peak memory of a few training steps, with distillation or without."""
+    recipe = load_recipe("paper/coco-frcnn-r50-x101", options["overrides"])
+    if options.get("plain"):
+        recipe = recipe.model_copy(update={"teacher": None, "distill": None})
+    settings = build.resolve_runtime(recipe.runtime)
+    accelerator = accelerator_for(settings, recipe)
+    job = prepare(recipe, settings, accelerator)
+    stepper, batches = Stepper(job, accelerator), batches_of(job)
+    for _ in range(2 if options["small"] else _MEMORY_STEPS):
+        stepper.distil(next(batches).to(stepper.device))
+    name = torch.cuda.get_device_name() if options["device"] == "cuda" else "cpu"
+    return {"peak_memory_mb": peak_memory_mb(stepper.device), "device": name}
+
+
+def pasted(options: dict[str, Any]) -> dict[str, Any]:
+    """AP of the shipped teacher on scenes far from the corner of a large image, in float32 and in bfloat16."""
+    detector = catalog.load(catalog.locate("builtin:shapes-teacher")).detector
+    detector.module.transform.min_size, detector.module.transform.max_size = (_SIZE[0],), _SIZE[1]
+    detector.module.to(options["device"])
+    split = synthetic_split(split="val", images=options["images"], size=128, seed=0)
+    left, top = _AT
+    batches = []
+    for index, record in enumerate(split.records):
+        image = torch.full((3, *_SIZE), 0.5)
+        image[:, top : top + 128, left : left + 128] = split.read(index) / 255
+        batches.append(Batch([image], [], torch.tensor([record.image_id])))
+    found = {}
+    for name in ("fp32", "bf16"):
+        with torch.autocast(options["device"], torch.bfloat16, enabled=name == "bf16"):
+            detections = predict_split(detector, batches, options["device"])
+        shift = torch.tensor([left, top, left, top])
+        moved = {n: Detections(d.boxes.cpu() - shift, d.scores.cpu(), d.labels.cpu()) for n, d in detections.items()}
+        found[name] = evaluate_coco(split.records, CLASS_NAMES, moved).ap
+    return {"images": options["images"], **found}
+
+
+def processes(options: dict[str, Any]) -> dict[str, Any]:
+    """A few steps of one distillation by two processes that share a device.
+
+    NCCL refuses two ranks on one GPU, so they talk through gloo.
+    """
+    signal.alarm(options["most"])  # torchrun's processes outlive it when it is killed
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # a machine without a network has no other
+    distributed.init_process_group("gloo")
+    os.environ["LOCAL_RANK"] = "0"  # both on the first device
+    rank, world = distributed.get_rank(), distributed.get_world_size()
+    overrides = [*options["overrides"], "train.batch_size=2", "data.train_images=16", "data.val_images=2"]
+    recipe = load_recipe("shapes/frcnn-frcnn", [*overrides, f"train.steps={options['steps']}"])
+    settings = build.resolve_runtime(recipe.runtime)
+    accelerator = accelerator_for(settings, recipe)
+    job = prepare(recipe, settings, accelerator)
+    seed_everything(recipe.seed, rank)
+    stepper, finite = Stepper(job, accelerator), True
+    for step, batch in enumerate(build.build_batches(recipe, job.train, settings, rank=rank, world_size=world)(0)):
+        stepper.distiller.step = step
+        report = stepper.distil(batch.to(stepper.device))
+        finite = finite and all(math.isfinite(float(part)) for part in report.parts.values())
+    own = torch.cat([p.detach().float().flatten() for p in job.student.detector.module.parameters()]).cpu()
+    first = own.clone()
+    distributed.broadcast(first, 0)
+    told: list[Any] = [None] * world
+    distributed.all_gather_object(told, {"finite": finite, "equal": torch.equal(first, own)})
+    facts = {name: all(one[name] for one in told) for name in ("finite", "equal")}
+    backend = distributed.get_backend()
+    distributed.destroy_process_group()
+    return {"steps": options["steps"], "backend": backend, "device": str(stepper.device), **facts} if rank == 0 else {}
+
+
+def main() -> None:
+    name, options = sys.argv[1:]
+    found = {"memory": memory, "pasted": pasted, "processes": processes}[name](json.loads(options))
+    if found:
+        print(json.dumps(found), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,87 @@
+"""Levels that are submodules' outputs are read by hooks, to the same bits as operator by operator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
+from twins import NoNeck, SharedHead, TwoWay
+
+from gdetkd_cli.probing import runner as runner_module
+from gdetkd_cli.probing.inputs import ModelInput
+from gdetkd_cli.probing.probe import probe
+from gdetkd_cli.probing.record import Address, read
+from gdetkd_cli.probing.runner import ModuleRunner
+
+SIZE = (96, 128)
+
+
+def seen(
+    network: nn.Module, monkeypatch: pytest.MonkeyPatch, times: int = 3
+) -> tuple[list[list[Tensor]], list[Tensor], int]:
+    """The levels of ``times`` readings, of one operator by operator, and how many of the former needed that."""
+    runner = ModuleRunner(network.eval())
+    probed = probe(runner, SIZE, ModelInput())
+    addresses = [level.address for level in probed.levels]
+    images = [torch.rand(3, *SIZE, generator=torch.Generator().manual_seed(1))] * 2
+    slow: list[Any] = []
+
+    def counting(call: Callable[[], object], wanted: list[Address]) -> Any:
+        slow.append(wanted)
+        return read(call, wanted)
+
+    monkeypatch.setattr(runner_module, "read", counting)
+    found = [runner.read(probed.call, images, addresses)[1] for _ in range(times)]
+    expected = read(lambda: runner.run(probed.call, images), addresses)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in network.modules())
+    return found, expected[1], len(slow)
+
+
+@pytest.mark.parametrize("twin", [SharedHead, TwoWay, NoNeck], ids=lambda twin: twin.__name__)
+def test_after_the_first_time_no_operator_is_looked_at(twin: type[nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    found, expected, slow = seen(twin(), monkeypatch)
+
+    assert slow == 1
+    for levels in found:
+        assert all(torch.equal(a, b) for a, b in zip(levels, expected, strict=True))
+
+
+class PadsItself(nn.Conv2d):
+    """Its input is not what the convolution reads."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(pad(images, (0, 1, 0, 1)))
+
+
+def test_a_first_convolution_that_pads_by_itself_is_read_by_operator(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    network = NoNeck()
+    name, first = next((n, m) for n, m in network.named_modules() if isinstance(m, nn.Conv2d))
+    parent, _, leaf = name.rpartition(".")
+    own = PadsItself(3, first.out_channels, first.kernel_size, first.stride, padding=0)  # type: ignore[arg-type]
+    setattr(network.get_submodule(parent), leaf, own)
+    _, _, slow = seen(network, monkeypatch)
+
+    assert slow == 3
+
+
+def test_hooks_that_see_something_else_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    network = SharedHead()
+    plain = runner_module.HookReader.read
+
+    def wrong(self: Any, call: Any, addresses: Any) -> Any:
+        found = plain(self, call, addresses)
+        assert found is not None
+        return found[0], [level + 1 for level in found[1]]
+
+    monkeypatch.setattr(runner_module.HookReader, "read", wrong)
+    found, expected, slow = seen(network, monkeypatch)
+
+    assert slow == 3
+    assert all(torch.equal(a, b) for a, b in zip(found[-1], expected, strict=True))
