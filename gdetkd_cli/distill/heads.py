@@ -148,15 +148,20 @@ class Standardizer(nn.Module):
         self.register_buffer("updates", torch.zeros(size, dtype=torch.int64))
 
     @torch.no_grad()
-    def update(self, features: Tensor, channels: Tensor | None = None) -> None:
+    def update(self, features: Tensor, channels: Tensor | None = None, inside: Tensor | None = None) -> None:
         """Takes (R, C, h, w) into the statistics; what the batch has nothing of (everything, for R = 0) stays.
 
         Args:
             features: (R, C, h, w).
             channels: (R,) how many of the C channels a region has; the others are padded with zeros. None: all.
+            inside: (R, h, w) bool, the cells that count. None: all.
         """
-        values = features.float()
-        count = _present(features, channels).sum(dim=0) * features.shape[2] * features.shape[3]  # (C,)
+        values, cells = features.float(), features.shape[2] * features.shape[3]
+        present = _present(features, channels)
+        count = present.sum(dim=0) * cells  # (C,)
+        if inside is not None:
+            values = values * inside[:, None]
+            count = (present * inside.sum(dim=(1, 2))[:, None]).sum(dim=0)
         total, squares = values.sum(dim=(0, 2, 3)), values.square().sum(dim=(0, 2, 3))  # (C,): padding adds nothing
         if not self.per_channel:
             count, total, squares = count.sum(0, True), total.sum(0, True), squares.sum(0, True)

@@ -22,6 +22,7 @@ from gdetkd_cli.distill.alignment import align
 from gdetkd_cli.distill.heads import Standardizer, folded, new_adapter
 from gdetkd_cli.distill.terms import ObservedPair
 from gdetkd_cli.errors import PairError
+from gdetkd_cli.host import sent
 from gdetkd_cli.losses.cwd import channel_divergence
 from gdetkd_cli.losses.fgd import ContextBlock, Scale, focal_losses, global_loss, object_masks, published_scale
 from gdetkd_cli.losses.fitnet import map_imitation_loss
@@ -93,7 +94,7 @@ class _MapTerm(nn.Module):
             target, standardizer = level.teacher, self.standardizers[level.teacher_level]
             adapted = adapter(level.student)[:, : target.shape[1]].float()
             if isinstance(standardizer, Standardizer):
-                standardizer.update(target.permute(0, 2, 3, 1)[level.inside][:, :, None, None])
+                standardizer.update(target, inside=level.inside)
                 target = standardizer(target)
                 adapted = standardizer(adapted) if self.same_space else adapted
             yield _Level(number, adapted, target, level.inside)
@@ -154,12 +155,12 @@ class GTMaskTerm(_MapTerm):
         shapes = [(maps[level].shape[-2], maps[level].shape[-1]) for level in levels]
         assigned = self._assigned(pair) if self.assign else None
         # By level, its place among those that are compared; a copy's objects belong to the level that it copies.
-        place = (torch.tensor(self.counted, device=maps[0].device).cumsum(dim=0) - 1).clamp(min=0)
+        place = sent((torch.tensor(self.counted).cumsum(dim=0) - 1).clamp(min=0), maps[0])
         by_image = []
         for image, boxes in enumerate(_boxes_in_cells(pair)):
             chosen = [boxes[level] for level in levels]
             if assigned is None:
-                anchors = [self.anchors[level] for level in levels]
+                anchors = [sent(self.anchors[level], maps[0]) for level in levels]
                 by_image.append(near_object_masks(chosen, shapes, anchors, self.share))
             else:
                 by_image.append(inside_box_masks(chosen, shapes, place[assigned[image]]))

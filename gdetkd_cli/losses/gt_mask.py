@@ -56,9 +56,9 @@ def inside_box_masks(boxes: Sequence[Tensor], shapes: Sequence[tuple[int, int]],
     """
     masks = []
     for level, (found, (height, width)) in enumerate(zip(boxes, shapes, strict=True)):
-        own = found[assigned == level]
-        columns = _covered(own[:, 0], own[:, 2], width)
-        rows = _covered(own[:, 1], own[:, 3], height)
+        own = (assigned == level)[:, None]
+        columns = _covered(found[:, 0], found[:, 2], width) & own
+        rows = _covered(found[:, 1], found[:, 3], height)
         masks.append((rows[:, :, None] & columns[:, None, :]).any(dim=0))
     return masks
 

@@ -16,15 +16,14 @@ def pearson_loss(student: Tensor, teacher: Tensor, inside: Tensor) -> Tensor:
         student, teacher: (N, C, H, W).
         inside: (N, H, W) bool, the cells that count.
     """
-    rows = inside.flatten().nonzero()[:, 0]
-    if not len(rows):
-        return student.sum() * 0.0
-    maps = (student, teacher.detach())
-    ours, theirs = (_standardised(x.permute(0, 2, 3, 1).flatten(0, 2)[rows].float()) for x in maps)
-    return 0.5 * (ours - theirs).square().mean()
+    weight = inside[:, None].float()
+    count = weight.sum().clamp(min=1)
+    ours, theirs = (_standardised(x.float(), weight, count) for x in (student, teacher.detach()))
+    return 0.5 * ((ours - theirs).square() * weight).sum() / (count * student.shape[1])
 
 
-def _standardised(cells: Tensor) -> Tensor:
-    """(V, C) -> each channel with mean 0 and deviation 1 over the cells."""
-    centred = cells - cells.mean(dim=0)
-    return centred / (centred.square().mean(dim=0) + 1e-12).sqrt()
+def _standardised(maps: Tensor, weight: Tensor, count: Tensor) -> Tensor:
+    """(N, C, H, W) -> each channel with mean 0 and deviation 1 over the cells that count, ``weight`` (N, 1, H, W)."""
+    centred = maps - (maps * weight).sum(dim=(0, 2, 3), keepdim=True) / count
+    variance = (centred.square() * weight).sum(dim=(0, 2, 3), keepdim=True) / count
+    return centred / (variance + 1e-12).sqrt()
