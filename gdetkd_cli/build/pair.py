@@ -190,7 +190,6 @@ def _sgfi(block: SGFI | None, student: Detector, teacher: Detector, same_space: 
         initial_tau=block.tau,
         prior=block.prior,
         centre=block.center,
-        prior_steps=block.prior_steps,
         cosine=block.similarity == "cosine",
         normalize=block.normalize,
         sampling_ratio=block.sampling_ratio,

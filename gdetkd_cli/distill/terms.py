@@ -70,9 +70,8 @@ class SGFITerm(nn.Module):
         cosine: levels are matched by the angle between embeddings; or by their product (the paper).
         normalize: standardise the target ``channel`` by channel, as one ``scalar``, or not at all (``none``).
         prior: how much the match favours the student levels near ``centre``; 0: not at all (the paper).
-        centre: the stride of the level that the teacher pools a region from, or that of the level that the student
-            assigns it to.
-        prior_steps: steps over which the prior falls linearly to 0; None: it stays.
+        centre: the stride of the level that the student assigns a region to, or of the one that the teacher pools it
+            from.
         sampling_ratio: RoIAlign samples per bin and axis on the student's levels.
         same_space: the student got the teacher's head, so its features have to become the teacher's own, not a linear
             map of them: they are standardised with the teacher's statistics and f_adapt starts as the identity.
@@ -81,8 +80,6 @@ class SGFITerm(nn.Module):
     student_needs: frozenset[View] = frozenset({"level"})
     teacher_needs: frozenset[View] = frozenset({"pooled", "level"})
 
-    steps: Tensor
-
     def __init__(
         self,
         *,
@@ -90,8 +87,7 @@ class SGFITerm(nn.Module):
         teacher_channels: int,
         embed_channels: int,
         prior: float,
-        centre: Literal["teacher", "student"] = "teacher",
-        prior_steps: int | None = None,
+        centre: Literal["teacher", "student"] = "student",
         cosine: bool = True,
         initial_tau: float = 1.0,
         normalize: str,
@@ -117,8 +113,6 @@ class SGFITerm(nn.Module):
         pooled: frozenset[View] = frozenset({"pooled"})
         self.student_needs = level if centre == "student" else frozenset[View]()
         self.teacher_needs = pooled | level if centre == "teacher" else pooled
-        self.prior_steps = prior_steps
-        self.register_buffer("steps", torch.zeros(()))  # done so far
         self.sampling_ratio = sampling_ratio
 
     def forward(self, pair: ObservedPair) -> Tensor:
@@ -147,11 +141,7 @@ class SGFITerm(nn.Module):
         if self.centre == "teacher":
             view, theirs = pair.teacher_view, _octaves(pair.teacher_seen.pyramid, index)
         assert view.level is not None
-        strength: Tensor | float = self.prior
-        if self.prior_steps is not None:
-            strength = self.prior * (1 - self.steps / self.prior_steps).clamp(min=0)
-            self.steps += self.training
-        return level_prior(octaves, theirs.gather(1, view.level[:, None]).squeeze(1), strength)
+        return level_prior(octaves, theirs.gather(1, view.level[:, None]).squeeze(1), self.prior)
 
 
 def _octaves(pyramid: Pyramid, image_index: Tensor) -> Tensor:

@@ -33,7 +33,7 @@ def unit(embedding: Tensor) -> Tensor:
     return normalize(embedding, dim=-1, eps=_LEAST_NORM)
 
 
-def level_prior(octaves: Tensor, centre: Tensor, strength: Tensor | float) -> Tensor:
+def level_prior(octaves: Tensor, centre: Tensor, strength: float) -> Tensor:
     """prior_il = -strength (octaves_il - centre_i)^2: a level loses by the octaves that it lies away.
 
     Args:

@@ -50,12 +50,11 @@ class SGFI(Term):
         description="how much the match favours the student levels near `center`: a level's logit falls by this times "
         "the square of the octaves that its stride lies away; 0: not at all (the paper)",
     )
-    center: Literal["teacher", "student"] = Field(
-        "teacher",
-        description="where the prior lies: at the stride of the level that the teacher pools a region from, or at the "
-        "level that the student assigns it to",
+    center: Literal["student", "teacher"] = Field(
+        "student",
+        description="where the prior lies: at the level that the student assigns a region to, or at the stride of the "
+        "level that the teacher pools it from",
     )
-    prior_steps: PositiveInt | None = Field(None, description="steps over which the prior falls to 0; null: it stays")
     sampling_ratio: PositiveInt = Field(2, description="RoIAlign samples per bin and axis")
 
 

@@ -123,7 +123,7 @@ def test_sgfi_starts_from_the_stride_that_the_teacher_pools_from(level: int, nea
     base = pair.teacher_seen.pyramid
     levels = tuple(replace(base.levels[0], stride=stride) for stride in strides)
     seen = replace(pair.teacher_seen, pyramid=replace(base, levels=levels))
-    term = make_sgfi(prior=1e4)
+    term = make_sgfi(prior=1e4, centre="teacher")
     loss = term(replace(pair, teacher_seen=seen))
 
     pooled = pool_all_levels(pair.student_seen.pyramid, pair.regions, size=7, sampling_ratio=2)
@@ -136,7 +136,7 @@ def test_the_prior_is_measured_in_pixels_of_the_image() -> None:
     pair = make_pair(maps=MAPS, teacher=RegionView(pooled=target, level=torch.zeros(3, dtype=torch.int64)))
     frame = pair.teacher_seen.pyramid.frame
     halved = replace(pair.teacher_seen.pyramid, frame=replace(frame, scale=frame.scale / 2))
-    term = make_sgfi(prior=1e4)
+    term = make_sgfi(prior=1e4, centre="teacher")
     loss = term(replace(pair, teacher_seen=replace(pair.teacher_seen, pyramid=halved)))
 
     pooled = pool_all_levels(pair.student_seen.pyramid, pair.regions, size=7, sampling_ratio=2)
@@ -372,8 +372,8 @@ def test_needs_are_those_of_all_terms() -> None:
     cases: list[tuple[list[Term], set[str], set[str]]] = [
         ([], set(), set()),
         ([sgfi], set(), {"pooled"}),
-        ([make_sgfi(prior=1.0)], set(), {"pooled", "level"}),
-        ([make_sgfi(prior=1.0, centre="student")], {"level"}, {"pooled"}),
+        ([make_sgfi(prior=1.0, centre="teacher")], set(), {"pooled", "level"}),
+        ([make_sgfi(prior=1.0)], {"level"}, {"pooled"}),
         ([sgfi, ckd], {"embedding"}, {"pooled", "embedding"}),
         ([ckd, classes], {"embedding", "predictions"}, {"embedding", "predictions"}),
     ]
