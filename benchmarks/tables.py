@@ -109,7 +109,7 @@ def _facts(method: str, cells: Sequence[Row], steps: str, intervals: Sequence[Ro
         return [_NOT_RUN, "", "", "", "", ""]
     ap = {seed: float(row["AP"]) for seed, row in own.items()}
     whole = f"{mean(ap.values()):.1f}" + (f" ± {stdev(ap.values()):.1f}" if len(ap) > 1 else "")
-    sizes = " / ".join(f"{mean(float(row[size]) for row in own.values()):.1f}" for size in ("AP_S", "AP_M", "AP_L"))
+    sizes = " / ".join(_mean(row[size] for row in own.values()) for size in ("AP_S", "AP_M", "AP_L"))
     both = [ap[seed] - float(plain[seed]["AP"]) for seed in ap if seed in plain]
     gain = f"{mean(both):+.1f}" if method != _NONE and both else ""
     for row in intervals:
@@ -127,6 +127,12 @@ def _interval(gains: Sequence[float], row: Row) -> tuple[float, float] | None:
     if row["image_deviation"]:
         return interval_over_seeds_and_images(gains, float(row["image_deviation"]), int(row["images"]))
     return None
+
+
+def _mean(values: Iterable[str]) -> str:
+    """Of those that are known; a dash where the data have no objects of that size."""
+    known = [float(value) for value in values if value]
+    return f"{mean(known):.1f}" if known else "-"
 
 
 def _median(values: Iterable[str]) -> float | None:
