@@ -65,11 +65,14 @@ def training_batches(
 def validation_batches(
     *, split: Split, batch_size: int, rank: int = 0, world_size: int = 1, workers: int = 0
 ) -> Iterator[Batch]:
-    """Every picture of the split once over all processes, in order and unchanged. Shares differ by one picture at most.
+    """Every image of the split once over all processes, unchanged. Shares differ by one image at most.
+
+    The images of a batch have one size: padding to a larger neighbour would change what is detected at the border, and
+    the AP with it.
 
     Args:
         split: what to evaluate on.
-        batch_size: pictures per batch; the last one may have fewer.
+        batch_size: images per batch; the last one of a size may have fewer.
         rank: which of ``world_size`` processes asks.
         world_size: evaluating processes.
         workers: loader processes.
@@ -78,8 +81,12 @@ def validation_batches(
         DataError: a picture cannot be read.
     """
     dataset = DetectionDataset(split=split, augmentation=None, seed=0, cache_mb=0)
-    share = [(0, index) for index in range(rank, len(split), world_size)]
-    keys = (share[first : first + batch_size] for first in range(0, len(share), batch_size))
+    by_size: dict[tuple[int, int], list[Key]] = {}
+    for index in range(rank, len(split), world_size):
+        by_size.setdefault(split.records[index].size, []).append((0, index))
+    keys = (
+        share[first : first + batch_size] for share in by_size.values() for first in range(0, len(share), batch_size)
+    )
     return _load(dataset, keys, workers=workers, pin_memory=False)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -40,6 +41,13 @@ def make_split(pictures: int, read: Noise | None = None) -> Split:
         for index in range(pictures)
     ]
     return Split(name="noise", class_names=("thing",), records=records, read=read or Noise())
+
+
+def make_even_split(images: int) -> Split:
+    """Images of one size, which may share a batch."""
+    split = make_split(images)
+    records = [replace(record, size=(16, 20)) for record in split.records]
+    return replace(split, records=records, read=lambda index: split.read(index)[:, :, :20])
 
 
 def make_dataset(pictures: int = 5, *, augmented: bool = True, seed: int = 0, cache_mb: int = 0) -> DetectionDataset:
@@ -222,19 +230,36 @@ def test_pinned_batches() -> None:
 
 
 def test_validation_is_in_order_and_unchanged() -> None:
-    batches = list(validation_batches(split=make_split(5), batch_size=2))
+    batches = list(validation_batches(split=make_even_split(5), batch_size=2))
 
     assert ids(batches) == [[100, 101], [102, 103], [104]]
-    assert torch.equal(batches[1].images[0], Noise()(2).float() / 255)
+    assert torch.equal(batches[1].images[0], Noise()(2)[:, :, :20].float() / 255)
     assert batches[0].targets[1].boxes.shape == (0, 4)
-    assert_same(batches, validation_batches(split=make_split(5), batch_size=2, workers=2))
+    assert_same(batches, validation_batches(split=make_even_split(5), batch_size=2, workers=2))
+
+
+def test_validation_batches_hold_images_of_one_size() -> None:
+    split = make_even_split(5)
+    tall = [index in (1, 4) for index in range(5)]
+    records = [replace(record, size=(12 if t else 16, 20)) for record, t in zip(split.records, tall, strict=True)]
+    mixed = replace(split, records=records, read=lambda index: split.read(index)[:, : 12 if tall[index] else 16])
+    batches = list(validation_batches(split=mixed, batch_size=2))
+
+    assert [[tuple(image.shape[1:]) for image in batch.images] for batch in batches] == [
+        [(16, 20), (16, 20)],
+        [(16, 20)],
+        [(12, 20), (12, 20)],
+    ]
+    assert ids(batches) == [[100, 102], [103], [101, 104]]
 
 
 def test_validation_is_shared_without_repetition() -> None:
-    shares = [ids(validation_batches(split=make_split(5), batch_size=2, rank=rank, world_size=3)) for rank in range(3)]
+    shares = [
+        ids(validation_batches(split=make_even_split(5), batch_size=2, rank=rank, world_size=3)) for rank in range(3)
+    ]
 
     assert shares == [[[100, 103]], [[101, 104]], [[102]]]
 
 
 def test_validation_of_less_than_one_picture_a_process() -> None:
-    assert ids(validation_batches(split=make_split(1), batch_size=2, rank=1, world_size=2)) == []
+    assert ids(validation_batches(split=make_even_split(1), batch_size=2, rank=1, world_size=2)) == []
