@@ -13,23 +13,17 @@ import sys
 from typing import Any
 
 import torch
+from precision import ap_of, for_large_images
 from torch import distributed
 
 from gdetkd_cli import build
-from gdetkd_cli.data.synthetic import CLASS_NAMES, synthetic_split
-from gdetkd_cli.detectors import catalog
-from gdetkd_cli.evaluation.coco_metrics import evaluate_coco
-from gdetkd_cli.evaluation.predict import predict_split
 from gdetkd_cli.recipe.load import load_recipe
 from gdetkd_cli.runs.job import accelerator_for, prepare
 from gdetkd_cli.runs.plan import Stepper, batches_of
-from gdetkd_cli.structures import Batch, Detections
 from gdetkd_cli.training.device import peak_memory_mb
 from gdetkd_cli.training.loop import seed_everything
 
 _MEMORY_STEPS = 4
-_SIZE = (736, 1216)  # (height, width) of the large images, pixels
-_AT = (1060, 600)  # x and y where a scene lies in one
 
 
 def memory(options: dict[str, Any]) -> dict[str, Any]:
@@ -49,23 +43,9 @@ def memory(options: dict[str, Any]) -> dict[str, Any]:
 
 def pasted(options: dict[str, Any]) -> dict[str, Any]:
     """AP of the shipped teacher on scenes far from the corner of a large image, in float32 and in bfloat16."""
-    detector = catalog.load(catalog.locate("builtin:shapes-teacher")).detector
-    detector.module.transform.min_size, detector.module.transform.max_size = (_SIZE[0],), _SIZE[1]
-    detector.module.to(options["device"])
-    split = synthetic_split(split="val", images=options["images"], size=128, seed=0)
-    left, top = _AT
-    batches = []
-    for index, record in enumerate(split.records):
-        image = torch.full((3, *_SIZE), 0.5)
-        image[:, top : top + 128, left : left + 128] = split.read(index) / 255
-        batches.append(Batch([image], [], torch.tensor([record.image_id])))
-    found = {}
-    for name in ("fp32", "bf16"):
-        with torch.autocast(options["device"], torch.bfloat16, enabled=name == "bf16"):
-            detections = predict_split(detector, batches, options["device"])
-        shift = torch.tensor([left, top, left, top])
-        moved = {n: Detections(d.boxes.cpu() - shift, d.scores.cpu(), d.labels.cpu()) for n, d in detections.items()}
-        found[name] = evaluate_coco(split.records, CLASS_NAMES, moved).ap
+    detector = for_large_images("builtin:shapes-teacher", options["device"])
+    dtypes = {"fp32": None, "bf16": torch.bfloat16}
+    found = {name: ap_of(detector, options["images"], options["device"], dtype) for name, dtype in dtypes.items()}
     return {"images": options["images"], **found}
 
 

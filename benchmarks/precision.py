@@ -34,15 +34,21 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16"))
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    detector = catalog.load(catalog.locate(options.model)).detector
-    module: Any = detector.module.to(device)
-    module.transform.min_size, module.transform.max_size = (SIZE[0],), SIZE[1]
+    detector = for_large_images(options.model, device)
     dtype = getattr(torch, options.dtype)
     print(f"{options.model}, {options.scenes} scenes at {CORNER}, {device}")
     print(f"float32                        {ap_of(detector, options.scenes, device, None):.1f} AP")
     print(f"{options.dtype:30} {ap_of(detector, options.scenes, device, dtype):.1f} AP")
     with patch.object(torchvision_common, "exact_boxes", lambda _: nullcontext()):
         print(f"{options.dtype + ', boxes too':30} {ap_of(detector, options.scenes, device, dtype):.1f} AP")
+
+
+def for_large_images(model: str, device: str) -> Any:
+    """A detector that takes images of ``SIZE`` as they are."""
+    detector = catalog.load(catalog.locate(model)).detector
+    module: Any = detector.module.to(device)
+    module.transform.min_size, module.transform.max_size = (SIZE[0],), SIZE[1]
+    return detector
 
 
 def ap_of(detector: Any, scenes: int, device: str, dtype: torch.dtype | None) -> float:

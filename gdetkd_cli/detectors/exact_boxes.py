@@ -36,10 +36,10 @@ def exact_boxes(module: nn.Module) -> Iterator[None]:
     with ExitStack() as hooks:
         for part in module.modules():
             if isinstance(part, AnchorGenerator | DefaultBoxGenerator):
-                hooks.enter_context(_removed(part.register_forward_pre_hook(_anchors_in_float32)))
+                hooks.callback(part.register_forward_pre_hook(_anchors_in_float32).remove)
             head = _predicting_head(part)
             if head is not None:
-                hooks.enter_context(_removed(head.register_forward_hook(_outputs_in_float32)))
+                hooks.callback(head.register_forward_hook(_outputs_in_float32).remove)
         yield
 
 
@@ -62,11 +62,3 @@ def _anchors_in_float32(_: nn.Module, arguments: tuple[Any, list[Tensor]]) -> tu
 
 def _outputs_in_float32(_: nn.Module, __: Any, outputs: Any) -> Any:
     return convert_to_fp32(outputs)
-
-
-@contextmanager
-def _removed(handle: Any) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        handle.remove()

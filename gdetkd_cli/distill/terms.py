@@ -5,7 +5,7 @@ Shapes: R regions, L levels, C channels, D embedding channels, K classes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import log2
 from typing import Literal, Protocol
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torchvision.ops import box_iou
 
 from gdetkd_cli.detectors.pooling import pool_all_levels
-from gdetkd_cli.detectors.protocol import Observation, RegionView, View
+from gdetkd_cli.detectors.protocol import Observation, RegionView, StageView, View
 from gdetkd_cli.distill.heads import LevelMatcher, Standardizer
 from gdetkd_cli.distill.queue import RegionQueue
 from gdetkd_cli.host import beside
@@ -77,8 +77,8 @@ class SGFITerm(nn.Module):
             map of them: they are standardised with the teacher's statistics and f_adapt starts as the identity.
     """
 
-    student_needs: frozenset[View] = frozenset({"level"})
-    teacher_needs: frozenset[View] = frozenset({"pooled", "level"})
+    student_needs: frozenset[View]
+    teacher_needs: frozenset[View]
 
     def __init__(
         self,
@@ -220,38 +220,41 @@ class _PredictionTerm(nn.Module):
         self.register_buffer("columns", columns)
         self.stage_weights = tuple(stage_weights)
 
-    def forward(self, pair: ObservedPair) -> Tensor:
+    def _over_stages(self, pair: ObservedPair, compare: Callable[[StageView, StageView], Tensor]) -> Tensor:
         """The first stage's loss, and those of a cascade's later stages by their weights in its own loss."""
-        first = [_predictions(view) for view in (pair.student_view, pair.teacher_view)]
-        loss = self.compare(*first[0], first[1][0][:, self.columns], first[1][1][:, self.columns])
-        stages = zip(self.stage_weights, pair.student_view.later, pair.teacher_view.later, strict=False)
-        for weight, ours, theirs in stages:
-            logits, deltas = theirs.class_logits[:, self.columns], theirs.box_deltas[:, self.columns]
-            loss = loss + weight * self.compare(ours.class_logits, ours.box_deltas, logits, deltas)
+        ours, theirs = (_first_stage(pair.regions, view) for view in (pair.student_view, pair.teacher_view))
+        loss = compare(ours, self._in_order(theirs))
+        if self.stage_weights:
+            stages = zip(self.stage_weights, pair.student_view.later, pair.teacher_view.later, strict=True)
+            for weight, ours, theirs in stages:
+                loss = loss + weight * compare(ours, self._in_order(theirs))
         return loss
 
-    def compare(self, student_logits: Tensor, student_deltas: Tensor, logits: Tensor, deltas: Tensor) -> Tensor:
-        """One stage's loss; the teacher's columns are in the student's order."""
-        raise NotImplementedError
+    def _in_order(self, stage: StageView) -> StageView:
+        """What a stage of the teacher says, its classes in the student's order."""
+        logits, deltas = stage.class_logits[:, self.columns], stage.box_deltas[:, self.columns]
+        return StageView(boxes=stage.boxes, class_logits=logits, box_deltas=deltas)
 
 
 class ClassTerm(_PredictionTerm):
     """L_cls: the teacher's class distribution on each region."""
 
-    def compare(self, student_logits: Tensor, student_deltas: Tensor, logits: Tensor, deltas: Tensor) -> Tensor:
-        return class_loss(student_logits, logits)
+    def forward(self, pair: ObservedPair) -> Tensor:
+        return self._over_stages(pair, lambda ours, theirs: class_loss(ours.class_logits, theirs.class_logits))
 
 
 class BoxTerm(_PredictionTerm):
     """L_reg: the teacher's boxes on each region, class by class."""
 
-    def compare(self, student_logits: Tensor, student_deltas: Tensor, logits: Tensor, deltas: Tensor) -> Tensor:
-        return box_loss(student_deltas, deltas, logits)
+    def forward(self, pair: ObservedPair) -> Tensor:
+        return self._over_stages(
+            pair, lambda ours, theirs: box_loss(ours.box_deltas, theirs.box_deltas, theirs.class_logits)
+        )
 
 
-def _predictions(view: RegionView) -> tuple[Tensor, Tensor]:
+def _first_stage(regions: Regions, view: RegionView) -> StageView:
     assert view.class_logits is not None and view.box_deltas is not None
-    return view.class_logits, view.box_deltas
+    return StageView(boxes=regions.boxes, class_logits=view.class_logits, box_deltas=view.box_deltas)
 
 
 def needs_of(terms: Sequence[Term]) -> tuple[frozenset[View], frozenset[View]]:

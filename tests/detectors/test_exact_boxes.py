@@ -21,7 +21,7 @@ from torchvision.models.detection.ssd import SSD
 from gdetkd_cli.data.synthetic import CLASS_NAMES, synthetic_split
 from gdetkd_cli.detectors import architectures, catalog
 from gdetkd_cli.detectors.dense import DenseDetector
-from gdetkd_cli.detectors.protocol import Detector
+from gdetkd_cli.detectors.protocol import Detector, Observation
 from gdetkd_cli.detectors.tap import Tap
 from gdetkd_cli.evaluation.coco_metrics import evaluate_coco
 from gdetkd_cli.evaluation.predict import predict_split
@@ -155,15 +155,21 @@ def test_decoding_and_nms_are_those_of_float32(detector: Detector, large_batch: 
     assert torch.equal(exact.scores, halved.scores)
 
 
-@pytest.mark.parametrize("dtype", HALVES)
-def test_candidates_are_those_of_float32(detector: Detector, large_batch: Batch, dtype: torch.dtype) -> None:
-    """The boxes that a student offers as regions."""
-    fixed_heads(detector, large_batch.images, dtype)
-    found = []
+def observed_both(detector: Detector, batch: Batch, dtype: torch.dtype) -> list[Observation]:
+    """Training forwards with fixed heads, the same samples drawn: in float32, then in half precision."""
+    fixed_heads(detector, batch.images, dtype)
+    seen = []
     for kind in (None, dtype):
         torch.manual_seed(4)
         with half(kind):
-            found.append(detector.observe(large_batch).candidates)
+            seen.append(detector.observe(batch))
+    return seen
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_candidates_are_those_of_float32(detector: Detector, large_batch: Batch, dtype: torch.dtype) -> None:
+    """The boxes that a student offers as regions."""
+    found = [seen.candidates for seen in observed_both(detector, large_batch, dtype)]
 
     assert found[0] is not None and found[1] is not None
     assert found[1].boxes.dtype == torch.float32
@@ -173,12 +179,7 @@ def test_candidates_are_those_of_float32(detector: Detector, large_batch: Batch,
 @pytest.mark.parametrize("dtype", HALVES)
 def test_box_losses_are_those_of_float32(detector: Detector, large_batch: Batch, dtype: torch.dtype) -> None:
     """Matching, targets and losses of the same numbers from the heads."""
-    fixed_heads(detector, large_batch.images, dtype)
-    losses = []
-    for kind in (None, dtype):
-        torch.manual_seed(4)
-        with half(kind):
-            losses.append(detector.observe(large_batch).losses)
+    losses = [seen.losses for seen in observed_both(detector, large_batch, dtype)]
 
     for name, value in losses[0].items():
         assert torch.isclose(losses[1][name].float(), value, rtol=1e-5), name
