@@ -18,8 +18,10 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from time import monotonic
 from typing import Any
 
@@ -33,7 +35,7 @@ MARGIN = 15.0  # seconds of a slice kept for ending what runs, and for the summa
 
 @dataclass(frozen=True)
 class Settings:
-    """What is measured, where, and how large. ``jobs``: students trained at the same time."""
+    """What is measured, where, and how large. ``jobs``: chains, and students of a table, that run at the same time."""
 
     output: Path
     bccd: Path
@@ -54,11 +56,13 @@ class Measurement:
         key: its name in ``results.jsonl``.
         least: seconds that must be left for it to be begun.
         work: (seconds left) -> what was found; None where time ran out, and the next call goes on.
+        chain: measurements of one chain run one after another, chains side by side; ``timed`` runs before all others.
     """
 
     key: str
     least: float
     work: Callable[[float], dict[str, Any] | None]
+    chain: str = ""
 
 
 # ------------------------------------------------------------------------------------------------------ bookkeeping
@@ -91,26 +95,48 @@ def left_of(measurements: Sequence[Measurement], finished: Mapping[str, Any]) ->
 
 
 def work_on(
-    measurements: Sequence[Measurement], results: Path, deadline: float, now: Callable[[], float] = monotonic
+    measurements: Sequence[Measurement],
+    results: Path,
+    deadline: float,
+    jobs: int = 1,
+    now: Callable[[], float] = monotonic,
 ) -> None:
-    """Runs what is left until the deadline. One that fails is told, and tried again by the next call."""
-    for one in left_of(measurements, read_results(results)):
-        seconds = deadline - now()
-        if seconds < one.least:
-            print(f"{one.key}: needs {one.least:.0f} s, {max(0, seconds):.0f} s are left", flush=True)
-            continue
-        print(f"{one.key} ...", flush=True)
-        start = now()
-        try:
-            facts = one.work(seconds)
-        except RuntimeError as error:
-            print(f"{one.key}: failed: {error}", flush=True)
-            continue
-        if facts is None:
-            print(f"{one.key}: cut after {now() - start:.0f} s; the next call goes on", flush=True)
-            continue
-        add_result(results, one.key, facts)
-        print(f"{one.key}: done in {now() - start:.0f} s", flush=True)
+    """Runs what is left until the deadline: the chain ``timed`` alone and first, then the others, ``jobs`` at a time.
+
+    A measurement that fails is reported, and tried again by the next call.
+    """
+    chains: dict[str, list[Measurement]] = {"timed": []}
+    for measurement in left_of(measurements, read_results(results)):
+        chains.setdefault(measurement.chain or measurement.key, []).append(measurement)
+    writing = Lock()
+
+    def work(chain: Sequence[Measurement]) -> None:
+        for measurement in chain:
+            start = now()
+            facts = _attempt(measurement, deadline - start)
+            if facts is None:
+                continue
+            with writing:
+                add_result(results, measurement.key, facts)
+            print(f"{measurement.key}: done in {now() - start:.0f} s", flush=True)
+
+    work(chains.pop("timed"))
+    with ThreadPoolExecutor(jobs) as pool:
+        list(pool.map(work, chains.values()))
+
+
+def _attempt(measurement: Measurement, seconds: float) -> dict[str, Any] | None:
+    if seconds < measurement.least:
+        print(f"{measurement.key}: needs {measurement.least:.0f} s, {max(0, seconds):.0f} s are left", flush=True)
+        return None
+    try:
+        facts = measurement.work(seconds)
+    except RuntimeError as error:
+        print(f"{measurement.key}: failed: {error}", flush=True)
+        return None
+    if facts is None:
+        print(f"{measurement.key}: cut; the next call goes on", flush=True)
+    return facts
 
 
 def run(command: Sequence[str], seconds: float, log: Path) -> str | None:
@@ -144,17 +170,15 @@ def run(command: Sequence[str], seconds: float, log: Path) -> str | None:
 
 def measurements_of(settings: Settings) -> list[Measurement]:
     """All of them, the cheapest and most informative first."""
-    found = []
-    for precision in PRECISIONS:
-        found.append(
-            _child(settings, f"cost-{precision}-memory-plain", 45, _cost(settings, precision), "memory", plain=True)
-        )
-        found.append(_child(settings, f"cost-{precision}-memory-distilled", 45, _cost(settings, precision), "memory"))
-        found.append(_step_ratio(settings, precision))
+    found = [_step_ratio(settings, precision) for precision in PRECISIONS]
+    found += [_bccd_teacher(settings), _bccd_students(settings), _two_processes(settings)]
     found.append(_child(settings, "pasted", 45, [], "pasted", images=1 if settings.small else 100))
-    found.append(_two_processes(settings))
-    found += [_shapes(settings, precision) for precision in PRECISIONS]
-    return [*found, _bccd_teacher(settings), _bccd_students(settings)]
+    for precision in PRECISIONS:
+        for kind in ("plain", "distilled"):
+            options = {"chain": "memory", "plain": kind == "plain"}
+            key = f"cost-{precision}-memory-{kind}"
+            found.append(_child(settings, key, 45, _cost(settings, precision), "memory", **options))
+    return [*found, *(_shapes(settings, precision) for precision in PRECISIONS)]
 
 
 def _gdetkd(*arguments: str) -> list[str]:
@@ -198,7 +222,13 @@ def _detector(settings: Settings, backbone: str, size: Sequence[int]) -> dict[st
 
 
 def _child(
-    settings: Settings, key: str, least: float, overrides: Sequence[str], name: str, **options: Any
+    settings: Settings,
+    key: str,
+    least: float,
+    overrides: Sequence[str],
+    name: str,
+    chain: str = "",
+    **options: Any,
 ) -> Measurement:
     """A measurement by a function of ``gpu_children.py``."""
     given = {"overrides": list(overrides), "device": settings.device, "small": settings.small, **options}
@@ -208,7 +238,7 @@ def _child(
         printed = run(command, seconds, settings.output / "log.txt")
         return None if printed is None else json.loads(printed.strip().splitlines()[-1])
 
-    return Measurement(key, _least(settings, least), work)
+    return Measurement(key, _least(settings, least), work, chain)
 
 
 def _step_ratio(settings: Settings, precision: str) -> Measurement:
@@ -218,7 +248,7 @@ def _step_ratio(settings: Settings, precision: str) -> Measurement:
         printed = run([*command, *_sets(_cost(settings, precision))], seconds, settings.output / "log.txt")
         return None if printed is None else json.loads(printed)
 
-    return Measurement(f"cost-{precision}-step", _least(settings, 90), work)
+    return Measurement(f"cost-{precision}-step", _least(settings, 60), work, chain="timed")
 
 
 def _two_processes(settings: Settings) -> Measurement:
@@ -296,7 +326,7 @@ def _bccd_teacher(settings: Settings) -> Measurement:
         recipe = _write_recipe(folder.with_name("teacher.yaml"), bccd_recipe(settings, "resnet50", 600))
         return train_slice(["train", "--recipe", recipe], folder, seconds)
 
-    return Measurement("bccd-teacher", _least(settings, 60), work)
+    return Measurement("bccd-teacher", _least(settings, 60), work, chain="bccd")
 
 
 def _bccd_students(settings: Settings) -> Measurement:
@@ -313,7 +343,7 @@ def _bccd_students(settings: Settings) -> Measurement:
         printed = run([*command, "--output", str(folder / "table"), "--json"], seconds, folder / "log.txt")
         return None if printed is None else {"cells": len(bccd_cells(folder / "table"))}
 
-    return Measurement("bccd-students", _least(settings, 60), work)
+    return Measurement("bccd-students", _least(settings, 60), work, chain="bccd")
 
 
 def _check_bccd(settings: Settings) -> None:
@@ -341,14 +371,14 @@ def main() -> None:
     )
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--small", action="store_true", help="tiny sizes, to see that every part works")
-    parser.add_argument("--jobs", type=int, default=4, help="students of the BCCD table trained at the same time")
+    parser.add_argument("--jobs", type=int, default=4, help="measurements, and students, at the same time")
     options = parser.parse_args()
     deadline = monotonic() + 60 * options.minutes - MARGIN
     output = options.output.resolve()
     settings = Settings(output, options.bccd, options.device, options.small, 2 if options.small else options.jobs)
     output.mkdir(parents=True, exist_ok=True)
     measurements, results = measurements_of(settings), output / "results.jsonl"
-    work_on(measurements, results, deadline)
+    work_on(measurements, results, deadline, settings.jobs)
     finished = read_results(results)
     left = [one.key for one in left_of(measurements, finished)]
     print(f"\ndone: {', '.join(finished) or 'nothing'}\nleft: {', '.join(left) or 'nothing'}\n")

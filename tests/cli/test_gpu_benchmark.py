@@ -6,6 +6,7 @@ import importlib.util
 import json
 import sys
 from pathlib import Path
+from threading import Barrier
 from types import ModuleType
 from typing import Any
 
@@ -130,4 +131,33 @@ def test_every_measurement_has_its_own_name(gpu: ModuleType, tmp_path: Path) -> 
     keys = [one.key for one in gpu.measurements_of(settings)]
 
     assert len(keys) == len(set(keys)) == 12
-    assert keys[-2:] == ["bccd-teacher", "bccd-students"]
+    chains = {one.key: one.chain for one in gpu.measurements_of(settings)}
+    assert {key for key, chain in chains.items() if chain == "timed"} == {"cost-bf16-step", "cost-fp32-step"}
+    assert [key for key, chain in chains.items() if chain == "bccd"] == ["bccd-teacher", "bccd-students"]
+
+
+def test_a_timed_measurement_has_the_machine_for_itself(gpu: ModuleType, tmp_path: Path) -> None:
+    running, seen = set(), {}
+    together = Barrier(2)  # both must run at once to pass it
+
+    def work(key: str, meet: bool) -> Any:
+        def done(seconds: float) -> dict[str, Any]:
+            running.add(key)
+            if meet:
+                together.wait(timeout=10)
+            seen[key] = set(running)
+            if meet:
+                together.wait(timeout=10)
+            running.discard(key)
+            return {}
+
+        return done
+
+    parts = [
+        gpu.Measurement("a", 1, work("a", True)),
+        gpu.Measurement("time", 1, work("time", False), "timed"),
+        gpu.Measurement("b", 1, work("b", True)),
+    ]
+    gpu.work_on(parts, tmp_path / "results.jsonl", deadline=1e12, jobs=2)
+
+    assert seen == {"time": {"time"}, "a": {"a", "b"}, "b": {"a", "b"}}
