@@ -16,12 +16,11 @@ import torch
 from precision import ap_of, for_large_images
 from torch import distributed
 
-from gdetkd_cli import build
+from gdetkd_cli.commands.plan import endless_batches, prepare_steps
+from gdetkd_cli.engine.device import peak_memory_mb
+from gdetkd_cli.engine.loop import seed_everything
+from gdetkd_cli.recipe.checks import plain_recipe
 from gdetkd_cli.recipe.load import load_recipe
-from gdetkd_cli.runs.job import accelerator_for, prepare
-from gdetkd_cli.runs.plan import Stepper, batches_of
-from gdetkd_cli.training.device import peak_memory_mb
-from gdetkd_cli.training.loop import seed_everything
 
 _MEMORY_STEPS = 4
 
@@ -30,11 +29,9 @@ def memory(options: dict[str, Any]) -> dict[str, Any]:
     """Peak memory of a few training steps, with distillation or without."""
     recipe = load_recipe("paper/coco-frcnn-r50-x101", options["overrides"])
     if options.get("plain"):
-        recipe = recipe.model_copy(update={"teacher": None, "distill": None})
-    settings = build.resolve_runtime(recipe.runtime)
-    accelerator = accelerator_for(settings, recipe)
-    job = prepare(recipe, settings, accelerator)
-    stepper, batches = Stepper(job, accelerator), batches_of(job)
+        recipe = plain_recipe(recipe)
+    setup, stepper = prepare_steps(recipe)
+    batches = endless_batches(setup)
     for _ in range(2 if options["small"] else _MEMORY_STEPS):
         stepper.distil(next(batches).to(stepper.device))
     name = torch.cuda.get_device_name() if options["device"] == "cuda" else "cpu"
@@ -61,16 +58,14 @@ def processes(options: dict[str, Any]) -> dict[str, Any]:
     rank, world = distributed.get_rank(), distributed.get_world_size()
     overrides = [*options["overrides"], "train.batch_size=2", "data.train_images=16", "data.val_images=2"]
     recipe = load_recipe("shapes/frcnn-frcnn", [*overrides, f"train.steps={options['steps']}"])
-    settings = build.resolve_runtime(recipe.runtime)
-    accelerator = accelerator_for(settings, recipe)
-    job = prepare(recipe, settings, accelerator)
+    setup, stepper = prepare_steps(recipe)
     seed_everything(recipe.seed, rank)
-    stepper, finite = Stepper(job, accelerator), True
-    for step, batch in enumerate(build.build_batches(recipe, job.train, settings, rank=rank, world_size=world)(0)):
+    finite = True
+    for step, batch in enumerate(setup.batches(0)):
         stepper.distiller.step = step
         report = stepper.distil(batch.to(stepper.device))
         finite = finite and all(math.isfinite(float(part)) for part in report.parts.values())
-    own = torch.cat([p.detach().float().flatten() for p in job.student.detector.module.parameters()]).cpu()
+    own = torch.cat([p.detach().float().flatten() for p in setup.student.detector.module.parameters()]).cpu()
     first = own.clone()
     distributed.broadcast(first, 0)
     told: list[Any] = [None] * world

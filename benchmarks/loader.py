@@ -11,7 +11,7 @@ from time import perf_counter
 
 import torch
 
-from gdetkd_cli import build
+from gdetkd_cli import assembly
 from gdetkd_cli.data.dataset import DetectionDataset
 from gdetkd_cli.data.loader import training_batches
 from gdetkd_cli.data.transforms import build_augmentation
@@ -28,7 +28,7 @@ def main() -> None:
     parser.add_argument("--side", type=int, default=800, help="short side in pixels")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    split = build.build_split(CocoData(format="coco", root=options.root), "train")
+    split = assembly.build_split(CocoData(format="coco", root=options.root), "train")
     height, width = split.records[0].size
     print(f"{len(split)} pictures, the first of {width} x {height} pixels, resized to {options.side} (at most 1333)")
     for workers in options.workers:

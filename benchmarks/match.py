@@ -15,11 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gdetkd_cli import build
+from gdetkd_cli.commands.plan import endless_batches, prepare_steps
 from gdetkd_cli.distill.heads import LevelMatcher
 from gdetkd_cli.recipe.load import load_recipe
-from gdetkd_cli.runs.job import accelerator_for, prepare
-from gdetkd_cli.runs.plan import batches_of
 from gdetkd_cli.structures import Regions
 
 BATCHES = 8
@@ -43,10 +41,8 @@ def main() -> None:
 def read(run: Path) -> tuple[Tensor, Tensor, float]:
     """(R, L) weights, (R,) sides in pixels, and tau, over a few training batches."""
     recipe = load_recipe(run / "recipe.yaml")
-    settings = build.resolve_runtime(recipe.runtime)
-    torch.set_num_threads(settings.threads)
-    job = prepare(recipe, settings, accelerator_for(settings, recipe))
-    distiller: Any = job.distiller
+    setup, _ = prepare_steps(recipe)
+    distiller: Any = setup.distiller
     state = torch.load(run / "resume" / "pytorch_model.bin", map_location="cpu", weights_only=True)
     distiller.load_state_dict(state)
     matcher: LevelMatcher = distiller.terms["sgfi"].matcher
@@ -56,7 +52,7 @@ def read(run: Path) -> tuple[Tensor, Tensor, float]:
     choose = distiller._choose_regions
     distiller._choose_regions = lambda *seen: regions.append(choose(*seen)) or regions[-1]
     distiller.train()
-    batches = batches_of(job)
+    batches = endless_batches(setup)
     for _ in range(BATCHES):
         distiller(next(batches))
     boxes = torch.cat([chosen.boxes for chosen in regions])

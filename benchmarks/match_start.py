@@ -11,14 +11,11 @@ import argparse
 from statistics import mean
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from gdetkd_cli import build
+from gdetkd_cli.commands.plan import endless_batches, prepare_steps
 from gdetkd_cli.recipe.load import load_recipe
 from gdetkd_cli.recipe.methods import recipe_of
-from gdetkd_cli.runs.job import accelerator_for, prepare
-from gdetkd_cli.runs.plan import Stepper, batches_of
 
 EVERY = 10
 
@@ -31,11 +28,7 @@ def main() -> None:
     options = parser.parse_args()
     recipe = load_recipe(options.recipe, ("runtime.threads=1", *options.set))
     recipe = recipe_of(recipe, "sgfi", steps=recipe.train.steps, seed=recipe.seed)
-    settings = build.resolve_runtime(recipe.runtime)
-    torch.set_num_threads(settings.threads)
-    accelerator = accelerator_for(settings, recipe)
-    job = prepare(recipe, settings, accelerator)
-    stepper = Stepper(job, accelerator)
+    setup, stepper = prepare_steps(recipe)
 
     of_own_level: list[float] = []
 
@@ -43,11 +36,11 @@ def main() -> None:
         prior = seen[3]
         of_own_level.append(matched[1].detach().gather(1, prior.argmax(dim=1, keepdim=True)).mean().item())
 
-    distiller: Any = job.distiller
+    distiller: Any = setup.distiller
     matcher = distiller.terms["sgfi"].matcher
     matcher.register_forward_hook(read)
     losses: list[float] = []
-    batches = batches_of(job)
+    batches = endless_batches(setup)
     for step in range(1, options.steps + 1):
         losses.append(float(stepper.distil(next(batches)).parts["sgfi"]))
         if step % EVERY == 0:

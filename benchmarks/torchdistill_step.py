@@ -23,12 +23,12 @@ import torch
 from torchdistill.core.distillation import DistillationBox
 from torchdistill.losses.registry import register_func2extract_model_output
 
-from gdetkd_cli import build
+from gdetkd_cli.commands.plan import endless_batches, prepare_steps
+from gdetkd_cli.engine.stepper import timed
+from gdetkd_cli.recipe.checks import require_distillation
 from gdetkd_cli.recipe.load import load_recipe
 from gdetkd_cli.recipe.methods import recipe_of
 from gdetkd_cli.recipe.schema import Recipe
-from gdetkd_cli.runs.job import accelerator_for, prepare
-from gdetkd_cli.runs.plan import Stepper, batches_of, timed
 from gdetkd_cli.structures import Batch
 
 WARMUP = 2
@@ -106,23 +106,19 @@ def main() -> None:
     parser.add_argument("--set", nargs="*", default=["runtime.threads=1"], metavar="FIELD=VALUE")
     options = parser.parse_args()
     logging.disable(logging.INFO)
-    recipe = load_recipe(options.recipe, tuple(options.set))
-    settings = build.resolve_runtime(recipe.runtime)
-    torch.set_num_threads(settings.threads)
-    accelerator = accelerator_for(settings, recipe)
+    recipe = require_distillation(load_recipe(options.recipe, tuple(options.set)))
 
     steps: dict[str, Callable[[Batch], object]] = {}
     for name in ("fitnet", "gdetkd"):
-        job = prepare(recipe_of(recipe, name, steps=recipe.train.steps, seed=recipe.seed), settings, accelerator)
-        stepper = Stepper(job, accelerator)
+        setup, stepper = prepare_steps(recipe_of(recipe, name, steps=recipe.train.steps, seed=recipe.seed))
         steps[f"gdetkd, {'feature imitation' if name == 'fitnet' else 'the recipe as it is'}"] = stepper.distil
     for whole in (True, False):
-        assert job.distiller.teacher is not None
-        pair = (copy.deepcopy(job.student.detector.module), copy.deepcopy(job.distiller.teacher.module))
+        assert setup.distiller.teacher is not None
+        pair = (copy.deepcopy(setup.student.detector.module), copy.deepcopy(setup.distiller.teacher.module))
         name = "torchdistill, feature imitation, " + ("the whole teacher" if whole else "backbone and pyramid")
         steps[name] = torchdistill_step(recipe, *pair, whole=whole)
 
-    source = batches_of(job)
+    source = endless_batches(setup)
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for number in range(WARMUP + options.steps):
         batch = next(source).to(stepper.device)
@@ -131,6 +127,7 @@ def main() -> None:
             if number >= WARMUP:
                 seconds[name].append(spent)
     base = "gdetkd, feature imitation"
+    settings = setup.compute.settings
     print(f"{recipe.name}, {recipe.train.batch_size} images a step, {settings.device}, {settings.threads} CPU threads")
     for name, spent in seconds.items():
         ratio = median(a / b for a, b in zip(spent, seconds[base], strict=True))

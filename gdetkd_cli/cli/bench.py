@@ -23,6 +23,6 @@ def bench(
     from gdetkd_cli.recipe.load import load_recipe
 
     loaded = load_recipe(recipe, overrides or ())
-    from gdetkd_cli.runs import profile_distill
+    from gdetkd_cli.commands import profile_distill
 
     perform(partial(profile_distill, loaded, steps=steps), render.profiled, as_json=as_json)

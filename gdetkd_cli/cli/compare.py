@@ -61,7 +61,7 @@ def compare(
 
     loaded = load_recipe(recipe, overrides or ())
     budgets = _budgets(steps)
-    from gdetkd_cli.runs import run_compare
+    from gdetkd_cli.commands import run_compare
 
     asked = tuple(name.strip() for name in methods.split(",")) if methods else ()
     table = partial(run_compare, loaded, methods=asked, steps=budgets, seeds=seeds, folds=folds, baseline=baseline)

@@ -28,6 +28,6 @@ def demo(
     """
     from gdetkd_cli.cli import render
     from gdetkd_cli.cli.output import perform
-    from gdetkd_cli.runs import run_demo
+    from gdetkd_cli.commands import run_demo
 
     perform(partial(run_demo, seed=seed, steps=steps, output=output), render.demonstrated, as_json=as_json)

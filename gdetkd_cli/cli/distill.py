@@ -31,14 +31,14 @@ def distill(
     if resume is not None:
         others = {"--recipe": recipe, "--set": overrides, "--output": output}
         options.alone("--resume", {**others, "--dry-run": dry_run, "--profile": profile})
-        from gdetkd_cli.runs import resume_run
+        from gdetkd_cli.commands import resume_run
 
         perform(partial(resume_run, resume), render.trained, as_json=as_json)
         return
     if dry_run:
         options.alone("--dry-run", {"--profile": profile})
     loaded = options.recipe_to_start(recipe, overrides)
-    from gdetkd_cli.runs import plan_distill, profile_distill, run_distill
+    from gdetkd_cli.commands import plan_distill, profile_distill, run_distill
 
     if dry_run:
         perform(partial(plan_distill, loaded), render.planned, as_json=as_json)

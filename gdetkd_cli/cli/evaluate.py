@@ -39,6 +39,6 @@ def evaluate(
     if data is not None:
         folder = Path(data)
         block = folder if folder.is_dir() and not (folder / "val.json").is_file() else load_data(data)
-    from gdetkd_cli.runs import run_eval
+    from gdetkd_cli.commands import run_eval
 
     perform(partial(run_eval, target, data=block), render.evaluated, as_json=as_json)

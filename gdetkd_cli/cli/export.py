@@ -30,7 +30,7 @@ def export(
 
     from gdetkd_cli.cli import render
     from gdetkd_cli.cli.output import perform
-    from gdetkd_cli.runs import run_export
+    from gdetkd_cli.commands import run_export
 
     perform(
         partial(run_export, target, onnx=onnx, torchscript=torchscript, output=output), render.exported, as_json=as_json

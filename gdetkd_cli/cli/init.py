@@ -31,6 +31,6 @@ def init(
     """
     from gdetkd_cli.cli import render
     from gdetkd_cli.cli.output import perform
-    from gdetkd_cli.runs import run_init
+    from gdetkd_cli.commands import run_init
 
     perform(partial(run_init, teacher, student, data, output=output), render.begun, as_json=as_json)

@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from gdetkd_cli.cli.render import duration, headline, number
 from gdetkd_cli.cli.terminal import console, is_first_process
-from gdetkd_cli.training.events import (
+from gdetkd_cli.engine.events import (
     CellDone,
     Evaluated,
     Event,

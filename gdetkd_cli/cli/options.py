@@ -59,7 +59,7 @@ class UsageError(GDetKDError):
 def recipe_to_start(recipe: str | None, overrides: list[str] | None) -> Recipe:
     """The recipe of a command that was not given ``--resume``.
 
-    Call it before ``gdetkd_cli.runs`` is imported: torch takes seconds to load, a mistake in a recipe none to show.
+    Call it before ``gdetkd_cli.commands`` is imported: torch takes seconds to load, a mistake in a recipe none to show.
 
     Raises:
         UsageError: there is no ``--recipe``.

@@ -14,7 +14,7 @@ from rich.console import RenderableType
 
 from gdetkd_cli.cli.live import narration
 from gdetkd_cli.cli.terminal import console, is_first_process
-from gdetkd_cli.training.events import Observer
+from gdetkd_cli.engine.events import Observer
 
 Result = TypeVar("Result")
 Done_co = TypeVar("Done_co", covariant=True)
@@ -30,7 +30,7 @@ def perform(work: Work[Result], render: Callable[[Result], RenderableType], *, a
     """Does the work of a command and prints its result; of several processes only the first one speaks.
 
     Args:
-        work: gives one of ``gdetkd_cli.results``.
+        work: returns a command's result, a dataclass.
         render: makes the tables for people.
         as_json: one JSON document in their place.
 

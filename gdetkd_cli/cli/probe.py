@@ -99,8 +99,8 @@ def probe(
 
     from gdetkd_cli.cli import render
     from gdetkd_cli.cli.output import perform
-    from gdetkd_cli.results import ProbeOptions
-    from gdetkd_cli.runs import run_probe, run_probe_to_recipe
+    from gdetkd_cli.commands import run_probe, run_probe_to_recipe
+    from gdetkd_cli.commands.probe import ProbeOptions
 
     how = ProbeOptions(
         size=height_width,

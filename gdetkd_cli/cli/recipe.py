@@ -70,7 +70,7 @@ def validate_recipe(
     if deep:
         from gdetkd_cli.cli import render
         from gdetkd_cli.cli.output import perform
-        from gdetkd_cli.runs import check_recipe
+        from gdetkd_cli.commands import check_recipe
 
         perform(partial(check_recipe, loaded, recipe, changes=overrides or ()), render.begun, as_json=False)
         return

@@ -1,4 +1,4 @@
-"""Results as tables for people. Each function takes one of ``gdetkd_cli.results`` and prints nothing itself."""
+"""Results as tables for people. Each function takes a command's result and prints nothing itself."""
 
 from __future__ import annotations
 
@@ -13,19 +13,16 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
+    from gdetkd_cli.commands.bench import Profile
+    from gdetkd_cli.commands.demo import DemoResult
+    from gdetkd_cli.commands.evaluate import EvalResult
+    from gdetkd_cli.commands.export import ExportedFile, ExportResult
+    from gdetkd_cli.commands.plan import Plan
+    from gdetkd_cli.commands.train import TrainResult
+    from gdetkd_cli.commands.validate import CheckedRecipe
+    from gdetkd_cli.compare.table import Comparison
     from gdetkd_cli.evaluation.coco_metrics import CocoMetrics
-    from gdetkd_cli.results import (
-        CheckedRecipe,
-        Comparison,
-        DemoResult,
-        EvalResult,
-        ExportedFile,
-        ExportResult,
-        Plan,
-        Profile,
-        PyramidReport,
-        TrainResult,
-    )
+    from gdetkd_cli.report.pyramid import PyramidReport
 
 _AP_ROWS = {
     "AP": "mean over IoU 0.50 to 0.95",

@@ -28,12 +28,12 @@ def train(
 
     if resume is not None:
         options.alone("--resume", {"--recipe": recipe, "--detector": detector, "--set": overrides, "--output": output})
-        from gdetkd_cli.runs import resume_run
+        from gdetkd_cli.commands import resume_run
 
         perform(partial(resume_run, resume), render.trained, as_json=as_json)
         return
     loaded = options.recipe_to_start(recipe, overrides)
-    from gdetkd_cli.runs import run_train
+    from gdetkd_cli.commands import run_train
 
     work = partial(run_train, loaded, detector=detector or "student", output=output, resume=None)
     perform(work, render.trained, as_json=as_json)

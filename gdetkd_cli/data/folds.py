@@ -10,8 +10,8 @@ from typing import Literal
 import numpy as np
 from torch import Tensor
 
-from gdetkd_cli.data.coco import align_classes
 from gdetkd_cli.data.pictures import Pictures
+from gdetkd_cli.data.readers.coco import align_classes
 from gdetkd_cli.data.split import Split
 from gdetkd_cli.errors import DataError
 

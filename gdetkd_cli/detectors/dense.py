@@ -7,18 +7,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torchvision.models.detection.fcos import FCOS
+from torchvision.models.detection.retinanet import RetinaNet
 from torchvision.models.detection.ssd import SSD
 from torchvision.ops import clip_boxes_to_image
 
 from gdetkd_cli.detectors import torchvision_common as common
 from gdetkd_cli.detectors.exact_boxes import exact_boxes
 from gdetkd_cli.detectors.pooling import DENSE_CELLS, assign_levels, channels_of, pool_all_levels, pool_assigned
-from gdetkd_cli.detectors.protocol import Candidates, Family, Observation, RegionView, View
+from gdetkd_cli.detectors.protocol import Candidates, Detector, Family, Observation, RegionView, View
 from gdetkd_cli.detectors.tap import Tap
 from gdetkd_cli.host import beside, sent
 from gdetkd_cli.structures import Batch, Detections, LevelSpec, Pyramid, Regions
@@ -43,11 +44,10 @@ class DenseObservation(Observation):
     class_logits: Tensor | None
 
 
-class DenseDetector:
+class DenseDetector(Detector):
     """A ``torchvision.models.detection`` RetinaNet, FCOS or SSD."""
 
     family: Family = "dense"
-    sampled_proposals: int | None = None
 
     def __init__(self, *, module: nn.Module, class_names: tuple[str, ...]) -> None:
         self.module: Any = module
@@ -114,6 +114,12 @@ class DenseDetector:
 
     def predict(self, images: list[Tensor]) -> list[Detections]:
         return common.predict(self.module, images)
+
+    @property
+    def dense_head(self) -> Literal["retinanet", "fcos"] | None:
+        if isinstance(self.module, RetinaNet):
+            return "retinanet"
+        return "fcos" if isinstance(self.module, FCOS) else None
 
     @property
     def anchors(self) -> tuple[Tensor, ...] | None:

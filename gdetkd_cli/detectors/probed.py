@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from gdetkd_cli.detectors.pooling import DENSE_CELLS, TWO_STAGE_CELLS, assign_levels, channels_of, pool_assigned
-from gdetkd_cli.detectors.protocol import Detector, Family, Observation, RegionView, View
+from gdetkd_cli.detectors.protocol import Detector, Family, Finding, Observation, RegionView, View
 from gdetkd_cli.detectors.torchvision_common import device_of, evaluating
 from gdetkd_cli.errors import ModelError, PairError
 from gdetkd_cli.probing.geometry import Geometry
@@ -24,14 +24,13 @@ from gdetkd_cli.probing.runner import RUN_ERRORS, Runner, reason_of
 from gdetkd_cli.structures import Batch, Detections, Frame, LevelSpec, Pyramid, Regions
 
 
-class ProbedDetector:
+class ProbedDetector(Detector):
     """A model of unknown code, from a TorchScript file for example. It can teach by its features, but not be trained.
 
     Its region embedding is the mean of a region's pooled feature. Its detections are read where their form is known.
     """
 
     family: Family = "unknown"
-    sampled_proposals: int | None = None
 
     def __init__(
         self,
@@ -66,14 +65,24 @@ class ProbedDetector:
         self._input = model_input
         self._frames: dict[tuple[int, int], Geometry] = {}
         self.probed: Probed = probe(runner, size, model_input, levels, len(self.class_names) or None)
-        self.levels = tuple(
+        self._levels = tuple(
             LevelSpec(level.name, level.channels, level.cells.stride, level.cells.offset, level.shape)
             for level in self.probed.levels
         )
 
     @property
-    def parameters(self) -> int:
+    def levels(self) -> tuple[LevelSpec, ...]:
+        return self._levels
+
+    @property
+    def parameter_count(self) -> int:
         return self._runner.parameters
+
+    @property
+    def finding(self) -> Finding:
+        found = self.probed
+        form = found.detections
+        return Finding(self.kind, found.call.name, form.name if form else None, found.reason, found.confidence)
 
     @property
     def embedding_channels(self) -> int:
@@ -86,7 +95,7 @@ class ProbedDetector:
     def observe(self, batch: Batch, *, candidates: bool = True) -> Observation:
         raise PairError(f"{self._source} can teach, but not be trained: its losses are not known")
 
-    def check_detects(self) -> OutputForm:
+    def _detection_form(self) -> OutputForm:
         """The form of its detections.
 
         Raises:
@@ -106,9 +115,12 @@ class ProbedDetector:
             )
         return form
 
+    def check_detects(self) -> None:
+        self._detection_form()
+
     @torch.no_grad()
     def predict(self, images: list[Tensor]) -> list[Detections]:
-        form = self.check_detects()
+        form = self._detection_form()
         prepared = [self._input.prepare(image) for image in images]
         # Unknown code decodes boxes in whatever dtype autocast gives it, so it runs as it was made.
         with evaluating(self.module), torch.autocast(device_of(self.module).type, enabled=False):
@@ -187,13 +199,6 @@ class ProbedDetector:
             with evaluating(self.module), torch.autocast(image.device.type, enabled=False):
                 self._frames[size] = frame_of(self._runner, self.probed.call, image, self._input)
         return self._frames[size]
-
-
-def parameters_of(detector: Detector) -> int:
-    """Number of a detector's parameters, wherever its file keeps them."""
-    if isinstance(detector, ProbedDetector):
-        return detector.parameters
-    return sum(p.numel() for p in detector.module.parameters())
 
 
 def stack(maps: Sequence[Tensor]) -> Tensor:

@@ -88,17 +88,32 @@ class RegionView:
 View = Literal["pooled", "embedding", "predictions", "level", "class_maps"]
 
 
+@dataclass(frozen=True)
+class Finding:
+    """How a model of unknown code was understood by probing it.
+
+    Attributes:
+        kind: ``torchscript``, ``exported``, ``onnx`` or ``factory``.
+        call: how the model is called.
+        detections: the form of its detections; None where it is not known.
+        reason: why these are the levels.
+        confidence: how often this reason was right, in 0..1.
+    """
+
+    kind: str
+    call: str
+    detections: str | None
+    reason: str
+    confidence: float
+
+
 class Detector(Protocol):
-    """A detector of one family, around an nn.Module.
+    """A detector of one family, around an nn.Module. Adapters inherit the defaults of the optional capabilities.
 
     Attributes:
         module: the network; it alone is trained, saved and exported.
         family: ``two-stage``, ``dense``, or ``unknown`` where only features can be read.
         class_names: K names, label k is ``class_names[k - 1]``.
-        levels: the pyramid, fine to coarse.
-        embedding_channels: D of the region embedding.
-        embedding_source: where the region embedding is read, for people.
-        sampled_proposals: most proposals of an image that its own head trains on; None where it samples none.
     """
 
     module: nn.Module
@@ -106,13 +121,71 @@ class Detector(Protocol):
     class_names: tuple[str, ...]
 
     @property
-    def levels(self) -> tuple[LevelSpec, ...]: ...
+    def levels(self) -> tuple[LevelSpec, ...]:
+        """The pyramid, fine to coarse."""
+        ...
+
     @property
-    def embedding_channels(self) -> int: ...
+    def embedding_channels(self) -> int:
+        """D of the region embedding."""
+        ...
+
     @property
-    def embedding_source(self) -> str: ...
+    def embedding_source(self) -> str:
+        """Where the region embedding is read, for people."""
+        ...
+
     @property
-    def sampled_proposals(self) -> int | None: ...
+    def parameter_count(self) -> int:
+        return sum(parameter.numel() for parameter in self.module.parameters())
+
+    @property
+    def finding(self) -> Finding | None:
+        """How probing understood a model of unknown code; None for a known architecture."""
+        return None
+
+    # ------------------------------------------------------------------------------ optional capabilities
+
+    @property
+    def features_only(self) -> bool:
+        """Whether a student has no losses and detections of its own, so that only a teacher can train it."""
+        return False
+
+    @property
+    def sampled_proposals(self) -> int | None:
+        """Most proposals of an image that its own head trains on; None where it samples none."""
+        return None
+
+    @property
+    def box_weights(self) -> tuple[float, ...] | None:
+        """Weights of the RoI head's box coder: two heads' deltas compare only when these agree. None: no RoI head."""
+        return None
+
+    @property
+    def later_weights(self) -> tuple[float, ...]:
+        """Weight of each later stage of a cascade in its own loss; empty for other heads."""
+        return ()
+
+    @property
+    def later_box_weights(self) -> tuple[tuple[float, ...], ...]:
+        """Weights of the box coder of each later stage of a cascade."""
+        return ()
+
+    @property
+    def dense_head(self) -> Literal["retinanet", "fcos"] | None:
+        """A dense head that scores every class in every cell on its own; None for other heads."""
+        return None
+
+    @property
+    def anchors(self) -> tuple[Tensor, ...] | None:
+        """By level (A, 4) xyxy, the anchors of a cell around its centre, in cells; None where there are none."""
+        return None
+
+    def check_detects(self) -> None:
+        """Raises a PairError where its detections cannot be read, or their classes are not known."""
+        return
+
+    # ------------------------------------------------------------------------------------------ forwards
 
     def observe(self, batch: Batch, *, candidates: bool = True) -> Observation:
         """A training forward: the detector's own losses, its pyramid, and the boxes it offers, if they are wanted."""

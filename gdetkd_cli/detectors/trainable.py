@@ -80,7 +80,7 @@ class TrainableDetector(ProbedDetector):
         )
         with torch.no_grad():
             _, maps = self._read([model_input.prepare(probe_image(size))])
-        self.levels = (
+        self._levels = (
             self.levels[0],
             *(
                 replace(spec, subsampled=is_subsampled(level, before))

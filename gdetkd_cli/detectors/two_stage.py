@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from gdetkd_cli.detectors import torchvision_common as common
 from gdetkd_cli.detectors.exact_boxes import exact_boxes
 from gdetkd_cli.detectors.pooling import assign_levels, pool_assigned
-from gdetkd_cli.detectors.protocol import Candidates, Family, Observation, RegionView, StageView, View
+from gdetkd_cli.detectors.protocol import Candidates, Detector, Family, Observation, RegionView, StageView, View
 from gdetkd_cli.detectors.tap import Tap
 from gdetkd_cli.structures import Batch, Detections, LevelSpec, Pyramid, Regions
 
@@ -37,7 +37,7 @@ class TwoStageObservation(Observation):
     sampled: RegionView | None
 
 
-class TwoStageDetector:
+class TwoStageDetector(Detector):
     """A ``torchvision.models.detection.FasterRCNN`` (or a Mask R-CNN without its mask branch)."""
 
     family: Family = "two-stage"

@@ -7,12 +7,9 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torchvision.models.detection.retinanet import RetinaNet
 
-from gdetkd_cli.detectors.dense import DenseDetector
 from gdetkd_cli.detectors.pooling import DENSE_CELLS
 from gdetkd_cli.detectors.protocol import Detector
-from gdetkd_cli.detectors.two_stage import TwoStageDetector
 from gdetkd_cli.errors import PairError
 
 PairKind = Literal["homogeneous", "heterogeneous"]
@@ -46,7 +43,7 @@ def prediction_columns(student: Detector, teacher: Detector) -> Tensor:
     Raises:
         PairError: a detector without a RoI head, different class lists, or different box coders.
     """
-    if not (isinstance(student, TwoStageDetector) and isinstance(teacher, TwoStageDetector)):
+    if student.box_weights is None or teacher.box_weights is None:
         raise PairError(
             f"predictions of the RoI heads can be compared between two-stage detectors only; "
             f"this pair is {teacher.family} -> {student.family}"
@@ -58,8 +55,6 @@ def prediction_columns(student: Detector, teacher: Detector) -> Tensor:
 
 def stage_weights(student: Detector, teacher: Detector) -> tuple[float, ...]:
     """The student's weights of the later stages, where both detectors are cascades of the same stages; else none."""
-    if not (isinstance(student, TwoStageDetector) and isinstance(teacher, TwoStageDetector)):
-        return ()
     return student.later_weights if student.later_box_weights == teacher.later_box_weights else ()
 
 
@@ -107,10 +102,7 @@ def check_anchors(student: Detector, teacher: Detector) -> None:
 def level_shapes(detector: Detector) -> list[Tensor]:
     """By level (A, 2), width and height in cells of the boxes that a level is for: its anchors. Where a detector has
     none that say so (FCOS, SSD, a module of one's own): the middle of what a dense level is for, in three shapes."""
-    if isinstance(detector, TwoStageDetector) or (
-        isinstance(detector, DenseDetector) and isinstance(detector.module, RetinaNet)
-    ):
-        assert detector.anchors is not None
+    if detector.anchors is not None and (detector.family == "two-stage" or detector.dense_head == "retinanet"):
         return [anchors[:, 2:] - anchors[:, :2] for anchors in detector.anchors]
     shapes = DENSE_CELLS * torch.tensor([[2**0.5, 0.5**0.5], [1.0, 1.0], [0.5**0.5, 2**0.5]])
     return [shapes for _ in detector.levels]
@@ -118,16 +110,11 @@ def level_shapes(detector: Detector) -> list[Tensor]:
 
 def _dense_alike(student: Detector, teacher: Detector) -> bool:
     """Two RetinaNets or two FCOS."""
-    return (
-        isinstance(student, DenseDetector)
-        and isinstance(teacher, DenseDetector)
-        and type(student.module) is type(teacher.module)
-        and student.anchors is not None
-    )
+    return student.dense_head is not None and student.dense_head == teacher.dense_head
 
 
 def _anchors(detector: Detector) -> tuple[Tensor, ...]:
-    assert isinstance(detector, DenseDetector) and detector.anchors is not None
+    assert detector.anchors is not None
     return detector.anchors
 
 

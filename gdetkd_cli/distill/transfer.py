@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from gdetkd_cli.detectors.dense import DenseDetector
 from gdetkd_cli.detectors.protocol import Detector
 from gdetkd_cli.distill.pair import check_anchors, class_map_columns, prediction_columns
 from gdetkd_cli.errors import PairError
@@ -30,7 +29,7 @@ def fitting_head(student: Detector, teacher: Detector) -> dict[str, Tensor]:
     Raises:
         PairError: the heads do not fit, as ``transfer_head`` has it.
     """
-    dense = isinstance(student, DenseDetector) and isinstance(teacher, DenseDetector)
+    dense = student.family == teacher.family == "dense"
     return _dense_head(student, teacher) if dense else _roi_heads(student, teacher)
 
 

@@ -16,13 +16,34 @@ from torch import Tensor, nn
 from torchvision.ops import box_iou
 
 from gdetkd_cli.evaluation.predict import Predictor
-from gdetkd_cli.results import Parity
 from gdetkd_cli.structures import Detections
 
 BOX_TOLERANCE = 0.05  # pixels
 SCORE_TOLERANCE = 1e-3
 _SAME_OBJECT_IOU = 0.5  # boxes of one class that overlap less are two objects, not one that moved
 _SHADES = (0.0, 0.5, 1.0)
+
+
+@dataclass(frozen=True)
+class Parity:
+    """An exported file against the eager detector.
+
+    Attributes:
+        images: pictures compared, of different sizes. empty: how many of them had no detection.
+        detections: boxes compared in all.
+        max_box_error: largest difference of a box coordinate, pixels.
+        max_score_error: largest difference of a score.
+        passed: within tolerance, same number of boxes and same labels on every picture.
+        unmatched: boxes without a counterpart of the same class on the other side.
+    """
+
+    images: int
+    empty: int
+    detections: int
+    max_box_error: float
+    max_score_error: float
+    passed: bool
+    unmatched: int = 0
 
 
 @dataclass(frozen=True)

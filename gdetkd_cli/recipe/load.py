@@ -13,6 +13,7 @@ from yaml.nodes import Node
 from gdetkd_cli.errors import RecipeError
 from gdetkd_cli.recipe import yaml_text
 from gdetkd_cli.recipe.builtin import list_builtin
+from gdetkd_cli.recipe.checks import typed_recipe
 from gdetkd_cli.recipe.overrides import Override, apply, parse_override
 from gdetkd_cli.recipe.problems import Problem, problems
 from gdetkd_cli.recipe.schema import CocoData, Data, Recipe
@@ -37,7 +38,7 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     changes = [parse_override(text) for text in overrides]
     data = apply(data, changes)
     try:
-        return Recipe.model_validate(data)
+        return typed_recipe(Recipe.model_validate(data))
     except ValidationError as error:
         found = problems(error, data, Recipe)
         raise RecipeError("\n".join(f"{_place(p, path, node, changes)}: {_sentence(p)}" for p in found)) from error

@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from gdetkd_cli.errors import RecipeError
+from gdetkd_cli.recipe.checks import plain_recipe
 from gdetkd_cli.recipe.distillation import (
     CKD,
     CWD,
@@ -21,7 +22,7 @@ from gdetkd_cli.recipe.distillation import (
     PredictionKD,
     RoIImitation,
 )
-from gdetkd_cli.recipe.schema import Recipe
+from gdetkd_cli.recipe.schema import DistillationRecipe, Recipe
 
 NONE, WHOLE, HEAD = "none", "gdetkd", "head"
 TERMS: Mapping[str, type[BaseModel]] = {
@@ -57,11 +58,11 @@ def default_methods(*, head: bool) -> tuple[str, ...]:
     return tuple(name for rows in doubled for name in rows)
 
 
-def recipe_of(recipe: Recipe, method: str, *, steps: int, seed: int) -> Recipe:
+def recipe_of(recipe: DistillationRecipe, method: str, *, steps: int, seed: int) -> Recipe:
     """The recipe, but with one method.
 
     Args:
-        recipe: with a teacher and a distill block.
+        recipe: the pair, the data and the settings of the terms.
         method: ``none`` (plain training), ``gdetkd`` (the recipe's own block), or names of terms joined by ``+``, with
             ``head`` for head transfer. A term has the recipe's settings where it is there, else its defaults; but a
             squared error has SGFI's weight and warm-up, as the same loss on other cells. ``gt_box`` is ``gt_mask``
@@ -70,15 +71,13 @@ def recipe_of(recipe: Recipe, method: str, *, steps: int, seed: int) -> Recipe:
         seed: of the student's weights and the order of pictures.
 
     Raises:
-        RecipeError: there is no such method, or the recipe has nothing to compare.
+        RecipeError: there is no such method.
     """
-    if recipe.teacher is None or recipe.distill is None:
-        raise RecipeError(f"the recipe {recipe.name} has no teacher or no distill block: nothing to compare")
     train = recipe.train.model_copy(update={"steps": steps})
     changed: dict[str, Any] = {"train": train, "seed": seed}
     if method == NONE:
-        changed |= {"teacher": None, "distill": None}
-    elif method != WHOLE:
+        return plain_recipe(recipe, **changed)
+    if method != WHOLE:
         changed["distill"] = _only(recipe.distill, method)
     return recipe.model_copy(update=changed)
 

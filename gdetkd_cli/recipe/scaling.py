@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from math import ceil
+from typing import TypeVar
 
 from gdetkd_cli.recipe.schema import Recipe
 
+AnyRecipe = TypeVar("AnyRecipe", bound=Recipe)
 
-def scaled_to_batch(recipe: Recipe, processes: int) -> Recipe:
+
+def scaled_to_batch(recipe: AnyRecipe, processes: int) -> AnyRecipe:
     """The recipe for the batch that it will have, ``train.batch_size`` times the processes.
 
     Where it names a ``train.reference_batch``, its learning rate grows with the batch and its steps shrink, so that as

@@ -310,3 +310,10 @@ class Recipe(Strict):
     distill: Distill | None = None
     train: Train
     runtime: Runtime = Runtime()
+
+
+class DistillationRecipe(Recipe):
+    """A recipe that has a teacher and a ``distill`` block."""
+
+    teacher: Detector
+    distill: Distill

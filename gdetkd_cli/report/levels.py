@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from gdetkd_cli.errors import GDetKDError
-from gdetkd_cli.results import LevelReport
+from gdetkd_cli.report.pyramid import LevelReport
 
 
 def check_drawable(path: Path) -> None:

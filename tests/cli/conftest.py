@@ -1,4 +1,4 @@
-"""A stand-in for ``gdetkd_cli.runs`` that remembers how it was called, and the results that it returns."""
+"""A stand-in for ``gdetkd_cli.commands`` that remembers how it was called, and the results that it returns."""
 
 from __future__ import annotations
 
@@ -11,10 +11,20 @@ from typing import Any
 
 import pytest
 
-from gdetkd_cli import results
+from gdetkd_cli.assembly.distillation import TermPlan
+from gdetkd_cli.commands.bench import Profile
+from gdetkd_cli.commands.demo import DemoResult, DemoRow
+from gdetkd_cli.commands.evaluate import EvalResult
+from gdetkd_cli.commands.export import ExportedFile, ExportResult
+from gdetkd_cli.commands.plan import Plan
+from gdetkd_cli.commands.train import TrainResult
+from gdetkd_cli.commands.validate import CheckedRecipe
+from gdetkd_cli.compare.table import Comparison, MethodRow
+from gdetkd_cli.engine.events import Evaluated, Note, Observer, Phase, StepDone
 from gdetkd_cli.evaluation.coco_metrics import CocoMetrics
+from gdetkd_cli.export.parity import Parity
 from gdetkd_cli.recipe import builtin
-from gdetkd_cli.training.events import Evaluated, Note, Observer, Phase, StepDone
+from gdetkd_cli.report.pyramid import LevelReport, PyramidReport
 
 RECIPE = """\
 # gdetkd distill --recipe tiny
@@ -37,18 +47,18 @@ METRICS = CocoMetrics(
     images=200,
     detections=1234,
 )
-ROW = results.DemoRow(metrics=METRICS, parameters=1_230_000, size_mb=4.9, ms_per_image=12.34)
-PARITY = results.Parity(images=8, empty=1, detections=57, max_box_error=0.0004, max_score_error=2e-6, passed=True)
+ROW = DemoRow(metrics=METRICS, parameters=1_230_000, size_mb=4.9, ms_per_image=12.34)
+PARITY = Parity(images=8, empty=1, detections=57, max_box_error=0.0004, max_score_error=2e-6, passed=True)
 
 
-def pyramid(source: str = "teacher.pt") -> results.PyramidReport:
-    level = results.LevelReport("p2", 256, (120, 160), (4.0, 4.0), (2.0, 2.5), mean=0.1, std=1.5)
-    return results.PyramidReport(
+def pyramid(source: str = "teacher.pt") -> PyramidReport:
+    level = LevelReport("p2", 256, (120, 160), (4.0, 4.0), (2.0, 2.5), mean=0.1, std=1.5)
+    return PyramidReport(
         source=source,
         format="torchvision",
         call="list of images",
         family="two-stage",
-        levels=(level, results.LevelReport("p3", 256, (60, 80), (8.0, 8.0), (4.0, 4.0), None, None)),
+        levels=(level, LevelReport("p3", 256, (60, 80), (8.0, 8.0), (4.0, 4.0), None, None)),
         region_embedding={"channels": 1024, "name": "roi_heads.box_head"},
         detections="boxes, scores and labels of each image",
         size=(480, 640),
@@ -57,15 +67,15 @@ def pyramid(source: str = "teacher.pt") -> results.PyramidReport:
     )
 
 
-def plan() -> results.Plan:
-    return results.Plan(
+def plan() -> Plan:
+    return Plan(
         recipe="tiny",
         pair="homogeneous: two-stage -> two-stage",
         student=pyramid("student"),
         teacher=pyramid("teacher"),
         terms=(
-            results.TermPlan("sgfi", 1.0, "configured"),
-            results.TermPlan("class_kd", None, "the class lists differ"),
+            TermPlan("sgfi", 1.0, "configured"),
+            TermPlan("class_kd", None, "the class lists differ"),
         ),
         head_transfer="nothing: shapes differ",
         losses={"loss": 3.21, "sgfi": 0.5},
@@ -83,10 +93,10 @@ def plan() -> results.Plan:
     )
 
 
-TRAINED = results.TrainResult(
+TRAINED = TrainResult(
     run=Path("runs/tiny"), steps=600, metrics=METRICS, seconds=318.2, seconds_per_step=0.5, peak_memory_mb=800.0
 )
-EVALUATED = results.EvalResult(
+EVALUATED = EvalResult(
     source="runs/tiny",
     format="run",
     data="synthetic",
@@ -95,7 +105,7 @@ EVALUATED = results.EvalResult(
     size_mb=4.9,
     ms_per_image=12.34,
 )
-PROFILED = results.Profile(
+PROFILED = Profile(
     steps=20,
     seconds={"data": 0.01, "backward": 0.2},
     step=0.4,
@@ -110,11 +120,11 @@ PROFILED = results.Profile(
     device="cpu",
     threads=2,
 )
-EXPORTED = results.ExportResult(
+EXPORTED = ExportResult(
     source="runs/tiny",
-    files=(results.ExportedFile(Path("runs/tiny/student.onnx"), "onnx", "torch.onnx, opset 17", 4.9, PARITY),),
+    files=(ExportedFile(Path("runs/tiny/student.onnx"), "onnx", "torch.onnx, opset 17", 4.9, PARITY),),
 )
-DEMONSTRATED = results.DemoResult(
+DEMONSTRATED = DemoResult(
     teacher=ROW,
     student=ROW,
     distilled=ROW,
@@ -128,13 +138,13 @@ DEMONSTRATED = results.DemoResult(
     verdict="Distillation helped.",
 )
 
-COMPARED = results.Comparison(
+COMPARED = Comparison(
     recipe="tiny",
     baseline="none",
     teacher_ap=52.84,
     rows=(
-        results.MethodRow("none", 500, {0: 30.0, 1: 32.0}, mean=31.0, deviation=1.41, ap_medium=33.3),
-        results.MethodRow(
+        MethodRow("none", 500, {0: 30.0, 1: 32.0}, mean=31.0, deviation=1.41, ap_medium=33.3),
+        MethodRow(
             "sgfi+ckd",
             500,
             {0: 36.0, 1: 37.0},
@@ -145,7 +155,7 @@ COMPARED = results.Comparison(
             seconds_per_step=0.254,
             peak_memory_mb=812.4,
         ),
-        results.MethodRow("pkd", 500, {}),
+        MethodRow("pkd", 500, {}),
     ),
     notes=("plain training gains +0.4 AP from 250 to 500 steps: its plateau",),
     failures=(),
@@ -166,7 +176,7 @@ RESULTS: dict[str, Any] = {
     "run_export": EXPORTED,
     "run_probe": pyramid(),
     "run_probe_to_recipe": pyramid(),
-    "run_init": results.CheckedRecipe(
+    "run_init": CheckedRecipe(
         "mine.yaml", "heterogeneous", pyramid("s"), pyramid("t"), plan().terms, plan().head_transfer
     ),
     "run_demo": DEMONSTRATED,
@@ -206,10 +216,10 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> FakeRuns:
     for variable in ("RANK", "LOCAL_RANK", "GDETKD_DEBUG"):
         monkeypatch.delenv(variable, raising=False)
     fake = FakeRuns()
-    module = ModuleType("gdetkd_cli.runs")
+    module = ModuleType("gdetkd_cli.commands")
     for name in RESULTS:
         setattr(module, name, fake.function(name))
-    monkeypatch.setitem(sys.modules, "gdetkd_cli.runs", module)
+    monkeypatch.setitem(sys.modules, "gdetkd_cli.commands", module)
     return fake
 
 

@@ -9,7 +9,8 @@ from typing import Any
 
 from invoke import done
 
-from gdetkd_cli.results import Alternative, ProbeOptions
+from gdetkd_cli.commands.probe import ProbeOptions
+from gdetkd_cli.report.pyramid import Alternative
 
 
 def test_probe(runs: Any) -> None:

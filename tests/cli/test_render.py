@@ -14,8 +14,8 @@ from gdetkd_cli.cli import render
 from gdetkd_cli.cli.live import narration
 from gdetkd_cli.cli.output import to_json
 from gdetkd_cli.cli.terminal import is_first_process
+from gdetkd_cli.engine.events import CellDone, Evaluated, Event, Note, Phase, PicturesDone, StepDone
 from gdetkd_cli.evaluation.coco_metrics import CocoMetrics
-from gdetkd_cli.training.events import CellDone, Evaluated, Event, Note, Phase, PicturesDone, StepDone
 
 STEP = StepDone(20, 600, 1.234, {"sgfi": 0.5, "ckd": 0.25}, 1e-3, 35.25, 80.0)
 

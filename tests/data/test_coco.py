@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from gdetkd_cli.data.coco import align_classes, read_coco
+from gdetkd_cli.data.readers.coco import align_classes, read_coco
 from gdetkd_cli.data.split import Split
 from gdetkd_cli.errors import DataError
 

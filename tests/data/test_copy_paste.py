@@ -13,9 +13,9 @@ from PIL import Image
 from pycocotools import mask as rle
 from torch import Tensor
 
-from gdetkd_cli.data.coco import read_coco
 from gdetkd_cli.data.copy_paste import paste_copies
 from gdetkd_cli.data.dataset import DetectionDataset
+from gdetkd_cli.data.readers.coco import read_coco
 
 BOX = torch.tensor([[40.0, 30, 60, 42]])
 LABEL = torch.tensor([2])

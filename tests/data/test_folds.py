@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from gdetkd_cli import build
+from gdetkd_cli import assembly
 from gdetkd_cli.data.split import Split
 from gdetkd_cli.errors import DataError, RecipeError
 from gdetkd_cli.recipe.load import dump_recipe, load_recipe
@@ -37,8 +37,8 @@ def coco(root: Path, *, val: tuple[int, ...] = (1, 2, 3), names: tuple[str, ...]
     return CocoData(format="coco", root=root, **options)
 
 
-def fold(data: Data, number: int, of: int, which: build.Which, **options: Any) -> Split:
-    return build.build_split(data.model_copy(update={"fold": Fold(number=number, of=of)}), which, **options)
+def fold(data: Data, number: int, of: int, which: assembly.Which, **options: Any) -> Split:
+    return assembly.build_split(data.model_copy(update={"fold": Fold(number=number, of=of)}), which, **options)
 
 
 def shades(split: Split) -> dict[int, int]:
@@ -52,14 +52,14 @@ def test_every_image_is_held_out_once_and_never_trained_on(tmp_path: Path, of: i
     every = {number: number * 20 for number in range(1, 11)}
     held_out: dict[int, int] = {}
     for number in range(1, of + 1):
-        train, val = (shades(fold(data, number, of, which)) for which in build.SPLITS)
+        train, val = (shades(fold(data, number, of, which)) for which in assembly.SPLITS)
         assert not train.keys() & val.keys()
         assert train | val == every  # each id is the same image in both
         assert not held_out.keys() & val.keys()
         assert 10 // of <= len(val) <= -(-10 // of)
         held_out |= val
     assert held_out == every
-    assert shades(build.all_folds(data.model_copy(update={"fold": Fold(number=1, of=of)}))) == every
+    assert shades(assembly.all_folds(data.model_copy(update={"fold": Fold(number=1, of=of)}))) == every
 
 
 def test_a_fold_is_the_same_again_and_mixes_both_splits(tmp_path: Path) -> None:
@@ -89,7 +89,7 @@ def test_labels_are_counted_in_one_class_list(tmp_path: Path) -> None:
     tables = json.loads((tmp_path / "val.json").read_text())
     tables["categories"] = [{"id": 1, "name": "dog"}, {"id": 2, "name": "cat"}]
     (tmp_path / "val.json").write_text(json.dumps(tables))
-    whole = build.all_folds(data.model_copy(update={"fold": Fold(number=1, of=2)}))
+    whole = assembly.all_folds(data.model_copy(update={"fold": Fold(number=1, of=2)}))
     assert whole.class_names == NAMES
     # Number 1 of each file has its file's second category: dog for training, cat for validation.
     assert [int(whole.records[i].labels[0]) for i in (0, 7)] == [2, 1]
@@ -99,7 +99,7 @@ def test_labels_are_counted_in_one_class_list(tmp_path: Path) -> None:
 def check_partition(data: Data, images: int) -> None:
     held_out: list[int] = []
     for number in (1, 2):
-        train, val = (shades(fold(data, number, 2, which)) for which in build.SPLITS)
+        train, val = (shades(fold(data, number, 2, which)) for which in assembly.SPLITS)
         assert sorted([*train, *val]) == list(range(1, images + 1))
         assert len({*train.values(), *val.values()}) == images
         held_out += val
@@ -136,7 +136,7 @@ def test_frames_have_folds(tmp_path: Path) -> None:
 
 def test_scenes_have_folds() -> None:
     data = SyntheticData(train_images=5, val_images=2, size=64)
-    parts = [build.build_split(data, which) for which in build.SPLITS]
+    parts = [assembly.build_split(data, which) for which in assembly.SPLITS]
     scenes = [part.read(i) for part in parts for i in range(len(part))]
     ids: list[int] = []
     for number in (1, 2, 3):

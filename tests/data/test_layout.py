@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from gdetkd_cli.data.layout import Layout, find_layout, find_voc_lists
+from gdetkd_cli.data.readers.layout import Layout, find_layout, find_voc_lists
 from gdetkd_cli.errors import DataError
 
 

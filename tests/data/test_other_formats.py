@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from gdetkd_cli import build
-from gdetkd_cli.data.bdd100k import BDD_CLASSES, read_bdd100k
+from gdetkd_cli import assembly
+from gdetkd_cli.data.readers.bdd100k import BDD_CLASSES, read_bdd100k
+from gdetkd_cli.data.readers.voc import VOC_CLASSES, read_voc
 from gdetkd_cli.data.split import Split
-from gdetkd_cli.data.voc import VOC_CLASSES, read_voc
 from gdetkd_cli.errors import DataError
 from gdetkd_cli.recipe.schema import Bdd100kData, VocData
 
@@ -45,7 +45,7 @@ def devkit(tmp_path: Path) -> Path:
 
 
 def voc(root: Path, **options: Any) -> Split:
-    return build.build_split(VocData(format="voc", root=root, **options), "train")
+    return assembly.build_split(VocData(format="voc", root=root, **options), "train")
 
 
 def test_voc_both_years(devkit: Path) -> None:
@@ -135,7 +135,7 @@ def bdd(tmp_path: Path) -> Path:
 def read(root: Path, content: Any, **options: Any) -> Split:
     (root / "train.json").write_text(content if isinstance(content, str) else json.dumps(content))
     data = Bdd100kData(format="bdd100k", root=root, train="train.json", train_images="images", **options)
-    return build.build_split(data, "train")
+    return assembly.build_split(data, "train")
 
 
 def test_bdd_both_formats(bdd: Path) -> None:

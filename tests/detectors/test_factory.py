@@ -12,14 +12,14 @@ import pytest
 import torch
 import toy
 
+from gdetkd_cli.commands import run_compare, run_distill, run_eval, run_probe, run_train
+from gdetkd_cli.commands.probe import ProbeOptions
 from gdetkd_cli.detectors import catalog
 from gdetkd_cli.detectors.factory import is_reference, make
 from gdetkd_cli.detectors.trainable import TrainableDetector
 from gdetkd_cli.errors import GDetKDError, ModelError, PairError, RecipeError
 from gdetkd_cli.recipe.distillation import Distill
 from gdetkd_cli.recipe.schema import FactoryDetector, Recipe
-from gdetkd_cli.results import ProbeOptions
-from gdetkd_cli.runs import run_compare, run_distill, run_eval, run_probe, run_train
 from gdetkd_cli.structures import Batch, Target
 from gdetkd_cli.trust import trust_code
 
@@ -204,7 +204,7 @@ def test_a_student_without_losses_is_refused_where_they_count(tmp_path: Path) ->
 def test_a_student_without_detections_has_no_table(tmp_path: Path) -> None:
     distill = Distill.model_validate({"task_loss": "none"})
     changed = recipe(factory("bare")).model_copy(update={"distill": distill})
-    with pytest.raises(RecipeError, match=r"own_code:bare takes images .* detects nothing that a table could compare"):
+    with pytest.raises(RecipeError, match=r"own_code:bare takes images .* has no detections to compare"):
         run_compare(changed, methods=("gdetkd",), seeds=1, output=tmp_path / "table")
     assert not list((tmp_path / "table").glob("gdetkd-*"))
 

@@ -14,7 +14,8 @@ from torch.nn.functional import interpolate
 from torchvision.ops import roi_align
 from twins import NoNeck, SharedHead, TwoWay
 
-from gdetkd_cli.build.pair import build_pair
+from gdetkd_cli.assembly.distillation import build_pair
+from gdetkd_cli.commands import run_distill
 from gdetkd_cli.detectors.files import kind_of, open_runner
 from gdetkd_cli.detectors.probed import ProbedDetector
 from gdetkd_cli.errors import ModelError
@@ -22,7 +23,6 @@ from gdetkd_cli.probing.inputs import ModelInput
 from gdetkd_cli.probing.runner import ModuleRunner
 from gdetkd_cli.recipe.distillation import Distill
 from gdetkd_cli.recipe.schema import CheckpointDetector
-from gdetkd_cli.runs import run_distill
 from gdetkd_cli.structures import Batch, Regions
 
 SIZE = (96, 128)

@@ -14,10 +14,10 @@ from torch import nn
 from torchvision.models.detection import fasterrcnn_mobilenet_v3_large_fpn, ssdlite320_mobilenet_v3_large
 from twins import NoNeck
 
+from gdetkd_cli.commands import run_distill, run_export
 from gdetkd_cli.detectors.scripted import load_scripted
 from gdetkd_cli.errors import ModelError
 from gdetkd_cli.recipe.schema import CheckpointDetector
-from gdetkd_cli.runs import run_distill, run_export
 
 NAMES = tuple("abcdefghi")  # as many as the built-in scenes have
 

@@ -14,8 +14,8 @@ from gdetkd_cli.distill.distiller import Distiller, WeightedTerm
 from gdetkd_cli.distill.pair import prediction_columns
 from gdetkd_cli.distill.regions import choose_regions
 from gdetkd_cli.distill.terms import BoxTerm, CKDTerm, ClassTerm, SGFITerm
+from gdetkd_cli.engine.schedule import build_optimizer
 from gdetkd_cli.structures import Batch, LossReport, Regions, Target
-from gdetkd_cli.training.schedule import build_optimizer
 
 FEATURE_TERMS = ("sgfi", "ckd")
 ALL_TERMS = (*FEATURE_TERMS, "class_kd", "box_kd")

@@ -28,9 +28,9 @@ from torch import Tensor, nn
 
 from gdetkd_cli.detectors import catalog
 from gdetkd_cli.distill.distiller import Distiller, WeightedTerm
+from gdetkd_cli.engine.schedule import build_optimizer
 from gdetkd_cli.errors import TermNotComputedError
 from gdetkd_cli.structures import Batch, Target
-from gdetkd_cli.training.schedule import build_optimizer
 
 # ----------------------------------------------------------------------------------------------------- no distilling
 

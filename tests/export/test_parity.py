@@ -9,8 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gdetkd_cli.export.parity import Cut, check_parity, picture_without_detections
-from gdetkd_cli.results import Parity
+from gdetkd_cli.export.parity import Cut, Parity, check_parity, picture_without_detections
 from gdetkd_cli.structures import Detections
 
 CUT = Cut(score=0.05, count=5)

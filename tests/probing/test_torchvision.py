@@ -9,9 +9,9 @@ import pytest
 import torch
 from torchvision.models import detection
 
+from gdetkd_cli.commands import run_probe
+from gdetkd_cli.commands.probe import ProbeOptions
 from gdetkd_cli.errors import ModelError
-from gdetkd_cli.results import ProbeOptions
-from gdetkd_cli.runs import run_probe
 
 # name -> (arguments, strides in pixels of the network's input, region embedding's channels)
 CASES: dict[str, tuple[dict[str, int], list[int], int | None]] = {

@@ -1,0 +1,151 @@
+"""Splits and training batches from a recipe's data block."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal, TypeGuard
+
+from gdetkd_cli.data.dataset import DetectionDataset
+from gdetkd_cli.data.folds import fold_of
+from gdetkd_cli.data.loader import training_batches
+from gdetkd_cli.data.readers.bdd100k import read_bdd100k
+from gdetkd_cli.data.readers.coco import align_classes, read_coco
+from gdetkd_cli.data.readers.folder import read_folder
+from gdetkd_cli.data.readers.voc import read_voc
+from gdetkd_cli.data.split import Split
+from gdetkd_cli.data.synthetic import synthetic_split
+from gdetkd_cli.data.transforms import build_augmentation
+from gdetkd_cli.detectors.protocol import Detector
+from gdetkd_cli.engine.device import ComputeSettings
+from gdetkd_cli.errors import DataError
+from gdetkd_cli.recipe.schema import Bdd100kData, CocoData, Data, Fold, FolderData, Recipe, SyntheticData, VocData
+from gdetkd_cli.structures import Batch
+
+Which = Literal["train", "val"]
+SPLITS: tuple[Which, ...] = ("train", "val")
+
+
+def build_split(data: Data, which: Which, labels: Path | None = None, *, outlines: bool = False) -> Split:
+    """The ``train`` or ``val`` split.
+
+    Args:
+        data: the recipe's block; with a ``fold``, ``val`` is that fold of both splits' images, ``train`` all others.
+        which: of the two.
+        labels: folder of what the teacher's labels were written to in a run.
+        outlines: keep the objects' outlines, where the annotations have any.
+
+    Raises:
+        DataError: it cannot be read, or it has no truth but what a teacher would say.
+    """
+    fold = None if isinstance(data, FolderData) else data.fold
+    if fold is not None:
+        return _fold(data, fold, which, outlines=outlines)
+    if isinstance(data, SyntheticData):
+        images = data.train_images if which == "train" else data.val_images
+        return synthetic_split(split=which, images=images, size=data.size, seed=data.seed, smallest=data.smallest)
+    if isinstance(data, VocData):
+        lists = data.train if which == "train" else data.val
+        return read_voc(lists=[data.root / path for path in lists], root=data.root, classes=data.classes)
+    if needs_labels(data, which):
+        if labels is None:
+            raise DataError(
+                f"the {which} pictures in {data.root / data.train_images} are to be labelled by a teacher, which "
+                "`gdetkd distill` does; a run keeps the labels as COCO files, in its folder `labels`"
+            )
+        return read_coco(annotations=labels / f"{which}.json", images=data.root / data.train_images)
+    if not isinstance(data, FolderData) and which == "train":
+        annotations, folder = data.train, data.train_images
+    else:
+        assert data.val is not None
+        annotations, folder = data.val, data.val_images
+    annotations, folder = data.root / annotations, data.root / folder
+    if isinstance(data, Bdd100kData):
+        return read_bdd100k(labels=annotations, images=folder, classes=data.classes)
+    return read_coco(annotations=annotations, images=folder, classes=data.classes, outlines=outlines)
+
+
+def all_folds(data: Data, *, outlines: bool = False) -> Split:
+    """The images of both splits, with the ids that they have in each fold.
+
+    Args:
+        data: the recipe's block, with a ``fold``.
+        outlines: as of ``build_split``.
+
+    Raises:
+        DataError: as of ``build_split``.
+    """
+    assert not isinstance(data, FolderData) and data.fold is not None
+    return _fold(data, data.fold, "all", outlines=outlines)
+
+
+def _fold(data: Data, fold: Fold, which: Literal["train", "val", "all"], *, outlines: bool) -> Split:
+    """What a fold makes of the two splits."""
+    whole = data.model_copy(update={"fold": None})
+    train, val = (build_split(whole, part, outlines=outlines) for part in SPLITS)
+    return fold_of(train, val, number=fold.number, of=fold.of, which=which)
+
+
+def needs_labels(data: Data, which: Which) -> TypeGuard[CocoData | FolderData]:
+    """Whether the teacher labels the split."""
+    if isinstance(data, FolderData):
+        return which == "train" or data.val is None
+    return isinstance(data, CocoData) and which == "train" and data.labels != "annotations"
+
+
+def read_split(data: Data, which: Which) -> Split:
+    """The split's images, with their truth where it is annotated; for a look at the data before anything is labelled.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    return unlabelled_split(data, which) if needs_labels(data, which) else build_split(data, which)
+
+
+def unlabelled_split(data: CocoData | FolderData, which: Which) -> Split:
+    """The pictures that the teacher is to label; without classes where those are to be the teacher's."""
+    folder = data.root / data.train_images
+    if isinstance(data, FolderData):
+        split = read_folder(folder, "all" if data.val is not None else which)
+        return replace(split, class_names=tuple(data.classes or ()))
+    return read_coco(annotations=data.root / data.train, images=folder, classes=data.classes)
+
+
+def relabel(split: Split, detector: Detector) -> Split:
+    """The split with its labels counted in the detector's class list."""
+    return split if split.class_names == detector.class_names else align_classes(split, detector.class_names)
+
+
+def build_batches(
+    recipe: Recipe, split: Split, settings: ComputeSettings, *, rank: int, world_size: int
+) -> Callable[[int], Iterator[Batch]]:
+    """A function: start step -> the training batches from there to the recipe's last step."""
+    augment = recipe.augment
+    dataset = DetectionDataset(
+        split=split,
+        augmentation=build_augmentation(
+            flip=augment.flip,
+            photometric=augment.photometric,
+            multi_scale=augment.multi_scale,
+            max_size=augment.max_size,
+        ),
+        seed=recipe.seed,
+        cache_mb=recipe.runtime.cache_mb,
+        copy_paste=augment.copy_paste,
+    )
+
+    def batches(start_step: int) -> Iterator[Batch]:
+        return training_batches(
+            dataset=dataset,
+            batch_size=recipe.train.batch_size,
+            steps=recipe.train.steps,
+            start_step=start_step,
+            seed=recipe.seed,
+            rank=rank,
+            world_size=world_size,
+            workers=settings.workers,
+            pin_memory=settings.device == "cuda",
+        )
+
+    return batches

@@ -1,0 +1,112 @@
+"""Where the time of a distillation step goes, and its cost beside plain training."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from statistics import median
+from time import perf_counter
+
+from gdetkd_cli import assembly
+from gdetkd_cli.commands.plan import endless_batches, prepare_steps
+from gdetkd_cli.distill.distiller import synchronize
+from gdetkd_cli.engine.device import peak_memory_mb
+from gdetkd_cli.engine.events import Observer, silent
+from gdetkd_cli.engine.stepper import timed
+from gdetkd_cli.recipe.checks import require_distillation
+from gdetkd_cli.recipe.schema import Recipe
+
+_WARMUP = 2
+
+
+def profile_distill(recipe: Recipe, *, steps: int, observer: Observer = silent) -> Profile:
+    """Times ``steps`` distillation steps by phase, and the floor they are compared with.
+
+    The floor is the teacher's features and a plain student step on the same batch, timed in turn with the
+    distillation steps, so that a machine whose speed drifts is the same for both. The loader is timed on its own first:
+    beside the steps, its processes work ahead.
+
+    Raises:
+        GDetKDError: anything that a real run would refuse too.
+    """
+    setup, stepper = prepare_steps(require_distillation(recipe), observer)
+    train, settings = setup.recipe.train, setup.compute.settings
+    phases: list[dict[str, float]] = []
+    whole: list[float] = []
+    floors: list[float] = []
+    loader = _loader_rate(setup, steps)
+    batches = endless_batches(setup)
+    for number in range(_WARMUP + steps):
+        start = perf_counter()
+        batch = next(batches).to(stepper.device)
+        synchronize(stepper.device)
+        seconds = {"data": perf_counter() - start}
+        detailed: dict[str, float] = {}
+        # Phases are timed in a step of their own: waiting for the device between them would slow the whole one.
+        stepper.distil(batch, detailed)
+        distilled = timed(lambda: stepper.distil(batch), stepper.device)  # noqa: B023  # called at once
+        floor = timed(lambda: stepper.floor(batch), stepper.device)  # noqa: B023
+        if number >= _WARMUP:
+            phases.append({**seconds, **detailed})
+            whole.append(distilled)
+            floors.append(floor)
+    names = list(phases[0])
+    step = median(whole) + median(phase["data"] for phase in phases)
+    if settings.workers:  # they worked ahead beside three steps for each batch; a run has one for each
+        step = max(step, train.batch_size / loader)
+    return Profile(
+        steps=steps,
+        seconds={name: median(phase[name] for phase in phases) for name in names},
+        step=step,
+        images_per_second=train.batch_size / step,
+        loader_images_per_second=loader,
+        workers=settings.workers,
+        peak_memory_mb=peak_memory_mb(stepper.device),
+        recipe_steps=train.steps,
+        recipe_hours=train.steps * step / 3600,
+        floor=median(floors),
+        ratio=median(a / b for a, b in zip(whole, floors, strict=True)),
+        device=settings.device,
+        threads=settings.threads,
+    )
+
+
+def _loader_rate(setup: assembly.TrainingSetup, steps: int) -> float:
+    """Images per second of the loader alone, its start not counted."""
+    source = endless_batches(setup)
+    next(source)
+    start = perf_counter()
+    for _ in range(steps):
+        next(source)
+    return steps * setup.recipe.train.batch_size / (perf_counter() - start)
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Where the time of a distillation step goes.
+
+    Attributes:
+        steps: steps measured, after a warm-up.
+        seconds: median seconds per step and phase: data, teacher, student forward, each term, backward, optimizer.
+        step: median seconds of the whole distillation step, data included.
+        images_per_second: of distillation.
+        loader_images_per_second: of the loader alone, with its ``workers`` processes (0: in this one).
+        peak_memory_mb: of the process (CPU) or the device (CUDA).
+        recipe_steps, recipe_hours: of the whole recipe at this speed, evaluations not counted.
+        floor: median seconds of teacher features plus a plain supervised student step, measured in the same run,
+            alternating with the distillation steps.
+        ratio: step / floor, both without data.
+    """
+
+    steps: int
+    seconds: dict[str, float]
+    step: float
+    images_per_second: float
+    loader_images_per_second: float
+    workers: int
+    peak_memory_mb: float
+    recipe_steps: int
+    recipe_hours: float
+    floor: float
+    ratio: float
+    device: str
+    threads: int

@@ -1,0 +1,183 @@
+"""Export: a trained student as a file that runs without this package."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import cycle
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor
+from torch.nn import functional
+
+from gdetkd_cli import assembly
+from gdetkd_cli.detectors import catalog
+from gdetkd_cli.detectors.protocol import Detector
+from gdetkd_cli.engine.events import Note, Observer, silent
+from gdetkd_cli.errors import DataError, ExportError, RecipeError
+from gdetkd_cli.evaluation.exported import OnnxDetector, ScriptedDetector
+from gdetkd_cli.evaluation.predict import Predictor
+from gdetkd_cli.export.onnx import export_onnx
+from gdetkd_cli.export.parity import (
+    BOX_TOLERANCE,
+    SCORE_TOLERANCE,
+    Cut,
+    Parity,
+    check_parity,
+    picture_without_detections,
+)
+from gdetkd_cli.export.torchscript import export_torchscript
+from gdetkd_cli.recipe.load import load_recipe
+from gdetkd_cli.recipe.schema import Data, SyntheticData
+
+# What parity pictures are stretched by, (height, width): exports that hold for one size only fail on the others.
+_STRETCHES = ((1.0, 1.0), (0.8, 1.25), (1.3, 0.7), (0.53, 0.53), (1.7, 1.1), (0.67, 1.9))
+_LONGEST, _SHORTEST = 640, 32  # pixels of a parity picture's sides
+_EMPTY_SIZE = (96, 128)
+
+
+@dataclass(frozen=True)
+class ExportedFile:
+    """One written file. ``exporter`` names the path used, for example ``torch.onnx TorchScript, opset 17``."""
+
+    path: Path
+    format: str
+    exporter: str
+    size_mb: float
+    parity: Parity
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """What ``gdetkd export`` wrote."""
+
+    source: str
+    files: tuple[ExportedFile, ...]
+
+
+class _Export(Protocol):
+    def __call__(self, detector: Detector, path: Path, *, architecture: dict[str, Any]) -> str: ...
+
+
+@dataclass(frozen=True)
+class _Format:
+    """One kind of file: its name, which is its suffix too, how it is written, and how it is read back."""
+
+    name: str
+    write: _Export
+    read: Callable[[Path], Predictor]
+
+
+_ONNX = _Format("onnx", export_onnx, OnnxDetector)
+_TORCHSCRIPT = _Format("torchscript", export_torchscript, ScriptedDetector)
+
+
+def run_export(
+    target: str, *, onnx: bool, torchscript: bool, output: Path | None, observer: Observer = silent
+) -> ExportResult:
+    """Writes a detector in the formats asked for; a file gets its name only after it has proved right.
+
+    Args:
+        target: a run folder, a student.pt, or builtin:NAME.
+        onnx: write an ONNX file.
+        torchscript: write a TorchScript file.
+        output: the file, or an existing folder. Of two formats each gets its own suffix. None: beside the detector;
+            for builtin:NAME in the working directory.
+        observer: hears what is done.
+
+    Raises:
+        ModelError: the target is not a detector of this tool.
+        ExportError: the file exists, the detector cannot be exported, or the file disagrees with it.
+    """
+    source = catalog.locate(target)
+    loaded = catalog.load(source)
+    for note in loaded.notes:
+        observer(Note(note))
+    detector, architecture = loaded.detector, loaded.description
+    formats = [kind for kind, wanted in ((_ONNX, onnx), (_TORCHSCRIPT, torchscript)) if wanted]
+    folder = Path() if target.startswith("builtin:") else source.parent
+    paths = [_path(kind, folder / source.stem, output, only=len(formats) == 1) for kind in formats]
+    for path in paths:
+        if path.exists():
+            raise ExportError(f"{path} exists already; remove it, or name another file with --output")
+    pictures = [*_pictures(source, observer), picture_without_detections(detector, _EMPTY_SIZE)]
+    return ExportResult(
+        source=target,
+        files=tuple(
+            _export(kind, path, detector, architecture, pictures, observer)
+            for kind, path in zip(formats, paths, strict=True)
+        ),
+    )
+
+
+def _path(kind: _Format, default: Path, output: Path | None, *, only: bool) -> Path:
+    """Where a format's file goes."""
+    if output is None:
+        return default.with_suffix(f".{kind.name}")
+    if output.is_dir():
+        return output / f"{default.name}.{kind.name}"
+    return output if only else output.with_suffix(f".{kind.name}")
+
+
+def _export(
+    kind: _Format,
+    path: Path,
+    detector: Detector,
+    architecture: dict[str, Any],
+    pictures: list[Tensor],
+    observer: Observer,
+) -> ExportedFile:
+    """Writes one file under another name, compares it with the detector, and renames it."""
+    observer(Note(f"writing {path}, to be compared with the detector on {len(pictures)} pictures"))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_name(f"{path.name}.new")
+    try:
+        exporter = kind.write(detector, fresh, architecture=architecture)
+        parity = check_parity(detector, kind.read(fresh), pictures, cut=Cut.of(detector.module))
+        if not parity.passed:
+            raise ExportError(f"{path} was not written: {_disagreement(parity)}")
+        fresh.rename(path)
+    finally:
+        fresh.unlink(missing_ok=True)
+    if not parity.detections:
+        observer(Note("the detector finds nothing in the parity pictures; that the file finds nothing says little"))
+    return ExportedFile(
+        path=path, format=kind.name, exporter=exporter, size_mb=path.stat().st_size / 1e6, parity=parity
+    )
+
+
+def _disagreement(parity: Parity) -> str:
+    return (
+        f"the file does not find what the detector finds. On {parity.images} pictures {parity.unmatched} boxes have no "
+        f"counterpart, box coordinates differ by up to {parity.max_box_error:.3g} pixels (allowed: {BOX_TOLERANCE}), "
+        f"scores by up to {parity.max_score_error:.3g} (allowed: {SCORE_TOLERANCE})"
+    )
+
+
+def _pictures(source: Path, observer: Observer) -> list[Tensor]:
+    """Pictures (3, H, W) in 0..1 of different sizes: validation data of the detector's run, else synthetic scenes."""
+    recipe = source.parent / "recipe.yaml"
+    if recipe.exists():
+        try:
+            return _stretched(load_recipe(recipe).data)
+        except (DataError, RecipeError) as error:
+            observer(Note(f"the file is compared on synthetic scenes, for the run's own data cannot be read: {error}"))
+    return _stretched(SyntheticData())
+
+
+def _stretched(data: Data) -> list[Tensor]:
+    if isinstance(data, SyntheticData):  # a scene is drawn when the split is made; a few will do
+        data = data.model_copy(update={"val_images": min(data.val_images, len(_STRETCHES)), "fold": None})
+    split = assembly.build_split(data, "val")
+    indices = range(min(len(split), len(_STRETCHES)))
+    pictures = [split.read(index).float() / 255 for index in indices]
+    return [_stretch(picture, by) for picture, by in zip(cycle(pictures), _STRETCHES, strict=False)]
+
+
+def _stretch(picture: Tensor, by: tuple[float, float]) -> Tensor:
+    """(3, H, W) -> (3, H', W'): by these factors (height, width), within the limits of a parity picture's sides."""
+    height, width = (side * factor for side, factor in zip(picture.shape[-2:], by, strict=True))
+    shrink = min(1.0, _LONGEST / max(height, width))
+    size = [max(_SHORTEST, round(side * shrink)) for side in (height, width)]
+    return functional.interpolate(picture[None], size=size, mode="bilinear", antialias=True)[0].clamp(0, 1)

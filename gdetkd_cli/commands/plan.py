@@ -1,0 +1,125 @@
+"""A dry run: what a distillation would do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from statistics import median
+
+from gdetkd_cli import assembly
+from gdetkd_cli.engine.device import peak_memory_mb
+from gdetkd_cli.engine.events import Note, Observer, silent
+from gdetkd_cli.engine.loop import seed_everything
+from gdetkd_cli.engine.stepper import Stepper, timed
+from gdetkd_cli.recipe.checks import require_distillation
+from gdetkd_cli.recipe.schema import Recipe
+from gdetkd_cli.report.pyramid import PyramidReport, describe_pyramid
+from gdetkd_cli.structures import Batch, LossReport
+
+_PLAN_STEPS = 4  # the first one warms up
+_LABELLED = 40  # pictures that a teacher labels for a look
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a distillation would do, after everything was built and one step was run.
+
+    Attributes:
+        pair: ``homogeneous`` or ``heterogeneous``, with the families: "two-stage -> dense".
+        student, teacher: the pyramids.
+        terms: each term, its weight or why it is left out.
+        head_transfer: what was copied from the teacher's head, or why nothing was; one sentence.
+        losses: the one step's losses by name.
+        device, precision: as resolved. threads: CPU threads.
+        peak_memory_mb: of the process (CPU) or the device (CUDA).
+        seconds_per_step: the median of the few steps that were timed.
+        estimated_seconds: seconds_per_step times the recipe's steps.
+        notes: what was said while building.
+    """
+
+    recipe: str
+    pair: str
+    student: PyramidReport
+    teacher: PyramidReport
+    terms: tuple[assembly.TermPlan, ...]
+    head_transfer: str
+    losses: dict[str, float]
+    device: str
+    precision: str
+    threads: int
+    steps: int
+    batch_size: int
+    train_images: int
+    val_images: int
+    peak_memory_mb: float
+    seconds_per_step: float
+    estimated_seconds: float
+    notes: tuple[str, ...] = ()
+
+
+def plan_distill(recipe: Recipe, *, observer: Observer = silent) -> Plan:
+    """Builds everything, runs a few steps, writes nothing.
+
+    Raises:
+        GDetKDError: anything that a real run would refuse too.
+    """
+    setup, stepper = prepare_steps(require_distillation(recipe), observer)
+    recipe = require_distillation(setup.recipe)
+    settings, pair, teacher = setup.compute.settings, setup.pair, setup.distiller.teacher
+    assert pair is not None and teacher is not None
+    student = setup.student.detector
+    times: list[float] = []
+    reports: list[LossReport] = []
+    for batch in islice(endless_batches(setup), min(_PLAN_STEPS, recipe.train.steps)):
+        on_device = batch.to(stepper.device)
+        times.append(timed(lambda: reports.append(stepper.distil(on_device)), stepper.device))  # noqa: B023  # called at once
+    per_step = median(times[1:] or times)
+    size = setup.train.records[0].size
+    return Plan(
+        recipe=recipe.name,
+        pair=f"{pair.kind}, {teacher.family} -> {student.family}",
+        student=describe_pyramid(student, source=assembly.title_of(recipe.student), format="run", size=size),
+        teacher=describe_pyramid(teacher, source=assembly.title_of(recipe.teacher), format="run", size=size),
+        terms=pair.terms,
+        head_transfer=pair.head_transfer,
+        losses={name: float(value) for name, value in reports[0].parts.items()},
+        device=settings.device,
+        precision=settings.precision,
+        threads=settings.threads,
+        steps=recipe.train.steps,
+        batch_size=recipe.train.batch_size,
+        train_images=setup.image_counts["train"],
+        val_images=setup.image_counts["val"],
+        peak_memory_mb=peak_memory_mb(stepper.device),
+        seconds_per_step=per_step,
+        estimated_seconds=per_step * recipe.train.steps,
+        notes=setup.notes,
+    )
+
+
+def prepare_steps(recipe: Recipe, observer: Observer = silent) -> tuple[assembly.TrainingSetup, Stepper]:
+    """The recipe's setup, ready to take steps outside a run.
+
+    Raises:
+        GDetKDError: anything that a real run would refuse too.
+    """
+    compute, scaled = assembly.start_compute(recipe)
+    setup = assembly.build_setup(scaled, compute, given=recipe, most_labelled=_LABELLED, observer=observer)
+    for note in setup.notes:
+        observer(Note(note))
+    seed_everything(recipe.seed)
+    stepper = Stepper(
+        distiller=setup.distiller,
+        student=setup.student.detector,
+        optimizer=setup.optimizer,
+        accelerator=compute.accelerator,
+        clip_norm=setup.recipe.train.clip_norm,
+    )
+    return setup, stepper
+
+
+def endless_batches(setup: assembly.TrainingSetup) -> Iterator[Batch]:
+    """The run's batches, over again when the run's steps are used up."""
+    while True:
+        yield from setup.batches(0)

@@ -1,0 +1,181 @@
+"""Probing: what a detector's pyramid is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor, nn
+from torch.nn.functional import interpolate
+
+from gdetkd_cli.data.pictures import Pictures, picture_size
+from gdetkd_cli.detectors import architectures, catalog
+from gdetkd_cli.detectors.factory import is_reference, make
+from gdetkd_cli.detectors.files import kind_of, open_runner
+from gdetkd_cli.detectors.protocol import Detector
+from gdetkd_cli.engine.events import Note, Observer, silent
+from gdetkd_cli.errors import ModelError
+from gdetkd_cli.probing.inputs import ModelInput
+from gdetkd_cli.probing.probe import probe, probe_image
+from gdetkd_cli.probing.runner import ModuleRunner, Runner, calls_for
+from gdetkd_cli.report.pyramid import Alternative, LevelReport, PyramidReport, describe_on_image, level_statistics
+
+_SIZE = (480, 640)  # pixels
+_COCO_CLASSES = 90  # torchvision's detection weights have this many, background left out
+
+
+@dataclass(frozen=True)
+class ProbeOptions:
+    """How to probe.
+
+    Attributes:
+        size: (height, width) pixels of the picture; None: the only size that the model takes, else 480 x 640.
+        scale, mean, std, bgr: what a model of unknown code wants its pictures to be, as ``ModelInput`` has it.
+        last: a model of unknown code takes its pictures as (H, W, 3).
+        levels: names of the levels, where someone knows better.
+        image: file of the picture that the levels' values are looked at on; None: a built-in pattern.
+        plot: file to draw the levels' activations over the picture into.
+    """
+
+    size: tuple[int, int] | None = None
+    scale: float | None = None
+    mean: tuple[float, float, float] | None = None
+    std: tuple[float, float, float] | None = None
+    bgr: bool = False
+    last: bool = False
+    levels: tuple[str, ...] = ()
+    image: Path | None = None
+    plot: Path | None = None
+
+
+def run_probe(model: str, options: ProbeOptions | None = None, *, observer: Observer = silent) -> PyramidReport:
+    """Probes any detector that can be read.
+
+    Args:
+        model: a torchvision detector's name, a run folder, a student.pt, a state_dict of a torchvision detector, a
+            TorchScript, exported or ONNX file, ``builtin:NAME``, or ``package.module:function``.
+        options: how to probe it.
+        observer: is told of progress.
+
+    Raises:
+        ModelError: the model is none of these, or it cannot be run.
+        NoPyramidError: it has no feature pyramid.
+    """
+    options = options or ProbeOptions()
+    if options.plot is not None:
+        from gdetkd_cli.report.levels import check_drawable  # matplotlib takes its time
+
+        check_drawable(options.plot)
+    if model in architectures.TORCHVISION_DETECTORS:
+        names = tuple(f"class {i}" for i in range(1, _COCO_CLASSES + 1))
+        observer(Note(f"{model} with fresh weights"))
+        detector = catalog.build({"kind": "torchvision", "name": model}, names)
+        detector.module.eval()
+        return _known(detector, model, "torchvision", options, observer, classes=())
+    if not model.startswith("builtin:") and not Path(model).exists():
+        if is_reference(model):
+            return _made(model, options, observer)
+        known = ", ".join(architectures.TORCHVISION_DETECTORS)
+        raise ModelError(
+            f"{model!r} is neither a file, a run folder, package.module:function, nor a torchvision detector; "
+            f"detectors: {known}"
+        )
+    path = catalog.locate(model)
+    kind = kind_of(path)
+    if kind != "checkpoint":
+        return _unknown(open_runner(path, kind, last=options.last), model, kind, options, observer)
+    loaded = catalog.load(path)
+    for note in loaded.notes:
+        observer(Note(note))
+    format = "run" if loaded.origin == "run" else "torchvision"
+    return _known(loaded.detector, model, format, options, observer)
+
+
+def _made(reference: str, options: ProbeOptions, observer: Observer) -> PyramidReport:
+    made = make(reference, {})
+    if isinstance(made, nn.Module):
+        runner = ModuleRunner(made.eval(), calls=calls_for(last=options.last))
+        return _unknown(runner, reference, "factory", options, observer)
+    return _known(made, reference, "factory", options, observer)
+
+
+def _known(
+    detector: Detector,
+    source: str,
+    format: str,
+    options: ProbeOptions,
+    observer: Observer,
+    classes: tuple[str, ...] | None = None,
+) -> PyramidReport:
+    """Of a detector whose family is known."""
+    if options.levels:
+        raise ModelError(f"the levels of {source} are known; --levels is for models of unknown code")
+    picture = _picture(options, options.size or _SIZE)
+    report, maps = describe_on_image(detector, picture, source=source, format=format, classes=classes)
+    _finish(report, maps, picture, options, observer)
+    return report
+
+
+def _unknown(runner: Runner, source: str, format: str, options: ProbeOptions, observer: Observer) -> PyramidReport:
+    """Of a model that is known by running it alone."""
+    scale = options.scale or (255.0 if runner.bytes else 1.0)
+    model_input = ModelInput(scale=scale, mean=options.mean, std=options.std, fit=runner.size, bgr=options.bgr)
+    size = options.size or runner.size or _SIZE
+    found = probe(runner, size, model_input, options.levels, len(runner.class_names) or None)
+    picture = _picture(options, size)
+    addresses = [level.address for level in found.levels]
+    network_input, values = runner.read(found.call, [model_input.prepare(picture)], addresses)
+    maps = [level.as_map(value, network_input.shape[-2:]) for value, level in zip(values, found.levels, strict=True)]
+    embedding = found.region_embedding
+    report = PyramidReport(
+        source=source,
+        format=format,
+        call=found.call.name,
+        family=found.family,
+        levels=tuple(
+            LevelReport(
+                name=level.name,
+                channels=level.channels,
+                shape=level.shape,
+                stride=level.geometry.stride,
+                offset=level.geometry.offset,
+                **level_statistics(features),
+            )
+            for level, features in zip(found.levels, maps, strict=True)
+        ),
+        region_embedding=None if embedding is None else {"channels": embedding[1], "source": embedding[0]},
+        detections=found.detections.name if found.detections else None,
+        size=size,
+        classes=runner.class_names,
+        parameters=runner.parameters,
+        reason=found.reason,
+        confidence=found.confidence,
+        alternatives=tuple(Alternative(names, why) for names, why in found.alternatives),
+    )
+    _finish(report, maps, picture, options, observer)
+    return report
+
+
+def _picture(options: ProbeOptions, size: tuple[int, int]) -> Tensor:
+    """(3, H, W) in 0..1: the user's picture at the probe's size, or the built-in pattern."""
+    if options.image is None:
+        return probe_image(size)
+    pixels = Pictures([options.image], [picture_size(options.image)])(0).float() / 255
+    return interpolate(pixels[None], size=size, mode="bilinear", antialias=True)[0]
+
+
+def _finish(
+    report: PyramidReport, maps: Sequence[Tensor], picture: Tensor, options: ProbeOptions, observer: Observer
+) -> None:
+    """Warns of levels that carry nothing, and draws them."""
+    for level in report.levels:
+        if level.mean is None:
+            observer(Note(f"warning: {level.name} has values that are not finite on this picture"))
+        elif level.std == 0:
+            observer(Note(f"warning: {level.name} is the same everywhere on this picture; is the level dead?"))
+    if options.plot is not None:
+        from gdetkd_cli.report.levels import draw_levels  # matplotlib takes its time
+
+        draw_levels(picture, report.levels, maps, options.plot)
+        observer(Note(f"drawn: {options.plot}"))

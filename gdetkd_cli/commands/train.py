@@ -1,0 +1,276 @@
+"""Training runs: plain, distilled, resumed."""
+
+from __future__ import annotations
+
+import json
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from math import ceil
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+from typing import Literal
+
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+
+from gdetkd_cli import assembly
+from gdetkd_cli.assembly.labels import write_labels
+from gdetkd_cli.data.loader import validation_batches
+from gdetkd_cli.data.split import Split
+from gdetkd_cli.detectors import architectures, catalog
+from gdetkd_cli.detectors.protocol import Detector
+from gdetkd_cli.engine import run_folder
+from gdetkd_cli.engine.device import environment, peak_memory_mb
+from gdetkd_cli.engine.events import Note, Observer, counting, silent
+from gdetkd_cli.engine.loop import Loop, LoopOptions, seed_everything
+from gdetkd_cli.engine.run_folder import RunFolder
+from gdetkd_cli.errors import RecipeError
+from gdetkd_cli.evaluation.coco_metrics import CocoMetrics, evaluate_coco
+from gdetkd_cli.evaluation.predict import gather_predictions, predict_split
+from gdetkd_cli.recipe.checks import plain_recipe, require_distillation, require_trained_teacher
+from gdetkd_cli.recipe.load import dump_recipe, load_recipe
+from gdetkd_cli.recipe.schema import CheckpointDetector, Recipe
+from gdetkd_cli.report.pictures import draw_predictions
+from gdetkd_cli.report.pyramid import describe_pyramid
+
+PICTURES = 6
+_NO_METRICS = CocoMetrics(None, None, None, None, None, None, None, {}, 0, 0)
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """A finished run.
+
+    Attributes:
+        metrics: the student's last evaluation.
+        seconds: wall time of the whole run; of its last part, where it was resumed.
+        seconds_per_step: the median over the run, data included.
+        peak_memory_mb: of the process (CPU) or the device (CUDA).
+    """
+
+    run: Path
+    steps: int
+    metrics: CocoMetrics
+    seconds: float
+    seconds_per_step: float
+    peak_memory_mb: float
+
+
+def run_train(
+    recipe: Recipe,
+    *,
+    detector: Literal["student", "teacher"] = "student",
+    output: Path | None = None,
+    resume: Path | None = None,
+    observer: Observer = silent,
+) -> TrainResult:
+    """Supervised training of one detector of the recipe; the rest of the recipe's distillation is left aside.
+
+    Raises:
+        GDetKDError: anything the recipe names that cannot be used.
+    """
+    spec = recipe.student if detector == "student" else recipe.teacher
+    if spec is None:
+        raise RecipeError(f"the recipe {recipe.name!r} has no {detector}; add a `{detector}:` block")
+    if detector == "teacher" and (isinstance(spec, CheckpointDetector) or spec.weights is not None):
+        observer(Note("the teacher has weights already, and this training goes on from them"))
+    return _run(plain_recipe(recipe, student=spec), output=output, resume=resume, observer=observer)
+
+
+def run_distill(
+    recipe: Recipe, *, output: Path | None = None, resume: Path | None = None, observer: Observer = silent
+) -> TrainResult:
+    """Trains the recipe's student with its teacher.
+
+    Raises:
+        GDetKDError: anything the recipe names that cannot be used, or a pair that does not fit.
+    """
+    distillation = require_distillation(recipe)
+    require_trained_teacher(distillation)
+    return _run(distillation, output=output, resume=resume, observer=observer)
+
+
+def resume_run(run: Path, *, observer: Observer = silent) -> TrainResult:
+    """Continues a run that was stopped; its recipe comes from its folder.
+
+    Raises:
+        RunFolderError: not a run folder, or it has no checkpoint.
+    """
+    folder = run_folder.open_existing(run)
+    return _run(load_recipe(folder.recipe), output=None, resume=run, observer=observer)
+
+
+def _run(recipe: Recipe, *, output: Path | None, resume: Path | None, observer: Observer) -> TrainResult:
+    started = perf_counter()
+    compute, scaled = assembly.start_compute(recipe)
+    main = compute.accelerator.is_main_process
+    folder = _choose_folder(scaled, output, resume, compute.accelerator)
+    if not main:
+        observer = silent
+    setup = assembly.build_setup(scaled, compute, given=recipe, labels=folder.labels, observer=observer)
+    _announce(setup, observer)
+    with folder.held() if main else nullcontext():
+        if main:
+            _write_facts(folder, setup)
+        metrics = _train(setup, folder, resume=resume is not None, observer=observer)
+        result = _result(setup, folder, metrics, perf_counter() - started)
+        if main:
+            _write_results(folder, setup, result)
+    compute.accelerator.end_training()
+    return result
+
+
+def _train(setup: assembly.TrainingSetup, folder: RunFolder, *, resume: bool, observer: Observer) -> CocoMetrics | None:
+    """Trains to the end; returns the last evaluation, None on other processes than the main one."""
+    accelerator, train = setup.compute.accelerator, setup.recipe.train
+    accelerator.project_configuration.logging_dir = str(folder.path)
+    accelerator.init_trackers("tensorboard")
+    seed_everything(setup.recipe.seed, accelerator.process_index)
+
+    def evaluate() -> CocoMetrics | None:
+        if setup.student.detector.features_only:
+            return None
+        return evaluate_split(setup.student.detector, setup.val, accelerator, train.batch_size, observer)
+
+    loop = Loop(
+        accelerator=accelerator,
+        distiller=setup.distiller,
+        optimizer=setup.optimizer,
+        schedule=setup.schedule,
+        batches=setup.batches,
+        evaluate=evaluate,
+        folder=folder,
+        options=LoopOptions(
+            steps=train.steps,
+            clip_norm=train.clip_norm,
+            log_every=train.log_every,
+            evaluate_every=train.evaluate_every,
+            checkpoint_every=train.checkpoint_every,
+        ),
+        observer=observer,
+    )
+    try:
+        return loop.run(resume=resume)
+    except KeyboardInterrupt as interrupt:
+        if folder.resume.exists():
+            command = "distill" if setup.pair else "train"
+            interrupt.add_note(f"continue with `gdetkd {command} --resume {folder.path}`")
+        raise
+
+
+def _result(
+    setup: assembly.TrainingSetup, folder: RunFolder, metrics: CocoMetrics | None, seconds: float
+) -> TrainResult:
+    accelerator, train = setup.compute.accelerator, setup.recipe.train
+    rates = [line["images_per_second"] for line in folder.read_log() if "images_per_second" in line]
+    return TrainResult(
+        run=folder.path,
+        steps=train.steps,
+        # None on other processes than the main one, and for a student without detections.
+        metrics=metrics or _NO_METRICS,
+        seconds=seconds,
+        seconds_per_step=train.batch_size * accelerator.num_processes / median(rates),
+        peak_memory_mb=peak_memory_mb(accelerator.device),
+    )
+
+
+def evaluate_split(
+    detector: Detector, split: Split, accelerator: Accelerator, batch_size: int, observer: Observer = silent
+) -> CocoMetrics | None:
+    """COCO metrics of a detector; every process predicts its share, the main process gets the result.
+
+    In float32 whatever the run's precision, so that ``gdetkd eval`` reports the same AP of the saved file.
+    """
+    progress = counting(observer, "evaluated", ceil(len(split) / accelerator.num_processes))
+    batches = validation_batches(
+        split=split,
+        batch_size=batch_size,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+    )
+    own = predict_split(detector, batches, accelerator.device, progress)
+    everything = gather_predictions(own)
+    if not accelerator.is_main_process:
+        return None
+    return evaluate_coco(split.records, split.class_names, everything)
+
+
+def _choose_folder(recipe: Recipe, output: Path | None, resume: Path | None, accelerator: Accelerator) -> RunFolder:
+    """The run's folder: the main process decides, the others are told."""
+    path: list[str | None] = [None]
+    if accelerator.is_main_process:
+        if resume is not None:
+            folder = run_folder.open_existing(resume)
+            folder.progress()
+        else:
+            folder = run_folder.choose(output, recipe.name)
+        path = [str(folder.path)]
+    broadcast_object_list(path)
+    assert path[0] is not None
+    return RunFolder(Path(path[0]))
+
+
+def _announce(setup: assembly.TrainingSetup, observer: Observer) -> None:
+    for note in setup.notes:
+        observer(Note(note))
+    settings = setup.compute.settings
+    observer(Note(f"{settings.device}, {settings.precision}, {settings.threads} CPU threads"))
+    if setup.pair is None:
+        return
+    student, teacher = setup.student.detector, setup.distiller.teacher
+    assert teacher is not None
+    observer(Note(f"pair: {setup.pair.kind}, {teacher.family} -> {student.family}"))
+    for name, detector in (("student", student), ("teacher", teacher)):
+        levels = ", ".join(f"{lv.name} 1/{lv.stride[0]:g} x{lv.channels}" for lv in detector.levels)
+        observer(Note(f"{name} pyramid: {levels}"))
+    for term in setup.pair.terms:
+        observer(Note(f"term {term.name}: " + (f"weight {term.weight:g}" if term.weight is not None else term.reason)))
+    observer(Note(f"head transfer: {setup.pair.head_transfer}"))
+    observer(Note(f"regions: {setup.pair.regions_per_image} per image at most"))
+    if not setup.distiller.task_loss:
+        learnt = ", ".join(term.name for term in setup.pair.terms if term.weight is not None)
+        observer(Note(f"task loss: none; the student learns from {learnt} alone, and its own losses do not count"))
+    if student.features_only:
+        observer(Note("the student's detections are not known, so it is not evaluated"))
+
+
+def _write_facts(folder: RunFolder, setup: assembly.TrainingSetup) -> None:
+    """Writes what the run is made of, before its first step."""
+    processes = setup.compute.accelerator.num_processes
+    if setup.labels:
+        write_labels(folder.labels, setup.labels)
+    settled = setup.recipe.model_copy(
+        update={"runtime": setup.recipe.runtime.model_copy(update={"threads": setup.compute.settings.threads})}
+    )
+    if not folder.recipe.exists():  # threads are settled once: a resumed run must add up numbers in the same order
+        run_folder.write_text(folder.recipe, dump_recipe(settled))
+        run_folder.write_text(
+            folder.environment, json.dumps(environment(setup.compute.settings, setup.recipe.seed, processes), indent=2)
+        )
+    detectors = {"student": setup.student.detector}
+    if setup.distiller.teacher is not None:
+        detectors["teacher"] = setup.distiller.teacher
+        reports = {
+            name: asdict(describe_pyramid(detector, source=name, format="run", size=setup.train.records[0].size))
+            for name, detector in detectors.items()
+        }
+        run_folder.write_text(folder.probe, json.dumps(reports, indent=2))
+
+
+def _write_results(folder: RunFolder, setup: assembly.TrainingSetup, result: TrainResult) -> None:
+    detector = setup.student.detector
+    catalog.save(folder.student, detector, setup.student.description)
+    if setup.student.description.get("kind") != "factory":  # which is rebuilt by its own code
+        run_folder.write_text(folder.student_script, Path(architectures.__file__).read_text())
+    facts = {name: getattr(result, name) for name in ("steps", "seconds", "seconds_per_step", "peak_memory_mb")}
+    run_folder.write_text(folder.metrics, json.dumps({**result.metrics.to_json(), **facts}, indent=2))
+    if detector.features_only:
+        return
+    draw_predictions(
+        split=setup.val,
+        predictors={"student": detector},
+        folder=folder.pictures,
+        count=PICTURES,
+        device=setup.compute.settings.device,
+    )

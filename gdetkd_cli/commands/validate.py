@@ -1,0 +1,85 @@
+"""The check of a recipe: its data, detectors and pair are built as ``distill`` would build them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from gdetkd_cli import assembly
+from gdetkd_cli.data.split import Split
+from gdetkd_cli.engine.events import Note, Observer, silent
+from gdetkd_cli.recipe.checks import require_distillation, untrained_teacher
+from gdetkd_cli.recipe.schema import DistillationRecipe, Recipe
+from gdetkd_cli.report.pyramid import PyramidReport, describe_pyramid
+
+
+@dataclass(frozen=True)
+class CheckedRecipe:
+    """A recipe whose detectors were built and probed as a pair.
+
+    Attributes:
+        recipe: the file, or the built-in recipe's name.
+        pair: ``homogeneous`` or ``heterogeneous``.
+        student, teacher: the pyramids, at the recipe's image size.
+        terms: each term, its weight or why it is left out.
+        head_transfer: what was copied from the teacher's head, or why nothing was; one sentence.
+        changes: what ``--set`` changed in it.
+    """
+
+    recipe: str
+    pair: str
+    student: PyramidReport
+    teacher: PyramidReport
+    terms: tuple[assembly.TermPlan, ...]
+    head_transfer: str
+    changes: tuple[str, ...] = ()
+
+
+def check_recipe(
+    recipe: Recipe, source: str, *, changes: Sequence[str] = (), observer: Observer = silent
+) -> CheckedRecipe:
+    """Builds a distillation recipe's data, detectors and pair, as ``distill`` would, and reports them.
+
+    Args:
+        recipe: with a teacher and a distill block.
+        source: its file or name.
+        changes: what ``--set`` changed in it.
+        observer: is told of progress.
+
+    Raises:
+        GDetKDError: anything that the recipe names cannot be used.
+    """
+    recipe = require_distillation(recipe)
+    splits = [assembly.read_split(recipe.data, which) for which in assembly.SPLITS]
+    for split in splits:
+        for note in split.notes:
+            observer(Note(f"{split.name}: {note}"))
+    train = splits[0]
+    titles = (assembly.title_of(recipe.student), assembly.title_of(recipe.teacher))
+    checked = check_pair(recipe, source, train, titles, train.records[0].size, observer)
+    return replace(checked, changes=tuple(changes))
+
+
+def check_pair(
+    recipe: DistillationRecipe,
+    source: str,
+    train: Split,
+    titles: tuple[str, str],
+    size: tuple[int, int],
+    observer: Observer,
+) -> CheckedRecipe:
+    """Builds and probes the pair; the pyramids are reported for an image of ``size`` (height, width) pixels."""
+    pair = assembly.build_recipe_pair(recipe, train.class_names)
+    student, teacher = pair.student, pair.teacher
+    if assembly.needs_labels(recipe.data, "train"):
+        teacher.detector.check_detects()
+    untrained = untrained_teacher(recipe)
+    for note in (*((untrained,) if untrained else ()), *student.notes, *teacher.notes):
+        observer(Note(note))
+    student_report, teacher_report = (
+        describe_pyramid(built.detector, source=title, format="run", size=size)
+        for title, built in zip(titles, (student, teacher), strict=True)
+    )
+    return CheckedRecipe(
+        source, pair.built.kind, student_report, teacher_report, pair.built.terms, pair.built.head_transfer
+    )

@@ -1,0 +1,98 @@
+"""BDD100K's detection labels: one JSON list of frames a split, in the format of 2018 or of ``det_20``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from gdetkd_cli.data.readers.coco import split_of
+from gdetkd_cli.data.split import Split
+from gdetkd_cli.errors import DataError
+
+BDD_CLASSES = (
+    "pedestrian",
+    "rider",
+    "car",
+    "truck",
+    "bus",
+    "train",
+    "motorcycle",
+    "bicycle",
+    "traffic light",
+    "traffic sign",
+)
+_OLD_NAMES = {"person": "pedestrian", "bike": "bicycle", "motor": "motorcycle"}  # those of 2018
+
+
+def read_bdd100k(*, labels: Path, images: Path, classes: Sequence[str] | None = None) -> Split:
+    """Reads one label file. Frames without labels are kept as pictures without objects; lanes and areas are no objects.
+
+    Args:
+        labels: ``det_train.json`` or ``bdd100k_labels_images_train.json``.
+        images: the folder that frame names start from, as ``images/100k/train``.
+        classes: names to use; by default the ten of the detection task.
+
+    Raises:
+        DataError: the file or pictures are missing, or it is not such a file.
+    """
+    names = list(classes or BDD_CLASSES)
+    numbers = {name: number for number, name in enumerate(names, start=1)}
+    tables: dict[str, list[dict[str, Any]]] = {
+        "images": [],
+        "annotations": [],
+        "categories": [{"id": number, "name": name} for name, number in numbers.items()],
+    }
+    for image_id, frame in enumerate(_frames(labels), start=1):
+        tables["images"].append({"id": image_id, "file_name": frame["name"]})
+        for label in frame.get("labels") or []:
+            if not isinstance(label, dict) or not isinstance(label.get("box2d"), dict):
+                continue
+            name = str(label.get("category"))
+            attributes = label.get("attributes")
+            tables["annotations"].append(
+                {
+                    "image_id": image_id,
+                    "category_id": numbers.get(name if name in numbers else _OLD_NAMES.get(name, name)),
+                    "bbox": _box(label["box2d"]),
+                    "iscrowd": int(isinstance(attributes, dict) and attributes.get("crowd") is True),
+                }
+            )
+    if not any(a["category_id"] for a in tables["annotations"]):
+        raise DataError(f"{labels} has no box of the classes {', '.join(names)}: give another file or other classes.")
+    return split_of(tables, source=labels, images=images, classes=names)
+
+
+def first_frame(labels: Path) -> str:
+    """The name of a label file's first frame.
+
+    Raises:
+        DataError: it is not such a file, or has no frame.
+    """
+    frames = _frames(labels)
+    if not frames:
+        raise DataError(f"{labels} has no frames: give another file.")
+    return str(frames[0]["name"])
+
+
+def _frames(file: Path) -> list[dict[str, Any]]:
+    if not file.is_file():
+        raise DataError(f"There is no label file {file}: give the path of BDD100K's detection labels.")
+    try:
+        content = json.loads(file.read_bytes())
+    except ValueError as error:
+        raise DataError(f"{file} should be BDD100K's JSON, but it is not JSON ({error}).") from error
+    frames = content.get("frames") if isinstance(content, dict) else content
+    if not isinstance(frames, list) or not all(isinstance(f, dict) and isinstance(f.get("name"), str) for f in frames):
+        raise DataError(f"{file} should be BDD100K's list of frames, each with a name: give another file.")
+    return frames
+
+
+def _box(corners: dict[str, Any]) -> list[float] | None:
+    """xywh in pixels."""
+    try:
+        x1, y1, x2, y2 = (float(corners[key]) for key in ("x1", "y1", "x2", "y2"))
+    except (KeyError, TypeError, ValueError):
+        return None
+    return [x1, y1, x2 - x1, y2 - y1]

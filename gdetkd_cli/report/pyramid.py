@@ -1,0 +1,129 @@
+"""A pyramid as people read it: levels, strides and offsets in image pixels, and where the region embedding is read."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from gdetkd_cli.detectors.protocol import Detector
+from gdetkd_cli.detectors.torchvision_common import device_of
+from gdetkd_cli.probing.outputs import ROWS
+from gdetkd_cli.probing.probe import probe_image
+from gdetkd_cli.probing.runner import CALLS
+from gdetkd_cli.structures import Batch
+
+
+@dataclass(frozen=True)
+class LevelReport:
+    """One pyramid level.
+
+    ``stride`` and ``offset`` are (y, x) in pixels; ``shape`` is (H, W) cells; ``mean`` and ``std`` are of its values on
+    the picture that was looked at, None where they are not finite.
+    """
+
+    name: str
+    channels: int
+    shape: tuple[int, int]
+    stride: tuple[float, float]
+    offset: tuple[float, float]
+    mean: float | None
+    std: float | None
+
+
+@dataclass(frozen=True)
+class Alternative:
+    """Other maps that might be meant as the levels, by name, and why."""
+
+    levels: tuple[str, ...]
+    reason: str
+
+
+@dataclass(frozen=True)
+class PyramidReport:
+    """What probing found.
+
+    Attributes:
+        source: what was probed, as the user named it.
+        format: ``torchvision``, ``torchscript``, ``exported``, ``onnx``, ``factory`` or ``run``.
+        call: how the model takes its input.
+        family: ``two-stage``, ``dense``, or ``unknown``.
+        levels: fine to coarse.
+        region_embedding: channels of the region embedding, and where it is read.
+        detections: in which form it returns what it detects; None where that is not known.
+        size: (height, width) pixels of the probe image.
+        classes: class names; empty where they are unknown.
+        parameters: number of parameters.
+        reason: why these are the levels.
+        confidence: how often this reason was right over the detectors in docs/probe.md, in 0..1; 1 where the
+            architecture is known.
+        alternatives: runners-up.
+    """
+
+    source: str
+    format: str
+    call: str
+    family: str
+    levels: tuple[LevelReport, ...]
+    region_embedding: dict[str, object] | None
+    detections: str | None
+    size: tuple[int, int]
+    classes: tuple[str, ...]
+    parameters: int
+    reason: str = "the architecture is known"
+    confidence: float = 1.0
+    alternatives: tuple[Alternative, ...] = ()
+
+
+def level_statistics(features: Tensor) -> dict[str, float | None]:
+    """Mean and deviation of a level's values, None where they are not finite."""
+    values = features.float()
+    found = {"mean": float(values.mean()), "std": float(values.std(correction=0))}
+    return {name: value if math.isfinite(value) else None for name, value in found.items()}
+
+
+def describe_pyramid(
+    detector: Detector, *, source: str, format: str, size: tuple[int, int], classes: tuple[str, ...] | None = None
+) -> PyramidReport:
+    """The pyramid of a detector, in pixels of an image of ``size`` (height, width)."""
+    return describe_on_image(detector, probe_image(size), source=source, format=format, classes=classes)[0]
+
+
+def describe_on_image(
+    detector: Detector, picture: Tensor, *, source: str, format: str, classes: tuple[str, ...] | None
+) -> tuple[PyramidReport, tuple[Tensor, ...]]:
+    """The pyramid of a detector, in pixels of an image (3, H, W) in 0..1, and its levels' maps of that image."""
+    batch = Batch(images=[picture.to(device_of(detector.module))], targets=[], image_ids=torch.zeros(1))
+    with torch.no_grad():
+        pyramid = detector.look(batch).pyramid
+    scale_x, scale_y = pyramid.frame.scale[0].tolist()
+    shift_x, shift_y = pyramid.frame.shift[0].tolist()
+    levels = tuple(
+        LevelReport(
+            name=level.name,
+            channels=level.channels,
+            shape=(features.shape[-2], features.shape[-1]),
+            stride=(level.stride[0] / scale_y, level.stride[1] / scale_x),
+            offset=((level.offset[0] - shift_y) / scale_y, (level.offset[1] - shift_x) / scale_x),
+            **level_statistics(features),
+        )
+        for level, features in zip(pyramid.levels, pyramid.maps, strict=True)
+    )
+    found = detector.finding
+    report = PyramidReport(
+        source=source,
+        format=found.kind if found else format,
+        call=found.call if found else CALLS[0].name,
+        family=detector.family,
+        levels=levels,
+        region_embedding={"channels": detector.embedding_channels, "source": detector.embedding_source},
+        detections=found.detections if found else ROWS.name,
+        size=(picture.shape[-2], picture.shape[-1]),
+        classes=detector.class_names if classes is None else classes,
+        parameters=detector.parameter_count,
+    )
+    if found:
+        report = replace(report, reason=found.reason, confidence=found.confidence)
+    return report, pyramid.maps

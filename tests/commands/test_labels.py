@@ -1,0 +1,152 @@
+"""Images without annotations: the teacher's detections are the truth."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import toy
+
+from gdetkd_cli.assembly.labels import label_split
+from gdetkd_cli.commands import plan_distill, run_distill, run_eval, run_train
+from gdetkd_cli.commands.train import resume_run
+from gdetkd_cli.data.readers.folder import read_folder
+from gdetkd_cli.errors import DataError
+from gdetkd_cli.recipe.schema import CheckpointDetector, CocoData, FolderData, Recipe
+from gdetkd_cli.structures import Detections
+
+CPU = torch.device("cpu")
+TEACHER = CheckpointDetector(arch="checkpoint", path="builtin:shapes-teacher")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve pictures, two of them deeper, and a file that is none."""
+    root: Path = tmp_path_factory.mktemp("pictures")
+    toy.write_pictures(root, [*(f"{i:02}.png" for i in range(10)), "more/10.jpg", "more/11.jpg"])
+    (root / "notes.txt").write_text("nothing")
+    return root
+
+
+def recipe(folder: Path, *, steps: int = 2, **data: Any) -> Recipe:
+    block = {"format": "folder", "root": folder, **data}
+    changed = {"data": FolderData.model_validate(block), "teacher": TEACHER}
+    return toy.recipe(steps=steps, checkpoint_every=1).model_copy(update=changed)
+
+
+def test_every_tenth_picture_is_for_validation(folder: Path) -> None:
+    parts = {which: read_folder(folder, which) for which in ("train", "val", "all")}  # type: ignore[arg-type]
+
+    names = {which: [p.relative_to(folder).as_posix() for p in split.read.paths] for which, split in parts.items()}  # type: ignore[attr-defined]
+    assert names["all"] == [*(f"{i:02}.png" for i in range(10)), "more/10.jpg", "more/11.jpg"]
+    assert names["val"] == ["00.png", "more/10.jpg"]
+    assert names["train"] == [name for name in names["all"] if name not in names["val"]]
+    assert parts["val"].records[0].size == (64, 64)
+    assert parts["val"].read(0).shape == (3, 64, 64)
+    with pytest.raises(DataError, match="there is no folder"):
+        read_folder(folder / "absent")
+    (folder / "empty").mkdir(exist_ok=True)
+    with pytest.raises(DataError, match="has 0 pictures; at least 2 were expected"):
+        read_folder(folder / "empty", "train")
+
+
+class Says:
+    """A teacher that always detects the same."""
+
+    class_names = ("cat", "dog", "bird")
+
+    def predict(self, images: list[torch.Tensor]) -> list[Detections]:
+        boxes = torch.tensor([[1.0, 2, 21, 42], [5, 5, 15, 10], [30, 30, 80, 60]])
+        return [Detections(boxes, torch.tensor([0.9, 0.6, 0.4]), torch.tensor([3, 1, 1])) for _ in images]
+
+
+@pytest.mark.parametrize(
+    ("labels", "classes", "expected"),
+    [
+        ("teacher", None, [("bird", [1, 2, 20, 40]), ("cat", [5, 5, 10, 5])]),
+        ({"score": 0.3}, ["cat"], [("cat", [5, 5, 10, 5]), ("cat", [30, 30, 34, 30])]),  # clipped to the picture
+        (
+            {"score": 0.3, "per_class": {"cat": 0.5}},
+            ["bird", "cat"],
+            [("bird", [1, 2, 20, 40]), ("cat", [5, 5, 10, 5])],
+        ),
+    ],
+)
+def test_labels_by_hand(folder: Path, labels: Any, classes: list[str] | None, expected: list[Any]) -> None:
+    data = FolderData.model_validate({"format": "folder", "root": folder, "labels": labels, "classes": classes})
+    split = read_folder(folder)
+    teacher: Any = Says()
+    if classes:
+        split = replace(split, class_names=tuple(classes))
+    found = label_split(split, data, teacher, device=CPU, most=3)
+
+    assert len(found.split) == 3
+    assert found.split.class_names == tuple(classes or Says.class_names)
+    for record in found.split.records:
+        names = [found.split.class_names[label - 1] for label in record.labels]
+        xywh = torch.cat([record.boxes[:, :2], record.boxes[:, 2:] - record.boxes[:, :2]], dim=1)
+        assert list(zip(names, xywh.tolist(), strict=True)) == expected
+    assert found.tables["images"][0]["file_name"] == "00.png"
+
+
+def test_what_the_teacher_cannot_say(folder: Path) -> None:
+    teacher: Any = Says()
+    split = read_folder(folder)
+    strange = FolderData.model_validate({"format": "folder", "labels": {"per_class": {"fish": 0.5}}})
+    with pytest.raises(DataError, match="cannot label fish; its classes are: cat, dog, bird"):
+        label_split(split, strange, teacher, device=CPU)
+    strict = FolderData.model_validate({"format": "folder", "root": folder, "labels": {"score": 0.95}})
+    with pytest.raises(DataError, match=r"detects nothing in .* with a score of 0\.95 or more \(its best is 0\.90\)"):
+        label_split(split, strict, teacher, device=CPU)
+
+
+def test_a_look_labels_a_few(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gdetkd_cli.commands.plan._LABELLED", 3)
+    plan = plan_distill(recipe(folder))
+    assert (plan.train_images, plan.val_images) == (10, 2)
+    assert any("labelled by the teacher, 3 pictures of 10, " in note for note in plan.notes)
+
+
+def test_a_folder_of_pictures_is_a_data_set(folder: Path, tmp_path: Path) -> None:
+    told: list[str] = []
+    run = run_distill(recipe(folder), output=tmp_path / "run", observer=lambda e: told.append(str(e))).run
+
+    assert any("labelled by the teacher, 10 pictures" in note for note in told)
+    tables = json.loads((run / "labels" / "train.json").read_text())
+    assert len(tables["images"]) == 10
+    assert tables["annotations"]
+    assert run_eval(str(run), data=None).metrics.images == 2
+    # The labels are an ordinary data set.
+    block = {"format": "coco", "root": run / "labels", "train_images": folder, "val_images": folder}
+    again = toy.recipe(steps=1).model_copy(update={"data": CocoData.model_validate(block)})
+    assert run_train(again, output=tmp_path / "plain").metrics.images == 2
+
+
+def test_a_resumed_run_does_not_ask_the_teacher_again(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = run_distill(recipe(folder), output=tmp_path / "run").run
+    first = torch.load(run / "student.pt", weights_only=True)["model"]
+    monkeypatch.setattr("gdetkd_cli.assembly.setup.label_split", None)
+    resume_run(run)  # from the checkpoint after the first step
+    second = torch.load(run / "student.pt", weights_only=True)["model"]
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+def test_annotations_can_be_left_aside(folder: Path, tmp_path: Path) -> None:
+    run = run_distill(recipe(folder), output=tmp_path / "first").run
+    block = {"format": "coco", "root": run / "labels", "train_images": folder, "val_images": folder}
+    block |= {"labels": "teacher"}
+    changed = recipe(folder, steps=1).model_copy(update={"data": CocoData.model_validate(block)})
+    second = run_distill(changed, output=tmp_path / "second").run
+    assert (second / "labels" / "train.json").exists()
+    assert not (second / "labels" / "val.json").exists()
+
+
+def test_plain_training_has_no_teacher_to_ask(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"are to be labelled by a teacher, which `gdetkd distill` does"):
+        run_train(recipe(folder), output=tmp_path / "run")

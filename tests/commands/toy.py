@@ -1,0 +1,77 @@
+"""A distillation small enough for a test: 64-pixel scenes, two tiny Faster R-CNNs, a few steps."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from gdetkd_cli.assembly import build_detector
+from gdetkd_cli.data.synthetic import CLASS_NAMES, synthetic_split
+from gdetkd_cli.recipe.schema import ComposedDetector, Recipe
+
+SMALL = {
+    "representation_size": 32,
+    "anchor_sizes": [[8], [16], [24], [32], [48]],
+    "rpn_pre_nms_top_n_train": 40,
+    "rpn_post_nms_top_n_train": 40,
+    "rpn_pre_nms_top_n_test": 40,
+    "rpn_post_nms_top_n_test": 40,
+    "box_batch_size_per_image": 16,
+}
+
+
+def detector(head: str = "faster-rcnn", width: int = 8) -> dict[str, Any]:
+    """A composed detector's block."""
+    return {
+        "arch": "composed",
+        "backbone": "resnet18",
+        "width": width,
+        "blocks": [1, 1, 1, 1],
+        "head": head,
+        "pyramid_channels": 16,
+        "pyramid_levels": [2, 6] if head.endswith("rcnn") else [2, 5],
+        "image_size": [64, 64],
+        "arguments": SMALL if head.endswith("rcnn") else {},
+    }
+
+
+_FOLDER = tempfile.TemporaryDirectory()
+
+
+@cache
+def _teacher_weights(head: str) -> str:
+    """A file of a teacher's weights: a teacher without any is refused."""
+    built = build_detector(ComposedDetector.model_validate(detector(head, width=12)), CLASS_NAMES, seed=0)
+    path = Path(_FOLDER.name) / f"{head}.pt"
+    torch.save(built.detector.module.state_dict(), path)
+    return str(path)
+
+
+def write_pictures(folder: Path, names: Sequence[str]) -> None:
+    """Pictures of the built-in scenes, 64 pixels wide, into files of these names; no annotations."""
+    split = synthetic_split(split="train", images=len(names), size=64, seed=0)
+    for i, name in enumerate(names):
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(split.read(i).permute(1, 2, 0).numpy()).save(path)
+
+
+def recipe(*, steps: int = 6, student: str = "faster-rcnn", teacher: str = "faster-rcnn", **train: Any) -> Recipe:
+    """A distillation recipe; ``train`` overrides fields of its train block."""
+    return Recipe.model_validate(
+        {
+            "name": "toy",
+            "data": {"format": "synthetic", "train_images": 10, "val_images": 4, "size": 64},
+            "student": detector(student),
+            "teacher": detector(teacher, width=12) | {"weights": _teacher_weights(teacher)},
+            "distill": {"regions": {"per_image": 8}, "ckd": {"queue": 40}},
+            "train": {"steps": steps, "batch_size": 2, "log_every": 1, "checkpoint_every": 3, **train},
+            "runtime": {"threads": 1, "workers": 0, "device": "cpu"},
+        }
+    )
