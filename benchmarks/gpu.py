@@ -341,7 +341,7 @@ def _bccd_students(settings: Settings) -> Measurement:
         command = _gdetkd("compare", _write_recipe(folder / "students.yaml", own), "--methods", ",".join(METHODS))
         command += ["--seeds", "1" if settings.small else "3", "--jobs", str(settings.jobs)]
         printed = run([*command, "--output", str(folder / "table"), "--json"], seconds, folder / "log.txt")
-        return None if printed is None else {"cells": len(bccd_cells(folder / "table"))}
+        return None if printed is None else {"trials": len(bccd_trials(folder / "table"))}
 
     return Measurement("bccd-students", _least(settings, 60), work, chain="bccd")
 
@@ -351,7 +351,7 @@ def _check_bccd(settings: Settings) -> None:
         raise RuntimeError(f"{settings.bccd} has no train.json; name the data set's folder with --bccd")
 
 
-def bccd_cells(table: Path) -> dict[tuple[str, int], dict[str, Any]]:
+def bccd_trials(table: Path) -> dict[tuple[str, int], dict[str, Any]]:
     """Metrics of the finished students by method and seed, whether or not the table is finished."""
     found = {}
     for written in sorted(table.glob("*/detections.pt")):  # written last
@@ -382,7 +382,7 @@ def main() -> None:
     finished = read_results(results)
     left = [one.key for one in left_of(measurements, finished)]
     print(f"\ndone: {', '.join(finished) or 'nothing'}\nleft: {', '.join(left) or 'nothing'}\n")
-    text = summary(finished, bccd_cells(output / "bccd" / "table"))
+    text = summary(finished, bccd_trials(output / "bccd" / "table"))
     title = "Dry run with tiny sizes: these numbers mean nothing.\n\n" if settings.small else ""
     (output / "summary.md").write_text(title + text + "\n")
     print(title + text)

@@ -16,7 +16,7 @@ def met(name: str, value: float) -> str:
     return f"{value:.2f} (target {TARGETS[name]:.2f}: {'met' if value <= TARGETS[name] else 'missed'})"
 
 
-def summary(results: Mapping[str, Mapping[str, Any]], cells: Mapping[tuple[str, int], Mapping[str, Any]]) -> str:
+def summary(results: Mapping[str, Mapping[str, Any]], trials: Mapping[tuple[str, int], Mapping[str, Any]]) -> str:
     """What is known so far, as Markdown; what is not, as a dash."""
     lines = ["| precision | step, ms | floor, ms | step ratio | memory, MiB | plain, MiB | memory ratio |"]
     lines += ["|---|---|---|---|---|---|---|", *(_cost_row(results, precision) for precision in PRECISIONS)]
@@ -36,7 +36,7 @@ def summary(results: Mapping[str, Mapping[str, Any]], cells: Mapping[tuple[str, 
     teacher = results.get("bccd-teacher", {})
     lines += [f"BCCD at 640 x 480, R18 from R50 (teacher {_number(teacher.get('AP'))} AP):", ""]
     lines += ["| method | AP by seed | mean | deviation | s/step | MiB |", "|---|---|---|---|---|---|"]
-    return "\n".join([*lines, *(_method_row(cells, method) for method in METHODS)])
+    return "\n".join([*lines, *(_method_row(trials, method) for method in METHODS)])
 
 
 def _cost_row(results: Mapping[str, Mapping[str, Any]], precision: str) -> str:
@@ -53,8 +53,8 @@ def _cost_row(results: Mapping[str, Mapping[str, Any]], precision: str) -> str:
     return _row(precision, *times, ratio, *sizes, memory)
 
 
-def _method_row(cells: Mapping[tuple[str, int], Mapping[str, Any]], method: str) -> str:
-    own = [facts for (name, _), facts in sorted(cells.items()) if name == method]
+def _method_row(trials: Mapping[tuple[str, int], Mapping[str, Any]], method: str) -> str:
+    own = [facts for (name, _), facts in sorted(trials.items()) if name == method]
     if not own:
         return _row(method, *"-----")
     ap = [facts["AP"] for facts in own]

@@ -12,7 +12,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from gdetkd_cli.cli.render import duration, headline, number
 from gdetkd_cli.cli.terminal import console, is_first_process
 from gdetkd_cli.engine.events import (
-    CellDone,
     Evaluated,
     Event,
     Note,
@@ -20,6 +19,7 @@ from gdetkd_cli.engine.events import (
     Phase,
     PicturesDone,
     StepDone,
+    TrialDone,
     silent,
 )
 
@@ -85,7 +85,7 @@ def _line(event: Event) -> str:
             return f"{event.what} {event.done:,} of {event.total:,} pictures"
         case Evaluated():
             return f"step {event.step}: {headline(event.metrics)}"
-        case CellDone():
+        case TrialDone():
             left = f"; {event.left} to go" if event.left else ""
             if left and event.eta_seconds is not None:
                 left += f", about {duration(event.eta_seconds)}"

@@ -136,7 +136,7 @@ def compared(result: Comparison) -> RenderableType:
     table.width = Console(width=500).measure(table).maximum  # not folded: its rows are read across
     teacher = f"teacher: AP {number(result.teacher_ap)}"
     lines = [*result.notes, *(f"failed: {failure}" for failure in result.failures)]
-    return Group(table, _line(teacher), *map(_line, lines), _line(f"{result.table}  {result.cells}  {result.plot}"))
+    return Group(table, _line(teacher), *map(_line, lines), _line(f"{result.table}  {result.trials}  {result.plot}"))
 
 
 # ----------------------------------------------------------------------------------------------------- probe and plan

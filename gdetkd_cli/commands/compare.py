@@ -21,12 +21,12 @@ from gdetkd_cli.compare.table import (
     interval_over,
     make_rows,
     notes_of,
-    write_cells,
     write_curves,
     write_pooled,
     write_table,
+    write_trials,
 )
-from gdetkd_cli.compare.trials import Cell, cell_of, finished_cells, folds_in, run_cells
+from gdetkd_cli.compare.trials import Trial, finished_trials, folds_in, run_trials, trial_of
 from gdetkd_cli.data.split import Split
 from gdetkd_cli.engine.device import ComputeSettings
 from gdetkd_cli.engine.events import Note, Observer, silent
@@ -69,9 +69,9 @@ def run_compare(
         steps: budgets; default: the recipe's.
         seeds: from the recipe's on.
         folds: of a cross-validation over training and validation images together; None: the splits as they are.
-        jobs: cells run at the same time.
+        jobs: trials run at the same time.
         baseline: the method that the others' differences are to.
-        output: folder of the cells and the table; ``runs/compare-NAME`` by default. One that exists is continued.
+        output: folder of the trials and the table; ``runs/compare-NAME`` by default. One that exists is continued.
         observer: is told of progress.
 
     Raises:
@@ -82,7 +82,7 @@ def run_compare(
     """
     recipe = require_distillation(recipe)
     require_trained_teacher(recipe)
-    # Cells are processes of their own: their recipes have the rule behind them, so that a budget is what is run.
+    # Trials are processes of their own: their recipes have the rule behind them, so that a budget is what is run.
     recipe = scaled_to_batch(recipe, processes=1)
     head = transfers_head(recipe)
     parts: list[Fold] = [] if folds is None else folds_of(recipe, folds)
@@ -91,7 +91,7 @@ def run_compare(
     numbers = range(recipe.seed, recipe.seed + seeds)
     folder = output or Path("runs") / f"compare-{recipe.name}"
     recipes = {  # all of them first: a mistake in the last is told before the first runs
-        cell_of(folder, method, budget, seed, fold): recipe_of(recipe, method, steps=budget, seed=seed)
+        trial_of(folder, method, budget, seed, fold): recipe_of(recipe, method, steps=budget, seed=seed)
         for budget in budgets
         for seed in numbers
         for fold in parts or (None,)
@@ -106,10 +106,10 @@ def run_compare(
     teachers = _teachers(recipe, folder, parts, observer)
     failures = _run_teachers(teachers, settings, jobs, observer)
     shared = {"runtime": recipe.runtime, "data": data}
-    recipes = {cell: recipe_for(own.model_copy(update=shared), cell.fold, teachers) for cell, own in recipes.items()}
-    failures += run_cells(recipes, settings, jobs=jobs, observer=observer)
+    recipes = {trial: recipe_for(own.model_copy(update=shared), trial.fold, teachers) for trial, own in recipes.items()}
+    failures += run_trials(recipes, settings, jobs=jobs, observer=observer)
     teacher = _teacher_ap(folder, recipe, split if parts else None, teachers, observer)
-    asked = [(cell.steps, cell.method) for cell in recipes]
+    asked = [(trial.steps, trial.method) for trial in recipes]
     table = _Table(folder, recipe.name, split, baseline, folds)
     return _write(table, asked, teacher, failures, observer)
 
@@ -119,7 +119,7 @@ class _Table:
     """What a table is of.
 
     Attributes:
-        folder: of its cells.
+        folder: of its trials.
         recipe: its name.
         split: the validation images; with folds, all images.
         baseline: the method that differences are to.
@@ -140,11 +140,11 @@ def _write(
     failures: Sequence[str],
     observer: Observer,
 ) -> Comparison:
-    """Makes the table of all finished cells, and writes its files; ``asked`` are budgets and methods."""
+    """Makes the table of all finished trials, and writes its files; ``asked`` are budgets and methods."""
     folder, folds = table.folder, table.folds
     if folds is None:
         observer(Note("differences over images drawn again"))
-    finished = finished_cells(folder, folds)
+    finished = finished_trials(folder, folds)
     rows, runs = make_rows(asked, finished, table.split, table.baseline, folds)
     found = Comparison(
         recipe=table.recipe,
@@ -153,13 +153,13 @@ def _write(
         rows=tuple(rows),
         notes=tuple(notes_of(rows, teacher, finished, folds)),
         failures=tuple(failures),
-        cells=folder / "cells.csv",
+        trials=folder / "trials.csv",
         table=folder / "table.csv",
         plot=folder / "comparison.png",
         folds=folds,
         interval_over=interval_over(folds),
     )
-    write_cells(found.cells, table.recipe, finished, folds)
+    write_trials(found.trials, table.recipe, finished, folds)
     write_curves(folder / "curves.csv", table.recipe, finished, folds)
     if folds:
         write_pooled(folder / "pooled.csv", table.recipe, runs)
@@ -193,22 +193,22 @@ def _check_baseline(baseline: str, methods: Sequence[str], folder: Path, folds: 
     """Raises a RecipeError where the baseline is neither asked for nor in the folder's table."""
     if baseline in (NONE, *methods):
         return
-    in_table = dict.fromkeys([*methods, *(cell.method for cell in finished_cells(folder, folds))])
+    in_table = dict.fromkeys([*methods, *(trial.method for trial in finished_trials(folder, folds))])
     if baseline not in in_table:
         raise RecipeError(f"the baseline {baseline!r} is not in the table; expected one of {', '.join(in_table)}")
 
 
 def _check_folds(folder: Path, folds: int | None) -> None:
-    """Raises a RunFolderError where the folder's cells are of other folds, which are no table with these."""
+    """Raises a RunFolderError where the folder's trials are of other folds, which are no table with these."""
     others = folds_in(folder) - {folds}
     if others:
         other = others.pop()
         asked = "go on with the same, without --folds" if other is None else f"go on with --folds {other}"
-        kind = "cells without folds" if other is None else f"cells of {other} folds"
+        kind = "trials without folds" if other is None else f"trials of {other} folds"
         raise RunFolderError(f"{folder} has {kind}; {asked}, or choose another --output")
 
 
-def _teachers(recipe: Recipe, folder: Path, folds: list[Fold], observer: Observer) -> dict[Fold, tuple[Cell, Recipe]]:
+def _teachers(recipe: Recipe, folder: Path, folds: list[Fold], observer: Observer) -> dict[Fold, tuple[Trial, Recipe]]:
     """See ``fold_teachers``; says so where one teacher serves all folds."""
     teachers = fold_teachers(recipe, folder, folds) if folds else {}
     if folds and not teachers and recipe.teacher is not None:
@@ -223,19 +223,19 @@ def _teachers(recipe: Recipe, folder: Path, folds: list[Fold], observer: Observe
 
 
 def _run_teachers(
-    teachers: Mapping[Fold, tuple[Cell, Recipe]], settings: ComputeSettings, jobs: int, observer: Observer
+    teachers: Mapping[Fold, tuple[Trial, Recipe]], settings: ComputeSettings, jobs: int, observer: Observer
 ) -> list[str]:
     """Trains the folds' own teachers that are not trained yet; says which failed, and why."""
     if not teachers:
         return []
-    return run_cells(dict(teachers.values()), settings, jobs=jobs, observer=observer, what="teachers of folds")
+    return run_trials(dict(teachers.values()), settings, jobs=jobs, observer=observer, what="teachers of folds")
 
 
 def _claim(folder: Path, recipe: DistillationRecipe, jobs: int) -> tuple[DistillationRecipe, ComputeSettings]:
-    """The recipe as the folder keeps it, every ``auto`` of how it is run decided once for all of its cells.
+    """The recipe as the folder keeps it, every ``auto`` of how it is run decided once for all of its trials.
 
     Raises:
-        RunFolderError: the folder has cells of another recipe, which are no table with these.
+        RunFolderError: the folder has trials of another recipe, which are no table with these.
     """
     kept = folder / "recipe.yaml"
     started = any(folder.glob("*/recipe.yaml"))
@@ -251,7 +251,7 @@ def _claim(folder: Path, recipe: DistillationRecipe, jobs: int) -> tuple[Distill
         changed = sorted(name for name in then.keys() | now.keys() if then.get(name) != now.get(name))
         if told := [name for name in changed if name not in _OF_NO_MATTER]:
             raise RunFolderError(
-                f"{folder} has cells of a recipe that differs in {', '.join(told)}; choose another --output"
+                f"{folder} has trials of a recipe that differs in {', '.join(told)}; choose another --output"
             )
         return recipe, settings
     folder.mkdir(parents=True, exist_ok=True)
@@ -273,7 +273,7 @@ def _teacher_ap(
     folder: Path,
     recipe: Recipe,
     every_fold: Split | None,
-    teachers: Mapping[Fold, tuple[Cell, Recipe]],
+    teachers: Mapping[Fold, tuple[Trial, Recipe]],
     observer: Observer,
 ) -> float | None:
     """The teacher's AP on the same images, computed once; None where its detections cannot be read.

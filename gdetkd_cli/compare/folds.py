@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from gdetkd_cli import assembly
-from gdetkd_cli.compare.trials import Cell, teacher_cell_of
+from gdetkd_cli.compare.trials import Trial, teacher_trial_of
 from gdetkd_cli.detectors import catalog
 from gdetkd_cli.errors import RecipeError, RunFolderError
 from gdetkd_cli.evaluation.coco_metrics import evaluate_coco
@@ -57,7 +57,7 @@ def with_fold(data: Data, fold: Fold | None) -> Data:
     return data if fold is None else data.model_copy(update={"fold": fold})
 
 
-def fold_teachers(recipe: Recipe, folder: Path, folds: list[Fold]) -> dict[Fold, tuple[Cell, Recipe]]:
+def fold_teachers(recipe: Recipe, folder: Path, folds: list[Fold]) -> dict[Fold, tuple[Trial, Recipe]]:
     """What to train for each fold so that its teacher has not seen the held-out images; empty: the teacher serves all.
 
     A teacher that is a run on the recipe's own data is trained anew, by its run's recipe, on each fold's training
@@ -96,31 +96,31 @@ def fold_teachers(recipe: Recipe, folder: Path, folds: list[Fold]) -> dict[Fold,
         )
     made = {}
     for fold in folds:
-        cell = teacher_cell_of(folder, own.train.steps, own.seed, fold)
-        made[fold] = cell, own.model_copy(update={"data": with_fold(own.data, fold), "runtime": recipe.runtime})
+        trial = teacher_trial_of(folder, own.train.steps, own.seed, fold)
+        made[fold] = trial, own.model_copy(update={"data": with_fold(own.data, fold), "runtime": recipe.runtime})
     return made
 
 
-def recipe_for(recipe: Recipe, fold: Fold | None, teachers: Mapping[Fold, tuple[Cell, Recipe]]) -> Recipe:
-    """A cell's recipe on its fold, with the fold's own teacher where there is one."""
+def recipe_for(recipe: Recipe, fold: Fold | None, teachers: Mapping[Fold, tuple[Trial, Recipe]]) -> Recipe:
+    """A trial's recipe on its fold, with the fold's own teacher where there is one."""
     changed: dict[str, object] = {"data": with_fold(recipe.data, fold)}
     if fold is not None and fold in teachers and recipe.teacher is not None:
-        cell, _ = teachers[fold]
-        changed["teacher"] = recipe.teacher.model_copy(update={"path": str(cell.run.path)})
+        trial, _ = teachers[fold]
+        changed["teacher"] = recipe.teacher.model_copy(update={"path": str(trial.run.path)})
     return recipe.model_copy(update=changed)
 
 
-def pooled_teacher_ap(teachers: Mapping[Fold, tuple[Cell, Recipe]]) -> float | None:
+def pooled_teacher_ap(teachers: Mapping[Fold, tuple[Trial, Recipe]]) -> float | None:
     """AP in 0-100 of the folds' own teachers, the detections of all folds together; each saw none of its images.
 
     Raises:
         RunFolderError: the teacher of a fold is not trained.
     """
     found: dict[int, Detections] = {}
-    for cell, _ in teachers.values():
-        if not cell.detections.exists():
-            raise RunFolderError(f"{cell.folder} has no finished teacher")
-        found |= cell.read_detections()
+    for trial, _ in teachers.values():
+        if not trial.detections.exists():
+            raise RunFolderError(f"{trial.folder} has no finished teacher")
+        found |= trial.read_detections()
     split = assembly.all_folds(next(recipe.data for _, recipe in teachers.values()))
     return evaluate_coco(split.records, split.class_names, found).ap
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import mean, median, stdev
 from typing import Any
 
-from gdetkd_cli.compare.trials import Cell
+from gdetkd_cli.compare.trials import Trial
 from gdetkd_cli.data.split import Split
 from gdetkd_cli.evaluation.bootstrap import MatchedPictures, deviation_of_difference, draw_again
 from gdetkd_cli.evaluation.coco_metrics import evaluate_coco
@@ -69,8 +69,8 @@ class Comparison:
         teacher_ap: the teacher's own, on the same pictures; None where its detections cannot be read.
         rows: by budget and method, in the order asked for; a row without AP was not run.
         notes: what the table can show and what it cannot.
-        failures: cells that did not finish, and why.
-        cells, table, plot: files written.
+        failures: trials that did not finish, and why.
+        trials, table, plot: files written.
         folds: of the cross-validation; None: one training and one validation split.
         interval_over: what the rows' intervals cover: ``seeds and images``, or ``folds``.
     """
@@ -81,7 +81,7 @@ class Comparison:
     rows: tuple[MethodRow, ...]
     notes: tuple[str, ...]
     failures: tuple[str, ...]
-    cells: Path
+    trials: Path
     table: Path
     plot: Path
     folds: int | None = None
@@ -89,13 +89,13 @@ class Comparison:
 
 
 def make_rows(
-    asked: Iterable[tuple[int, str]], finished: Mapping[Cell, Facts], split: Split, baseline: str, folds: int | None
+    asked: Iterable[tuple[int, str]], finished: Mapping[Trial, Facts], split: Split, baseline: str, folds: int | None
 ) -> tuple[list[MethodRow], dict[Key, Facts]]:
     """The rows of a table by budget, and the facts that they are made of.
 
     Args:
-        asked: budget and method of each row that is wanted; those of other finished cells follow.
-        finished: cells and their metrics.
+        asked: budget and method of each row that is wanted; those of other finished trials follow.
+        finished: trials and their metrics.
         split: P validation images; with folds, those of all folds.
         baseline: the method that differences are to.
         folds: K; None for one training and one validation split.
@@ -103,8 +103,8 @@ def make_rows(
     Returns:
         The rows, and for each run that every image was evaluated in, its facts: with folds, of all folds pooled.
     """
-    known = dict.fromkeys([*asked, *((cell.steps, cell.method) for cell in finished)])
-    runs = _pooled(finished, split, folds) if folds else {_key(cell): fact for cell, fact in finished.items()}
+    known = dict.fromkeys([*asked, *((trial.steps, trial.method) for trial in finished)])
+    runs = _pooled(finished, split, folds) if folds else {_key(trial): fact for trial, fact in finished.items()}
     rows = [_row(method, steps, runs, baseline) for steps, method in sorted(known, key=lambda row: row[0])]
     if folds:
         return [_with_fold_interval(row, runs, finished, baseline) for row in rows], runs
@@ -116,24 +116,26 @@ def interval_over(folds: int | None) -> str:
     return "seeds and images" if folds is None else "folds"
 
 
-def _key(cell: Cell) -> Key:
-    return cell.method, cell.steps, cell.seed
+def _key(trial: Trial) -> Key:
+    return trial.method, trial.steps, trial.seed
 
 
-def _pooled(finished: Mapping[Cell, Facts], split: Split, folds: int) -> dict[Key, Facts]:
+def _pooled(finished: Mapping[Trial, Facts], split: Split, folds: int) -> dict[Key, Facts]:
     """Facts of each method, budget and seed with all folds: each image counts once, by the fold that held it out."""
-    cells: dict[Key, list[Cell]] = defaultdict(list)
-    for cell in finished:
-        cells[_key(cell)].append(cell)
+    trials: dict[Key, list[Trial]] = defaultdict(list)
+    for trial in finished:
+        trials[_key(trial)].append(trial)
     pooled: dict[Key, Facts] = {}
-    for key, own in cells.items():
+    for key, own in trials.items():
         if len(own) < folds:
             continue
         found: dict[int, Detections] = {}
-        for cell in own:
-            found |= cell.read_detections()
+        for trial in own:
+            found |= trial.read_detections()
         metrics = evaluate_coco(split.records, split.class_names, found).to_json()
-        spent = {name: median(finished[cell][name] for cell in own) for name in ("seconds_per_step", "peak_memory_mb")}
+        spent = {
+            name: median(finished[trial][name] for trial in own) for name in ("seconds_per_step", "peak_memory_mb")
+        }
         pooled[key] = metrics | spent
     return pooled
 
@@ -176,15 +178,15 @@ def _differences(row: MethodRow, runs: Mapping[Key, Facts], baseline: str) -> di
 
 
 def _with_intervals(
-    rows: Sequence[MethodRow], finished: Mapping[Cell, Facts], split: Split, baseline: str
+    rows: Sequence[MethodRow], finished: Mapping[Trial, Facts], split: Split, baseline: str
 ) -> list[MethodRow]:
     """The rows, with the interval of each difference to the baseline over seeds and images."""
-    runs = {_key(cell): fact for cell, fact in finished.items()}
+    runs = {_key(trial): fact for trial, fact in finished.items()}
     drawings = draw_again(len(split))
     drawn = {}
-    for cell in finished:
-        matched = MatchedPictures(split.records, split.class_names, cell.read_detections())
-        drawn[_key(cell)] = matched.drawn(drawings)
+    for trial in finished:
+        matched = MatchedPictures(split.records, split.class_names, trial.read_detections())
+        drawn[_key(trial)] = matched.drawn(drawings)
     done = []
     for row in rows:
         differences = _differences(row, runs, baseline)
@@ -199,16 +201,16 @@ def _with_intervals(
 
 
 def _with_fold_interval(
-    row: MethodRow, runs: Mapping[Key, Facts], finished: Mapping[Cell, Facts], baseline: str
+    row: MethodRow, runs: Mapping[Key, Facts], finished: Mapping[Trial, Facts], baseline: str
 ) -> MethodRow:
     """The row, with the interval of its difference to the baseline over folds."""
     seeds = _differences(row, runs, baseline)
     if row.difference is None or not seeds:
         return row
     ap: dict[tuple[str, int], list[float]] = defaultdict(list)  # over seeds, by method and fold
-    for cell, fact in finished.items():
-        if cell.fold and cell.steps == row.steps and cell.seed in seeds and fact["AP"] is not None:
-            ap[cell.method, cell.fold.number].append(float(fact["AP"]))
+    for trial, fact in finished.items():
+        if trial.fold and trial.steps == row.steps and trial.seed in seeds and fact["AP"] is not None:
+            ap[trial.method, trial.fold.number].append(float(fact["AP"]))
     # A fold without objects has no AP, by any method.
     numbers = [number for method, number in ap if method == row.method]
     differences = [mean(ap[row.method, number]) - mean(ap[baseline, number]) for number in numbers]
@@ -219,7 +221,7 @@ def _with_fold_interval(
 
 
 def notes_of(
-    rows: Sequence[MethodRow], teacher: float | None, finished: Iterable[Cell] = (), folds: int | None = None
+    rows: Sequence[MethodRow], teacher: float | None, finished: Iterable[Trial] = (), folds: int | None = None
 ) -> list[str]:
     """What the table shows: speed, or a better end; and what it cannot show."""
     plain = {row.steps: row.mean for row in rows if row.method == NONE and row.mean is not None}
@@ -255,7 +257,7 @@ def _plateau_notes(rows: Sequence[MethodRow], plain: Mapping[int, float]) -> lis
     return notes
 
 
-def _interval_notes(rows: Sequence[MethodRow], finished: Iterable[Cell], folds: int | None) -> list[str]:
+def _interval_notes(rows: Sequence[MethodRow], finished: Iterable[Trial], folds: int | None) -> list[str]:
     """Why a difference has no interval, and which runs lack folds."""
     notes = []
     if folds is None and any(row.difference is not None and row.seed_deviation is None for row in rows):
@@ -264,7 +266,7 @@ def _interval_notes(rows: Sequence[MethodRow], finished: Iterable[Cell], folds: 
             "`--seeds 3`"
         )
     if folds is not None:
-        there: dict[Key, int] = Counter(_key(cell) for cell in finished)
+        there: dict[Key, int] = Counter(_key(trial) for trial in finished)
         notes += [
             f"{method}, {steps} steps, seed {seed} has {count} of {folds} folds: it is not in the table"
             for (method, steps, seed), count in there.items()
@@ -273,9 +275,9 @@ def _interval_notes(rows: Sequence[MethodRow], finished: Iterable[Cell], folds: 
     return notes
 
 
-def write_cells(path: Path, recipe: str, finished: Mapping[Cell, Facts], folds: int | None) -> None:
+def write_trials(path: Path, recipe: str, finished: Mapping[Trial, Facts], folds: int | None) -> None:
     """One line for each run of a student; with folds, for each of them."""
-    rows = [_names(recipe, cell, folds) | _numbers(fact) for cell, fact in finished.items()]
+    rows = [_names(recipe, trial, folds) | _numbers(fact) for trial, fact in finished.items()]
     _write_csv(path, (*_OF_A_CELL, *_fold_field(folds), *_FACTS), rows)
 
 
@@ -285,12 +287,12 @@ def write_pooled(path: Path, recipe: str, runs: Mapping[Key, Facts]) -> None:
     _write_csv(path, (*_OF_A_CELL, *_FACTS), rows)
 
 
-def write_curves(path: Path, recipe: str, cells: Iterable[Cell], folds: int | None) -> None:
-    """AP on the way of each cell, one line an evaluation: as many as ``train.evaluate_every`` asks for."""
+def write_curves(path: Path, recipe: str, trials: Iterable[Trial], folds: int | None) -> None:
+    """AP on the way of each trial, one line an evaluation: as many as ``train.evaluate_every`` asks for."""
     rows = []
-    for cell in cells:
-        found = (line for line in cell.run.read_log() if "evaluation" in line)
-        names = _names(recipe, cell, folds)
+    for trial in trials:
+        found = (line for line in trial.run.read_log() if "evaluation" in line)
+        names = _names(recipe, trial, folds)
         rows += [names | {"step": line["step"], "AP": line["evaluation"]["AP"]} for line in found]
     _write_csv(path, (*_OF_A_CELL, *_fold_field(folds), "step", "AP"), rows)
 
@@ -312,10 +314,10 @@ def _fold_field(folds: int | None) -> tuple[str, ...]:
     return ("fold",) if folds else ()
 
 
-def _names(recipe: str, cell: Cell, folds: int | None) -> dict[str, Any]:
-    """The fields that name the cell of a line."""
-    names = dict(zip(_OF_A_CELL, (recipe, *_key(cell)), strict=True))
-    return names | dict.fromkeys(_fold_field(folds), cell.fold and cell.fold.number)
+def _names(recipe: str, trial: Trial, folds: int | None) -> dict[str, Any]:
+    """The fields that name the trial of a line."""
+    names = dict(zip(_OF_A_CELL, (recipe, *_key(trial)), strict=True))
+    return names | dict.fromkeys(_fold_field(folds), trial.fold and trial.fold.number)
 
 
 def _numbers(fact: Facts) -> dict[str, float | str]:

@@ -64,7 +64,7 @@ class PicturesDone:
 
 
 @dataclass(frozen=True)
-class CellDone:
+class TrialDone:
     """One run of a table is finished.
 
     Attributes:
@@ -80,7 +80,7 @@ class CellDone:
     eta_seconds: float | None
 
 
-Event = Note | Phase | StepDone | Evaluated | PicturesDone | CellDone
+Event = Note | Phase | StepDone | Evaluated | PicturesDone | TrialDone
 Observer = Callable[[Event], None]
 
 

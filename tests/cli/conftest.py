@@ -159,7 +159,7 @@ COMPARED = Comparison(
     ),
     notes=("plain training gains +0.4 AP from 250 to 500 steps: its plateau",),
     failures=(),
-    cells=Path("out/cells.csv"),
+    trials=Path("out/trials.csv"),
     table=Path("out/table.csv"),
     plot=Path("out/comparison.png"),
 )

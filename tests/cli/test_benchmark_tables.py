@@ -1,4 +1,4 @@
-"""The tables of docs/benchmarks.md say what the finished cells say."""
+"""The tables of docs/benchmarks.md say what the finished trials say."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "benchmarks" / "tables.py"
 
-CELLS = """recipe,method,steps,seed,AP,AP50,AP75,AP_S,AP_M,AP_L,seconds_per_step,peak_memory_mb
+TRIALS = """recipe,method,steps,seed,AP,AP50,AP75,AP_S,AP_M,AP_L,seconds_per_step,peak_memory_mb
 toy,none,10,0,10.0,0,0,1.0,2.0,3.0,0.1,100
 toy,none,10,1,20.0,0,0,3.0,4.0,5.0,0.2,200
 toy,sgfi,10,1,26.0,0,0,7.0,8.0,9.0,0.3,300
@@ -39,7 +39,7 @@ def tables() -> ModuleType:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    (tmp_path / "toy.csv").write_text(CELLS)
+    (tmp_path / "toy.csv").write_text(TRIALS)
     (tmp_path / "toy-intervals.csv").write_text(INTERVALS)
     return tmp_path
 

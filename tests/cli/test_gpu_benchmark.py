@@ -108,14 +108,14 @@ def test_the_summary_has_targets_and_dashes(gpu: ModuleType, tmp_path: Path) -> 
         "pasted": {"bf16": 73.2, "fp32": 73.4},
     }
     for seed, ap in enumerate((10.0, 12.0)):
-        cell = tmp_path / f"roi_imitation-300-{seed}"
-        (cell / "run").mkdir(parents=True)
-        (cell / "run" / "metrics.json").write_text(
+        trial = tmp_path / f"roi_imitation-300-{seed}"
+        (trial / "run").mkdir(parents=True)
+        (trial / "run" / "metrics.json").write_text(
             json.dumps({"AP": ap, "seconds_per_step": 0.25, "peak_memory_mb": 900.0})
         )
-        (cell / "detections.pt").touch()
+        (trial / "detections.pt").touch()
     (tmp_path / "gdetkd-300-0" / "run").mkdir(parents=True)  # still at it
-    text = gpu.summary(results, gpu.bccd_cells(tmp_path))
+    text = gpu.summary(results, gpu.bccd_trials(tmp_path))
 
     assert "| bf16 | 216 | 200 | 1.08 (target 1.10: met) | 1500 | 1000 | 1.50 (target 1.35: missed) |" in text
     assert "| fp32 | - | - | - | - | - | - |" in text

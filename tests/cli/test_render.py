@@ -14,7 +14,7 @@ from gdetkd_cli.cli import render
 from gdetkd_cli.cli.live import narration
 from gdetkd_cli.cli.output import to_json
 from gdetkd_cli.cli.terminal import is_first_process
-from gdetkd_cli.engine.events import CellDone, Evaluated, Event, Note, Phase, PicturesDone, StepDone
+from gdetkd_cli.engine.events import Evaluated, Event, Note, Phase, PicturesDone, StepDone, TrialDone
 from gdetkd_cli.evaluation.coco_metrics import CocoMetrics
 
 STEP = StepDone(20, 600, 1.234, {"sgfi": 0.5, "ckd": 0.25}, 1e-3, 35.25, 80.0)
@@ -167,7 +167,7 @@ def test_a_table_of_methods(runs: Any) -> None:
     assert has_row(shown, "pkd", "500", "not run")
     assert "teacher: AP 52.8" in shown
     assert "plain training gains +0.4 AP from 250 to 500 steps: its plateau" in shown
-    assert "out/table.csv  out/cells.csv  out/comparison.png" in shown
+    assert "out/table.csv  out/trials.csv  out/comparison.png" in shown
 
 
 # -------------------------------------------------------------------------------------------------------- narration
@@ -199,7 +199,7 @@ def test_elsewhere_each_event_is_one_plain_line(metrics: CocoMetrics) -> None:
 
 def test_what_is_left_of_a_table() -> None:
     title = "sgfi, 500 steps, seed 0"
-    done = (CellDone(title, 23.4, 2, 310.0), CellDone(title, None, 1, None), CellDone(title, 23.4, 0, 0.0))
+    done = (TrialDone(title, 23.4, 2, 310.0), TrialDone(title, None, 1, None), TrialDone(title, 23.4, 0, 0.0))
     assert narrated(*done, terminal=False).splitlines() == [
         f"{title}: AP 23.4; 2 to go, about 5 min 10 s",
         f"{title}: AP -; 1 to go",

@@ -15,11 +15,12 @@ import pytest
 import torch
 import toy
 
-from gdetkd_cli.assembly import build_split, resolve_runtime
-from gdetkd_cli.commands import cells, compare, job, run_compare
+from gdetkd_cli.assembly import build_split, labels, resolve_runtime
+from gdetkd_cli.commands import compare, run_compare
 from gdetkd_cli.commands.compare import transfers_head
+from gdetkd_cli.compare import trials
 from gdetkd_cli.compare.table import Comparison, MethodRow, notes_of
-from gdetkd_cli.compare.trials import Cell, cell_of, run_cells
+from gdetkd_cli.compare.trials import Trial, run_trials, trial_of
 from gdetkd_cli.engine.events import Event, Note, Phase
 from gdetkd_cli.errors import DataError, ModelError, RecipeError, RunFolderError
 from gdetkd_cli.evaluation.coco_metrics import evaluate_coco
@@ -206,20 +207,20 @@ def test_rows_and_files(compared: tuple[Path, Comparison]) -> None:
     assert len(found.failures) == 2
     assert "class_kd, 3 steps, seed 0: Error: distill.class_kd: predictions of the RoI heads" in found.failures[0]
     assert found.teacher_ap is not None
-    with found.cells.open(newline="") as file:
-        cells = list(csv.DictReader(file))
-    assert [(c["method"], c["steps"], c["seed"]) for c in cells] == [
+    with found.trials.open(newline="") as file:
+        trials = list(csv.DictReader(file))
+    assert [(c["method"], c["steps"], c["seed"]) for c in trials] == [
         ("none", "3", "0"),
         ("pkd", "3", "0"),
         ("none", "3", "1"),
         ("pkd", "3", "1"),
     ]
     metrics = json.loads((folder / "pkd-3-1" / "run" / "metrics.json").read_text())
-    assert float(cells[3]["AP"]) == pytest.approx(metrics["AP"], abs=1e-3)
+    assert float(trials[3]["AP"]) == pytest.approx(metrics["AP"], abs=1e-3)
     with (folder / "curves.csv").open(newline="") as file:
         curves = list(csv.DictReader(file))
     assert [(c["method"], c["seed"], c["step"]) for c in curves] == [
-        (cell["method"], cell["seed"], step) for cell in cells for step in ("2", "3")
+        (trial["method"], trial["seed"], step) for trial in trials for step in ("2", "3")
     ]
     assert float(curves[-1]["AP"]) == pytest.approx(metrics["AP"])
     assert found.plot.stat().st_size > 1000
@@ -240,7 +241,7 @@ def test_a_finished_cell_is_not_run_again_and_a_lost_one_is(compared: tuple[Path
 
     assert (folder / "none-3-0" / "run" / "student.pt").stat().st_mtime_ns == stamp
     assert [event.title for event in heard if isinstance(event, Phase)] == ["pkd, 3 steps, seed 1"]
-    assert Note("4 cells, 3 of them finished before") in heard
+    assert Note("4 trials, 3 of them finished before") in heard
     assert [r.ap for r in again.rows] == [r.ap for r in before.rows[:2]]
 
 
@@ -264,14 +265,14 @@ def test_what_was_asked_for_before_stays_in_the_table(compared: tuple[Path, Comp
     found = run_compare(toy.recipe(steps=3, student="retinanet"), methods=("none",), seeds=1, output=folder)
     assert [(row.method, len(row.ap)) for row in found.rows] == [("none", 2), ("pkd", 2)]
     assert found.rows[1].difference is not None and found.rows[1].interval is not None
-    with found.cells.open(newline="") as file:
+    with found.trials.open(newline="") as file:
         assert len(list(csv.DictReader(file))) == 4
 
 
 def test_another_recipe_gets_no_place_in_the_table(compared: tuple[Path, Comparison]) -> None:
     folder, _ = compared
     other: dict[str, Any] = {"name": "other"}
-    with pytest.raises(RunFolderError, match=r"has cells of a recipe that differs in name; choose another --output"):
+    with pytest.raises(RunFolderError, match=r"has trials of a recipe that differs in name; choose another --output"):
         run_compare(toy.recipe(steps=3, student="retinanet").model_copy(update=other), methods=("none",), output=folder)
 
 
@@ -307,11 +308,11 @@ def test_a_teacher_that_could_not_be_evaluated_is_tried_again(
 
 
 def test_a_budget_is_what_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The linear scaling rule would make 3 steps 12 in each cell's own process."""
+    """The linear scaling rule would make 3 steps 12 in each trial's own process."""
     recipe = toy.recipe(steps=3)
     train = recipe.train.model_copy(update={"reference_batch": 4 * recipe.train.batch_size})
     seen: list[Recipe] = []
-    monkeypatch.setattr(compare, "run_cells", lambda recipes, *_, **__: seen.extend(recipes.values()) or [])
+    monkeypatch.setattr(compare, "run_trials", lambda recipes, *_, **__: seen.extend(recipes.values()) or [])
     run_compare(recipe.model_copy(update={"train": train}), methods=("none",), seeds=1, steps=(3,), output=tmp_path)
 
     assert [(one.train.steps, one.train.reference_batch) for one in seen] == [(3, None)]
@@ -319,51 +320,55 @@ def test_a_budget_is_what_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_call_that_ran_nothing_claims_nothing(tmp_path: Path) -> None:
-    """Data that could not be read are put right: the folder has no cells that the new recipe could not stand beside."""
+    """Data that could not be read are put right: the folder has no trials of another recipe."""
     wrong = toy.recipe(steps=3).model_copy(update={"data": CocoData(format="coco", root=tmp_path / "absent")})
     with pytest.raises(DataError, match="absent"):
         run_compare(wrong, methods=("none",), seeds=1, output=tmp_path / "table")
     assert len(run_compare(toy.recipe(steps=3), methods=("none",), seeds=1, output=tmp_path / "table").rows) == 1
 
 
-def _a_cell(folder: Path) -> Cell:
-    cell = cell_of(folder, "none", 3, 0)
-    cell.run.make()
-    return cell
+def a_trial(folder: Path) -> Trial:
+    trial = trial_of(folder, "none", 3, 0)
+    trial.run.make()
+    return trial
 
 
 def test_a_cell_that_an_orphan_still_trains_is_left_alone(tmp_path: Path) -> None:
-    cell = _a_cell(tmp_path)
-    (cell.run.path / "recipe.yaml").write_text("kept")
+    trial = a_trial(tmp_path)
+    (trial.run.path / "recipe.yaml").write_text("kept")
     holder = subprocess.Popen(
-        [sys.executable, "-c", f"import fcntl, sys; f = open({str(cell.run.path / '.lock')!r}, 'w'); "
+        [sys.executable, "-c", f"import fcntl, sys; f = open({str(trial.run.path / '.lock')!r}, 'w'); "
          "fcntl.flock(f, fcntl.LOCK_EX); print('held', flush=True); sys.stdin.read()"],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE,
     )  # fmt: skip
     assert holder.stdout is not None and holder.stdout.readline()
     with pytest.raises(RunFolderError, match="another process is writing into"):
-        cells._train(cell, toy.recipe(steps=3), cells._Place("cpu"))
+        trials.train_trial(trial, toy.recipe(steps=3), trials.Place("cpu"))
     holder.communicate()
-    assert (cell.run.path / "recipe.yaml").read_text() == "kept"
-    with cell.run.held():
+    assert (trial.run.path / "recipe.yaml").read_text() == "kept"
+    with trial.run.held():
         pass
 
 
-def test_how_a_cell_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_how_a_trial_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     killed = [sys.executable, "-c", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"]
     run = subprocess.run
-    monkeypatch.setattr(cells.subprocess, "run", lambda _, **options: run(killed, **options))
+    monkeypatch.setattr(trials.subprocess, "run", lambda _, **options: run(killed, **options))
     settings = resolve_runtime(toy.recipe().runtime)
     heard: list[Event] = []
-    (told,) = run_cells({_a_cell(tmp_path): toy.recipe(steps=3)}, settings, jobs=1, observer=heard.append)
+    (told,) = run_trials({a_trial(tmp_path): toy.recipe(steps=3)}, settings, jobs=1, observer=heard.append)
     assert "none, 3 steps, seed 0: its process was ended by SIGKILL (often: too little memory)" in told
-    monkeypatch.setattr(cells, "_train", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("no memory left")))
-    assert run_cells({_a_cell(tmp_path): toy.recipe(steps=3)}, settings, jobs=1, observer=heard.append) == [
+
+    def fail(*_: object) -> None:
+        raise torch.OutOfMemoryError("no memory left")
+
+    monkeypatch.setattr(trials, "train_trial", fail)
+    assert run_trials({a_trial(tmp_path): toy.recipe(steps=3)}, settings, jobs=1, observer=heard.append) == [
         "none, 3 steps, seed 0: no memory left"
     ]
 
 
-def test_runs_at_the_same_time_have_gpus_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_simultaneous_runs_have_gpus_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5,7")
     settings = replace(resolve_runtime(toy.recipe().runtime), device="cuda")
@@ -371,37 +376,38 @@ def test_runs_at_the_same_time_have_gpus_of_their_own(tmp_path: Path, monkeypatc
     given: list[str] = []
 
     def run(command: list[str], *, env: dict[str, str], **_: Any) -> subprocess.CompletedProcess[str]:
-        together.wait()  # both cells of a pair are being trained
+        together.wait()  # both trials of a pair are being trained
         given.append(env["CUDA_VISIBLE_DEVICES"])
         return subprocess.CompletedProcess(command, 0)
 
     predicted: list[str] = []
-    monkeypatch.setattr(cells.subprocess, "run", run)
-    monkeypatch.setattr(cells, "_predict", lambda *args: predicted.append(args[3].device))
-    recipes = {cell_of(tmp_path, "none", 3, seed): toy.recipe(steps=3) for seed in range(4)}
-    failures = run_cells(recipes, settings, jobs=2, observer=lambda _: None)
+    monkeypatch.setattr(trials.subprocess, "run", run)
+    monkeypatch.setattr(trials, "_predict", lambda *args: predicted.append(args[3].device))
+    recipes = {trial_of(tmp_path, "none", 3, seed): toy.recipe(steps=3) for seed in range(4)}
+    failures = run_trials(recipes, settings, jobs=2, observer=lambda _: None)
     assert len(failures) == 4  # no process ran: none has metrics
     assert sorted(given) == ["3", "3", "5", "5"] and sorted(predicted) == ["cuda:0", "cuda:0", "cuda:1", "cuda:1"]
 
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-    assert [place.device for place in cells._places(settings, 3)] == ["cuda:0", "cuda:1", "cuda:0"]
-    assert [place.environment["CUDA_VISIBLE_DEVICES"] for place in cells._places(settings, 3)] == ["0", "1", "0"]
-    assert cells._places(replace(settings, device="cpu"), 2) == [cells._Place("cpu"), cells._Place("cpu")]
+    assert [place.device for place in trials.places(settings, 3)] == ["cuda:0", "cuda:1", "cuda:0"]
+    assert [place.environment["CUDA_VISIBLE_DEVICES"] for place in trials.places(settings, 3)] == ["0", "1", "0"]
+    assert trials.places(replace(settings, device="cpu"), 2) == [trials.Place("cpu"), trials.Place("cpu")]
 
 
 def test_time_left_is_told_by_the_cells_that_were_run(tmp_path: Path) -> None:
     plain, distilled, long, other = (
-        cell_of(tmp_path, method, steps, 0) for method, steps in (("none", 10), ("sgfi", 10), ("sgfi", 40), ("ckd", 10))
+        trial_of(tmp_path, method, steps, 0)
+        for method, steps in (("none", 10), ("sgfi", 10), ("sgfi", 40), ("ckd", 10))
     )
-    left = cells._TimeLeft([plain, distilled, long, other], jobs=2)
+    left = trials.TimeLeft([plain, distilled, long, other], jobs=2)
     assert left.without(plain) == (3, None)  # it was trained by an earlier call
     assert left.without(distilled, 20.0) == (2, (40 * 2.0 + 10 * 2.0) / 2)
-    assert left.without(other, 10.0) == (1, 40 * 2.0)  # one process has the last cell to itself
+    assert left.without(other, 10.0) == (1, 40 * 2.0)  # one process has the last trial to itself
     assert left.without(long, 80.0) == (0, 0.0)
 
 
 def test_pictures_that_the_teacher_labels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Labelled once, for plain training too; the cells' recipes have ordinary annotations."""
+    """Labelled once, for plain training too; the trials' recipes have ordinary annotations."""
     pictures = tmp_path / "pictures"
     toy.write_pictures(pictures, [f"{i:02}.png" for i in range(12)])
     teacher = CheckpointDetector(arch="checkpoint", path="builtin:shapes-teacher")
@@ -416,6 +422,6 @@ def test_pictures_that_the_teacher_labels(tmp_path: Path, monkeypatch: pytest.Mo
     labelled = [note for note in heard if isinstance(note, Note) and "labelled by the teacher" in note.text]
     assert len(labelled) == 2  # training and validation pictures
     heard.clear()
-    monkeypatch.setattr(job, "label_split", None)  # they are not labelled again
+    monkeypatch.setattr(labels, "label_split", None)  # they are not labelled again
     run_compare(recipe, methods=("none", "sgfi"), seeds=1, output=folder, observer=heard.append)
-    assert Note("2 cells, 2 of them finished before") in heard
+    assert Note("2 trials, 2 of them finished before") in heard

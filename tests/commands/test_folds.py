@@ -17,7 +17,7 @@ from gdetkd_cli import assembly
 from gdetkd_cli.commands import compare, run_compare, run_train
 from gdetkd_cli.compare.folds import fold_teachers, folds_of, with_fold
 from gdetkd_cli.compare.table import Comparison, make_rows, notes_of
-from gdetkd_cli.compare.trials import Cell, cell_of, finished_cells
+from gdetkd_cli.compare.trials import Trial, finished_trials, trial_of
 from gdetkd_cli.data.split import Split
 from gdetkd_cli.engine.events import Event, Note, Phase
 from gdetkd_cli.errors import DataError, RecipeError, RunFolderError
@@ -67,10 +67,10 @@ def crossed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Recipe, Com
     return folder, recipe, run_compare(recipe, methods=("none", "sgfi"), seeds=1, folds=FOLDS, output=folder)
 
 
-def pooled(cells: Iterable[Path], split: Split) -> float | None:
+def pooled(trials: Iterable[Path], split: Split) -> float | None:
     found: dict[int, Detections] = {}
-    for cell in cells:
-        stored = torch.load(cell / "detections.pt", weights_only=True)
+    for trial in trials:
+        stored = torch.load(trial / "detections.pt", weights_only=True)
         assert not found.keys() & stored.keys()
         found |= {number: Detections(**one) for number, one in stored.items()}
     assert found.keys() == {record.image_id for record in split.records}
@@ -83,8 +83,8 @@ def test_ap_is_that_of_all_folds_together(crossed: tuple[Path, Recipe, Compariso
     split = every_image(recipe)
     assert len(split) == 14
     for row in found.rows:
-        cells = [folder / f"{row.method}-2-0-fold-{number}-of-2" for number in (1, 2)]
-        assert row.ap == {0: pooled(cells, split)}
+        trials = [folder / f"{row.method}-2-0-fold-{number}-of-2" for number in (1, 2)]
+        assert row.ap == {0: pooled(trials, split)}
     plain, sgfi = found.rows
     assert plain.interval is None
     assert sgfi.difference is not None
@@ -100,13 +100,13 @@ def test_ap_is_that_of_all_folds_together(crossed: tuple[Path, Recipe, Compariso
 
 def test_files_name_the_fold(crossed: tuple[Path, Recipe, Comparison]) -> None:
     folder, _, found = crossed
-    with found.cells.open(newline="") as file:
-        cells = list(csv.DictReader(file))
+    with found.trials.open(newline="") as file:
+        trials = list(csv.DictReader(file))
     expected = [("none", "1"), ("none", "2"), ("sgfi", "1"), ("sgfi", "2")]
-    assert [(cell["method"], cell["fold"]) for cell in cells] == expected
+    assert [(trial["method"], trial["fold"]) for trial in trials] == expected
     with (folder / "curves.csv").open(newline="") as file:
         assert [(line["method"], line["fold"], line["step"]) for line in csv.DictReader(file)] == [
-            (*cell, step) for cell in expected for step in ("1", "2")
+            (*trial, step) for trial in expected for step in ("1", "2")
         ]
     with (folder / "pooled.csv").open(newline="") as file:
         assert [float(line["AP"]) for line in csv.DictReader(file)] == [
@@ -128,12 +128,12 @@ def test_no_run_and_no_teacher_sees_what_it_is_tested_on(crossed: tuple[Path, Re
         own = load_recipe(teacher / "run" / "recipe.yaml")
         assert own.distill is None and own.train.steps == 2
         for method in ("none", "sgfi"):
-            cell = load_recipe(folder / f"{method}-2-0-fold-{number}-of-2" / "run" / "recipe.yaml")
-            assert ids(cell, "val") == ids(own, "val")
-            for one in (cell, own):
-                assert not ids(one, "train") & ids(cell, "val")
-                assert ids(one, "train") | ids(cell, "val") == set(range(1, 15))
-            assert cell.teacher == (
+            trial = load_recipe(folder / f"{method}-2-0-fold-{number}-of-2" / "run" / "recipe.yaml")
+            assert ids(trial, "val") == ids(own, "val")
+            for one in (trial, own):
+                assert not ids(one, "train") & ids(trial, "val")
+                assert ids(one, "train") | ids(trial, "val") == set(range(1, 15))
+            assert trial.teacher == (
                 None if method == "none" else CheckpointDetector(arch="checkpoint", path=str(teacher / "run"))
             )
         held_out.append(ids(own, "val"))
@@ -150,7 +150,7 @@ def test_what_is_finished_is_not_run_again(crossed: tuple[Path, Recipe, Comparis
         recipe, methods=("none",), seeds=1, folds=FOLDS, baseline="sgfi", output=folder, observer=heard.append
     )
     assert Note("2 teachers of folds, 2 of them finished before") in heard
-    assert Note("2 cells, 2 of them finished before") in heard
+    assert Note("2 trials, 2 of them finished before") in heard
     assert not [event for event in heard if isinstance(event, Phase)]
     # Half of SGFI's images have no detections any more: no AP, and no difference to it.
     assert [(row.method, list(row.ap), row.difference) for row in again.rows] == [
@@ -166,22 +166,22 @@ def test_what_is_finished_is_not_run_again(crossed: tuple[Path, Recipe, Comparis
 
 def test_other_folds_are_another_table(crossed: tuple[Path, Recipe, Comparison]) -> None:
     folder, recipe, _ = crossed
-    with pytest.raises(RunFolderError, match="has cells of 2 folds; go on with --folds 2, or choose another --output"):
+    with pytest.raises(RunFolderError, match="has trials of 2 folds; go on with --folds 2, or choose another --output"):
         run_compare(recipe, methods=("none",), seeds=1, output=folder)
-    with pytest.raises(RunFolderError, match="has cells of 2 folds"):
+    with pytest.raises(RunFolderError, match="has trials of 2 folds"):
         run_compare(recipe, methods=("none",), seeds=1, folds=3, output=folder)
 
 
-# ------------------------------------------------------------------------------------- rows of cells made by hand
+# ------------------------------------------------------------------------------------- rows of trials made by hand
 
 
 def by_hand(folder: Path, recipe: Recipe) -> None:
-    """Cells of two methods, two seeds and two folds that detect the truth, off by other numbers of pixels in each."""
+    """Trials of two methods, two seeds and two folds that detect the truth, off by other numbers of pixels in each."""
     generator = torch.Generator().manual_seed(0)
     for method, off in (("none", 3.0), ("sgfi", 1.5)):
         for seed in (0, 1):
             for fold in (Fold(number=number, of=FOLDS) for number in (1, 2)):
-                cell = cell_of(folder, method, 5, seed, fold)
+                trial = trial_of(folder, method, 5, seed, fold)
                 split = assembly.build_split(with_fold(recipe.data, fold), "val")
                 found = {
                     record.image_id: Detections(
@@ -191,30 +191,30 @@ def by_hand(folder: Path, recipe: Recipe) -> None:
                     )
                     for record in split.records
                 }
-                cell.run.make()
-                torch.save({number: vars(one) for number, one in found.items()}, cell.detections)
+                trial.run.make()
+                torch.save({number: vars(one) for number, one in found.items()}, trial.detections)
                 metrics = evaluate_coco(split.records, split.class_names, found).to_json()
                 spent = {"seconds_per_step": 0.1 * fold.number, "peak_memory_mb": 100.0}
-                cell.run.metrics.write_text(json.dumps(metrics | spent))
+                trial.run.metrics.write_text(json.dumps(metrics | spent))
 
 
 def test_rows_pool_folds_and_intervals_are_over_them(tmp_path: Path) -> None:
     recipe = toy.recipe()
     by_hand(tmp_path, recipe)
-    finished = finished_cells(tmp_path, FOLDS)
-    assert len(finished) == 8 and finished_cells(tmp_path) == {} == finished_cells(tmp_path, 3)
+    finished = finished_trials(tmp_path, FOLDS)
+    assert len(finished) == 8 and finished_trials(tmp_path) == {} == finished_trials(tmp_path, 3)
     split = every_image(recipe)
     (plain, sgfi), runs = make_rows([(5, "none")], finished, split, "none", FOLDS)
     for row in (plain, sgfi):
         for seed in (0, 1):
-            cells = [tmp_path / f"{row.method}-5-{seed}-fold-{number}-of-2" for number in (1, 2)]
-            assert row.ap[seed] == runs[row.method, 5, seed]["AP"] == pooled(cells, split)
+            trials = [tmp_path / f"{row.method}-5-{seed}-fold-{number}-of-2" for number in (1, 2)]
+            assert row.ap[seed] == runs[row.method, 5, seed]["AP"] == pooled(trials, split)
     assert plain.seconds_per_step == pytest.approx(0.15)
     assert sgfi.difference == pytest.approx(sum(sgfi.ap[seed] - plain.ap[seed] for seed in (0, 1)) / 2)
     assert sgfi.image_deviation is None and sgfi.seed_deviation is not None
 
     def of_fold(method: str, number: int) -> float:
-        aps = [float(fact["AP"]) for cell, fact in finished.items() if is_of(cell, method, number)]
+        aps = [float(fact["AP"]) for trial, fact in finished.items() if is_of(trial, method, number)]
         assert len(aps) == 2
         return sum(aps) / 2
 
@@ -224,15 +224,15 @@ def test_rows_pool_folds_and_intervals_are_over_them(tmp_path: Path) -> None:
     assert sgfi.interval == pytest.approx((sgfi.difference - half, sgfi.difference + half), abs=1e-2)
 
 
-def is_of(cell: Cell, method: str, number: int) -> bool:
-    return cell.method == method and cell.fold is not None and cell.fold.number == number
+def is_of(trial: Trial, method: str, number: int) -> bool:
+    return trial.method == method and trial.fold is not None and trial.fold.number == number
 
 
 def test_a_seed_without_all_folds_is_left_out(tmp_path: Path) -> None:
     recipe = toy.recipe()
     by_hand(tmp_path, recipe)
     (tmp_path / "sgfi-5-1-fold-2-of-2" / "detections.pt").unlink()
-    finished = finished_cells(tmp_path, FOLDS)
+    finished = finished_trials(tmp_path, FOLDS)
     (plain, sgfi), _ = make_rows([], finished, every_image(recipe), "none", FOLDS)
     assert (list(plain.ap), list(sgfi.ap)) == ([0, 1], [0])
     assert sgfi.difference == pytest.approx(sgfi.ap[0] - plain.ap[0])
@@ -245,14 +245,14 @@ def test_a_seed_without_all_folds_is_left_out(tmp_path: Path) -> None:
 
 
 def test_every_seed_and_method_has_the_same_folds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: dict[Cell, Recipe] = {}
-    monkeypatch.setattr(compare, "run_cells", lambda recipes, *_, **__: seen.update(recipes) or [])
+    seen: dict[Trial, Recipe] = {}
+    monkeypatch.setattr(compare, "run_trials", lambda recipes, *_, **__: seen.update(recipes) or [])
     heard: list[Event] = []
     teacher = taught_by("builtin:shapes-teacher")
     run_compare(teacher, methods=("none", "sgfi"), seeds=2, folds=3, output=tmp_path, observer=heard.append)
     assert len(seen) == 12
     for number in (1, 2, 3):
-        held_out = [ids(recipe, "val") for cell, recipe in seen.items() if cell.fold and cell.fold.number == number]
+        held_out = [ids(recipe, "val") for trial, recipe in seen.items() if trial.fold and trial.fold.number == number]
         assert len(held_out) == 4 and all(one == held_out[0] for one in held_out)
     (note,) = [event.text for event in heard if isinstance(event, Note) and "serves every fold" in event.text]
     assert note.startswith("the teacher builtin:shapes-teacher serves every fold as it is: it is assumed not to")
@@ -305,10 +305,10 @@ def test_a_teacher_is_trained_anew_by_its_own_recipe(tmp_path: Path) -> None:
     own = plain(toy.recipe(steps=77))
     recipe = taught_by(a_run(tmp_path / "run", own))
     made = fold_teachers(recipe, tmp_path / "table", folds_of(recipe, 2))
-    for fold, (cell, made_of) in made.items():
+    for fold, (trial, made_of) in made.items():
         assert made_of == changed(own, data=own.data.model_copy(update={"fold": fold}), runtime=recipe.runtime)
-        assert cell.folder == tmp_path / "table" / f"teacher-fold-{fold.number}-of-2"
-        assert cell.title == f"teacher, 77 steps, seed 0, fold {fold.number} of 2"
+        assert trial.folder == tmp_path / "table" / f"teacher-fold-{fold.number}-of-2"
+        assert trial.title == f"teacher, 77 steps, seed 0, fold {fold.number} of 2"
 
 
 def test_coco_data_are_the_same_by_their_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

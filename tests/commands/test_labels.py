@@ -59,6 +59,9 @@ class Says:
 
     class_names = ("cat", "dog", "bird")
 
+    def check_detects(self) -> None:
+        """They can be read."""
+
     def predict(self, images: list[torch.Tensor]) -> list[Detections]:
         boxes = torch.tensor([[1.0, 2, 21, 42], [5, 5, 15, 10], [30, 30, 80, 60]])
         return [Detections(boxes, torch.tensor([0.9, 0.6, 0.4]), torch.tensor([3, 1, 1])) for _ in images]

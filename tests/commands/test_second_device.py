@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from distilling import ALL_TERMS
 
-from gdetkd_cli import assembly
+from gdetkd_cli.assembly import setup
 from gdetkd_cli.commands import profile_distill, run_distill
 from gdetkd_cli.engine.device import ComputeSettings
 from gdetkd_cli.engine.run_folder import RunFolder
@@ -31,13 +31,13 @@ OTHERS = {name: settings() for name, settings in TERMS.items() if name not in (*
 @contextmanager
 def runs_elsewhere() -> Iterator[None]:
     """Every run in this block uses the second device."""
-    resolve = assembly.resolve_runtime
+    resolve = setup.resolve_runtime
 
     def resolved(*args: Any, **kwargs: Any) -> ComputeSettings:
         return replace(resolve(*args, **kwargs), device=elsewhere.ELSEWHERE.type)
 
     with pytest.MonkeyPatch.context() as patch, elsewhere.machine():
-        patch.setattr(assembly, "resolve_runtime", resolved)
+        patch.setattr(setup, "resolve_runtime", resolved)
         patch.setattr(Accelerator, "device", elsewhere.ELSEWHERE)
         yield
     AcceleratorState._reset_state(reset_partial_state=True)
