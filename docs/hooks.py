@@ -11,8 +11,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-from mkdocs.structure.files import File
-
 ROOT = Path(__file__).parents[1]
 PAGES = {  # file in the repository: page of the site
     "recipes/README.md": "project/recipes.md",
@@ -27,6 +25,8 @@ _FENCE = re.compile(r"(^```.*?^```$)", flags=re.DOTALL | re.MULTILINE)
 
 def on_files(files: Any, config: Any) -> Any:
     """Adds the files beside docs/ as pages."""
+    from mkdocs.structure.files import File  # the tests of this file need no mkdocs
+
     for source, page in PAGES.items():
         files.append(File.generated(config, page, content=(ROOT / source).read_text(encoding="utf-8")))
     return files
