@@ -30,7 +30,8 @@ test: env
 site: env
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
 	$(BIN)/python docs/generate.py
-	$(BIN)/mkdocs build --strict
+	$(BIN)/python docs/site.py
+	$(BIN)/zensical build --strict --clean
 
 clean:
 	rm -rf $(VENV) dist build site

@@ -22,18 +22,18 @@ from typing import Any
 from gdetkd_cli.recipe.load import json_schema
 
 FOLDER = Path(__file__).parent / "reference"
-_NOTE = "<!-- Written by docs/generate.py from the program. Change the program's help texts instead of this page. -->\n\n"
+_NOTE = "<!-- docs/generate.py writes this page from the program: change the program's help texts instead. -->\n\n"
 _RECIPE_TITLE = """\
 # Recipe schema
 
 A recipe is one YAML file with everything a run needs. `gdetkd recipe schema` prints this schema as JSON Schema, which
-editors use to complete and check YAML. `gdetkd recipe validate FILE` names the field and the line of each mistake. Every
-field can be set on the command line: `--set train.steps=500 --set student.width=16`. A relative path starts from the
-folder that you run the command in.
+editors use to complete and check YAML. `gdetkd recipe init` writes a commented recipe to start from, and `gdetkd recipe
+validate FILE` names the field and the line of each mistake. You can set every field on the command line:
+`--set train.steps=500 --set student.width=16`. A relative path starts from the folder that you run the command in.
 
 Steps are optimizer steps, sizes are pixels and AP is in 0-100, unless a field's description names another unit.
-[Detectors](detectors.md) explains the `student` and `teacher` blocks, and the [method](../method.md) explains the terms of
-`distill`.
+[Detectors](detectors.md) explains the `student` and `teacher` blocks, and [the method](../method.md) explains the terms
+of `distill`.
 """
 
 
@@ -137,7 +137,7 @@ def _values(field: Mapping[str, Any]) -> str:
         case "array":
             items = field.get("items") or field.get("prefixItems", [{}])[0]
             length = field.get("minItems") if field.get("minItems") == field.get("maxItems") else None
-            return f"list of {f'{length} × ' if length else ''}{_values(items)}"
+            return f"list of {f'{length}: ' if length else ''}{_values(items)}"
         case "object":
             return "mapping"
         case "string":

@@ -146,26 +146,28 @@ def navigation(entries: Any) -> Iterator[str]:
 
 def test_every_page_is_in_the_navigation() -> None:
     named = list(navigation(yaml.safe_load((ROOT / "mkdocs.yml").read_text("utf-8"))["nav"]))
-    added = set(script("hooks").PAGES.values())
+    added = set(script("site").PAGES.values())
 
     assert len(named) == len(set(named))
     assert set(named) == {str(page.relative_to(ROOT / "docs")) for page in PAGES} | added
 
 
 def test_the_site_keeps_links_between_repository_files() -> None:
-    rewrite = script("hooks").site_links
-    known = {"method.md", "guides/export.md", "project/recipes.md", "project/security.md"}
+    rewrite = script("site").site_links
 
     def site(link: str, page: str) -> str:
-        return rewrite(f"[x]({link})", page, known)
+        return rewrite(f"[x]({link})", page)
 
     assert site("../method.md#sgfi", "guides/export.md") == "[x](../method.md#sgfi)"
     assert site("../../SECURITY.md", "guides/export.md") == "[x](../project/security.md)"
     assert site("../docs/method.md", "project/recipes.md") == "[x](../method.md)"  # shown from recipes/README.md
     assert site("docs/guides/export.md", "project/security.md") == "[x](../guides/export.md)"
     assert site("../LICENSE", "method.md") == "x"  # the site does not show it
+    assert site("benchmarks", "benchmarks.md") == "x"  # a folder
+    assert site("../nowhere.md", "method.md") == "[x](../nowhere.md)"  # dead: the site's build must fail
     assert site("https://example.org/a.md", "method.md") == "[x](https://example.org/a.md)"
     assert site("#cost", "method.md") == "[x](#cost)"
+    assert rewrite("```\n[x](../LICENSE)\n```", "method.md") == "```\n[x](../LICENSE)\n```"  # code stays as it is
 
 
 def test_the_readme_is_short() -> None:
