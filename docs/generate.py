@@ -137,7 +137,7 @@ def _values(field: Mapping[str, Any]) -> str:
         case "array":
             items = field.get("items") or field.get("prefixItems", [{}])[0]
             length = field.get("minItems") if field.get("minItems") == field.get("maxItems") else None
-            return f"list of {f'{length}: ' if length else ''}{_values(items)}"
+            return f"list{f' of {length}' if length else ''}: {_values(items)}"
         case "object":
             return "mapping"
         case "string":
