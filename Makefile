@@ -1,5 +1,6 @@
 # make demo   environment if missing, then the whole job on the built-in data: teacher, student, distilled student
 # make test   environment if missing, then lint, types, layers, tests
+# make site   environment if missing, then the documentation as a site in site/; fails on a dead link
 # Another Python: make test PYTHON=python3.12
 
 PYTHON ?= python3
@@ -7,7 +8,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO_ARGS ?=
 
-.PHONY: demo test env clean
+.PHONY: demo test site env clean
 
 env: $(VENV)/.installed
 
@@ -26,5 +27,11 @@ test: env
 	$(BIN)/lint-imports
 	$(BIN)/pytest
 
+site: env
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	$(BIN)/python docs/generate.py
+	$(BIN)/python docs/site.py
+	$(BIN)/zensical build --strict --clean
+
 clean:
-	rm -rf $(VENV) dist build
+	rm -rf $(VENV) dist build site
