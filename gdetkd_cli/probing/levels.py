@@ -100,7 +100,7 @@ class _Set:
     confidence: float = 0.0
 
 
-# (right + 1) / (tried + 2) of each rule over the detectors in docs/probe.md.
+# (right + 1) / (tried + 2) of each rule over the detectors in docs/reference/probed-models.md.
 _CONFIDENCE = {
     "shared head": 0.95,
     "pooled": 0.5,

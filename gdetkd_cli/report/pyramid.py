@@ -57,7 +57,7 @@ class PyramidReport:
         classes: class names; empty where they are unknown.
         parameters: number of parameters.
         reason: why these are the levels.
-        confidence: how often this reason was right over the detectors in docs/probe.md, in 0..1; 1 where the
+        confidence: how often this reason was right over the detectors in docs/reference/probed-models.md, in 0..1; 1 where the
             architecture is known.
         alternatives: runners-up.
     """
