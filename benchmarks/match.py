@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from gdetkd_cli.commands.plan import endless_batches, prepare_steps
-from gdetkd_cli.distill.heads import LevelMatcher
+from gdetkd_cli.methods.sgfi import LevelMatcher
 from gdetkd_cli.recipe.load import load_recipe
 from gdetkd_cli.structures import Regions
 

@@ -6,27 +6,30 @@ import re
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
-from gdetkd_cli.assembly.baselines import Rival, rival_term, rivals
+from gdetkd_cli.detectors.compatibility import PairKind, pair_kind
 from gdetkd_cli.detectors.protocol import Detector, Observation
-from gdetkd_cli.distill.distiller import Distiller, WeightedTerm
-from gdetkd_cli.distill.pair import PairKind, pair_kind, prediction_columns, stage_weights
+from gdetkd_cli.distill.distiller import ChooseRegions, Distiller, WeightedTerm
+from gdetkd_cli.distill.policy import auto_weight, prediction_warmup, regions_per_image
 from gdetkd_cli.distill.regions import choose_regions
-from gdetkd_cli.distill.terms import BoxTerm, CKDTerm, ClassTerm, SGFITerm
 from gdetkd_cli.distill.transfer import fitting_head, transfer_head
 from gdetkd_cli.errors import PairError
-from gdetkd_cli.recipe.distillation import CKD, PKD, SGFI, Distill, PredictionKD
+from gdetkd_cli.methods import BUILDERS
+from gdetkd_cli.methods.base import Detectors
+from gdetkd_cli.recipe.distillation import (
+    CKD,
+    SGFI,
+    Distill,
+    Logit,
+    PredictionKD,
+    RegionChoice,
+    RoIImitation,
+    WholeMaps,
+)
 from gdetkd_cli.structures import Batch, Regions
 
-# A two-stage student has layers between its region embedding and its predictions. A dense one's embedding is what its
-# class scores are made of: contrast with full weight costs it more than it brings (docs/benchmarks.md).
-_CKD_WEIGHTS = (1.0, 0.05)  # of a two-stage student, of a dense one
-_PKD_WEIGHTS = (6.0, 10.0)  # the same, as published
-_MOST_REGIONS = 512  # of an image, as many as a Faster R-CNN's head trains on
-_MOST_REGIONS_ON_CPU = 64  # where the cost of a step grows with them
-
-Block = SGFI | CKD | PredictionKD | Rival
+Block = SGFI | CKD | PredictionKD | WholeMaps | RoIImitation | Logit
+GDETKD_TERMS = ("sgfi", "ckd", "class_kd", "box_kd")
 
 
 @dataclass(frozen=True)
@@ -88,65 +91,21 @@ def build_pair(
             "set distill.pair to auto"
         )
     transferred, head_transfer = _transfer(config, student, teacher, trained_head)
-    channels = {level.channels for detector in (student, teacher) for level in detector.levels}
-    same_space = transferred and len(channels) == 1
-    teacher.module.eval()
-    for parameter in teacher.module.parameters():  # one by one: TorchScript cannot do it as a whole
-        parameter.requires_grad_(False)
+    freeze(teacher)
     torch.manual_seed(seed)  # the terms' fresh weights
-    plans: list[TermPlan] = []
-    terms: dict[str, WeightedTerm] = {}
-
-    def add(name: str, block: Block | None, term: nn.Module | None, reason: str) -> None:
-        if block is None or term is None:
-            plans.append(TermPlan(name=name, weight=None, reason=reason))
-            return
-        weight = _weight(block, student)
-        plans.append(TermPlan(name=name, weight=weight, reason=reason))
-        warmup = block.warmup_steps
-        if warmup == "auto":
-            warmup = 0 if transferred or trained_head else steps // 2
-        terms[name] = WeightedTerm(term, weight, warmup)
-
-    add(
-        "sgfi",
-        config.sgfi,
-        _sgfi(config.sgfi, student, teacher, same_space),
-        "" if config.sgfi else "left out by the recipe",
-    )
-    ckd, reason = _settled(config.ckd, teacher)
-    add("ckd", ckd, _ckd(ckd, student, teacher), reason)
-    stages = stage_weights(student, teacher)
-    for name, block, term_class in (
-        ("class_kd", config.class_kd, ClassTerm),
-        ("box_kd", config.box_kd, BoxTerm),
-    ):
-        settled, reason, columns = _prediction(name, block, student, teacher)
-        add(name, settled, term_class(columns=columns, stage_weights=stages) if columns is not None else None, reason)
-    for name, rival in rivals(config):
-        add(name, rival, rival_term(rival, student, teacher, same_space=same_space), "")
+    channels = {level.channels for detector in (student, teacher) for level in detector.levels}
+    pair = Detectors(student, teacher, same_space=transferred and len(channels) == 1)
+    plans, terms = _build_terms(config, pair, prediction_warmup(steps, trained_head=transferred or trained_head))
     if not terms:
         raise PairError("the recipe leaves out every distillation term; use `gdetkd train` for plain training")
-
-    options, per_image = config.regions, _regions_per_image(config, student, device)
-
-    def choose(seen: Observation, batch: Batch, step: int) -> Regions:
-        assert seen.candidates is not None
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
-        return choose_regions(
-            seen.candidates,
-            batch,
-            per_image=per_image,
-            positive_iou=options.positive_iou,
-            negatives_per_positive=options.negatives_per_positive,
-            generator=generator,
-        )
-
+    per_image = config.regions.per_image
+    if per_image == "auto":
+        per_image = regions_per_image(student, device)
     distiller = Distiller(
         student=student,
         teacher=teacher,
         terms=terms,
-        choose_regions=choose,
+        choose_regions=_region_chooser(config.regions, per_image, seed),
         task_loss=config.task_loss == "own",
     )
     return BuiltPair(
@@ -159,12 +118,67 @@ def build_pair(
     )
 
 
-def _regions_per_image(config: Distill, student: Detector, device: str) -> int:
-    """The recipe's number, or as many as the student's head trains on (the paper), fewer on a CPU."""
-    if config.regions.per_image != "auto":
-        return config.regions.per_image
-    own = student.sampled_proposals or _MOST_REGIONS
-    return min(own, _MOST_REGIONS_ON_CPU) if device == "cpu" else own
+def freeze(detector: Detector) -> None:
+    """Evaluation mode, and no gradient for any parameter."""
+    detector.module.eval()
+    for parameter in detector.module.parameters():  # one by one: TorchScript cannot do it as a whole
+        parameter.requires_grad_(False)
+
+
+def _build_terms(config: Distill, pair: Detectors, fresh_warmup: int) -> tuple[list[TermPlan], dict[str, WeightedTerm]]:
+    """Every term of the recipe, built or left out with a reason.
+
+    Raises:
+        PairError: a term that the recipe asks for does not fit the pair.
+    """
+    plans: list[TermPlan] = []
+    terms: dict[str, WeightedTerm] = {}
+    for name in BUILDERS:
+        block, reason = _settle(name, getattr(config, name), pair)
+        if block is None:
+            if name in GDETKD_TERMS or reason:
+                plans.append(TermPlan(name=name, weight=None, reason=reason or "left out by the recipe"))
+            continue
+        settings = dict(block)
+        weight, warmup = settings.pop("weight"), settings.pop("warmup_steps", 0)
+        try:
+            term = BUILDERS[name](pair, **settings)
+        except PairError as error:
+            if getattr(config, name) != "auto":
+                advice = "set it to auto or null"
+                raise (PairError(f"distill.{name}: {error}; {advice}") if name in GDETKD_TERMS else error) from error
+            plans.append(TermPlan(name=name, weight=None, reason=str(error)))
+            continue
+        if weight == "auto":
+            weight = auto_weight(name, pair.student)  # type: ignore[arg-type]  # the two whose weight can be auto
+        terms[name] = WeightedTerm(term, weight, fresh_warmup if warmup == "auto" else warmup)
+        plans.append(TermPlan(name=name, weight=weight, reason=""))
+    return plans, terms
+
+
+def _settle(name: str, block: Block | str | None, pair: Detectors) -> tuple[Block | None, str]:
+    """The settings of a term, or why it is left out."""
+    if block is None or not isinstance(block, str):
+        return block, ""
+    if name == "ckd" and pair.teacher.finding is not None:
+        # Contrasting regions by the mean of their features makes students worse (docs/experiments.md).
+        return None, "the teacher's region embedding is not known; ckd: {} takes the mean of its pooled features"
+    return (CKD() if name == "ckd" else PredictionKD()), ""
+
+
+def _region_chooser(options: RegionChoice, per_image: int, seed: int) -> ChooseRegions:
+    def choose(seen: Observation, batch: Batch, step: int) -> Regions:
+        assert seen.candidates is not None
+        return choose_regions(
+            seen.candidates,
+            batch,
+            per_image=per_image,
+            positive_iou=options.positive_iou,
+            negatives_per_positive=options.negatives_per_positive,
+            generator=torch.Generator().manual_seed(seed * 1_000_003 + step),
+        )
+
+    return choose
 
 
 def _transfer(config: Distill, student: Detector, teacher: Detector, trained_head: bool) -> tuple[bool, str]:
@@ -182,70 +196,3 @@ def _transfer(config: Distill, student: Detector, teacher: Detector, trained_hea
     copied = transfer_head(student, teacher)
     parts = sorted({re.sub(r"(head|predictor)\..*", r"\1", name) for name in copied})
     return True, f"copied from the teacher: {', '.join(parts)} ({len(copied)} tensors)"
-
-
-def _sgfi(block: SGFI | None, student: Detector, teacher: Detector, same_space: bool) -> SGFITerm | None:
-    if block is None:
-        return None
-    student_channels = [level.channels for level in student.levels]
-    teacher_channels = max(level.channels for level in teacher.levels)
-    return SGFITerm(
-        student_channels=student_channels,
-        teacher_channels=teacher_channels,
-        same_space=same_space,
-        embed_channels=block.embed_channels,
-        initial_tau=block.tau,
-        prior=block.prior,
-        centre=block.center,
-        cosine=block.similarity == "cosine",
-        normalize=block.normalize,
-        sampling_ratio=block.sampling_ratio,
-    )
-
-
-def _weight(block: Block, student: Detector) -> float:
-    """The weight that the recipe says, or the one that suits the student."""
-    if block.weight != "auto":
-        return block.weight
-    two_stage, dense = _PKD_WEIGHTS if isinstance(block, PKD) else _CKD_WEIGHTS
-    return two_stage if student.family == "two-stage" else dense
-
-
-def _settled(block: CKD | str | None, teacher: Detector) -> tuple[CKD | None, str]:
-    """CKD's settings, and why it is left out."""
-    if block is None:
-        return None, "left out by the recipe"
-    if isinstance(block, CKD):
-        return block, ""
-    if teacher.finding is not None:
-        # Measured: contrasting regions by the mean of their features makes students worse (docs/experiments.md).
-        return None, "the teacher's region embedding is not known; ckd: {} takes the mean of its pooled features"
-    return CKD(), ""
-
-
-def _ckd(block: CKD | None, student: Detector, teacher: Detector) -> CKDTerm | None:
-    if block is None:
-        return None
-    return CKDTerm(
-        student_channels=student.embedding_channels,
-        teacher_channels=teacher.embedding_channels,
-        project_channels=block.project_channels,
-        gamma=block.gamma,
-        negative_iou=block.negative_iou,
-        queue=block.queue,
-    )
-
-
-def _prediction(
-    name: str, block: PredictionKD | str | None, student: Detector, teacher: Detector
-) -> tuple[PredictionKD | None, str, torch.Tensor | None]:
-    """A prediction term's settings, why it is left out, and the class columns."""
-    if block is None:
-        return None, "left out by the recipe", None
-    settled = block if isinstance(block, PredictionKD) else PredictionKD()
-    try:
-        return settled, "", prediction_columns(student, teacher)
-    except PairError as error:
-        if isinstance(block, PredictionKD):
-            raise PairError(f"distill.{name}: {error}; set it to auto or null") from error
-        return None, str(error), None

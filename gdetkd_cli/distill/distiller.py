@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from gdetkd_cli.detectors.protocol import Detector, Observation, RegionView, View
-from gdetkd_cli.distill.queue import RegionQueue
-from gdetkd_cli.distill.terms import ObservedPair, Term, needs_of
 from gdetkd_cli.errors import TermNotComputedError
+from gdetkd_cli.methods.base import ObservedPair, Term, needs_of
+from gdetkd_cli.methods.queue import RegionQueue
 from gdetkd_cli.structures import Batch, LossReport, Regions
 
 ChooseRegions = Callable[[Observation, Batch, int], Regions]

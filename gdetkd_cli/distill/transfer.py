@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from gdetkd_cli.detectors.compatibility import check_anchors, class_map_columns, prediction_columns
 from gdetkd_cli.detectors.protocol import Detector
-from gdetkd_cli.distill.pair import check_anchors, class_map_columns, prediction_columns
 from gdetkd_cli.errors import PairError
 
 

@@ -57,8 +57,8 @@ class PyramidReport:
         classes: class names; empty where they are unknown.
         parameters: number of parameters.
         reason: why these are the levels.
-        confidence: how often this reason was right over the detectors in docs/reference/probed-models.md, in 0..1; 1 where the
-            architecture is known.
+        confidence: how often this reason was right, in 0..1, over the detectors in
+            docs/reference/probed-models.md; 1 for a known architecture.
         alternatives: runners-up.
     """
 

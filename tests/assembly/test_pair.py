@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 import torch
 
-from gdetkd_cli.assembly.baselines import fgd_weights
 from gdetkd_cli.assembly.detector import build_detector
 from gdetkd_cli.assembly.distillation import BuiltPair, build_pair
 from gdetkd_cli.detectors.protocol import Detector
-from gdetkd_cli.distill.map_terms import GTMaskTerm, _MapTerm
-from gdetkd_cli.distill.terms import SGFITerm
+from gdetkd_cli.methods.base import Detectors
+from gdetkd_cli.methods.baselines import fgd
+from gdetkd_cli.methods.baselines.gt_mask import GTMaskTerm
+from gdetkd_cli.methods.baselines.maps import MapTerm
+from gdetkd_cli.methods.sgfi import SGFITerm
 from gdetkd_cli.recipe.distillation import FGD, Distill
 from gdetkd_cli.recipe.schema import ComposedDetector
 from gdetkd_cli.structures import Batch, Regions
@@ -162,10 +164,14 @@ def test_the_weight_of_contrast_suits_the_student(
 def test_fgd_has_the_weights_published_for_the_students_family(
     student: str, published: tuple[float, ...], tiny_detector: TinyDetector
 ) -> None:
-    found = fgd_weights(FGD(), tiny_detector(student))
-    assert tuple(vars(found).values()) == published
-    own = fgd_weights(FGD(temperature=2.0, relation=0.0), tiny_detector(student))
-    assert tuple(vars(own).values()) == (2.0, *published[1:4], 0.0)
+    pair = Detectors(tiny_detector(student), tiny_detector("faster-rcnn"))
+
+    def weights(block: FGD) -> tuple[float, ...]:
+        term = fgd.build(pair, **block.model_dump(exclude={"weight", "warmup_steps"}))
+        return (term.temperature, *term.weights)
+
+    assert weights(FGD()) == published
+    assert weights(FGD(temperature=2.0, relation=0.0)) == (2.0, *published[1:4], 0.0)
 
 
 @pytest.mark.parametrize(
@@ -186,7 +192,7 @@ def test_maps_are_compared_without_the_pooled_copy_of_the_last_level(
     pair = build_pair(block, trained, teacher, seed=0)
     for name in names:
         term = pair.distiller.terms[name]
-        assert isinstance(term, _MapTerm)
+        assert isinstance(term, MapTerm)
         assert term.counted == (counted or (True,) * len(trained.levels))
 
 

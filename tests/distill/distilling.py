@@ -9,12 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
+from gdetkd_cli.detectors.compatibility import prediction_columns
 from gdetkd_cli.detectors.protocol import Detector, Observation
 from gdetkd_cli.distill.distiller import Distiller, WeightedTerm
-from gdetkd_cli.distill.pair import prediction_columns
 from gdetkd_cli.distill.regions import choose_regions
-from gdetkd_cli.distill.terms import BoxTerm, CKDTerm, ClassTerm, SGFITerm
 from gdetkd_cli.engine.schedule import build_optimizer
+from gdetkd_cli.methods.ckd import CKDTerm
+from gdetkd_cli.methods.prediction import BoxTerm, ClassTerm
+from gdetkd_cli.methods.sgfi import SGFITerm
 from gdetkd_cli.structures import Batch, LossReport, Regions, Target
 
 FEATURE_TERMS = ("sgfi", "ckd")

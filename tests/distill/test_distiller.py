@@ -243,7 +243,7 @@ def test_what_distillation_adds_is_saved(tiny_detector: TinyDetector, tiny_batch
     new.load_state_dict(old.state_dict())
     new.step = old.step
 
-    assert {"terms.sgfi.matcher.log_tau", "terms.sgfi.standardizer.mean", "terms.ckd.queue.embeddings"} <= set(
+    assert {"terms.sgfi.matcher.log_tau", "terms.sgfi.normalizer.mean", "terms.ckd.queue.embeddings"} <= set(
         old.state_dict()
     )
     ours, theirs = forward(new, tiny_batch), forward(old, tiny_batch)

@@ -23,7 +23,7 @@ from distilling import (
 from torch import nn
 
 from gdetkd_cli.distill.distiller import Distiller, WeightedTerm
-from gdetkd_cli.distill.map_terms import RoIImitationTerm
+from gdetkd_cli.methods.baselines.roi_imitation import RoIImitationTerm
 from gdetkd_cli.structures import Batch
 
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from gdetkd_cli.detectors.compatibility import class_map_columns
 from gdetkd_cli.detectors.protocol import Detector
-from gdetkd_cli.distill.pair import class_map_columns
 from gdetkd_cli.distill.transfer import transfer_head
 from gdetkd_cli.errors import PairError
 

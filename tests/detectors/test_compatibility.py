@@ -7,8 +7,14 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from gdetkd_cli.detectors.compatibility import (
+    class_columns,
+    class_map_columns,
+    level_shapes,
+    pair_kind,
+    prediction_columns,
+)
 from gdetkd_cli.detectors.protocol import Detector
-from gdetkd_cli.distill.pair import class_columns, class_map_columns, level_shapes, pair_kind, prediction_columns
 from gdetkd_cli.errors import PairError
 
 STUDENT, TEACHER = ("circle", "square", "triangle"), ("triangle", "circle", "square")

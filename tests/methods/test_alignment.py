@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gdetkd_cli.distill.alignment import align
+from gdetkd_cli.methods.baselines.alignment import align
 from gdetkd_cli.structures import Frame, LevelSpec, Pyramid
 
 

@@ -1,11 +1,14 @@
 """Whole-map imitation, as FitNets does it (Romero et al., ICLR 2015, equation 3), on one level of a pyramid.
 
-Shapes: N images, C channels, H x W cells.
-"""
+Shapes: N images, C channels, H x W cells."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
+
+from gdetkd_cli.methods.base import Detectors, ObservedPair
+from gdetkd_cli.methods.baselines.maps import MapTerm, map_settings
 
 
 def map_imitation_loss(adapted: Tensor, target: Tensor, weight: Tensor) -> Tensor:
@@ -19,3 +22,16 @@ def map_imitation_loss(adapted: Tensor, target: Tensor, weight: Tensor) -> Tenso
     error = (adapted - target.detach()).square().mean(dim=1)
     weight = weight.to(error)
     return (error * weight).sum() / weight.sum().clamp(min=1e-6)
+
+
+class FitNetTerm(MapTerm):
+    """Every level imitates the whole map; mean over levels."""
+
+    def forward(self, pair: ObservedPair) -> Tensor:
+        losses = [map_imitation_loss(level.adapted, level.target, level.inside) for level in self.levels(pair)]
+        return torch.stack(losses).mean()
+
+
+def build(pair: Detectors, *, pooled_levels: bool) -> FitNetTerm:
+    """The term of a pair; any pair has one."""
+    return FitNetTerm(**map_settings(pair, pooled_levels=pooled_levels), same_space=pair.same_space)

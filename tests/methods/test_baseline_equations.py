@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torchvision.ops import box_iou
 
-from gdetkd_cli.losses.cwd import channel_divergence
-from gdetkd_cli.losses.fgd import (
+from gdetkd_cli.methods.baselines.cwd import channel_divergence
+from gdetkd_cli.methods.baselines.fgd import (
     DENSE_CELLS,
     TWO_STAGE_CELLS,
     ContextBlock,
@@ -21,11 +21,11 @@ from gdetkd_cli.losses.fgd import (
     object_masks,
     published_scale,
 )
-from gdetkd_cli.losses.fitnet import map_imitation_loss
-from gdetkd_cli.losses.gt_mask import inside_box_masks, near_object_masks
-from gdetkd_cli.losses.logit import class_map_loss
-from gdetkd_cli.losses.pkd import pearson_loss
-from gdetkd_cli.losses.roi_imitation import region_imitation_loss
+from gdetkd_cli.methods.baselines.fitnet import map_imitation_loss
+from gdetkd_cli.methods.baselines.gt_mask import inside_box_masks, near_object_masks
+from gdetkd_cli.methods.baselines.logit import class_map_loss
+from gdetkd_cli.methods.baselines.pkd import pearson_loss
+from gdetkd_cli.methods.baselines.roi_imitation import region_imitation_loss
 
 
 def row(*values: float) -> Tensor:

@@ -19,22 +19,31 @@ all levels that are compared, one factor for all levels: at the published stride
 areas, and a pyramid that begins finer or coarser adds up to the same. Both factors are 1 at the published size. The
 features' own scale, e, stays: see ``FGDTerm``.
 
-Shapes: N images, C channels, H x W cells, M boxes.
-"""
+Shapes: N images, C channels, H x W cells, M boxes."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import l1_loss, mse_loss
 
+from gdetkd_cli.detectors.protocol import Detector
+from gdetkd_cli.errors import PairError
+from gdetkd_cli.methods.base import Detectors, ObservedPair
+from gdetkd_cli.methods.baselines.maps import MapTerm, boxes_in_cells, map_settings
+
 PUBLISHED_CHANNELS = 256
+
+
 # Cells of the levels that the published settings compare, in an image of 4 to 3, COCO's most frequent form, resized to
 # 800 pixels on its short side and padded to multiples of 32: 800 x 1088. Strides 4 to 32, and 8 to 128.
 TWO_STAGE_CELLS = 200 * 272 + 100 * 136 + 50 * 68 + 25 * 34
+
+
 DENSE_CELLS = 100 * 136 + 50 * 68 + 25 * 34 + 13 * 17 + 7 * 9
 
 
@@ -152,3 +161,144 @@ def global_loss(
     """The squared difference of both maps through their own context blocks, summed; mean over images."""
     total = mse_loss(student_block(student), teacher_block(teacher.detach()), reduction="sum")
     return scale.channels * scale.cells * total / len(student)
+
+
+@dataclass(frozen=True)
+class FGDWeights:
+    """What FGD publishes for a family of detectors: the temperature of its attentions and the weights of its parts."""
+
+    temperature: float
+    objects: float
+    background: float
+    attention: float
+    relation: float
+
+
+# github.com/yzd-v/FGD, configs/distillers/fgd: one set for Faster and Mask R-CNN, one for RetinaNet, GFL and SOLO, one
+# for FCOS. RepPoints has FCOS's weights at temperature 0.5.
+FGD_TWO_STAGE = FGDWeights(temperature=0.5, objects=5e-5, background=2.5e-5, attention=5e-5, relation=5e-7)
+
+
+FGD_DENSE = FGDWeights(temperature=0.5, objects=1e-3, background=5e-4, attention=5e-4, relation=5e-6)
+
+
+FGD_FCOS = FGDWeights(temperature=0.8, objects=1.6e-3, background=8e-4, attention=8e-4, relation=8e-6)
+
+
+def published_weights(student: Detector) -> FGDWeights:
+    """FGD's published weights for the student's family."""
+    if student.family == "two-stage":
+        return FGD_TWO_STAGE
+    return FGD_FCOS if student.dense_head == "fcos" else FGD_DENSE
+
+
+class FGDTerm(MapTerm):
+    """Focal and global distillation; sum over levels, as published.
+
+    The published weights are for features as they are. Squared differences grow with the square of the teacher's
+    deviation, which no weight here can follow: it differs by orders of magnitude between teachers. Standardised, the
+    parts are what the published ones are for a teacher whose levels have deviation 1.
+
+    Args:
+        temperature: of the attentions.
+        objects, background, attention, relation: weights of the four parts.
+        published_cells: sums over channels and cells are brought to 256 channels and to so many cells of all levels
+            together (see ``losses.fgd``); None: they are left as they are.
+        standardized: each of the teacher's levels has mean 0 and deviation 1; or its features are as they are.
+    """
+
+    def __init__(
+        self,
+        *,
+        student_channels: Sequence[int],
+        teacher_channels: Sequence[int],
+        temperature: float,
+        objects: float,
+        background: float,
+        attention: float,
+        relation: float,
+        published_cells: int | None,
+        standardized: bool = True,
+        counted: Sequence[bool] | None = None,
+        same_space: bool = False,
+    ) -> None:
+        super().__init__(
+            student_channels=student_channels,
+            teacher_channels=teacher_channels,
+            counted=counted,
+            adapt=False,
+            standardize="whole" if standardized else None,
+            same_space=same_space,
+        )
+        most = max(teacher_channels)
+        self.student_blocks, self.teacher_blocks = (
+            nn.ModuleList(ContextBlock(most) if counts else nn.Identity() for counts in self.counted) for _ in range(2)
+        )
+        if set(teacher_channels) != {most}:
+            raise ValueError("FGD's context blocks need a teacher whose levels have the same channels")
+        self.temperature = temperature
+        self.weights = (objects, background, attention, relation)
+        self.published_cells = published_cells
+
+    def forward(self, pair: ObservedPair) -> Tensor:
+        boxes = boxes_in_cells(pair)
+        levels = list(self.levels(pair))
+        scale = Scale()
+        if self.published_cells is not None:
+            cells = sum(level.inside[0].numel() for level in levels)
+            scale = published_scale(levels[0].target.shape[1], cells, self.published_cells)
+        losses = []
+        for level in levels:
+            objects, background = object_masks(
+                [image[level.number] for image in boxes], (level.target.shape[-2], level.target.shape[-1])
+            )
+            inside = level.inside.float()
+            # Beyond the images both are 0: neither the attentions nor the context are taught what padding looks like.
+            ours, theirs = (maps * inside[:, None] for maps in (level.adapted, level.target))
+            parts = focal_losses(ours, theirs, objects * inside, background * inside, self.temperature, scale)
+            blocks = (self.student_blocks[level.number], self.teacher_blocks[level.number])
+            relation = global_loss(ours, theirs, *blocks, scale)  # type: ignore[arg-type]  # they are such blocks
+            losses.append(sum(w * part for w, part in zip(self.weights, (*parts, relation), strict=True)))
+        return torch.stack([torch.as_tensor(loss) for loss in losses]).sum()
+
+
+def build(
+    pair: Detectors,
+    *,
+    temperature: float | Literal["auto"],
+    objects: float | Literal["auto"],
+    background: float | Literal["auto"],
+    attention: float | Literal["auto"],
+    relation: float | Literal["auto"],
+    sums: Literal["scaled", "published"],
+    standardize: bool,
+    pooled_levels: bool,
+) -> FGDTerm:
+    """The term of a pair.
+
+    Raises:
+        PairError: the teacher's levels differ in channels.
+    """
+    theirs = pair.teacher_channels
+    if len(set(theirs)) > 1:
+        raise PairError(
+            f"distill.fgd: FGD needs a teacher whose levels have the same channels, but these have {theirs}; "
+            "leave the term out"
+        )
+    own = {
+        "temperature": temperature,
+        "objects": objects,
+        "background": background,
+        "attention": attention,
+        "relation": relation,
+    }
+    published = published_weights(pair.student)
+    weights = replace(published, **{name: value for name, value in own.items() if value != "auto"})
+    cells = TWO_STAGE_CELLS if pair.student.family == "two-stage" else DENSE_CELLS
+    return FGDTerm(
+        **map_settings(pair, pooled_levels=pooled_levels),
+        **asdict(weights),
+        published_cells=cells if sums == "scaled" else None,
+        standardized=standardize,
+        same_space=pair.same_space,
+    )

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from gdetkd_cli.detectors.pooling import pool_all_levels
 from gdetkd_cli.detectors.protocol import Observation, RegionView, StageView
-from gdetkd_cli.distill.terms import BoxTerm, CKDTerm, ClassTerm, ObservedPair, SGFITerm, Term, needs_of
-from gdetkd_cli.losses.ckd import contrastive_loss
-from gdetkd_cli.losses.prediction import class_loss
-from gdetkd_cli.losses.sgfi import imitation_loss
+from gdetkd_cli.methods.base import ObservedPair, Term, needs_of
+from gdetkd_cli.methods.ckd import CKDTerm, contrastive_loss
+from gdetkd_cli.methods.prediction import BoxTerm, ClassTerm, class_loss
+from gdetkd_cli.methods.sgfi import SGFITerm, imitation_loss
 from gdetkd_cli.structures import Batch, Frame, LevelSpec, Pyramid, Regions
 
 COLUMNS = torch.tensor([0, 2, 3, 1])  # the teacher's column for each of the student's

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gdetkd_cli.losses.ckd import contrastive_loss, overlap_negatives
+from gdetkd_cli.methods.ckd import contrastive_loss, overlap_negatives
 
 
 def all_but_itself(regions: int) -> Tensor:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gdetkd_cli.losses.prediction import box_loss, class_loss
+from gdetkd_cli.methods.prediction import box_loss, class_loss
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:

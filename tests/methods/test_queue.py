@@ -14,8 +14,8 @@ from torch.multiprocessing.spawn import start_processes
 from torch.nn.parallel import DistributedDataParallel
 
 from gdetkd_cli.distill.distiller import Distiller, WeightedTerm
-from gdetkd_cli.distill.heads import Standardizer
-from gdetkd_cli.distill.queue import RegionQueue, gather_rows
+from gdetkd_cli.methods.adapters import RunningNormalizer
+from gdetkd_cli.methods.queue import RegionQueue, gather_rows
 
 
 def add(queue: RegionQueue, *values: int) -> None:
@@ -194,16 +194,16 @@ def test_ddp_leaves_the_queue_alone_and_broadcasts_statistics(tmp_path: Path) ->
     def work(rank: int) -> tuple[Tensor, Tensor]:
         memory = nn.Module()
         memory.queue = RegionQueue(size=4, channels=2)
-        memory.standardizer = Standardizer(channels=2, per_channel=True)
+        memory.normalizer = RunningNormalizer(channels=2, per_channel=True)
         terms = {"ckd": WeightedTerm(memory, 1.0)}
         distiller = Forwarding(student=Detector(), teacher=None, terms=terms)  # type: ignore[arg-type]
         wrapped = DistributedDataParallel(distiller)
         memory.queue.embeddings.fill_(rank)
-        memory.standardizer.mean.fill_(rank)
+        memory.normalizer.mean.fill_(rank)
         Detector.module[1].running_mean.fill_(rank)  # type: ignore[union-attr, operator]
         wrapped(torch.zeros(3, 2)).backward()
         before = Detector.module[1].running_mean  # both saw the same rows since
-        return memory.queue.embeddings, torch.stack([memory.standardizer.mean, before])  # type: ignore[list-item]
+        return memory.queue.embeddings, torch.stack([memory.normalizer.mean, before])  # type: ignore[list-item]
 
     (queue0, statistics0), (queue1, statistics1) = in_two_processes(work, tmp_path)
     assert torch.equal(queue0, torch.zeros(4, 2))

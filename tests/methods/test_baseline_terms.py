@@ -9,10 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from gdetkd_cli.detectors.protocol import Observation, RegionView
-from gdetkd_cli.distill.map_terms import CWDTerm, FGDTerm, FitNetTerm, GTMaskTerm, LogitTerm, PKDTerm, RoIImitationTerm
-from gdetkd_cli.distill.terms import ObservedPair
 from gdetkd_cli.errors import PairError
-from gdetkd_cli.losses.fgd import Scale, focal_losses, object_masks
+from gdetkd_cli.methods.base import ObservedPair
+from gdetkd_cli.methods.baselines.cwd import CWDTerm
+from gdetkd_cli.methods.baselines.fgd import FGDTerm, Scale, focal_losses, object_masks
+from gdetkd_cli.methods.baselines.fitnet import FitNetTerm
+from gdetkd_cli.methods.baselines.gt_mask import GTMaskTerm
+from gdetkd_cli.methods.baselines.logit import LogitTerm
+from gdetkd_cli.methods.baselines.pkd import PKDTerm
+from gdetkd_cli.methods.baselines.roi_imitation import RoIImitationTerm
 from gdetkd_cli.structures import Batch, Frame, LevelSpec, Pyramid, Regions, Target
 
 STUDENT, TEACHER = [5, 5], [6, 6, 6]

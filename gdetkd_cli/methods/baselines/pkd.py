@@ -1,11 +1,16 @@
 """Imitation by Pearson correlation (PKD; Cao et al., NeurIPS 2022, equations 3 to 5), on one level of a pyramid.
 
-Shapes: N images, C channels, H x W cells.
-"""
+Shapes: N images, C channels, H x W cells."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
+
+from gdetkd_cli.methods.base import Detectors, ObservedPair
+from gdetkd_cli.methods.baselines.maps import MapTerm, map_settings
 
 
 def pearson_loss(student: Tensor, teacher: Tensor, inside: Tensor) -> Tensor:
@@ -27,3 +32,31 @@ def _standardised(maps: Tensor, weight: Tensor, count: Tensor) -> Tensor:
     centred = maps - (maps * weight).sum(dim=(0, 2, 3), keepdim=True) / count
     variance = (centred.square() * weight).sum(dim=(0, 2, 3), keepdim=True) / count
     return centred / (variance + 1e-12).sqrt()
+
+
+class PKDTerm(MapTerm):
+    """Every level correlates with the teacher's, channel by channel; sum over levels, as published."""
+
+    def __init__(
+        self,
+        *,
+        student_channels: Sequence[int],
+        teacher_channels: Sequence[int],
+        counted: Sequence[bool] | None = None,
+    ) -> None:
+        super().__init__(
+            student_channels=student_channels,
+            teacher_channels=teacher_channels,
+            counted=counted,
+            adapt=False,
+            standardize=None,
+        )
+
+    def forward(self, pair: ObservedPair) -> Tensor:
+        losses = [pearson_loss(level.adapted, level.target, level.inside) for level in self.levels(pair)]
+        return torch.stack(losses).sum()
+
+
+def build(pair: Detectors, *, pooled_levels: bool) -> PKDTerm:
+    """The term of a pair; any pair has one."""
+    return PKDTerm(**map_settings(pair, pooled_levels=pooled_levels))

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, cosine_similarity
 
-from gdetkd_cli.distill.heads import LevelMatcher, Standardizer
+from gdetkd_cli.methods.adapters import RunningNormalizer
+from gdetkd_cli.methods.sgfi import LevelMatcher
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -74,12 +75,12 @@ def test_standardising_folds_into_the_adapters(per_channel: bool) -> None:
     matcher = make_matcher([5, 5, 5])
     levels = [draw(4, 5, 7, 7, seed=i) for i in range(3)]
     target = draw(4, 6, 7, 7, seed=10)
-    standardizer = Standardizer(channels=5, per_channel=per_channel)
-    standardizer.update((3 * draw(9, 5, 7, 7, seed=12) + 2).float())
-    standardizer.double()
+    normalizer = RunningNormalizer(channels=5, per_channel=per_channel)
+    normalizer.update((3 * draw(9, 5, 7, 7, seed=12) + 2).float())
+    normalizer.double()
 
-    aggregate, weights = matcher(levels, target, standardizer.affine())
-    expected_aggregate, expected_weights = naive(matcher, [standardizer(level) for level in levels], target)
+    aggregate, weights = matcher(levels, target, normalizer.affine())
+    expected_aggregate, expected_weights = naive(matcher, [normalizer(level) for level in levels], target)
 
     torch.testing.assert_close(aggregate, expected_aggregate, rtol=0, atol=1e-10)
     torch.testing.assert_close(weights, expected_weights, rtol=0, atol=1e-10)
@@ -162,74 +163,74 @@ def make_features(*, regions: int = 40, seed: int = 0) -> Tensor:
 
 def test_statistics_after_one_update_are_the_batchs_by_channel() -> None:
     features = make_features()
-    standardizer = Standardizer(channels=3, per_channel=True)
-    standardizer.update(features)
+    normalizer = RunningNormalizer(channels=3, per_channel=True)
+    normalizer.update(features)
 
     deviation, mean = torch.std_mean(features[:, 1:], dim=(0, 2, 3), correction=0)
-    torch.testing.assert_close(standardizer.mean[1:], mean)
-    seen = standardizer(features)
+    torch.testing.assert_close(normalizer.mean[1:], mean)
+    seen = normalizer(features)
     torch.testing.assert_close(seen[:, 1:], (features[:, 1:] - mean[:, None, None]) / deviation[:, None, None])
     torch.testing.assert_close(seen[:, 1:].std(dim=(0, 2, 3), correction=0), torch.ones(2), rtol=1e-3, atol=0)
 
 
 def test_statistics_after_one_update_are_the_batchs_as_a_whole() -> None:
     features = make_features()
-    standardizer = Standardizer(channels=3, per_channel=False)
-    standardizer.update(features)
+    normalizer = RunningNormalizer(channels=3, per_channel=False)
+    normalizer.update(features)
 
-    assert standardizer.mean.shape == (1,)
+    assert normalizer.mean.shape == (1,)
     expected = (features - features.mean()) / features.std(correction=0)
-    torch.testing.assert_close(standardizer(features), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(normalizer(features), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("per_channel", [True, False])
 def test_statistics_average_the_first_batches_alike(per_channel: bool) -> None:
     batches = [make_features(regions=regions, seed=regions) for regions in (3, 40, 9)]
-    standardizer = Standardizer(channels=3, per_channel=per_channel)
+    normalizer = RunningNormalizer(channels=3, per_channel=per_channel)
     for batch in batches:
-        standardizer.update(batch)
+        normalizer.update(batch)
 
     dims = (0, 2, 3) if per_channel else (0, 1, 2, 3)
     means = torch.stack([batch.mean(dim=dims) for batch in batches])
     squares = torch.stack([batch.square().mean(dim=dims) for batch in batches])
-    torch.testing.assert_close(standardizer.mean, means.mean(dim=0).view(-1))
-    torch.testing.assert_close(standardizer.square, squares.mean(dim=0).view(-1))
+    torch.testing.assert_close(normalizer.mean, means.mean(dim=0).view(-1))
+    torch.testing.assert_close(normalizer.square, squares.mean(dim=0).view(-1))
 
 
 def test_statistics_move_slowly_later() -> None:
-    standardizer = Standardizer(channels=1, per_channel=True)
+    normalizer = RunningNormalizer(channels=1, per_channel=True)
     for _ in range(600):
-        standardizer.update(torch.zeros(1, 1, 1, 1))
-    standardizer.update(torch.ones(1, 1, 1, 1))
+        normalizer.update(torch.zeros(1, 1, 1, 1))
+    normalizer.update(torch.ones(1, 1, 1, 1))
 
-    assert standardizer.mean.item() == pytest.approx(0.002, rel=1e-4)  # 1 / 500, not 1 / 601
+    assert normalizer.mean.item() == pytest.approx(0.002, rel=1e-4)  # 1 / 500, not 1 / 601
 
 
 def test_a_silent_channel_does_not_blow_up() -> None:
     features = make_features()
     features[:, 0] = 0  # a dead channel of this teacher
-    standardizer = Standardizer(channels=3, per_channel=True)
-    standardizer.update(features)
+    normalizer = RunningNormalizer(channels=3, per_channel=True)
+    normalizer.update(features)
     noise = features.clone()
     noise[:, 0] = 1e-4
 
-    assert standardizer(features)[:, 0].abs().max() == 0
-    assert standardizer(noise)[:, 0].abs().max() < 1e-2
-    silent = Standardizer(channels=3, per_channel=True)
+    assert normalizer(features)[:, 0].abs().max() == 0
+    assert normalizer(noise)[:, 0].abs().max() < 1e-2
+    silent = RunningNormalizer(channels=3, per_channel=True)
     silent.update(torch.zeros(2, 3, 7, 7))
     assert torch.equal(silent(torch.zeros(2, 3, 7, 7)), torch.zeros(2, 3, 7, 7))
 
 
 def test_no_regions_change_nothing() -> None:
-    standardizer = Standardizer(channels=3, per_channel=True)
-    standardizer.update(torch.zeros(0, 3, 7, 7))
-    assert standardizer(make_features()).allclose(make_features())  # nothing known yet: left as it is
+    normalizer = RunningNormalizer(channels=3, per_channel=True)
+    normalizer.update(torch.zeros(0, 3, 7, 7))
+    assert normalizer(make_features()).allclose(make_features())  # nothing known yet: left as it is
 
-    standardizer.update(make_features())
-    before = {name: value.clone() for name, value in standardizer.state_dict().items()}
-    standardizer.update(torch.zeros(0, 3, 7, 7))
-    assert standardizer(torch.zeros(0, 3, 7, 7)).shape == (0, 3, 7, 7)
-    assert all(torch.equal(value, before[name]) for name, value in standardizer.state_dict().items())
+    normalizer.update(make_features())
+    before = {name: value.clone() for name, value in normalizer.state_dict().items()}
+    normalizer.update(torch.zeros(0, 3, 7, 7))
+    assert normalizer(torch.zeros(0, 3, 7, 7)).shape == (0, 3, 7, 7)
+    assert all(torch.equal(value, before[name]) for name, value in normalizer.state_dict().items())
 
 
 def test_channels_that_a_region_lacks_do_not_count() -> None:
@@ -237,45 +238,45 @@ def test_channels_that_a_region_lacks_do_not_count() -> None:
     features = make_features(regions=20)
     channels = torch.tensor([3, 1]).repeat(10)
     padded = features * (torch.arange(3) < channels[:, None])[:, :, None, None]
-    standardizer, expected = (Standardizer(channels=3, per_channel=True) for _ in range(2))
-    standardizer.update(padded, channels)
+    normalizer, expected = (RunningNormalizer(channels=3, per_channel=True) for _ in range(2))
+    normalizer.update(padded, channels)
     expected.update(features[channels == 3])
 
-    torch.testing.assert_close(standardizer.mean[1:], expected.mean[1:])
-    torch.testing.assert_close(standardizer.square[1:], expected.square[1:])
-    torch.testing.assert_close(standardizer.mean[0], features[:, 0].mean())
-    seen = standardizer(padded, channels)
+    torch.testing.assert_close(normalizer.mean[1:], expected.mean[1:])
+    torch.testing.assert_close(normalizer.square[1:], expected.square[1:])
+    torch.testing.assert_close(normalizer.mean[0], features[:, 0].mean())
+    seen = normalizer(padded, channels)
     torch.testing.assert_close(seen[channels == 3][:, 1:], expected(features)[channels == 3][:, 1:])
     assert (seen[channels == 1][:, 1:] == 0).all()
 
 
 def test_channels_that_a_batch_lacks_keep_their_statistics() -> None:
-    standardizer = Standardizer(channels=3, per_channel=True)
-    standardizer.update(make_features())
-    before = standardizer.mean.clone()
+    normalizer = RunningNormalizer(channels=3, per_channel=True)
+    normalizer.update(make_features())
+    before = normalizer.mean.clone()
     only_first = make_features(seed=1)
     only_first[:, 1:] = 0
-    standardizer.update(only_first, torch.ones(40, dtype=torch.int64))
+    normalizer.update(only_first, torch.ones(40, dtype=torch.int64))
 
-    assert torch.equal(standardizer.mean[1:], before[1:])
-    assert standardizer.mean[0] != before[0]
+    assert torch.equal(normalizer.mean[1:], before[1:])
+    assert normalizer.mean[0] != before[0]
 
 
 def test_statistics_are_saved() -> None:
-    standardizer, restored = (Standardizer(channels=3, per_channel=True) for _ in range(2))
+    normalizer, restored = (RunningNormalizer(channels=3, per_channel=True) for _ in range(2))
     for seed in range(3):
-        standardizer.update(make_features(seed=seed))
-    restored.load_state_dict(standardizer.state_dict())
+        normalizer.update(make_features(seed=seed))
+    restored.load_state_dict(normalizer.state_dict())
 
-    for one in (standardizer, restored):
+    for one in (normalizer, restored):
         one.update(make_features(seed=9))
-    assert torch.equal(standardizer(make_features()), restored(make_features()))
-    assert not list(standardizer.parameters())
+    assert torch.equal(normalizer(make_features()), restored(make_features()))
+    assert not list(normalizer.parameters())
 
 
 def test_statistics_are_float32_for_half_features() -> None:
-    standardizer = Standardizer(channels=1, per_channel=True)
-    standardizer.update(torch.full((64, 1, 7, 7), 300.0, dtype=torch.float16))  # the squares overflow float16
+    normalizer = RunningNormalizer(channels=1, per_channel=True)
+    normalizer.update(torch.full((64, 1, 7, 7), 300.0, dtype=torch.float16))  # the squares overflow float16
 
-    assert standardizer.square.dtype == torch.float32
-    assert math.isclose(standardizer.square.item(), 90000, rel_tol=1e-3)
+    assert normalizer.square.dtype == torch.float32
+    assert math.isclose(normalizer.square.item(), 90000, rel_tol=1e-3)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gdetkd_cli.losses.sgfi import imitation_loss, level_attention, level_prior, unit
+from gdetkd_cli.methods.sgfi import imitation_loss, level_attention, level_prior, unit
 
 # ------------------------------------------------------------------------------------------------------- attention
 

@@ -1,0 +1,41 @@
+"""Choices that experiments made, with their evidence. Each can be set in the recipe; ``auto`` takes it from here."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from gdetkd_cli.detectors.protocol import Detector
+
+# A two-stage student has layers between its region embedding and its predictions. A dense student's embedding is the
+# last feature of its class branch, and contrast with full weight costs class scores: an FCOS had 32.3 AP with SGFI
+# alone, 26 with CKD of weight 1, and 32.7 with 0.05 (docs/experiments.md, "How much contrast for a dense student").
+CKD_WEIGHTS = {"two-stage": 1.0, "dense": 0.05}
+# As published for two-stage and for dense detectors (Cao et al., NeurIPS 2022).
+PKD_WEIGHTS = {"two-stage": 6.0, "dense": 10.0}
+
+# As many as a Faster R-CNN's head trains on (the paper). On an H100, ResNet-50 from ResNeXt-101 at 800 pixels, a step
+# costs 1.41 times the floor with 512 regions, 1.26 with 256, 1.22 with 128 and 1.20 with 64 (docs/benchmarks.md).
+MOST_REGIONS = 512
+# A CPU's step grows with the regions.
+MOST_REGIONS_ON_CPU = 64
+
+# A fresh head follows certain targets before its features carry the difference: 31.3 and 28.0 AP when prediction KD
+# comes in over half of the run, 21.8 and 25.9 from the start (docs/experiments.md, "When prediction KD comes in").
+FRESH_HEAD_WARMUP = 0.5  # of the run's steps
+
+
+def auto_weight(method: Literal["ckd", "pkd"], student: Detector) -> float:
+    """The weight of a term that depends on the student's family."""
+    family: Literal["two-stage", "dense"] = "two-stage" if student.family == "two-stage" else "dense"
+    return (CKD_WEIGHTS if method == "ckd" else PKD_WEIGHTS)[family]
+
+
+def regions_per_image(student: Detector, device: str) -> int:
+    """Most regions of an image that the terms compare: those the student's head trains on, fewer on a CPU."""
+    own = student.sampled_proposals or MOST_REGIONS
+    return min(own, MOST_REGIONS_ON_CPU) if device == "cpu" else own
+
+
+def prediction_warmup(steps: int, *, trained_head: bool) -> int:
+    """Steps over which prediction KD comes in; ``trained_head``: transferred from the teacher, or trained before."""
+    return 0 if trained_head else int(FRESH_HEAD_WARMUP * steps)

@@ -1,0 +1,98 @@
+"""What several methods add beside the student: adapters, and the running normalizer of the teacher's features. None of
+them is ever exported.
+
+Shapes: R regions, C_s and C_t channels of student and teacher."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+def new_adapter(student_channels: int, teacher_channels: int, identity: bool) -> nn.Conv2d:
+    """A fresh f_adapt, 1x1; the identity where the channels are the same space."""
+    adapter = nn.Conv2d(student_channels, teacher_channels, 1)
+    if identity:
+        assert adapter.bias is not None
+        nn.init.dirac_(adapter.weight)
+        nn.init.zeros_(adapter.bias)
+    return adapter
+
+
+def folded(adapter: nn.Module, affine: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+    """Weight (C_t, C_s, 1, 1) and bias (C_t,) of the adapter after ``affine``."""
+    assert isinstance(adapter, nn.Conv2d) and adapter.bias is not None
+    if affine is None:
+        return adapter.weight, adapter.bias
+    scale, shift = (value.expand(adapter.in_channels) for value in affine)
+    return adapter.weight * scale[:, None, None], adapter.bias + adapter.weight[:, :, 0, 0] @ shift
+
+
+class RunningNormalizer(nn.Module):
+    """Brings teacher features to mean 0 and standard deviation 1, with statistics that are learnt while running.
+
+    The scale of features differs by orders of magnitude between teachers; standardised, one default weight fits all.
+    The statistics average every batch alike at first, and move slowly later; they are saved with the run.
+
+    Args:
+        channels: C_t.
+        per_channel: one mean and deviation for each channel, or one for all.
+    """
+
+    mean: Tensor
+    square: Tensor
+    updates: Tensor
+
+    def __init__(self, *, channels: int, per_channel: bool) -> None:
+        super().__init__()
+        size = channels if per_channel else 1
+        self.per_channel = per_channel
+        self.register_buffer("mean", torch.zeros(size))
+        self.register_buffer("square", torch.ones(size))  # mean of the squares
+        # Updates of each, since a batch may have nothing of a channel.
+        self.register_buffer("updates", torch.zeros(size, dtype=torch.int64))
+
+    @torch.no_grad()
+    def update(self, features: Tensor, channels: Tensor | None = None, inside: Tensor | None = None) -> None:
+        """Takes (R, C, h, w) into the statistics; what the batch has nothing of (everything, for R = 0) stays.
+
+        Args:
+            features: (R, C, h, w).
+            channels: (R,) how many of the C channels a region has; the others are padded with zeros. None: all.
+            inside: (R, h, w) bool, the cells that count. None: all.
+        """
+        values, cells = features.float(), features.shape[2] * features.shape[3]
+        present = _present(features, channels)
+        count = present.sum(dim=0) * cells  # (C,)
+        if inside is not None:
+            values = values * inside[:, None]
+            count = (present * inside.sum(dim=(1, 2))[:, None]).sum(dim=0)
+        total, squares = values.sum(dim=(0, 2, 3)), values.square().sum(dim=(0, 2, 3))  # (C,): padding adds nothing
+        if not self.per_channel:
+            count, total, squares = count.sum(0, True), total.sum(0, True), squares.sum(0, True)
+        seen = count > 0
+        self.updates += seen
+        rate = seen * (1.0 / self.updates.clamp(min=1)).clamp(min=0.002)
+        self.mean.lerp_(total / count.clamp(min=1), rate)
+        self.square.lerp_(squares / count.clamp(min=1), rate)
+
+    def forward(self, features: Tensor, channels: Tensor | None = None) -> Tensor:
+        """(R, C, h, w) -> the same, standardised; padded ``channels`` stay 0."""
+        scale, shift = self.affine()
+        standardised = torch.addcmul(shift[:, None, None], features, scale[:, None, None])
+        return standardised if channels is None else standardised * _present(features, channels)[:, :, None, None]
+
+    def affine(self) -> tuple[Tensor, Tensor]:
+        """Scale and shift, (C,) or (1,): standardised = features * scale + shift."""
+        deviation = (self.square - self.mean.square()).clamp(min=0).sqrt()
+        # A channel that is silent in this teacher carries nothing; dividing by its deviation would amplify noise.
+        floor = 1e-3 * self.square.mean().sqrt() + 1e-12
+        scale = 1 / deviation.clamp(min=floor)
+        return scale, -self.mean * scale
+
+
+def _present(features: Tensor, channels: Tensor | None) -> Tensor:
+    """(R, C) bool: the channels that a region has, and that are not padding."""
+    if channels is None:
+        return torch.ones(features.shape[:2], dtype=torch.bool, device=features.device)
+    return torch.arange(features.shape[1], device=features.device) < channels[:, None]

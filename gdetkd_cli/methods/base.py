@@ -1,0 +1,79 @@
+"""What every method shares: the observed pair, the interface of a term, and what is known of a pair when it is built.
+
+Shapes: R regions, L levels, C channels, K classes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from gdetkd_cli.detectors.protocol import Detector, Observation, RegionView, View
+from gdetkd_cli.structures import Batch, Regions
+
+
+@dataclass(frozen=True)
+class ObservedPair:
+    """One step as both detectors saw it.
+
+    Attributes:
+        regions: R regions.
+        image_ids: (R,) the data set's id of each region's picture.
+        batch: the images and their truth.
+        student_seen, teacher_seen: the forward of each; the teacher's without gradient.
+        student_view, teacher_view: what each says of the regions; the teacher's without gradient.
+    """
+
+    regions: Regions
+    image_ids: Tensor
+    batch: Batch
+    student_seen: Observation
+    teacher_seen: Observation
+    student_view: RegionView
+    teacher_view: RegionView
+
+
+class Term(Protocol):
+    """One distillation loss. Implementations are nn.Modules.
+
+    Attributes:
+        student_needs, teacher_needs: what must be read of each region for it.
+    """
+
+    student_needs: frozenset[View]
+    teacher_needs: frozenset[View]
+
+    def __call__(self, pair: ObservedPair) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Detectors:
+    """A pair when its terms are built.
+
+    Attributes:
+        same_space: the student got the teacher's head, so its features have to become the teacher's own, not a linear
+            map of them.
+    """
+
+    student: Detector
+    teacher: Detector
+    same_space: bool = False
+
+    @property
+    def student_channels(self) -> list[int]:
+        """Channels of each student level."""
+        return [level.channels for level in self.student.levels]
+
+    @property
+    def teacher_channels(self) -> list[int]:
+        """Channels of each teacher level."""
+        return [level.channels for level in self.teacher.levels]
+
+
+def needs_of(terms: Sequence[Term]) -> tuple[frozenset[View], frozenset[View]]:
+    """What the terms together need of the student and of the teacher."""
+    student: frozenset[View] = frozenset().union(*(term.student_needs for term in terms))
+    teacher: frozenset[View] = frozenset().union(*(term.teacher_needs for term in terms))
+    return student, teacher

@@ -1,0 +1,69 @@
+"""Channel-wise distillation (CWD; Shu et al., ICCV 2021, equations 3 and 4), on one level of a pyramid.
+
+Shapes: N images, C channels, H x W cells."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import kl_div
+
+from gdetkd_cli.methods.base import Detectors, ObservedPair
+from gdetkd_cli.methods.baselines.maps import MapTerm, map_settings
+
+
+def channel_divergence(student: Tensor, teacher: Tensor, inside: Tensor, tau: float) -> Tensor:
+    """tau^2 / C * sum over channels of KL(teacher || student), each a softmax over the cells; mean over images.
+
+    Args:
+        student, teacher: (N, C, H, W).
+        inside: (N, H, W) bool, the cells that count; an image without any adds 0.
+        tau: temperature.
+    """
+    # Where no cell of an image counts, both are uniform: it adds 0, without being asked for.
+    outside = ~inside.flatten(1)[:, None]
+    ours, theirs = (
+        (maps.flatten(2).float() / tau).masked_fill(outside, -1e4).log_softmax(dim=2)
+        for maps in (student, teacher.detach())
+    )
+    total = kl_div(ours, theirs, reduction="sum", log_target=True)
+    return tau**2 * total / (student.shape[0] * student.shape[1])
+
+
+class CWDTerm(MapTerm):
+    """Every channel of every level looks where the teacher's does; sum over levels, as published.
+
+    Args:
+        tau: temperature of the softmax over cells.
+    """
+
+    def __init__(
+        self,
+        *,
+        student_channels: Sequence[int],
+        teacher_channels: Sequence[int],
+        tau: float,
+        counted: Sequence[bool] | None = None,
+        same_space: bool = False,
+    ) -> None:
+        super().__init__(
+            student_channels=student_channels,
+            teacher_channels=teacher_channels,
+            counted=counted,
+            adapt=False,
+            same_space=same_space,
+        )
+        self.tau = tau
+
+    def forward(self, pair: ObservedPair) -> Tensor:
+        losses = [
+            channel_divergence(level.adapted, level.target, level.inside, self.tau) for level in self.levels(pair)
+        ]
+        return torch.stack(losses).sum()
+
+
+def build(pair: Detectors, *, tau: float, pooled_levels: bool) -> CWDTerm:
+    """The term of a pair; any pair has one."""
+    return CWDTerm(**map_settings(pair, pooled_levels=pooled_levels), tau=tau, same_space=pair.same_space)

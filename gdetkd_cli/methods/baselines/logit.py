@@ -1,0 +1,89 @@
+"""Class predictions of dense heads: binary distillation of every cell (Yang et al., "Bridging Cross-task Protocol
+Inconsistency for Distillation in Dense Object Detection", ICCV 2023, arXiv 2308.14286; its classification part).
+
+Shapes: N images, C channels (anchors x classes), H x W cells."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import binary_cross_entropy_with_logits
+
+from gdetkd_cli.detectors.compatibility import agreeing_anchors, class_map_columns
+from gdetkd_cli.detectors.protocol import View
+from gdetkd_cli.errors import PairError
+from gdetkd_cli.methods.base import Detectors, ObservedPair
+from gdetkd_cli.methods.baselines.alignment import align
+from gdetkd_cli.methods.baselines.maps import image_sizes
+from gdetkd_cli.structures import Pyramid
+
+
+def class_map_loss(student: Tensor, teacher: Tensor, inside: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum over cells and channels of |sigmoid(t) - sigmoid(s)| BCE(s, sigmoid(t)), and what to divide it by.
+
+    The factor in front keeps the many cells on which both agree that there is nothing from drowning the rest; it is
+    back-propagated through, as a focal loss' is.
+
+    Args:
+        student: (N, C, H, W) logits.
+        teacher: (N, C, H, W) logits.
+        inside: (N, H, W) bool, cells that count.
+
+    Returns:
+        The sum, and how many objects' worth of cells the teacher sees: the sum over cells of its greatest probability.
+    """
+    student, wanted = student.float(), teacher.detach().float().sigmoid()
+    loss = binary_cross_entropy_with_logits(student, wanted, reduction="none") * (wanted - student.sigmoid()).abs()
+    return (loss.sum(dim=1) * inside).sum(), (wanted.amax(dim=1) * inside).sum()
+
+
+def _over(pyramid: Pyramid, maps: tuple[Tensor, ...]) -> Pyramid:
+    """Other maps on the same cells."""
+    return Pyramid(maps=maps, levels=pyramid.levels, frame=pyramid.frame)
+
+
+class LogitTerm(nn.Module):
+    """Every cell's class logits imitate the teacher's; over all of them by what the teacher sees.
+
+    Args:
+        columns: (K + 1,) int64, the teacher's column for each of the student's.
+        agree: (L_student, L_teacher) bool, which levels have the same anchors.
+    """
+
+    student_needs: frozenset[View] = frozenset({"class_maps"})
+    teacher_needs: frozenset[View] = frozenset({"class_maps"})
+    columns: Tensor
+
+    def __init__(self, *, columns: Tensor, agree: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("columns", columns)
+        self.agree = agree.tolist()
+
+    def forward(self, pair: ObservedPair) -> Tensor:
+        student, teacher = pair.student_view.class_maps, pair.teacher_view.class_maps
+        assert student is not None and teacher is not None
+        ordered = tuple(m.unflatten(1, (-1, len(self.columns)))[:, :, self.columns].flatten(1, 2) for m in teacher)
+        aligned = align(
+            _over(pair.student_seen.pyramid, student), _over(pair.teacher_seen.pyramid, ordered), image_sizes(pair)
+        )
+        for level, x in enumerate(aligned):
+            if not self.agree[level][x.teacher_level]:
+                raise PairError(
+                    f"distill.logit: level {level + 1} of the student lies on the teacher's {x.teacher_level + 1}, "
+                    "which has other anchors; give both detectors one image size, or leave the term out"
+                )
+        sums, seen = zip(*(class_map_loss(x.student, x.teacher, x.inside) for x in aligned), strict=True)
+        return torch.stack(sums).sum() / torch.stack(seen).sum().clamp(min=1)
+
+
+def build(pair: Detectors) -> LogitTerm:
+    """The term of a pair.
+
+    Raises:
+        PairError: the two are not two RetinaNets or two FCOS with the same anchors and classes.
+    """
+    try:
+        columns = class_map_columns(pair.student, pair.teacher)
+    except PairError as error:
+        raise PairError(f"distill.logit: {error}; leave the term out") from error
+    return LogitTerm(columns=columns, agree=agreeing_anchors(pair.student, pair.teacher))

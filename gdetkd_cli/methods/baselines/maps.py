@@ -1,0 +1,116 @@
+"""What baselines over whole maps share.
+
+They get the teacher standardised as SGFI does, so that none fails for its features' scale alone: by channel, and for
+FGD, which attends to some channels more than to others, as a whole. Maps are compared on the student's cells
+(``alignment``). Levels of the student that only subsample another are left out: they have no weights of their own, so
+what they are taught is taught to the level before, a second time. Shapes: N images, C channels, H x W cells."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from gdetkd_cli.detectors.pooling import cells
+from gdetkd_cli.detectors.protocol import View
+from gdetkd_cli.methods.adapters import RunningNormalizer
+from gdetkd_cli.methods.base import Detectors, ObservedPair
+from gdetkd_cli.methods.baselines.alignment import align
+
+
+@dataclass(frozen=True)
+class ComparedLevel:
+    """One level of the student beside the teacher's, both (N, C, H, W); ``inside``: (N, H, W) bool, cells of images."""
+
+    number: int
+    adapted: Tensor
+    target: Tensor
+    inside: Tensor
+
+
+class MapTerm(nn.Module):
+    """What terms over whole maps share.
+
+    Args:
+        student_channels, teacher_channels: channels of each level of both.
+        counted: by student level, whether it is compared; None: all are.
+        adapt: a 1 x 1 convolution on every student level, or only where channels differ.
+        standardize: the teacher's levels, per ``channel``, as a ``whole``, or not.
+        same_space: as in SGFITerm: the student got the teacher's head, so nothing may stand between their features.
+    """
+
+    student_needs: frozenset[View] = frozenset()
+    teacher_needs: frozenset[View] = frozenset()
+
+    def __init__(
+        self,
+        *,
+        student_channels: Sequence[int],
+        teacher_channels: Sequence[int],
+        counted: Sequence[bool] | None = None,
+        adapt: bool = True,
+        standardize: Literal["channel", "whole"] | None = "channel",
+        same_space: bool = False,
+    ) -> None:
+        super().__init__()
+        self.same_space = same_space
+        adapt = adapt and not same_space
+        most = max(teacher_channels)
+        same = set(teacher_channels) == {most}
+        self.counted = tuple(counted) if counted is not None else (True,) * len(student_channels)
+        # A level that is not compared has no weights: DistributedDataParallel would wait for their gradients.
+        self.adapters = nn.ModuleList(
+            nn.Conv2d(c, most, 1) if counts and (adapt or c != most or not same) else nn.Identity()
+            for c, counts in zip(student_channels, self.counted, strict=True)
+        )
+        self.normalizers = nn.ModuleList(
+            RunningNormalizer(channels=c, per_channel=standardize == "channel") if standardize else nn.Identity()
+            for c in teacher_channels
+        )
+
+    def levels(self, pair: ObservedPair) -> Iterator[ComparedLevel]:
+        """The pair's levels that are compared, aligned, adapted and standardised."""
+        aligned = align(pair.student_seen.pyramid, pair.teacher_seen.pyramid, image_sizes(pair))
+        for number, (level, adapter) in enumerate(zip(aligned, self.adapters, strict=True)):
+            if not self.counted[number]:
+                continue
+            target, normalizer = level.teacher, self.normalizers[level.teacher_level]
+            adapted = adapter(level.student)[:, : target.shape[1]].float()
+            if isinstance(normalizer, RunningNormalizer):
+                normalizer.update(target, inside=level.inside)
+                target = normalizer(target)
+                adapted = normalizer(adapted) if self.same_space else adapted
+            yield ComparedLevel(number, adapted, target, level.inside)
+
+
+def map_settings(pair: Detectors, *, pooled_levels: bool) -> dict[str, Any]:
+    """The channels of both pyramids, and which student levels are compared.
+
+    Args:
+        pair: the detectors.
+        pooled_levels: compare also student levels that only subsample the one before.
+    """
+    return {
+        "student_channels": pair.student_channels,
+        "teacher_channels": pair.teacher_channels,
+        "counted": [pooled_levels or not level.subsampled for level in pair.student.levels],
+    }
+
+
+def image_sizes(pair: ObservedPair) -> list[tuple[int, int]]:
+    """(height, width) of each batch image."""
+    return [(image.shape[-2], image.shape[-1]) for image in pair.batch.images]
+
+
+def boxes_in_cells(pair: ObservedPair) -> list[list[Tensor]]:
+    """By image and student level, its objects (M, 4) xyxy in cells."""
+    pyramid = pair.student_seen.pyramid
+    found = []
+    for image, target in enumerate(pair.batch.targets):
+        index = torch.full((len(target.boxes),), image, device=target.boxes.device)
+        pixels = pyramid.frame.to_model(target.boxes, index)
+        found.append([cells(pixels, level) for level in pyramid.levels])
+    return found

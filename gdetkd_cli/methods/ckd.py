@@ -1,0 +1,127 @@
+"""Contrastive distillation over regions (CKD; G-DetKD, arXiv 2108.07482).
+
+Shapes: R regions of this process's batch, Q remembered regions, D channels of an embedding or of the common space."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+from torchvision.ops import box_iou
+
+from gdetkd_cli.detectors.protocol import View
+from gdetkd_cli.methods.base import Detectors, ObservedPair
+from gdetkd_cli.methods.queue import RegionQueue
+
+
+def contrastive_loss(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    gamma: float,
+    negatives: Tensor,
+    memory: Tensor | None = None,
+    memory_negatives: Tensor | None = None,
+) -> Tensor:
+    """L_ckd = mean_i -log exp g(s_i, t_i) / sum over j in {i} and the negatives of exp g(s_i, t_j), g = cos / gamma.
+
+    The positive always stays in the denominator: the loss is >= 0, and 0 at a perfect match with far negatives.
+
+    Args:
+        student: (R, D) projected student embeddings.
+        teacher: (R, D) projected teacher embeddings of the same regions.
+        gamma: temperature.
+        negatives: (R, R) bool, entry (i, j): teacher row j is a negative of region i. The diagonal is ignored.
+        memory: (Q, D) projected teacher embeddings of earlier regions.
+        memory_negatives: (R, Q) bool.
+    """
+    if not len(student):
+        return student.sum() * 0.0 + teacher.sum() * 0.0
+    # exp(1 / 0.07) overflows half precision; everything from here on is float32.
+    with torch.autocast(student.device.type, enabled=False):
+        s = normalize(student.float(), dim=1)
+        candidates = teacher.float() if memory is None else torch.cat([teacher.float(), memory.float()])
+        logits = s @ normalize(candidates, dim=1).T / gamma  # (R, R + Q)
+        itself = torch.eye(len(s), dtype=torch.bool, device=s.device)
+        kept = negatives | itself
+        if memory_negatives is not None:
+            kept = torch.cat([kept, memory_negatives], dim=1)
+        positive = logits.diagonal()
+        return (logits.masked_fill(~kept, float("-inf")).logsumexp(dim=1) - positive).mean()
+
+
+def overlap_negatives(iou: Tensor, image_index: Tensor, threshold: float) -> Tensor:
+    """(R, R) bool: region j is a negative of region i unless it is i, or overlaps it in the same image.
+
+    Args:
+        iou: (R, R) intersection over union, whatever the images.
+        image_index: (R,) image of each region.
+        threshold: regions of one image that overlap more are the same thing, not negatives.
+    """
+    same_image = image_index[:, None] == image_index[None, :]
+    negatives = ~(same_image & (iou > threshold))
+    return negatives.fill_diagonal_(False)
+
+
+class CKDTerm(nn.Module):
+    """Contrastive distillation over regions.
+
+    f_s and f_t are one linear layer each into the common space: embeddings of unequal width cannot share one.
+
+    Args:
+        student_channels, teacher_channels: D of the two region embeddings.
+        project_channels: channels of the common space.
+        gamma: temperature.
+        negative_iou: regions of one picture that overlap more are not negatives.
+        queue: teacher embeddings remembered.
+    """
+
+    student_needs: frozenset[View] = frozenset({"embedding"})
+    teacher_needs: frozenset[View] = frozenset({"embedding"})
+
+    def __init__(
+        self,
+        *,
+        student_channels: int,
+        teacher_channels: int,
+        project_channels: int,
+        gamma: float,
+        negative_iou: float,
+        queue: int,
+    ) -> None:
+        super().__init__()
+        self.project_student = nn.Linear(student_channels, project_channels)
+        self.project_teacher = nn.Linear(teacher_channels, project_channels)
+        self.queue = RegionQueue(size=queue, channels=teacher_channels)
+        self.gamma = gamma
+        self.negative_iou = negative_iou
+
+    def forward(self, pair: ObservedPair) -> Tensor:
+        student, teacher = pair.student_view.embedding, pair.teacher_view.embedding
+        assert student is not None and teacher is not None
+        remembered, remembered_ids = self.queue.rows()
+        regions = pair.regions
+        loss = contrastive_loss(
+            self.project_student(student.float()),
+            self.project_teacher(teacher.float()),
+            gamma=self.gamma,
+            negatives=overlap_negatives(box_iou(regions.boxes, regions.boxes), regions.image_index, self.negative_iou),
+            memory=self.project_teacher(remembered),
+            # A picture seen before was flipped or resized differently, so its boxes cannot be compared with this
+            # step's: nothing of the same picture is a negative.
+            memory_negatives=pair.image_ids[:, None] != remembered_ids[None, :],
+        )
+        self.queue.add(teacher, pair.image_ids)
+        return loss
+
+
+def build(pair: Detectors, *, gamma: float, negative_iou: float, queue: int, project_channels: int) -> CKDTerm:
+    """The term of a pair; any pair has one."""
+    return CKDTerm(
+        student_channels=pair.student.embedding_channels,
+        teacher_channels=pair.teacher.embedding_channels,
+        project_channels=project_channels,
+        gamma=gamma,
+        negative_iou=negative_iou,
+        queue=queue,
+    )

@@ -1,0 +1,297 @@
+"""Semantic-guided feature imitation (SGFI; G-DetKD, arXiv 2108.07482).
+
+A region's teacher feature is compared with a weighted sum of the student's features from every level. The weights come
+from matching embeddings.
+
+Shapes: R regions, L levels, C_s and C_t channels of student and teacher, E embedding channels."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from math import log2
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import conv2d, mse_loss, normalize
+
+from gdetkd_cli.detectors.pooling import pool_all_levels
+from gdetkd_cli.detectors.protocol import View
+from gdetkd_cli.host import beside
+from gdetkd_cli.methods.adapters import RunningNormalizer, folded, new_adapter
+from gdetkd_cli.methods.base import Detectors, ObservedPair
+from gdetkd_cli.structures import Pyramid
+
+_LEAST_NORM = 1e-3  # of an embedding: the gradient of a shorter one's direction would explode
+
+
+# ------------------------------------------------------------------------------------------------------ equations
+
+
+def level_attention(keys: Tensor, queries: Tensor, tau: Tensor, prior: Tensor | None = None) -> Tensor:
+    """a_i = softmax over levels of <k_il, q_i> / tau + prior_il.
+
+    Args:
+        keys: (R, L, D) embeddings of the student's region features on each level.
+        queries: (R, D) embeddings of the teacher's region features.
+        tau: positive scalar.
+        prior: (R, L) logits that the match starts from; None: none, as in the paper.
+
+    Returns:
+        (R, L); the weights of a region sum to 1.
+    """
+    logits = (keys * queries[:, None]).sum(dim=2) / tau
+    return (logits if prior is None else logits + prior).softmax(dim=1)
+
+
+def unit(embedding: Tensor) -> Tensor:
+    """(..., D) at length 1, so that <k_il, q_i> is the cosine between them."""
+    return normalize(embedding, dim=-1, eps=_LEAST_NORM)
+
+
+def level_prior(octaves: Tensor, centre: Tensor, strength: float) -> Tensor:
+    """prior_il = -strength (octaves_il - centre_i)^2: a level loses by the octaves that it lies away.
+
+    Args:
+        octaves: (R, L) log2 of the stride of each student level, in pixels of the region's image.
+        centre: (R,) log2 of the stride that the match of each region starts from.
+        strength: 0 favours none.
+
+    Returns:
+        (R, L) logits.
+    """
+    return -strength * (octaves - centre[:, None]).square()
+
+
+def imitation_loss(imitation: Tensor, target: Tensor, channels: Tensor | None = None) -> Tensor:
+    """L_sgfi = mean_i MSE(sum_l a_il A_il, T_i), 0 with a gradient path where there is no region.
+
+    Args:
+        imitation: (R, C, 7, 7) the student's aggregate.
+        target: (R, C, 7, 7) the teacher's features.
+        channels: (R,) how many of the C channels a region's target has (a pyramid whose levels differ in channels is
+            padded with zeros); None: all.
+    """
+    if channels is None:
+        return mse_loss(imitation, target.detach()) if len(imitation) else imitation.sum() * 0.0
+    error = (imitation - target.detach()).square()
+    valid = (torch.arange(error.shape[1], device=error.device) < channels[:, None])[:, :, None, None]
+    cells = error.shape[2] * error.shape[3]
+    per_region = (error * valid).sum(dim=(1, 2, 3)) / (channels * cells)
+    return per_region.mean() if len(error) else imitation.sum() * 0.0
+
+
+# ------------------------------------------------------------------------------------------------------- the term
+
+
+class LevelMatcher(nn.Module):
+    """f_adapt, f_embed and tau of SGFI: aggregates a student's levels into what the teacher's feature should be.
+
+    f_adapt is linear and 1x1, so it commutes with the weighted sum over levels (whose weights sum to 1) and folds into
+    the embedding's first convolution: it runs once per region, not once per level, and that convolution reads C_s
+    channels. The result is the same as adapting every level first.
+
+    Args:
+        student_channels: C_s of each level; levels with equal channels share one adapter.
+        teacher_channels: C_t.
+        embed_channels: E.
+        identity: start f_adapt as the identity (all channels must be equal): for a student that got the teacher's
+            head, whose features have to become the teacher's own, not a linear map of them.
+        initial_tau: temperature of the match at the start.
+        cosine: match by the angle between embeddings, not by their product, whose size nothing limits.
+    """
+
+    def __init__(
+        self,
+        *,
+        student_channels: Sequence[int],
+        teacher_channels: int,
+        embed_channels: int,
+        identity: bool = False,
+        initial_tau: float = 1.0,
+        cosine: bool = True,
+    ) -> None:
+        super().__init__()
+        self.cosine = cosine
+        self.shared = len(set(student_channels)) == 1
+        adapters = [student_channels[0]] if self.shared else list(student_channels)
+        self.adapters = nn.ModuleList(new_adapter(channels, teacher_channels, identity) for channels in adapters)
+        self.embed_in = nn.Conv2d(teacher_channels, embed_channels, 3, stride=2)  # 7 -> 3
+        self.embed_out = nn.Conv2d(embed_channels, embed_channels, 3, stride=2)  # 3 -> 1
+        # Learnt as its logarithm, so that tau stays positive.
+        self.log_tau = nn.Parameter(torch.tensor(math.log(initial_tau)))
+
+    def forward(
+        self,
+        levels: Sequence[Tensor],
+        target: Tensor,
+        affine: tuple[Tensor, Tensor] | None = None,
+        prior: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Aggregates.
+
+        Args:
+            levels: L tensors (R, C_s, 7, 7), the student's features of each region on every level.
+            target: (R, C_t, 7, 7), the teacher's.
+            affine: scale and shift, (C_s,) or (1,), that the levels get first; they fold into the adapters.
+            prior: (R, L) logits that the match starts from, or none.
+
+        Returns:
+            The aggregate (R, C_t, 7, 7) and the weights of the levels (R, L).
+        """
+        query = self.embed_out(self.embed_in(target).relu()).flatten(1)  # (R, E)
+        adapters = [folded(adapter, affine) for adapter in self.adapters]
+        convolutions = [self._first_of_keys(*adapter) for adapter in adapters]
+        if self.shared:
+            adapters, convolutions = adapters * len(levels), convolutions * len(levels)
+        # Level by level: together they leave a CPU's cache, which costs more than the few calls saved.
+        hidden = torch.stack(
+            [conv2d(level, *composed, stride=2) for level, composed in zip(levels, convolutions, strict=True)], dim=1
+        )
+        keys = self.embed_out(hidden.flatten(0, 1).relu()).flatten(1).unflatten(0, hidden.shape[:2])  # (R, L, E)
+        if self.cosine:
+            keys, query = unit(keys), unit(query)
+        weights = level_attention(keys, query, self.log_tau.exp(), prior)
+        if self.shared:
+            return conv2d(_weighted_sum(levels, weights), *adapters[0]), weights
+        adapted = [conv2d(level, *adapter) for level, adapter in zip(levels, adapters, strict=True)]
+        return _weighted_sum(adapted, weights), weights
+
+    def _first_of_keys(self, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        """The embedding's first convolution after the adapter, as one: weight (E, C_s, 3, 3) and bias (E,)."""
+        assert self.embed_in.bias is not None
+        kernel = torch.einsum("etij,ts->esij", self.embed_in.weight, weight[:, :, 0, 0])
+        return kernel, self.embed_in.bias + torch.einsum("etij,t->e", self.embed_in.weight, bias)
+
+
+def _weighted_sum(levels: Sequence[Tensor], weights: Tensor) -> Tensor:
+    """L maps (R, C, 7, 7) and weights (R, L) -> (R, C, 7, 7)."""
+    first, *others = weights[:, :, None, None, None].unbind(1)
+    total = levels[0] * first
+    for level, weight in zip(levels[1:], others, strict=True):
+        total = torch.addcmul(total, level, weight)
+    return total
+
+
+class SGFITerm(nn.Module):
+    """Semantic-guided feature imitation.
+
+    Args:
+        student_channels: channels of each student level.
+        teacher_channels: C of the teacher's pooled features.
+        embed_channels: channels of the embedding that levels are matched in.
+        initial_tau: temperature of the match at the start.
+        cosine: levels are matched by the angle between embeddings; or by their product (the paper).
+        normalize: standardise the target ``channel`` by channel, as one ``scalar``, or not at all (``none``).
+        prior: how much the match favours the student levels near ``centre``; 0: not at all (the paper).
+        centre: the stride of the level that the student assigns a region to, or of the one that the teacher pools it
+            from.
+        sampling_ratio: RoIAlign samples per bin and axis on the student's levels.
+        same_space: the student got the teacher's head, so its features have to become the teacher's own, not a linear
+            map of them: they are standardised with the teacher's statistics and f_adapt starts as the identity.
+    """
+
+    student_needs: frozenset[View]
+    teacher_needs: frozenset[View]
+
+    def __init__(
+        self,
+        *,
+        student_channels: Sequence[int],
+        teacher_channels: int,
+        embed_channels: int,
+        prior: float,
+        centre: Literal["teacher", "student"] = "student",
+        cosine: bool = True,
+        initial_tau: float = 1.0,
+        normalize: str,
+        sampling_ratio: int,
+        same_space: bool = False,
+    ) -> None:
+        super().__init__()
+        self.matcher = LevelMatcher(
+            student_channels=student_channels,
+            teacher_channels=teacher_channels,
+            embed_channels=embed_channels,
+            initial_tau=initial_tau,
+            identity=same_space,
+            cosine=cosine,
+        )
+        self.same_space = same_space
+        self.normalizer = (
+            None
+            if normalize == "none"
+            else RunningNormalizer(channels=teacher_channels, per_channel=normalize == "channel")
+        )
+        self.prior = prior
+        self.centre = centre
+        level: frozenset[View] = frozenset({"level"} if prior else ())
+        pooled: frozenset[View] = frozenset({"pooled"})
+        self.student_needs = level if centre == "student" else frozenset[View]()
+        self.teacher_needs = pooled | level if centre == "teacher" else pooled
+        self.sampling_ratio = sampling_ratio
+
+    def forward(self, pair: ObservedPair) -> Tensor:
+        target, channels = pair.teacher_view.pooled, pair.teacher_view.pooled_channels
+        assert target is not None
+        if self.normalizer is not None:
+            self.normalizer.update(target, channels)
+            target = self.normalizer(target.float(), channels)
+        pyramid = pair.student_seen.pyramid
+        levels = pool_all_levels(pyramid, pair.regions, size=target.shape[-1], sampling_ratio=self.sampling_ratio)
+        prior = self._prior(pair)
+        affine = self.normalizer.affine() if self.same_space and self.normalizer is not None else None
+        # Standardisation is folded into the adapters' weights: half precision would lose a small deviation around a
+        # large mean.
+        with torch.autocast(target.device.type, enabled=False):
+            imitation, _ = self.matcher(levels, target.float(), affine, prior)
+        return imitation_loss(imitation.float(), target.float(), channels)
+
+    def _prior(self, pair: ObservedPair) -> Tensor | None:
+        """(R, L) logits that the match of each region starts from; None where it favours no level."""
+        if self.prior == 0:
+            return None
+        index = pair.regions.image_index
+        octaves = _octaves(pair.student_seen.pyramid, index)
+        view, theirs = pair.student_view, octaves
+        if self.centre == "teacher":
+            view, theirs = pair.teacher_view, _octaves(pair.teacher_seen.pyramid, index)
+        assert view.level is not None
+        return level_prior(octaves, theirs.gather(1, view.level[:, None]).squeeze(1), self.prior)
+
+
+def _octaves(pyramid: Pyramid, image_index: Tensor) -> Tensor:
+    """(R, L) log2 of the stride of each level, in pixels of each region's image: the mean of both axes."""
+    scale = pyramid.frame.scale
+    strides = beside([log2(level.stride[0] * level.stride[1]) / 2 for level in pyramid.levels], scale)
+    return strides - scale[image_index].log2().mean(dim=1, keepdim=True)
+
+
+# ------------------------------------------------------------------------------------------------------- assembly
+
+
+def build(
+    pair: Detectors,
+    *,
+    embed_channels: int,
+    tau: float,
+    prior: float,
+    center: Literal["teacher", "student"],
+    similarity: Literal["cosine", "product"],
+    normalize: Literal["channel", "scalar", "none"],
+    sampling_ratio: int,
+) -> SGFITerm:
+    """The term of a pair; any pair has one."""
+    return SGFITerm(
+        student_channels=pair.student_channels,
+        teacher_channels=max(pair.teacher_channels),
+        same_space=pair.same_space,
+        embed_channels=embed_channels,
+        initial_tau=tau,
+        prior=prior,
+        centre=center,
+        cosine=similarity == "cosine",
+        normalize=normalize,
+        sampling_ratio=sampling_ratio,
+    )
