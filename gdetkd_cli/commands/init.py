@@ -11,12 +11,11 @@ from typing import Any
 import torch
 import yaml
 
-from gdetkd_cli import assembly
+from gdetkd_cli import assembly, portable
 from gdetkd_cli.assembly.find_data import find_data
 from gdetkd_cli.commands.probe import ProbeOptions, run_probe
 from gdetkd_cli.commands.validate import CheckedRecipe, check_pair
 from gdetkd_cli.data.split import Split
-from gdetkd_cli.detectors import architectures
 from gdetkd_cli.detectors.factory import is_reference
 from gdetkd_cli.engine.events import Observer, silent
 from gdetkd_cli.errors import ModelError, RecipeError
@@ -140,9 +139,9 @@ def _image_size(split: Split, *, largest: int) -> tuple[int, int]:
 def _detector(reference: str, size: tuple[int, int], *, trains: bool) -> dict[str, Any]:
     """A recipe's block."""
     backbone, plus, head = reference.partition("+")
-    if plus and head in architectures.HEADS:
+    if plus and head in portable.HEADS:
         return {"arch": "composed", "backbone": backbone, "head": head, "image_size": list(size)}
-    if reference in architectures.TORCHVISION_DETECTORS:
+    if reference in portable.TORCHVISION_DETECTORS:
         block: dict[str, Any] = {"arch": "torchvision", "name": reference}
         if not reference.startswith("ssd"):
             block["arguments"] = {"min_size": size[0], "max_size": size[1]}
@@ -152,7 +151,7 @@ def _detector(reference: str, size: tuple[int, int], *, trains: bool) -> dict[st
     if not reference.startswith("builtin:") and not Path(reference).exists():
         raise ModelError(
             f"{reference!r} is neither a file, a run folder, package.module:function, a torchvision detector, nor "
-            f"BACKBONE+HEAD, where HEAD is one of {', '.join(architectures.HEADS)}"
+            f"BACKBONE+HEAD, where HEAD is one of {', '.join(portable.HEADS)}"
         )
     return {"arch": "checkpoint", "path": reference, "input": {"size": list(size)}}
 

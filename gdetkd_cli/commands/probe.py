@@ -9,8 +9,9 @@ from pathlib import Path
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
+from gdetkd_cli import portable
 from gdetkd_cli.data.pictures import Pictures, picture_size
-from gdetkd_cli.detectors import architectures, catalog
+from gdetkd_cli.detectors import catalog
 from gdetkd_cli.detectors.factory import is_reference, make
 from gdetkd_cli.detectors.files import kind_of, open_runner
 from gdetkd_cli.detectors.protocol import Detector
@@ -67,7 +68,7 @@ def run_probe(model: str, options: ProbeOptions | None = None, *, observer: Obse
         from gdetkd_cli.report.levels import check_drawable  # matplotlib takes its time
 
         check_drawable(options.plot)
-    if model in architectures.TORCHVISION_DETECTORS:
+    if model in portable.TORCHVISION_DETECTORS:
         names = tuple(f"class {i}" for i in range(1, _COCO_CLASSES + 1))
         observer(Note(f"{model} with fresh weights"))
         detector = catalog.build({"kind": "torchvision", "name": model}, names)
@@ -76,7 +77,7 @@ def run_probe(model: str, options: ProbeOptions | None = None, *, observer: Obse
     if not model.startswith("builtin:") and not Path(model).exists():
         if is_reference(model):
             return _made(model, options, observer)
-        known = ", ".join(architectures.TORCHVISION_DETECTORS)
+        known = ", ".join(portable.TORCHVISION_DETECTORS)
         raise ModelError(
             f"{model!r} is neither a file, a run folder, package.module:function, nor a torchvision detector; "
             f"detectors: {known}"

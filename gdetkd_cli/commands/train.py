@@ -14,11 +14,11 @@ from typing import Literal
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
-from gdetkd_cli import assembly
+from gdetkd_cli import assembly, portable
 from gdetkd_cli.assembly.labels import write_labels
 from gdetkd_cli.data.loader import validation_batches
 from gdetkd_cli.data.split import Split
-from gdetkd_cli.detectors import architectures, catalog
+from gdetkd_cli.detectors import catalog
 from gdetkd_cli.detectors.protocol import Detector
 from gdetkd_cli.engine import run_folder
 from gdetkd_cli.engine.device import environment, peak_memory_mb
@@ -258,11 +258,18 @@ def _write_facts(folder: RunFolder, setup: assembly.TrainingSetup) -> None:
         run_folder.write_text(folder.probe, json.dumps(reports, indent=2))
 
 
+def _copy_portable(folder: Path) -> None:
+    """Copies the package that rebuilds a student without this one."""
+    folder.mkdir(exist_ok=True)
+    for source in sorted(Path(portable.__file__).parent.glob("*.py")):
+        run_folder.write_text(folder / source.name, source.read_text())
+
+
 def _write_results(folder: RunFolder, setup: assembly.TrainingSetup, result: TrainResult) -> None:
     detector = setup.student.detector
     catalog.save(folder.student, detector, setup.student.description)
     if setup.student.description.get("kind") != "factory":  # which is rebuilt by its own code
-        run_folder.write_text(folder.student_script, Path(architectures.__file__).read_text())
+        _copy_portable(folder.student_code)
     facts = {name: getattr(result, name) for name in ("steps", "seconds", "seconds_per_step", "peak_memory_mb")}
     run_folder.write_text(folder.metrics, json.dumps({**result.metrics.to_json(), **facts}, indent=2))
     if detector.features_only:

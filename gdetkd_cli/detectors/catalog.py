@@ -14,7 +14,7 @@ from torchvision.models.detection.fcos import FCOS
 from torchvision.models.detection.retinanet import RetinaNet
 from torchvision.models.detection.ssd import SSD
 
-from gdetkd_cli.detectors import architectures
+from gdetkd_cli import portable
 from gdetkd_cli.detectors.dense import DenseDetector
 from gdetkd_cli.detectors.factory import make
 from gdetkd_cli.detectors.protocol import Detector
@@ -53,7 +53,7 @@ def wrap(module: nn.Module, class_names: Sequence[str]) -> Detector:
 
 
 def build(description: dict[str, Any], class_names: Sequence[str]) -> Detector:
-    """A detector with fresh weights from a description (see ``architectures``; of the user's own code: ``factory``).
+    """A detector with fresh weights from a description (see ``portable``; of the user's own code: ``factory``).
 
     Raises:
         ModelError: the description cannot be built.
@@ -61,7 +61,7 @@ def build(description: dict[str, Any], class_names: Sequence[str]) -> Detector:
     if description.get("kind") == "factory":
         return _made(description, tuple(class_names))
     try:
-        module = architectures.build(description, len(class_names))
+        module = portable.build(description, len(class_names))
     except ValueError as error:
         raise ModelError(str(error)) from error
     return wrap(module, class_names)
@@ -116,7 +116,7 @@ def classes_of(
         ``published``, or ``data``, or numbered names where nobody knows better.
     """
     with torch.device("meta"):  # shapes alone
-        own = architectures.build(description, 1).state_dict()
+        own = portable.build(description, 1).state_dict()
     # The last one: SSDlite's class layers begin with convolutions that do not depend on the classes.
     name = [n for n in own if n.startswith(CLASS_LAYERS) and n.endswith("weight")][-1]
     if name not in state:
@@ -148,7 +148,7 @@ class Loaded:
 
     Attributes:
         detector: in evaluation mode.
-        description: rebuilds it (see ``architectures``).
+        description: rebuilds it (see ``portable``).
         origin: ``run`` where this tool wrote the file, ``state_dict`` where its architecture was recognised.
         notes: what was recognised and left out.
     """

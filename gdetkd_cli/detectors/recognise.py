@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gdetkd_cli.detectors import architectures
+from gdetkd_cli import portable
 from gdetkd_cli.detectors.weights import BATCH_COUNT, CLASS_LAYERS, has_frozen_norms, norm_eps_of_file
 from gdetkd_cli.errors import ModelError
 
@@ -19,7 +19,7 @@ class Recognised:
     """A state_dict's detector.
 
     Attributes:
-        description: rebuilds it (see ``architectures``).
+        description: rebuilds it (see ``portable``).
         alternatives: other torchvision detectors with the same names and shapes; they differ in settings only.
     """
 
@@ -41,7 +41,7 @@ def recognise(state: dict[str, Tensor], source: str) -> Recognised:
     masked = any(_is_mask(name) for name in state)
     scores: dict[str, tuple[int, int]] = {}  # names and shapes in common, of how many
     fitting = []
-    for name in architectures.TORCHVISION_DETECTORS:
+    for name in portable.TORCHVISION_DETECTORS:
         own = _shapes_of(name)
         scores[name] = (sum(shapes.get(key) == shape for key, shape in own.items()), len(own))
         # A Mask R-CNN without its mask branch is the Faster R-CNN.
@@ -83,5 +83,5 @@ def _shapes(state: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
 
 def _shapes_of(name: str) -> dict[str, tuple[int, ...]]:
     with torch.device("meta"):  # names and shapes alone
-        module = architectures.build({"kind": "torchvision", "name": name}, 1)
+        module = portable.build({"kind": "torchvision", "name": name}, 1)
     return _shapes(module.state_dict())

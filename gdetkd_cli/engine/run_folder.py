@@ -29,7 +29,7 @@ class RunFolder:
     tensorboard/       the same as events
     resume/            the last checkpoint: student, terms, optimizer, random numbers
     student.pt         the trained detector alone
-    student.py         rebuilds it without this package
+    student/           code that rebuilds it without this package
     metrics.json       the last evaluation
     pictures/          validation pictures with predicted boxes
     """
@@ -43,7 +43,7 @@ class RunFolder:
         self.metrics_log = path / "metrics.jsonl"
         self.resume = path / "resume"
         self.student = path / "student.pt"
-        self.student_script = path / "student.py"
+        self.student_code = path / "student"
         self.metrics = path / "metrics.json"
         self.pictures = path / "pictures"
 

@@ -53,7 +53,14 @@ def test_a_run_leaves_everything_that_is_promised(tmp_path: Path) -> None:
     seen: list[Event] = []
     result = run_distill(toy.recipe(evaluate_every=3), output=tmp_path / "run", observer=seen.append)
     run = result.run
-    for name in ("recipe.yaml", "environment.json", "probe.json", "metrics.jsonl", "metrics.json", "student.py"):
+    for name in (
+        "recipe.yaml",
+        "environment.json",
+        "probe.json",
+        "metrics.jsonl",
+        "metrics.json",
+        "student/__init__.py",
+    ):
         assert (run / name).stat().st_size > 0, name
     assert list((run / "pictures").glob("*.png"))
     assert list(run.rglob("events.out.tfevents*"))

@@ -10,7 +10,8 @@ import torch
 from catalogue import CLASSES, SPECS
 from torch import Tensor, nn
 
-from gdetkd_cli.detectors import architectures, catalog
+from gdetkd_cli import portable
+from gdetkd_cli.detectors import catalog
 from gdetkd_cli.errors import ModelError
 
 pytestmark = pytest.mark.usefixtures("small")
@@ -29,7 +30,7 @@ pytestmark = pytest.mark.usefixtures("small")
 def test_classes_of_weights(key: str) -> None:
     description = SPECS[key].description
     five, four = tuple("abcde"), tuple("wxyz")
-    state = architectures.build(description, 5).state_dict()
+    state = portable.build(description, 5).state_dict()
 
     random = torch.get_rng_state()
     assert catalog.classes_of(state, description, four, five) == five
@@ -39,7 +40,7 @@ def test_classes_of_weights(key: str) -> None:
 
 def test_classes_of_weights_by_the_data_and_of_other_weights() -> None:
     description = SPECS["fcos on resnet18, levels 3-7, batch"].description
-    state = architectures.build(description, 5).state_dict()
+    state = portable.build(description, 5).state_dict()
 
     assert catalog.classes_of(state, description, tuple("abcde"), tuple("wxyz")) == tuple("abcde")
     assert catalog.classes_of({"other": torch.ones(1)}, description, tuple("wxyz"), None) == tuple("wxyz")
@@ -97,7 +98,7 @@ def test_a_module_of_no_family() -> None:
 
 
 def test_descriptions_are_not_changed_by_building(tiny_description: Callable[..., dict[str, Any]]) -> None:
-    for head in architectures.HEADS:
+    for head in portable.HEADS:
         description = tiny_description(head)
         before = repr(description)
         catalog.build(description, CLASSES)

@@ -11,14 +11,15 @@ import pytest
 import torch
 from catalogue import CLASSES, SPECS, SSD300_CELLS, Spec, all_regions
 
-from gdetkd_cli.detectors import architectures, catalog, geometry
+from gdetkd_cli import portable
+from gdetkd_cli.detectors import catalog, geometry
 from gdetkd_cli.detectors.protocol import Detector, Observation, View
 from gdetkd_cli.structures import Batch, Detections, Regions
 
 
 def test_the_whole_catalogue_is_here() -> None:
-    assert set(architectures.TORCHVISION_DETECTORS) <= set(SPECS)
-    assert {spec.description.get("head") for spec in SPECS.values()} == {None, *architectures.HEADS}
+    assert set(portable.TORCHVISION_DETECTORS) <= set(SPECS)
+    assert {spec.description.get("head") for spec in SPECS.values()} == {None, *portable.HEADS}
 
 
 @dataclass(frozen=True)

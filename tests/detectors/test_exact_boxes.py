@@ -19,12 +19,13 @@ from torchvision.models.detection.rpn import RegionProposalNetwork
 from torchvision.models.detection.ssd import SSD
 
 from gdetkd_cli.data.synthetic import CLASS_NAMES, synthetic_split
-from gdetkd_cli.detectors import architectures, catalog
+from gdetkd_cli.detectors import catalog
 from gdetkd_cli.detectors.dense import DenseDetector
 from gdetkd_cli.detectors.protocol import Detector, Observation
 from gdetkd_cli.detectors.tap import Tap
 from gdetkd_cli.evaluation.coco_metrics import evaluate_coco
 from gdetkd_cli.evaluation.predict import predict_split
+from gdetkd_cli.portable import cascade
 from gdetkd_cli.structures import Batch, Target
 
 SIZE = (736, 1216)  # (height, width), pixels
@@ -201,7 +202,7 @@ def test_regression_targets(
         return plain(logits, deltas, labels, targets)
 
     monkeypatch.setattr(roi_heads, "fastrcnn_loss", spy)
-    monkeypatch.setattr(architectures, "fastrcnn_loss", spy)
+    monkeypatch.setattr(cascade, "fastrcnn_loss", spy)
     heads = detector.module.roi_heads
     coders = [heads.box_coder, *(stage.box_coder for stage in getattr(heads, "later", ()))]
     pools = ["roi_heads.box_roi_pool"] + [f"roi_heads.later.{i}.box_roi_pool" for i in range(len(coders) - 1)]

@@ -156,7 +156,7 @@ def test_a_student_of_ones_own_is_distilled(name: str, tmp_path: Path) -> None:
     saved = torch.load(run / "student.pt", weights_only=True)
     made = getattr(own_code, name)()
     made.load_state_dict(saved["model"])  # plain weights of the user's own class
-    assert not (run / "student.py").exists()  # which could not rebuild it
+    assert not (run / "student").exists()  # which could not rebuild it
     assert run_eval(str(run), data=None).metrics.images > 0
     trust_code(False)
     with pytest.raises(ModelError, match="--trust-code"):

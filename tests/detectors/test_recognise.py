@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torchvision.models import detection
 
-from gdetkd_cli.detectors import architectures, catalog
+from gdetkd_cli import portable
+from gdetkd_cli.detectors import catalog
 from gdetkd_cli.detectors.recognise import recognise
 from gdetkd_cli.errors import ModelError
 
@@ -23,7 +24,7 @@ def torchvisions(name: str, num_classes: int = 6, **arguments: Any) -> nn.Module
     return module
 
 
-@pytest.mark.parametrize("name", architectures.TORCHVISION_DETECTORS)
+@pytest.mark.parametrize("name", portable.TORCHVISION_DETECTORS)
 def test_every_torchvision_detector(name: str) -> None:
     state = torchvisions(name).state_dict()
     found = recognise(state, "weights.pth")

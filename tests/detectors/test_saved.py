@@ -13,7 +13,8 @@ import pytest
 import torch
 from catalogue import CLASSES, SPECS
 
-from gdetkd_cli.detectors import architectures, catalog
+from gdetkd_cli import portable
+from gdetkd_cli.detectors import catalog
 from gdetkd_cli.detectors.protocol import Detector
 from gdetkd_cli.errors import ModelError
 from gdetkd_cli.structures import Batch
@@ -34,7 +35,7 @@ class NoGDetKD(importlib.abc.MetaPathFinder):
 sys.meta_path.insert(0, NoGDetKD())
 sys.path.insert(0, sys.argv[1])
 import torch
-from architectures import load
+from student import load
 
 torch.set_num_threads(1)
 images = torch.load("images.pt", weights_only=True)
@@ -50,8 +51,8 @@ except ImportError:
 
 
 def test_a_saved_detector_can_be_rebuilt_without_this_package(batch: Batch, tmp_path: Path) -> None:
-    """``architectures.py`` alone is enough, and nothing in the file needs pickled code."""
-    shutil.copy(architectures.__file__, tmp_path)
+    """``portable`` alone is enough, and nothing in the file needs pickled code."""
+    shutil.copytree(Path(portable.__file__).parent, tmp_path / "student")
     torch.save(batch.images, tmp_path / "images.pt")
     expected = {}
     for key in (

@@ -1,0 +1,115 @@
+"""Bodies with a feature pyramid: any torchvision ResNet, ResNeXt or MobileNet, of any width and depth."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torchvision.models import mobilenet, resnet
+from torchvision.models.detection.backbone_utils import BackboneWithFPN
+from torchvision.ops.feature_pyramid_network import ExtraFPNBlock, LastLevelMaxPool, LastLevelP6P7
+from torchvision.ops.misc import FrozenBatchNorm2d
+
+RESNETS = (
+    "resnet18",
+    "resnet34",
+    "resnet50",
+    "resnet101",
+    "resnet152",
+    "resnext50_32x4d",
+    "resnext101_32x8d",
+    "resnext101_64x4d",
+    "wide_resnet50_2",
+    "wide_resnet101_2",
+)
+MOBILENETS = ("mobilenet_v2", "mobilenet_v3_small", "mobilenet_v3_large")
+
+
+def build_backbone(description: dict[str, Any], channels: int, first: int, last: int) -> BackboneWithFPN:
+    """Body and FPN with levels ``first`` to ``last``; level l has stride 2**l.
+
+    Levels up to 5 are the body's stages; level 6 is a max pool of level 5 (as in Faster R-CNN) or, where there is
+    a level 7 too, both are convolutions (as in RetinaNet and FCOS).
+    """
+    name, norm = description["backbone"], norm_layer(description.get("norm", "batch"))
+    stride_levels = range(first, min(last, 5) + 1)
+    if name in RESNETS:
+        body = _resnet(name, description.get("width"), description.get("blocks"), norm)
+        stages = [f"layer{level - 1}" for level in stride_levels]
+        widths = [_out_channels(getattr(body, stage)[-1]) for stage in stages]
+    elif name in MOBILENETS:
+        if description.get("blocks"):
+            raise ValueError(f"'blocks' applies to ResNets only, not to {name}")
+        multiplier = float(description.get("width") or 1.0)
+        body = getattr(mobilenet, name)(weights=None, width_mult=multiplier, norm_layer=norm).features
+        stages, widths = _mobilenet_stages(body, [2**level for level in stride_levels])
+    else:
+        raise ValueError(f"unknown backbone {name!r}; known: {', '.join(RESNETS + MOBILENETS)}")
+    extra = {5: NoExtraLevel, 6: LastLevelMaxPool, 7: partial(LastLevelP6P7, channels, channels)}[last]()
+    returned = {stage: str(i) for i, stage in enumerate(stages)}
+    return BackboneWithFPN(body, returned, widths, channels, extra_blocks=extra)
+
+
+def norm_layer(norm: str) -> Callable[..., nn.Module]:
+    return {"batch": nn.BatchNorm2d, "frozen": FrozenBatchNorm2d}[norm]
+
+
+def _resnet(name: str, width: int | None, blocks: list[int] | None, norm: Callable[..., nn.Module]) -> resnet.ResNet:
+    """torchvision's ResNet, optionally slimmer (``width`` channels after the stem, 64 in the original) or shallower."""
+    body: resnet.ResNet = getattr(resnet, name)(weights=None, norm_layer=norm)
+    if width is None and blocks is None:
+        return body
+    first = body.layer1[0]
+    block = type(first)
+    depth = blocks or [len(getattr(body, f"layer{i}")) for i in range(1, 5)]
+    stem = 64 if width is None else int(width)
+    if stem < 1:
+        raise ValueError(f"{name}: width must be at least 1 channel, got {width}")
+    body.inplanes = stem
+    body.conv1 = nn.Conv2d(3, stem, kernel_size=7, stride=2, padding=3, bias=False)
+    body.bn1 = norm(stem)
+    for i, count in enumerate(depth):
+        # ResNet's own stage builder; it reads and advances body.inplanes.
+        stage = body._make_layer(block, stem * 2**i, count, stride=1 if i == 0 else 2)
+        setattr(body, f"layer{i + 1}", stage)
+    for module in body.modules():  # as ResNet.__init__ does
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    return body
+
+
+def _out_channels(block: Any) -> int:
+    """Channels after a ResNet block: BasicBlock ends in conv2, Bottleneck in conv3."""
+    last = block.conv3 if hasattr(block, "conv3") else block.conv2
+    return int(last.out_channels)
+
+
+def _mobilenet_stages(body: nn.Sequential, strides: list[int]) -> tuple[list[str], list[int]]:
+    """The last module at each stride, and its channels: found by running the body."""
+    size = 64
+    sizes: list[int] = []
+    widths: list[int] = []
+    x = torch.zeros(1, 3, size, size)
+    was_training = body.training
+    body.eval()
+    with torch.no_grad():
+        for module in body:
+            x = module(x)
+            sizes.append(x.shape[-1])
+            widths.append(x.shape[1])
+    body.train(was_training)
+    last_at = {s: i for i, s in enumerate(sizes)}
+    chosen = [last_at[size // stride] for stride in strides]
+    return [str(i) for i in chosen], [widths[i] for i in chosen]
+
+
+class NoExtraLevel(ExtraFPNBlock):
+    """Keeps the pyramid as it is; BackboneWithFPN adds a max-pooled level when it is given nothing."""
+
+    def forward(
+        self, results: list[torch.Tensor], x: list[torch.Tensor], names: list[str]
+    ) -> tuple[list[torch.Tensor], list[str]]:
+        return results, names
