@@ -67,7 +67,7 @@ class DenseDetector(Detector):
     def embedding_source(self) -> str:
         return _TOWER if self._has_tower else "mean over the region on every level"
 
-    def observe(self, batch: Batch, *, candidates: bool = True) -> DenseObservation:
+    def forward_train(self, batch: Batch, *, candidates: bool = True) -> DenseObservation:
         names = ["transform", "backbone", "head", "anchor_generator"] + ([_TOWER] if self._has_tower else [])
         with exact_boxes(self.module), Tap(self.module, names) as tap:
             losses = self.module(batch.images, common.targets_for(batch))
@@ -88,14 +88,14 @@ class DenseDetector(Detector):
             class_logits=tap.output("head")["cls_logits"],
         )
 
-    def look(self, batch: Batch) -> DenseObservation:
-        images, features = common.look(self.module, batch.images)
+    def extract_features(self, batch: Batch) -> DenseObservation:
+        images, features = common.extract_features(self.module, batch.images)
         pyramid = Pyramid(
             maps=tuple(features.values()), levels=self.levels, frame=common.frame_of(batch.images, images)
         )
         return DenseObservation(losses={}, pyramid=pyramid, candidates=None, tower=None, cell=None, class_logits=None)
 
-    def view_regions(self, seen: Observation, regions: Regions, needs: frozenset[View]) -> RegionView:
+    def region_outputs(self, seen: Observation, regions: Regions, needs: frozenset[View]) -> RegionView:
         assert isinstance(seen, DenseObservation), "an observation of another detector"
         assignment = assign_levels(seen.pyramid, regions, cells_per_side=DENSE_CELLS)
         pooled, pooled_channels = None, None

@@ -13,7 +13,14 @@ from torch import nn
 from gdetkd_cli.errors import ModelError
 from gdetkd_cli.trust import code_is_trusted
 
-_DETECTOR = ("module", "levels", "observe", "look", "view_regions", "predict")  # of ``protocol.Detector``
+_DETECTOR = (
+    "module",
+    "levels",
+    "forward_train",
+    "extract_features",
+    "region_outputs",
+    "predict",
+)  # of ``protocol.Detector``
 
 
 def is_reference(text: str) -> bool:

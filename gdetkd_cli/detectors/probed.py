@@ -92,7 +92,7 @@ class ProbedDetector(Detector):
     def embedding_source(self) -> str:
         return "mean of the pooled region"
 
-    def observe(self, batch: Batch, *, candidates: bool = True) -> Observation:
+    def forward_train(self, batch: Batch, *, candidates: bool = True) -> Observation:
         raise PairError(f"{self._source} can teach, but not be trained: its losses are not known")
 
     def _detection_form(self) -> OutputForm:
@@ -139,7 +139,7 @@ class ProbedDetector(Detector):
         ]
 
     @torch.no_grad()
-    def look(self, batch: Batch) -> Observation:
+    def extract_features(self, batch: Batch) -> Observation:
         prepared = [self._input.prepare(image) for image in batch.images]
         with evaluating(self.module):
             groups = [self._read(images) for images in self.probed.call.groups(prepared)]
@@ -154,7 +154,7 @@ class ProbedDetector(Detector):
         stride, offset = (torch.tensor(xs).flip(1) for xs in ([f.stride for f in frames], [f.offset for f in frames]))
         return Frame.of(1 / stride, 0.5 - offset / stride, size, batch.images[0].device)
 
-    def view_regions(self, seen: Observation, regions: Regions, needs: frozenset[View]) -> RegionView:
+    def region_outputs(self, seen: Observation, regions: Regions, needs: frozenset[View]) -> RegionView:
         assignment = assign_levels(seen.pyramid, regions, cells_per_side=self.cells_per_side)
         pooled = pool_assigned(seen.pyramid, regions, assignment, size=7, sampling_ratio=2)
         return RegionView(

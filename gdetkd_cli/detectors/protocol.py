@@ -187,16 +187,16 @@ class Detector(Protocol):
 
     # ------------------------------------------------------------------------------------------ forwards
 
-    def observe(self, batch: Batch, *, candidates: bool = True) -> Observation:
+    def forward_train(self, batch: Batch, *, candidates: bool = True) -> Observation:
         """A training forward: the detector's own losses, its pyramid, and the boxes it offers, if they are wanted."""
         ...
 
-    def look(self, batch: Batch) -> Observation:
+    def extract_features(self, batch: Batch) -> Observation:
         """Backbone and pyramid only: no heads, no NMS."""
         ...
 
-    def view_regions(self, seen: Observation, regions: Regions, needs: frozenset[View]) -> RegionView:
-        """Reads what ``needs`` names of each region from a forward that ``observe`` or ``look`` made."""
+    def region_outputs(self, seen: Observation, regions: Regions, needs: frozenset[View]) -> RegionView:
+        """Reads what ``needs`` names of each region from a forward that ``forward_train`` or ``extract_features`` made."""
         ...
 
     def predict(self, images: list[Tensor]) -> list[Detections]:

@@ -32,7 +32,7 @@ def measure_backbone(module: Any) -> tuple[LevelSpec, ...]:
         return measure_levels(forward, device=device)
 
 
-def look(module: Any, images: list[Tensor]) -> tuple[Any, dict[str, Tensor]]:
+def extract_features(module: Any, images: list[Tensor]) -> tuple[Any, dict[str, Tensor]]:
     """The transform's ImageList and the backbone's features by key, in evaluation mode; no heads.
 
     Where the loader sets the size of images (``_skip_resize``, see ``build.runtime``), they are not resized.

@@ -95,7 +95,7 @@ class TrainableDetector(ProbedDetector):
         """Whether it has neither losses nor detections that are known here."""
         return self.probed.call.takes != "any"
 
-    def observe(self, batch: Batch, *, candidates: bool = True) -> Observation:
+    def forward_train(self, batch: Batch, *, candidates: bool = True) -> Observation:
         # Own code mixes network and boxes in ways that are not known here, and half precision would round the boxes.
         with torch.autocast(batch.images[0].device.type, enabled=False):
             return self._observe(batch, candidates)

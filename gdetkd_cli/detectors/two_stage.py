@@ -82,7 +82,7 @@ class TwoStageDetector(Detector):
         """By level (A, 4) xyxy, the RPN's anchors of a cell around its centre, in cells."""
         return common.anchors_in_cells(self.module.rpn.anchor_generator, self.levels)
 
-    def observe(self, batch: Batch, *, candidates: bool = True) -> TwoStageObservation:
+    def forward_train(self, batch: Batch, *, candidates: bool = True) -> TwoStageObservation:
         later = [f"roi_heads.later.{number}" for number in range(len(self.later_weights))]
         names = ["transform", "backbone", _POOL, _HEAD, _PREDICTOR]
         names += [f"{stage}.{part}" for stage in later for part in ("box_roi_pool", "box_predictor")]
@@ -117,8 +117,8 @@ class TwoStageDetector(Detector):
             ),
         )
 
-    def look(self, batch: Batch) -> TwoStageObservation:
-        images, features = common.look(self.module, batch.images)
+    def extract_features(self, batch: Batch) -> TwoStageObservation:
+        images, features = common.extract_features(self.module, batch.images)
         return TwoStageObservation(
             losses={},
             pyramid=Pyramid(
@@ -130,7 +130,7 @@ class TwoStageDetector(Detector):
             sampled=None,
         )
 
-    def view_regions(self, seen: Observation, regions: Regions, needs: frozenset[View]) -> RegionView:
+    def region_outputs(self, seen: Observation, regions: Regions, needs: frozenset[View]) -> RegionView:
         assert isinstance(seen, TwoStageObservation), "an observation of another detector"
         level = self._assign(seen.pyramid, regions) if needs & {"level", "pooled"} else None
         pooled = None

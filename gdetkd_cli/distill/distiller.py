@@ -89,7 +89,7 @@ class Distiller(nn.Module):
         """
         seconds: dict[str, float] = {}
         with self._timed("student forward", seconds, batch):
-            seen = self._detector.observe(batch, candidates=bool(self._weights))
+            seen = self._detector.forward_train(batch, candidates=bool(self._weights))
         parts = {name: loss.detach() for name, loss in seen.losses.items()}
         total: Tensor = batch.images[0].new_zeros(())
         if self.task_loss:
@@ -117,7 +117,7 @@ class Distiller(nn.Module):
             regions = replace(regions, refined=tuple(stage.boxes for stage in student_view.later))
         # no_grad, not inference_mode: the adapters' graphs need these tensors.
         with self._timed("teacher", seconds, batch), torch.no_grad():
-            teacher_seen = self.teacher.look(batch)
+            teacher_seen = self.teacher.extract_features(batch)
             teacher_view = _view(self.teacher, teacher_seen, regions, teacher_needs)
         return ObservedPair(
             regions=regions,
@@ -144,7 +144,7 @@ class Distiller(nn.Module):
 
 def _view(detector: Detector, seen: Observation, regions: Regions, needs: frozenset[View]) -> RegionView:
     """What a detector says of the regions; nothing where nothing is needed."""
-    return detector.view_regions(seen, regions, needs) if needs else RegionView()
+    return detector.region_outputs(seen, regions, needs) if needs else RegionView()
 
 
 def synchronize(device: torch.device) -> None:

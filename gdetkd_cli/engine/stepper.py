@@ -55,7 +55,7 @@ class Stepper:
         """The least that a distillation step can cost: the teacher's features and one plain step of the student."""
         assert self.distiller.teacher is not None
         with torch.no_grad(), self._accelerator.autocast():
-            self.distiller.teacher.look(batch)
+            self.distiller.teacher.extract_features(batch)
         self._step(self._plain, batch, None)
 
     def _step(self, distiller: Distiller, batch: Batch, seconds: dict[str, float] | None) -> LossReport:

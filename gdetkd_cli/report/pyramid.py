@@ -97,7 +97,7 @@ def describe_on_image(
     """The pyramid of a detector, in pixels of an image (3, H, W) in 0..1, and its levels' maps of that image."""
     batch = Batch(images=[picture.to(device_of(detector.module))], targets=[], image_ids=torch.zeros(1))
     with torch.no_grad():
-        pyramid = detector.look(batch).pyramid
+        pyramid = detector.extract_features(batch).pyramid
     scale_x, scale_y = pyramid.frame.scale[0].tolist()
     shift_x, shift_y = pyramid.frame.shift[0].tolist()
     levels = tuple(

@@ -52,9 +52,11 @@ def test_who_keeps_the_size_of_the_image(
     pair = build_pair(Distill(), student, teacher, seed=0)
     apply_runtime(SETTINGS, recipe(multi_scale), student, pair, torch.device("cpu"))
 
-    scales = [seen.pyramid.frame.scale for seen in (student.observe(tiny_batch), teacher.look(tiny_batch))]
+    scales = [
+        seen.pyramid.frame.scale for seen in (student.forward_train(tiny_batch), teacher.extract_features(tiny_batch))
+    ]
     assert tuple(bool((scale == 1).all()) for scale in scales) == expected
     assert not teacher.module.training  # type: ignore[union-attr]
     # Inference brings every image to the detector's own size.
     student.predict(tiny_batch.images)
-    assert student.look(Batch(tiny_batch.images, tiny_batch.targets, tiny_batch.image_ids)).losses == {}
+    assert student.extract_features(Batch(tiny_batch.images, tiny_batch.targets, tiny_batch.image_ids)).losses == {}

@@ -208,8 +208,8 @@ def test_objects_lie_on_the_level_that_the_student_assigns_them_to(
     boxes = torch.cat([target.boxes for target in tiny_batch.targets])
     index = torch.tensor([0, 0, 2])
     regions = Regions(boxes, index, torch.full_like(index, -1))
-    seen = trained.look(tiny_batch)
-    own = trained.view_regions(seen, regions, frozenset({"level"})).level
+    seen = trained.extract_features(tiny_batch)
+    own = trained.region_outputs(seen, regions, frozenset({"level"})).level
     assert own is not None
     assert torch.equal(term.assign(seen, regions), own)
     report = pair.distiller.train()(tiny_batch)

@@ -83,7 +83,7 @@ def test_later_stages_want_closer_boxes(heads: Any) -> None:
 
 def test_every_stage_learns(tiny_detector: Callable[..., Detector], batch: Batch) -> None:
     detector = tiny_detector("cascade-rcnn", classes=("circle", "square"))
-    losses = detector.observe(batch).losses
+    losses = detector.forward_train(batch).losses
     assert {f"{name}{stage}" for name in ("loss_classifier", "loss_box_reg") for stage in ("", "_2", "_3")} < set(
         losses
     )
@@ -104,14 +104,14 @@ def test_both_cascades_say_the_same_of_the_refined_boxes(
             torch.manual_seed(number)
             for layer in (stage.box_predictor.cls_score, stage.box_predictor.bbox_pred):
                 layer.weight.data = 0.3 * torch.randn(layer.weight.shape)
-    seen = student.observe(tiny_batch)
+    seen = student.forward_train(tiny_batch)
     assert seen.candidates is not None
     regions = all_regions(seen.candidates, own=True)
     needs: frozenset[View] = frozenset({"predictions"})
-    ours = student.view_regions(seen, regions, needs)
+    ours = student.region_outputs(seen, regions, needs)
     refined = replace(regions, refined=tuple(stage.boxes for stage in ours.later))
     with torch.no_grad():
-        theirs = teacher.view_regions(teacher.look(tiny_batch), refined, needs)
+        theirs = teacher.region_outputs(teacher.extract_features(tiny_batch), refined, needs)
 
     assert len(ours.later) == len(theirs.later) == 2
     assert not torch.allclose(ours.later[0].boxes, regions.boxes, atol=1.0)

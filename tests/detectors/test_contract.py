@@ -48,12 +48,12 @@ def case(request: pytest.FixtureRequest, small: None) -> Case:
 def observed(case: Case, batch: Batch) -> Observation:
     case.module.train()
     torch.manual_seed(2)
-    return case.detector.observe(batch)
+    return case.detector.forward_train(batch)
 
 
 @pytest.fixture(scope="module")
 def looked(case: Case, batch: Batch) -> Observation:
-    return case.detector.look(batch)
+    return case.detector.extract_features(batch)
 
 
 def assert_same_detections(first: list[Detections], second: list[Detections]) -> None:
@@ -93,10 +93,10 @@ def test_observing_changes_nothing(case: Case, batch: Batch) -> None:
     torch.manual_seed(1)
     expected = case.module(batch.images, [{"boxes": t.boxes, "labels": t.labels} for t in batch.targets])
     torch.manual_seed(1)
-    losses = case.detector.observe(batch).losses
+    losses = case.detector.forward_train(batch).losses
 
     torch.manual_seed(1)
-    plain = case.detector.observe(batch, candidates=False)
+    plain = case.detector.forward_train(batch, candidates=False)
 
     assert losses.keys() == expected.keys() == plain.losses.keys()
     assert all(torch.equal(plain.losses[name], value) for name, value in expected.items())
@@ -109,7 +109,7 @@ def test_observing_changes_nothing(case: Case, batch: Batch) -> None:
 def test_looking_is_the_backbone_in_evaluation_mode(case: Case, batch: Batch) -> None:
     case.module.train()
     before = {name: value.clone() for name, value in case.module.state_dict().items()}
-    seen = case.detector.look(batch)
+    seen = case.detector.extract_features(batch)
     assert case.module.training  # as it was
     assert all(torch.equal(value, before[name]) for name, value in case.module.state_dict().items())
     assert seen.losses == {}
@@ -155,7 +155,7 @@ def test_views_have_their_shapes(case: Case, which: str, request: pytest.Fixture
     for needs in (*([one] for one in every), every):
         for count in (0, 5):
             some = Regions(boxes[:count], torch.tensor([0, 0, 0, 1, 1])[:count], torch.full((count,), -1))
-            view = case.detector.view_regions(seen, some, frozenset(needs))
+            view = case.detector.region_outputs(seen, some, frozenset(needs))
             if "pooled" in needs:
                 assert view.pooled is not None
                 assert view.pooled.shape == (count, max(case.spec.channels), 7, 7)
@@ -186,8 +186,8 @@ def test_a_two_stage_regions_level_is_the_one_it_is_pooled_from(case: Case, look
     sides = 2 ** torch.linspace(1.3, 5.4, 40)
     boxes = torch.stack([torch.zeros(40), torch.zeros(40), sides, sides], dim=1)
     regions = Regions(boxes, torch.zeros(40, dtype=torch.int64), torch.full((40,), -1))
-    level = case.detector.view_regions(looked, regions, frozenset({"level"})).level
-    case.detector.view_regions(looked, regions, frozenset({"pooled"}))  # sets torchvision's mapper up
+    level = case.detector.region_outputs(looked, regions, frozenset({"level"})).level
+    case.detector.region_outputs(looked, regions, frozenset({"pooled"}))  # sets torchvision's mapper up
     pool = case.module.roi_heads.box_roi_pool
     if len(pool.featmap_names) == 1:
         expected = torch.zeros(40, dtype=torch.int64)
@@ -202,13 +202,13 @@ def test_candidates_look_as_their_head_saw_them(case: Case, observed: Observatio
     case.module.train()
     two_stage = case.detector.family == "two-stage"
     needs: frozenset[View] = frozenset({"embedding", "predictions"} if two_stage else {"embedding"})
-    own = case.detector.view_regions(observed, all_regions(observed.candidates, own=True), needs)
+    own = case.detector.region_outputs(observed, all_regions(observed.candidates, own=True), needs)
 
     assert own.embedding is not None
     assert own.embedding.shape == (len(observed.candidates.boxes), case.spec.embedding_channels)
     assert own.embedding.requires_grad
     if two_stage:
-        anew = case.detector.view_regions(observed, all_regions(observed.candidates, own=False), needs)
+        anew = case.detector.region_outputs(observed, all_regions(observed.candidates, own=False), needs)
         for ours, theirs in (
             (own.embedding, anew.embedding),
             (own.class_logits, anew.class_logits),

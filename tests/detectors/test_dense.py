@@ -19,9 +19,9 @@ def test_a_candidate_is_embedded_where_it_was_predicted(
 ) -> None:
     detector = tiny_detector(head, classes=CLASSES)
     module: Any = detector.module
-    seen: Any = detector.observe(batch)
+    seen: Any = detector.forward_train(batch)
     regions = all_regions(seen.candidates, own=True)
-    embedding = detector.view_regions(seen, regions, frozenset({"embedding"})).embedding
+    embedding = detector.region_outputs(seen, regions, frozenset({"embedding"})).embedding
     assert embedding is not None
 
     classify = module.head.classification_head
@@ -50,13 +50,13 @@ def test_a_candidate_is_embedded_where_it_was_predicted(
 def test_another_box_is_embedded_at_its_centre(head: str, tiny_detector: Callable[..., Detector], batch: Batch) -> None:
     detector = tiny_detector(head, classes=CLASSES)
     module: Any = detector.module
-    seen = detector.look(batch)  # image 0: 48 x 64 pixels, twice as large in the model, at 64 x 85
+    seen = detector.extract_features(batch)  # image 0: 48 x 64 pixels, twice as large in the model, at 64 x 85
     scale = seen.pyramid.frame.scale[0]
     # Sides of 45 model pixels belong to stride 8: 45 = 4 sqrt(2) x 8. The centre is that of cell (y 3, x 5).
     centre = torch.tensor([5 * 8 + 0.5, 3 * 8 + 0.5])
     box = torch.cat([(centre - 22.6) / scale, (centre + 22.6) / scale])[None]
     regions = Regions(box, torch.tensor([0]), torch.tensor([-1]))
-    embedding = detector.view_regions(seen, regions, frozenset({"embedding"})).embedding
+    embedding = detector.region_outputs(seen, regions, frozenset({"embedding"})).embedding
 
     module.eval()
     tower = module.head.classification_head.conv(seen.pyramid.maps[0])
@@ -67,11 +67,11 @@ def test_another_box_is_embedded_at_its_centre(head: str, tiny_detector: Callabl
 def test_class_logits_of_every_cell(head: str, tiny_detector: Callable[..., Detector], batch: Batch) -> None:
     detector = tiny_detector(head, classes=CLASSES)
     module: Any = detector.module
-    seen: Any = detector.observe(batch)
+    seen: Any = detector.forward_train(batch)
     regions = all_regions(seen.candidates, own=True)
-    observations: tuple[Any, ...] = (seen, detector.look(batch))
+    observations: tuple[Any, ...] = (seen, detector.extract_features(batch))
     for observation in observations:
-        maps = detector.view_regions(observation, regions, frozenset({"class_maps"})).class_maps
+        maps = detector.region_outputs(observation, regions, frozenset({"class_maps"})).class_maps
         assert maps is not None
         tower = [module.head.classification_head.conv(m) for m in observation.pyramid.maps]
         for found, features in zip(maps, tower, strict=True):

@@ -81,7 +81,7 @@ def generators(module: nn.Module) -> list[str]:
 
 def anchors_of(detector: Detector, batch: Batch, dtype: torch.dtype | None) -> list[Tensor]:
     with Tap(detector.module, generators(detector.module)) as tap, half(dtype):
-        detector.observe(batch)
+        detector.forward_train(batch)
     found = tap.output(generators(detector.module)[0])[0]
     return [a.float() for a in (found if isinstance(found, list) else [found])]
 
@@ -163,7 +163,7 @@ def observed_both(detector: Detector, batch: Batch, dtype: torch.dtype) -> list[
     for kind in (None, dtype):
         torch.manual_seed(4)
         with half(kind):
-            seen.append(detector.observe(batch))
+            seen.append(detector.forward_train(batch))
     return seen
 
 
@@ -208,7 +208,7 @@ def test_regression_targets(
     pools = ["roi_heads.box_roi_pool"] + [f"roi_heads.later.{i}.box_roi_pool" for i in range(len(coders) - 1)]
     one = Batch(large_batch.images, [Target(TRUTH[:1], torch.tensor([1]))], large_batch.image_ids)
     with Tap(detector.module, pools) as tap, half(dtype):
-        detector.observe(one)
+        detector.forward_train(one)
 
     assert len(recorded) == len(coders)
     for (labels, targets), coder, pool in zip(recorded, coders, pools, strict=True):
@@ -251,9 +251,9 @@ def test_without_autocast_nothing_is_hooked(
     detector.module.backbone.register_forward_hook(
         lambda *_: seen.append(any(m._forward_pre_hooks for m in detector.module.modules()))
     )
-    detector.observe(tiny_batch)
+    detector.forward_train(tiny_batch)
     with half(torch.bfloat16):
-        detector.observe(tiny_batch)
+        detector.forward_train(tiny_batch)
 
     assert seen == [False, True]
     assert not any(m._forward_pre_hooks for m in detector.module.modules())

@@ -108,7 +108,7 @@ def test_levels_have_gradients_and_are_those_that_a_look_reads() -> None:
     for module in detector.module.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.eval()  # so that a look, in evaluation mode, computes the same
-    seen, looked = detector.observe(batch), detector.look(batch)
+    seen, looked = detector.forward_train(batch), detector.extract_features(batch)
 
     assert sorted(seen.losses) == ["box", "class"]
     for level, ours, theirs in zip(LEVELS, seen.pyramid.maps, looked.pyramid.maps, strict=True):
@@ -126,7 +126,7 @@ def test_levels_have_gradients_and_are_those_that_a_look_reads() -> None:
     assert sides.min() >= 1
     assert candidates.boxes.min() >= 0
     assert candidates.boxes.max() <= 64
-    again = detector.observe(batch).candidates
+    again = detector.forward_train(batch).candidates
     assert again is not None
     assert torch.equal(again.boxes, candidates.boxes)
 
@@ -138,7 +138,7 @@ def test_levels_with_their_channels_last_are_turned_in_training_as_well() -> Non
     detector.module.eval()  # so that batch norms compute the same
     no_boxes = Target(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64))
     batch = Batch(images=[torch.rand(3, *SIZE)], targets=[no_boxes], image_ids=torch.tensor([1]))
-    seen, looked = detector.observe(batch), detector.look(batch)
+    seen, looked = detector.forward_train(batch), detector.extract_features(batch)
 
     assert [m.shape for m in seen.pyramid.maps] == [(1, 16, 8, 8), (1, 16, 4, 4), (1, 16, 2, 2)]
     for ours, theirs in zip(seen.pyramid.maps, looked.pyramid.maps, strict=True):

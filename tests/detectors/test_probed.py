@@ -92,7 +92,7 @@ def outputs(network: nn.Module, names: tuple[str, ...], images: Tensor) -> list[
 @pytest.mark.parametrize("twin", LEVELS, ids=lambda twin: twin.__name__)
 def test_the_maps_are_those_of_the_model(twin: type[nn.Module]) -> None:
     network, images = built(twin), batch(SIZE, SIZE)
-    seen = detector(traced(network)).look(images)
+    seen = detector(traced(network)).extract_features(images)
 
     expected = outputs(network, LEVELS[twin], torch.stack(images.images))
     for ours, theirs in zip(seen.pyramid.maps, expected, strict=True):
@@ -101,7 +101,7 @@ def test_the_maps_are_those_of_the_model(twin: type[nn.Module]) -> None:
 
 def test_images_of_unlike_sizes_are_read_one_by_one() -> None:
     network, images = built(NoNeck), batch((64, 96), (96, 64))
-    seen = detector(traced(network)).look(images)
+    seen = detector(traced(network)).extract_features(images)
 
     alone = [outputs(network, LEVELS[NoNeck], image[None]) for image in images.images]
     for level, ours in enumerate(seen.pyramid.maps):
@@ -115,11 +115,11 @@ def test_regions_lie_where_they_do_in_the_image_through_the_models_own_resize() 
     network, images = built(NoNeck), batch((128, 192))
     probed = detector(TakesList(network).eval())
     assert probed.probed.call.takes == "any"
-    seen = probed.look(images)
+    seen = probed.extract_features(images)
     torch.testing.assert_close(seen.pyramid.frame.scale, torch.full((1, 2), 0.5), rtol=1e-3, atol=0)
     boxes = torch.tensor([[16.0, 24, 60, 80]])
     regions = Regions(boxes=boxes, image_index=torch.zeros(1, dtype=torch.int64), candidate=torch.full((1,), -1))
-    view = probed.view_regions(seen, regions, frozenset({"pooled", "embedding"}))
+    view = probed.region_outputs(seen, regions, frozenset({"pooled", "embedding"}))
 
     # Half the size inside, strides 8 to 32: 14 cells a side are nearest on the finest level. Cell 0 is centred on the
     # first pixel, half a pixel from the corner, where RoIAlign puts the middle of its first cell.
@@ -140,7 +140,7 @@ def test_the_model_gets_what_it_wants() -> None:
     network = built(SharedHead)
     wants = ModelInput(scale=255.0, mean=(100.0, 110.0, 120.0), std=(50.0, 60.0, 70.0))
     images = batch(SIZE)
-    seen = detector(traced(network), wants).look(images)
+    seen = detector(traced(network), wants).extract_features(images)
 
     mean, std = (torch.tensor(values)[:, None, None] for values in (wants.mean, wants.std))
     expected = outputs(network, LEVELS[SharedHead], ((images.images[0] * 255 - mean) / std)[None])
@@ -191,7 +191,7 @@ def test_a_files_maps_are_those_of_the_model(form: str, tmp_path: Path) -> None:
     runner = open_runner(path, kind)
     teacher = ProbedDetector(runner=runner, source="t", kind=kind, model_input=ModelInput(fit=runner.size), size=SIZE)
     images = batch(SIZE, SIZE)
-    seen = teacher.look(images)
+    seen = teacher.extract_features(images)
 
     expected = outputs(built(TwoWay), LEVELS[TwoWay], torch.stack(images.images))
     for ours, theirs in zip(seen.pyramid.maps, expected, strict=True):
@@ -209,7 +209,7 @@ def test_images_are_fitted_into_a_fixed_size(form: str, tmp_path: Path) -> None:
     assert runner.size == SIZE
     teacher = ProbedDetector(runner=runner, source="t", kind=form, model_input=ModelInput(fit=SIZE), size=SIZE)
     images = batch((192, 192), (48, 128))
-    seen = teacher.look(images)
+    seen = teacher.extract_features(images)
 
     # 96 x 96 and 48 x 128 of 96 x 128 pixels.
     torch.testing.assert_close(seen.pyramid.frame.scale, torch.tensor([[0.5, 0.5], [1, 1]]), rtol=0.01, atol=0)

@@ -57,7 +57,7 @@ def test_weights_of_0_are_plain_training(
 def test_plain_training_is_the_students_own(tiny_detector: TinyDetector, tiny_batch: Batch) -> None:
     student = tiny_detector("fcos")
     report = forward(Distiller(student=student).train(), tiny_batch)
-    losses = student.observe(tiny_batch, candidates=False).losses
+    losses = student.forward_train(tiny_batch, candidates=False).losses
 
     assert report.parts.keys() == losses.keys()
     torch.testing.assert_close(report.total, torch.stack(list(losses.values())).sum())

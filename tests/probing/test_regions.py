@@ -66,10 +66,10 @@ def test_the_rule_is_the_models_own(canonical: int, form: str, tmp_path: Path) -
     assert found.least_side == pytest.approx(canonical / 16, rel=0.05)
     teacher = ProbedDetector(runner=runner, source="it", kind="factory", model_input=ModelInput(), size=SIZE)
     batch = Batch(images=[torch.rand(3, *SIZE)], targets=[], image_ids=torch.tensor([1]))
-    seen = teacher.look(batch)
+    seen = teacher.extract_features(batch)
     side = canonical * 1.4  # torchvision's level 4, whose stride is 16
     regions = Regions(torch.tensor([[8.0, 8, 8 + side, 8 + side]]), torch.tensor([0]), torch.tensor([-1]))
-    pooled = teacher.view_regions(seen, regions, frozenset({"pooled"})).pooled
+    pooled = teacher.region_outputs(seen, regions, frozenset({"pooled"})).pooled
     assert pooled is not None
     expected = MultiScaleRoIAlign(["1"], 7, 2)({"1": seen.pyramid.maps[1]}, [regions.boxes], [SIZE])
     torch.testing.assert_close(pooled, expected, rtol=0.05, atol=0.05)

@@ -174,7 +174,7 @@ def _assignment(detector: Detector) -> Assign:
     """The level that a detector assigns each region to, (R,)."""
 
     def assign(seen: Observation, regions: Regions) -> Tensor:
-        level = detector.view_regions(seen, regions, frozenset({"level"})).level
+        level = detector.region_outputs(seen, regions, frozenset({"level"})).level
         assert level is not None
         return level
 
