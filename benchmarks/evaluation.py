@@ -2,7 +2,7 @@
 
     python benchmarks/evaluation.py
 
-5,000 pictures, 80 classes, about 36,000 objects, 100 detections a picture; some true, most made up. Both have to give
+5,000 images, 80 classes, about 36,000 objects, 100 detections a image; some true, most made up. Both have to give
 the same numbers.
 """
 
@@ -15,10 +15,10 @@ from time import perf_counter
 import torch
 
 from gdetkd_cli.data.split import Record
-from gdetkd_cli.evaluation.coco_metrics import evaluate_coco, match_pictures
+from gdetkd_cli.evaluation.coco_metrics import evaluate_coco, match_images
 from gdetkd_cli.structures import Detections
 
-PICTURES, CLASSES, OBJECTS, DETECTIONS = 5000, 80, 7.2, 100
+DRAWN_IMAGES, CLASSES, OBJECTS, DETECTIONS = 5000, 80, 7.2, 100
 
 
 def main() -> None:
@@ -27,7 +27,7 @@ def main() -> None:
     start = perf_counter()
     ours = evaluate_coco(records, names, predictions)
     middle = perf_counter()
-    theirs = match_pictures(records, names, predictions)
+    theirs = match_images(records, names, predictions)
     with contextlib.redirect_stdout(io.StringIO()):
         theirs.accumulate()
         theirs.summarize()
@@ -40,7 +40,7 @@ def main() -> None:
 
 
 def scenes() -> tuple[list[Record], dict[int, Detections]]:
-    """Pictures and detections, the same every time."""
+    """ImageFiles and detections, the same every time."""
     generator = torch.Generator().manual_seed(0)
 
     def boxes(count: int) -> torch.Tensor:
@@ -48,7 +48,7 @@ def scenes() -> tuple[list[Record], dict[int, Detections]]:
         return torch.cat([corners, corners + (4 + 0.9 * torch.randn(count, 2, generator=generator)).exp()], dim=1)
 
     records, predictions = [], {}
-    for image_id in range(1, PICTURES + 1):
+    for image_id in range(1, DRAWN_IMAGES + 1):
         count = int(torch.poisson(torch.tensor(OBJECTS), generator=generator))
         truth, labels = boxes(count), torch.randint(1, CLASSES + 1, (count,), generator=generator)
         items: list[dict[str, object]] = [

@@ -30,13 +30,13 @@ def main() -> None:
     torch.set_num_threads(1)
     split = assembly.build_split(CocoData(format="coco", root=options.root), "train")
     height, width = split.records[0].size
-    print(f"{len(split)} pictures, the first of {width} x {height} pixels, resized to {options.side} (at most 1333)")
+    print(f"{len(split)} images, the first of {width} x {height} pixels, resized to {options.side} (at most 1333)")
     for workers in options.workers:
         dataset = DetectionDataset(
             split=split,
             augmentation=build_augmentation(flip=0.5, photometric=False, multi_scale=[options.side], max_size=1333),
             seed=0,
-            cache_mb=0,  # every picture is decoded each time, as of a data set that does not fit in memory
+            cache_mb=0,  # every image is decoded each time, as of a data set that does not fit in memory
         )
         steps = WARMUP + max(workers, 1) * options.steps
         batches = training_batches(dataset=dataset, batch_size=BATCH, steps=steps, seed=0, workers=workers)

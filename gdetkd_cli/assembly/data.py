@@ -51,7 +51,7 @@ def build_split(data: Data, which: Which, labels: Path | None = None, *, outline
     if needs_labels(data, which):
         if labels is None:
             raise DataError(
-                f"the {which} pictures in {data.root / data.train_images} are to be labelled by a teacher, which "
+                f"the {which} images in {data.root / data.train_images} are to be labelled by a teacher, which "
                 "`gdetkd distill` does; a run keeps the labels as COCO files, in its folder `labels`"
             )
         return read_coco(annotations=labels / f"{which}.json", images=data.root / data.train_images)
@@ -104,7 +104,7 @@ def read_split(data: Data, which: Which) -> Split:
 
 
 def unlabelled_split(data: CocoData | FolderData, which: Which) -> Split:
-    """The pictures that the teacher is to label; without classes where those are to be the teacher's."""
+    """The images that the teacher is to label; without classes where those are to be the teacher's."""
     folder = data.root / data.train_images
     if isinstance(data, FolderData):
         split = read_folder(folder, "all" if data.val is not None else which)

@@ -19,7 +19,7 @@ def find_data(folder: Path, observer: Observer = silent) -> tuple[dict[str, Any]
     """The recipe's data block for a folder, and the training split.
 
     Args:
-        folder: with COCO, VOC or BDD100K annotations and pictures, or with pictures alone.
+        folder: with COCO, VOC or BDD100K annotations and images, or with images alone.
         observer: is told what was found.
 
     Raises:
@@ -40,9 +40,7 @@ def find_data(folder: Path, observer: Observer = silent) -> tuple[dict[str, Any]
     if not files:
         check_no_labels(folder)
         train, val = (read_folder(folder, which) for which in assembly.SPLITS)
-        observer(
-            Note(f"no annotations: the teacher will label {len(train)} training and {len(val)} validation pictures")
-        )
+        observer(Note(f"no annotations: the teacher will label {len(train)} training and {len(val)} validation images"))
         return {"format": "folder", "root": str(folder)}, train
     layout = find_layout(folder, files)
     train, val = (
@@ -70,4 +68,4 @@ def _voc(folder: Path, train: list[Path], val: list[Path], observer: Observer) -
 
 
 def _tell(train: Split, val: Split, observer: Observer) -> None:
-    observer(Note(f"{len(train)} training and {len(val)} validation pictures, classes: {', '.join(train.class_names)}"))
+    observer(Note(f"{len(train)} training and {len(val)} validation images, classes: {', '.join(train.class_names)}"))

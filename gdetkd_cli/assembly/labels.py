@@ -1,4 +1,4 @@
-"""Targets from the teacher: its confident detections stand for the truth of pictures without annotations."""
+"""Targets from the teacher: its confident detections stand for the truth of images without annotations."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ import torch
 
 from gdetkd_cli.assembly.data import SPLITS, Which, needs_labels, unlabelled_split
 from gdetkd_cli.assembly.detector import build_detector
+from gdetkd_cli.data.image_files import ImageFiles
 from gdetkd_cli.data.loader import validation_batches
-from gdetkd_cli.data.pictures import Pictures
 from gdetkd_cli.data.readers.coco import split_of
 from gdetkd_cli.data.split import Split
 from gdetkd_cli.detectors.protocol import Detector
@@ -48,16 +48,16 @@ def label_split(
     most: int | None = None,
     observer: Observer = silent,
 ) -> Labelled:
-    """Labels the pictures of a split; every process predicts its share and gets all.
+    """Labels the images of a split; every process predicts its share and gets all.
 
     Args:
-        split: of picture files; its own truth is left aside. Without classes, it gets all of the teacher's.
+        split: of image files; its own truth is left aside. Without classes, it gets all of the teacher's.
         data: the recipe's block that it is from.
         teacher: on ``device``.
         device: where it runs.
         rank: which of ``world_size`` processes asks.
         world_size: processes.
-        most: pictures to label, the first ones; None: all.
+        most: images to label, the first ones; None: all.
         observer: is told how far it is.
 
     Raises:
@@ -65,8 +65,8 @@ def label_split(
         PairError: its detections cannot be read, or their classes are not known.
     """
     teacher.check_detects()
-    images = data.root / data.train_images
-    pictures = len(split)
+    folder = data.root / data.train_images
+    total = len(split)
     split = replace(split, records=split.records[:most])
     options = data.labels if isinstance(data.labels, TeacherLabels) else TeacherLabels()
     class_names = split.class_names or teacher.class_names
@@ -78,7 +78,7 @@ def label_split(
     batches = validation_batches(split=split, batch_size=1, rank=rank, world_size=world_size)
     progress = counting(observer, "labelled", ceil(len(split) / world_size))
     found = gather_predictions(predict_split(teacher, batches, device, progress))
-    assert isinstance(split.read, Pictures), "only picture files are labelled"
+    assert isinstance(split.read, ImageFiles), "only image files are labelled"
     categories = {name: number for number, name in enumerate(class_names, start=1)}
     annotations: list[dict[str, Any]] = []
     for record in split.records:
@@ -101,13 +101,13 @@ def label_split(
         best = max((float(d.scores.max()) for d in found.values() if len(d.scores)), default=0.0)
         raise DataError(
             f"the teacher detects nothing in {split.name} with a score of {options.score:g} or more (its best is "
-            f"{best:.2f}); lower data.labels.score, or check what values its pictures should have (teacher.input)"
+            f"{best:.2f}); lower data.labels.score, or check what values its images should have (teacher.input)"
         )
     tables = {
         "images": [
             {
                 "id": record.image_id,
-                "file_name": path.relative_to(images).as_posix(),
+                "file_name": path.relative_to(folder).as_posix(),
                 "height": record.size[0],
                 "width": record.size[1],
             }
@@ -116,7 +116,7 @@ def label_split(
         "categories": [{"id": number, "name": name} for name, number in categories.items()],
         "annotations": annotations,
     }
-    return Labelled(split_of(tables, source=Path(split.name), images=images), tables, pictures)
+    return Labelled(split_of(tables, source=Path(split.name), images=folder), tables, total)
 
 
 def write_labels(folder: Path, labels: Mapping[Which, Tables]) -> None:
@@ -131,12 +131,12 @@ def describe_labels(labelled: Labelled) -> str:
     split = labelled.split
     counts = Counter(int(label) for record in split.records for label in record.labels)
     each = ", ".join(f"{name} {counts[number]}" for number, name in enumerate(split.class_names, start=1))
-    pictures = f"{len(split)} pictures" + (f" of {labelled.images}" if len(split) < labelled.images else "")
-    return f"{split.name}: labelled by the teacher, {pictures}, {sum(counts.values())} objects ({each})"
+    images = f"{len(split)} images" + (f" of {labelled.images}" if len(split) < labelled.images else "")
+    return f"{split.name}: labelled by the teacher, {images}, {sum(counts.values())} objects ({each})"
 
 
 def with_labels(recipe: DistillationRecipe, folder: Path, device: str, observer: Observer) -> Data:
-    """The recipe's data with annotations for every picture: what its teacher has to label is labelled now, once.
+    """The recipe's data with annotations for every image: what its teacher has to label is labelled now, once.
 
     Args:
         recipe: with a teacher.
@@ -145,7 +145,7 @@ def with_labels(recipe: DistillationRecipe, folder: Path, device: str, observer:
         observer: is told of it.
 
     Raises:
-        GDetKDError: the teacher cannot label the pictures.
+        GDetKDError: the teacher cannot label the images.
     """
     data = recipe.data
     wanted: list[Which] = [which for which in SPLITS if needs_labels(data, which)]

@@ -87,7 +87,7 @@ def _everywhere(
 ) -> None:
     """Distill large object detectors into small ones with G-DetKD.
 
-    See it work: gdetkd demo. Use your own pictures: gdetkd recipe init.
+    See it work: gdetkd demo. Use your own images: gdetkd recipe init.
     """
 
 

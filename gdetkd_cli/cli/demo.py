@@ -18,11 +18,11 @@ def demo(
         typer.Option("--steps", min=1, help="Optimizer steps of each student. Default: the recipe's."),
     ] = None,
     output: Annotated[
-        Path | None, typer.Option("--output", metavar="DIR", help="Folder for the picture and the run folders.")
+        Path | None, typer.Option("--output", metavar="DIR", help="Folder for the image and the run folders.")
     ] = None,
     as_json: options.JsonOption = False,
 ) -> None:
-    """See distillation work on drawn pictures, in minutes.
+    """See distillation work on drawn images, in minutes.
 
     Trains a small student twice, with and without a teacher, and compares the two.
     """

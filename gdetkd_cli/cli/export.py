@@ -23,7 +23,7 @@ def export(
 ) -> None:
     """Write a trained student as ONNX or TorchScript.
 
-    Every file is compared with the detector it came from, on real pictures.
+    Every file is compared with the detector it came from, on real images.
     """
     if not (onnx or torchscript):
         raise options.UsageError("give --onnx, --torchscript, or both")

@@ -19,7 +19,7 @@ def init(
     student: Annotated[str, typer.Option(metavar="S", help="Any of these, or BACKBONE+HEAD: resnet18+retinanet.")],
     data: Annotated[
         Path,
-        typer.Option(metavar="DIR", help="Folder of pictures, with COCO, VOC or BDD100K annotations or alone."),
+        typer.Option(metavar="DIR", help="Folder of images, with COCO, VOC or BDD100K annotations or alone."),
     ],
     output: Annotated[Path, typer.Option(metavar="FILE", help="The recipe to write.")] = Path("recipe.yaml"),
     trust_code: options.TrustOption = False,

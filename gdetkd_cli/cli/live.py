@@ -14,10 +14,10 @@ from gdetkd_cli.cli.terminal import console, is_first_process
 from gdetkd_cli.engine.events import (
     Evaluated,
     Event,
+    ImagesDone,
     Note,
     Observer,
     Phase,
-    PicturesDone,
     StepDone,
     TrialDone,
     silent,
@@ -81,8 +81,8 @@ def _line(event: Event) -> str:
             return f"== {event.title}"
         case StepDone():
             return f"step {event.step}/{event.steps}  {_numbers(event)}  lr {event.lr:.2g}"
-        case PicturesDone():
-            return f"{event.what} {event.done:,} of {event.total:,} pictures"
+        case ImagesDone():
+            return f"{event.what} {event.done:,} of {event.total:,} images"
         case Evaluated():
             return f"step {event.step}: {headline(event.metrics)}"
         case TrialDone():

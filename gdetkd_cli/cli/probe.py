@@ -78,10 +78,10 @@ def probe(
         typer.Option("--levels", metavar="NAME,…", help="The levels, where you know better; names as shown here."),
     ] = None,
     image: Annotated[
-        Path | None, typer.Option("--image", metavar="FILE", help="Picture to look at the levels' values on.")
+        Path | None, typer.Option("--image", metavar="FILE", help="Image to look at the levels' values on.")
     ] = None,
     plot: Annotated[
-        Path | None, typer.Option("--plot", metavar="FILE", help="Draw each level's activation over the picture.")
+        Path | None, typer.Option("--plot", metavar="FILE", help="Draw each level's activation over the image.")
     ] = None,
     recipe: Annotated[
         Path | None,

@@ -31,7 +31,7 @@ _AP_ROWS = {
     "AP_S": "objects below 32 x 32 pixels",
     "AP_M": "32 x 32 to 96 x 96 pixels",
     "AP_L": "above 96 x 96 pixels",
-    "AR": "recall, 100 detections a picture",
+    "AR": "recall, 100 detections a image",
 }
 
 # ------------------------------------------------------------------------------------------------ numbers and lines
@@ -302,7 +302,7 @@ def demonstrated(result: DemoResult) -> RenderableType:
         _line(f"gain of distillation: {result.gain:+.1f} AP at {result.steps} steps (seed {result.seed})"),
         _line(f"ONNX file agrees with the detector: {'yes' if result.onnx_parity else 'NO'}"),
         Text(result.verdict),
-        _line(f"picture {result.picture}"),
+        _line(f"image {result.image}"),
         _line(f"files {result.output}"),
         _line(f"took {duration(result.seconds)}"),
     )

@@ -19,10 +19,10 @@ from gdetkd_cli.engine.events import Evaluated, Note, Observer, Phase, silent
 from gdetkd_cli.evaluation.coco_metrics import CocoMetrics
 from gdetkd_cli.recipe.load import load_recipe
 from gdetkd_cli.recipe.schema import CheckpointDetector, Recipe
-from gdetkd_cli.report.pictures import draw_grid
+from gdetkd_cli.report.images import draw_grid
 
 RECIPE = "shapes/frcnn-frcnn"
-_PICTURES = 4
+_IMAGES = 4
 _SCENES = 200  # that the demo evaluates on; tables have more
 
 
@@ -52,7 +52,7 @@ class DemoResult:
     steps: int
     seed: int
     output: Path
-    picture: Path
+    image: Path
     verdict: str
     notes: tuple[str, ...] = field(default=())
 
@@ -89,8 +89,8 @@ def run_demo(
     }
     observer(Phase("export"))
     exported = run_export(str(distilled.run), onnx=True, torchscript=False, output=None, observer=observer)
-    picture = _draw(recipe, plain.run, distilled.run, folder / "comparison.png")
-    observer(Note(f"pictures: {picture}"))
+    image = _draw(recipe, plain.run, distilled.run, folder / "comparison.png")
+    observer(Note(f"images: {image}"))
     gain = (rows["distilled"].metrics.ap or 0.0) - (rows["student"].metrics.ap or 0.0)
     return DemoResult(
         teacher=rows["teacher"],
@@ -102,7 +102,7 @@ def run_demo(
         steps=recipe.train.steps,
         seed=seed,
         output=folder,
-        picture=picture,
+        image=image,
         verdict=_verdict(gain, recipe),
     )
 
@@ -148,14 +148,14 @@ def _draw(recipe: Recipe, plain: Path, distilled: Path, path: Path) -> Path:
     sources = {"teacher": recipe.teacher.path, "student alone": str(plain), "student distilled": str(distilled)}
     predictors = {title: catalog.load(catalog.locate(source)).detector for title, source in sources.items()}
     split = assembly.build_split(recipe.data, "val")
-    draw_grid(split=split, predictors=predictors, path=path, indices=list(range(_PICTURES)), device="cpu")
+    draw_grid(split=split, predictors=predictors, path=path, indices=list(range(_IMAGES)), device="cpu")
     return path
 
 
 def _verdict(gain: float, recipe: Recipe) -> str:
     """What the table shows: speed at a short budget. The end of training is a benchmark's matter, not a demo's."""
     steps, images = recipe.train.steps, recipe.train.steps * recipe.train.batch_size
-    budget = f"{steps} steps, {images} pictures"
+    budget = f"{steps} steps, {images} images"
     if gain <= 0:
         return f"At this budget ({budget}) the distilled student is not ahead on this seed: {gain:+.1f} AP."
     return (

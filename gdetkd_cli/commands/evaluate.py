@@ -58,7 +58,7 @@ class _Subject:
 
 
 def run_eval(target: str, *, data: Data | Path | None, observer: Observer = silent) -> EvalResult:
-    """Evaluates a detector on the validation split, one picture at a time, on the GPU where there is one.
+    """Evaluates a detector on the validation split, one image at a time, on the GPU where there is one.
 
     Args:
         target: a run folder, a model file of any kind whose detections can be read, builtin:NAME, or a recipe, whose
@@ -89,7 +89,7 @@ def run_eval(target: str, *, data: Data | Path | None, observer: Observer = sile
     for note in split.notes:
         observer(Note(f"{split.name}: {note}"))
     if len(split) == 0:
-        raise DataError(f"{split.name} has no pictures to evaluate on; name other data with --data")
+        raise DataError(f"{split.name} has no images to evaluate on; name other data with --data")
     split = align_classes(split, subject.class_names)
     stopwatch = _Stopwatch(subject.predictor, device)
     progress = counting(observer, "evaluated", len(split))

@@ -25,15 +25,15 @@ from gdetkd_cli.export.parity import (
     Cut,
     Parity,
     check_parity,
-    picture_without_detections,
+    image_without_detections,
 )
 from gdetkd_cli.export.torchscript import export_torchscript
 from gdetkd_cli.recipe.load import load_recipe
 from gdetkd_cli.recipe.schema import Data, SyntheticData
 
-# What parity pictures are stretched by, (height, width): exports that hold for one size only fail on the others.
+# What parity images are stretched by, (height, width): exports that hold for one size only fail on the others.
 _STRETCHES = ((1.0, 1.0), (0.8, 1.25), (1.3, 0.7), (0.53, 0.53), (1.7, 1.1), (0.67, 1.9))
-_LONGEST, _SHORTEST = 640, 32  # pixels of a parity picture's sides
+_LONGEST, _SHORTEST = 640, 32  # pixels of a parity image's sides
 _EMPTY_SIZE = (96, 128)
 
 
@@ -101,11 +101,11 @@ def run_export(
     for path in paths:
         if path.exists():
             raise ExportError(f"{path} exists already; remove it, or name another file with --output")
-    pictures = [*_pictures(source, observer), picture_without_detections(detector, _EMPTY_SIZE)]
+    images = [*_images(source, observer), image_without_detections(detector, _EMPTY_SIZE)]
     return ExportResult(
         source=target,
         files=tuple(
-            _export(kind, path, detector, architecture, pictures, observer)
+            _export(kind, path, detector, architecture, images, observer)
             for kind, path in zip(formats, paths, strict=True)
         ),
     )
@@ -125,23 +125,23 @@ def _export(
     path: Path,
     detector: Detector,
     architecture: dict[str, Any],
-    pictures: list[Tensor],
+    images: list[Tensor],
     observer: Observer,
 ) -> ExportedFile:
     """Writes one file under another name, compares it with the detector, and renames it."""
-    observer(Note(f"writing {path}, to be compared with the detector on {len(pictures)} pictures"))
+    observer(Note(f"writing {path}, to be compared with the detector on {len(images)} images"))
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = path.with_name(f"{path.name}.new")
     try:
         exporter = kind.write(detector, fresh, architecture=architecture)
-        parity = check_parity(detector, kind.read(fresh), pictures, cut=Cut.of(detector.module))
+        parity = check_parity(detector, kind.read(fresh), images, cut=Cut.of(detector.module))
         if not parity.passed:
             raise ExportError(f"{path} was not written: {_disagreement(parity)}")
         fresh.rename(path)
     finally:
         fresh.unlink(missing_ok=True)
     if not parity.detections:
-        observer(Note("the detector finds nothing in the parity pictures; that the file finds nothing says little"))
+        observer(Note("the detector finds nothing in the parity images; that the file finds nothing says little"))
     return ExportedFile(
         path=path, format=kind.name, exporter=exporter, size_mb=path.stat().st_size / 1e6, parity=parity
     )
@@ -149,14 +149,14 @@ def _export(
 
 def _disagreement(parity: Parity) -> str:
     return (
-        f"the file does not find what the detector finds. On {parity.images} pictures {parity.unmatched} boxes have no "
+        f"the file does not find what the detector finds. On {parity.images} images {parity.unmatched} boxes have no "
         f"counterpart, box coordinates differ by up to {parity.max_box_error:.3g} pixels (allowed: {BOX_TOLERANCE}), "
         f"scores by up to {parity.max_score_error:.3g} (allowed: {SCORE_TOLERANCE})"
     )
 
 
-def _pictures(source: Path, observer: Observer) -> list[Tensor]:
-    """Pictures (3, H, W) in 0..1 of different sizes: validation data of the detector's run, else synthetic scenes."""
+def _images(source: Path, observer: Observer) -> list[Tensor]:
+    """ImageFiles (3, H, W) in 0..1 of different sizes: validation data of the detector's run, else synthetic scenes."""
     recipe = source.parent / "recipe.yaml"
     if recipe.exists():
         try:
@@ -171,13 +171,13 @@ def _stretched(data: Data) -> list[Tensor]:
         data = data.model_copy(update={"val_images": min(data.val_images, len(_STRETCHES)), "fold": None})
     split = assembly.build_split(data, "val")
     indices = range(min(len(split), len(_STRETCHES)))
-    pictures = [split.read(index).float() / 255 for index in indices]
-    return [_stretch(picture, by) for picture, by in zip(cycle(pictures), _STRETCHES, strict=False)]
+    images = [split.read(index).float() / 255 for index in indices]
+    return [_stretch(image, by) for image, by in zip(cycle(images), _STRETCHES, strict=False)]
 
 
-def _stretch(picture: Tensor, by: tuple[float, float]) -> Tensor:
-    """(3, H, W) -> (3, H', W'): by these factors (height, width), within the limits of a parity picture's sides."""
-    height, width = (side * factor for side, factor in zip(picture.shape[-2:], by, strict=True))
+def _stretch(image: Tensor, by: tuple[float, float]) -> Tensor:
+    """(3, H, W) -> (3, H', W'): by these factors (height, width), within the limits of a parity image's sides."""
+    height, width = (side * factor for side, factor in zip(image.shape[-2:], by, strict=True))
     shrink = min(1.0, _LONGEST / max(height, width))
     size = [max(_SHORTEST, round(side * shrink)) for side in (height, width)]
-    return functional.interpolate(picture[None], size=size, mode="bilinear", antialias=True)[0].clamp(0, 1)
+    return functional.interpolate(image[None], size=size, mode="bilinear", antialias=True)[0].clamp(0, 1)

@@ -39,7 +39,7 @@ def run_init(teacher: str, student: str, data: Path, *, output: Path, observer: 
         teacher: a run folder, a model file, ``builtin:NAME``, a torchvision detector's name, or
             ``package.module:function``.
         student: any of these, or ``BACKBONE+HEAD``, for example ``resnet18+retinanet``.
-        data: folder with COCO, VOC or BDD100K annotations and pictures, or with pictures alone, which the teacher
+        data: folder with COCO, VOC or BDD100K annotations and images, or with images alone, which the teacher
             will label.
         output: the file to write.
         observer: is told of progress.
@@ -105,7 +105,7 @@ def run_probe_to_recipe(
         "train": {"steps": 10_000, "batch_size": 8, "optimizer": {"lr": 2e-4, "weight_decay": 0.05}},
     }
     comments = {
-        "data": ["A folder with train.json and val.json (COCO), and the pictures in images/: put yours here."],
+        "data": ["A folder with train.json and val.json (COCO), and the images in images/: put yours here."],
         "student": ["Any detector that gdetkd trains: see `gdetkd recipe schema`."],
         "teacher": [*_found(report), f"classes: {', '.join(report.classes) or 'not known'}"],
     }

@@ -18,7 +18,7 @@ from gdetkd_cli.report.pyramid import PyramidReport, describe_pyramid
 from gdetkd_cli.structures import Batch, LossReport
 
 _PLAN_STEPS = 4  # the first one warms up
-_LABELLED = 40  # pictures that a teacher labels for a look
+_LABELLED = 40  # images that a teacher labels for a look
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from gdetkd_cli import portable
-from gdetkd_cli.data.pictures import Pictures, picture_size
+from gdetkd_cli.data.image_files import ImageFiles, read_image_size
 from gdetkd_cli.detectors import catalog
 from gdetkd_cli.detectors.factory import is_reference, make
 from gdetkd_cli.detectors.files import kind_of, open_runner
@@ -31,12 +31,12 @@ class ProbeOptions:
     """How to probe.
 
     Attributes:
-        size: (height, width) pixels of the picture; None: the only size that the model takes, else 480 x 640.
-        scale, mean, std, bgr: what a model of unknown code wants its pictures to be, as ``ModelInput`` has it.
-        last: a model of unknown code takes its pictures as (H, W, 3).
+        size: (height, width) pixels of the image; None: the only size that the model takes, else 480 x 640.
+        scale, mean, std, bgr: what a model of unknown code wants its images to be, as ``ModelInput`` has it.
+        last: a model of unknown code takes its images as (H, W, 3).
         levels: names of the levels, where someone knows better.
-        image: file of the picture that the levels' values are looked at on; None: a built-in pattern.
-        plot: file to draw the levels' activations over the picture into.
+        image: file of the image that the levels' values are looked at on; None: a built-in pattern.
+        plot: file to draw the levels' activations over the image into.
     """
 
     size: tuple[int, int] | None = None
@@ -112,9 +112,9 @@ def _known(
     """Of a detector whose family is known."""
     if options.levels:
         raise ModelError(f"the levels of {source} are known; --levels is for models of unknown code")
-    picture = _picture(options, options.size or _SIZE)
-    report, maps = describe_on_image(detector, picture, source=source, format=format, classes=classes)
-    _finish(report, maps, picture, options, observer)
+    image = _image(options, options.size or _SIZE)
+    report, maps = describe_on_image(detector, image, source=source, format=format, classes=classes)
+    _finish(report, maps, image, options, observer)
     return report
 
 
@@ -124,9 +124,9 @@ def _unknown(runner: Runner, source: str, format: str, options: ProbeOptions, ob
     model_input = ModelInput(scale=scale, mean=options.mean, std=options.std, fit=runner.size, bgr=options.bgr)
     size = options.size or runner.size or _SIZE
     found = probe(runner, size, model_input, options.levels, len(runner.class_names) or None)
-    picture = _picture(options, size)
+    image = _image(options, size)
     addresses = [level.address for level in found.levels]
-    network_input, values = runner.read(found.call, [model_input.prepare(picture)], addresses)
+    network_input, values = runner.read(found.call, [model_input.prepare(image)], addresses)
     maps = [level.as_map(value, network_input.shape[-2:]) for value, level in zip(values, found.levels, strict=True)]
     embedding = found.region_embedding
     report = PyramidReport(
@@ -154,29 +154,29 @@ def _unknown(runner: Runner, source: str, format: str, options: ProbeOptions, ob
         confidence=found.confidence,
         alternatives=tuple(Alternative(names, why) for names, why in found.alternatives),
     )
-    _finish(report, maps, picture, options, observer)
+    _finish(report, maps, image, options, observer)
     return report
 
 
-def _picture(options: ProbeOptions, size: tuple[int, int]) -> Tensor:
-    """(3, H, W) in 0..1: the user's picture at the probe's size, or the built-in pattern."""
+def _image(options: ProbeOptions, size: tuple[int, int]) -> Tensor:
+    """(3, H, W) in 0..1: the user's image at the probe's size, or the built-in pattern."""
     if options.image is None:
         return probe_image(size)
-    pixels = Pictures([options.image], [picture_size(options.image)])(0).float() / 255
+    pixels = ImageFiles([options.image], [read_image_size(options.image)])(0).float() / 255
     return interpolate(pixels[None], size=size, mode="bilinear", antialias=True)[0]
 
 
 def _finish(
-    report: PyramidReport, maps: Sequence[Tensor], picture: Tensor, options: ProbeOptions, observer: Observer
+    report: PyramidReport, maps: Sequence[Tensor], image: Tensor, options: ProbeOptions, observer: Observer
 ) -> None:
     """Warns of levels that carry nothing, and draws them."""
     for level in report.levels:
         if level.mean is None:
-            observer(Note(f"warning: {level.name} has values that are not finite on this picture"))
+            observer(Note(f"warning: {level.name} has values that are not finite on this image"))
         elif level.std == 0:
-            observer(Note(f"warning: {level.name} is the same everywhere on this picture; is the level dead?"))
+            observer(Note(f"warning: {level.name} is the same everywhere on this image; is the level dead?"))
     if options.plot is not None:
         from gdetkd_cli.report.levels import draw_levels  # matplotlib takes its time
 
-        draw_levels(picture, report.levels, maps, options.plot)
+        draw_levels(image, report.levels, maps, options.plot)
         observer(Note(f"drawn: {options.plot}"))

@@ -31,10 +31,10 @@ from gdetkd_cli.evaluation.predict import gather_predictions, predict_split
 from gdetkd_cli.recipe.checks import plain_recipe, require_distillation, require_trained_teacher
 from gdetkd_cli.recipe.load import dump_recipe, load_recipe
 from gdetkd_cli.recipe.schema import CheckpointDetector, Recipe
-from gdetkd_cli.report.pictures import draw_predictions
+from gdetkd_cli.report.images import draw_predictions
 from gdetkd_cli.report.pyramid import describe_pyramid
 
-PICTURES = 6
+DRAWN_IMAGES = 6
 _NO_METRICS = CocoMetrics(None, None, None, None, None, None, None, {}, 0, 0)
 
 
@@ -277,7 +277,7 @@ def _write_results(folder: RunFolder, setup: assembly.TrainingSetup, result: Tra
     draw_predictions(
         split=setup.val,
         predictors={"student": detector},
-        folder=folder.pictures,
-        count=PICTURES,
+        folder=folder.images,
+        count=DRAWN_IMAGES,
         device=setup.compute.settings.device,
     )

@@ -1,4 +1,4 @@
-"""A picture of a comparison: each method's AP over seeds, beside the teacher's."""
+"""A image of a comparison: each method's AP over seeds, beside the teacher's."""
 
 from __future__ import annotations
 

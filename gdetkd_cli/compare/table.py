@@ -12,7 +12,7 @@ from typing import Any
 
 from gdetkd_cli.compare.trials import Trial
 from gdetkd_cli.data.split import Split
-from gdetkd_cli.evaluation.bootstrap import MatchedPictures, deviation_of_difference, draw_again
+from gdetkd_cli.evaluation.bootstrap import MatchedImages, deviation_of_difference, draw_again
 from gdetkd_cli.evaluation.coco_metrics import evaluate_coco
 from gdetkd_cli.evaluation.intervals import interval_over_folds, interval_over_seeds_and_images
 from gdetkd_cli.recipe.methods import NONE
@@ -66,7 +66,7 @@ class Comparison:
 
     Attributes:
         baseline: the method that the rows' differences are to.
-        teacher_ap: the teacher's own, on the same pictures; None where its detections cannot be read.
+        teacher_ap: the teacher's own, on the same images; None where its detections cannot be read.
         rows: by budget and method, in the order asked for; a row without AP was not run.
         notes: what the table can show and what it cannot.
         failures: trials that did not finish, and why.
@@ -185,7 +185,7 @@ def _with_intervals(
     drawings = draw_again(len(split))
     drawn = {}
     for trial in finished:
-        matched = MatchedPictures(split.records, split.class_names, trial.read_detections())
+        matched = MatchedImages(split.records, split.class_names, trial.read_detections())
         drawn[_key(trial)] = matched.drawn(drawings)
     done = []
     for row in rows:

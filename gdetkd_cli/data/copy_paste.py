@@ -32,13 +32,13 @@ def paste_copies(
 
     Args:
         image: (3, H, W) uint8; it is not changed.
-        boxes: (M, 4) pixels, inside the picture.
+        boxes: (M, 4) pixels, inside the image.
         labels: (M,).
         outlines: of the M objects; None, or none at all, where only the box is known.
         probability: of each object.
 
     Returns:
-        The picture, the boxes that are still to be seen and those of the copies, and their labels.
+        The image, the boxes that are still to be seen and those of the copies, and their labels.
     """
     image, found, names = image.clone(), list(boxes), list(labels)
     for i in range(len(boxes)):
@@ -98,10 +98,10 @@ def _feathered(height: int, width: int) -> Tensor:
     return ramps[0][:, None] * ramps[1][None]
 
 
-def _place(box: Tensor, shift: tuple[float, float], size: Sequence[int], picture: Sequence[int]) -> tuple[int, int]:
-    """(left, top) of a copy of ``size`` (h, w), near the object and inside the picture."""
+def _place(box: Tensor, shift: tuple[float, float], size: Sequence[int], image: Sequence[int]) -> tuple[int, int]:
+    """(left, top) of a copy of ``size`` (h, w), near the object and inside the image."""
     x1, y1, x2, y2 = box.tolist()
-    axes = ((x1, x2, shift[0], size[1], picture[1]), (y1, y2, shift[1], size[0], picture[0]))
+    axes = ((x1, x2, shift[0], size[1], image[1]), (y1, y2, shift[1], size[0], image[0]))
     starts = []
     for low, high, share, side, end in axes:
         centre = (low + high) / 2 + (2 * share - 1) * _REACH * (high - low)

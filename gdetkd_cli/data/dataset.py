@@ -12,7 +12,7 @@ from gdetkd_cli.data.split import Split
 from gdetkd_cli.data.transforms import Augmentation
 from gdetkd_cli.structures import Target
 
-Key = tuple[int, int]  # (draw, index): which pass over the data it is, and which of its pictures
+Key = tuple[int, int]  # (draw, index): which pass over the data it is, and which of its images
 Example = tuple[Tensor, Target, int]
 
 _MIB = 2**20
@@ -24,13 +24,13 @@ def mix_seed(*numbers: int) -> int:
 
 
 class DetectionDataset(Dataset[Example]):
-    """The pictures of a split. An example is a function of (seed, draw, index) and of nothing else.
+    """The images of a split. An example is a function of (seed, draw, index) and of nothing else.
 
     Args:
-        split: where records and pictures come from.
+        split: where records and images come from.
         augmentation: random changes; None for none.
         seed: another seed draws other changes; at least 0.
-        cache_mb: MiB of decoded pictures that this process keeps; the first ones read stay.
+        cache_mb: MiB of decoded images that this process keeps; the first ones read stay.
         copy_paste: probability that an object is pasted once more, before the other changes.
     """
 
@@ -54,11 +54,11 @@ class DetectionDataset(Dataset[Example]):
             key: (draw, index).
 
         Returns:
-            The picture, (3, H, W) float32 RGB in 0..1, its target, and the data set's id of it.
+            The image, (3, H, W) float32 RGB in 0..1, its target, and the data set's id of it.
         """
         draw, index = key
         record = self.split.records[index]
-        image, boxes, labels = self._picture(index), record.boxes, record.labels
+        image, boxes, labels = self._image(index), record.boxes, record.labels
         if self._augmentation is not None or self._copy_paste:
             with torch.random.fork_rng(devices=[]):
                 # Not torch.manual_seed: it would reseed the accelerator as well, which fork_rng would not put back.
@@ -70,7 +70,7 @@ class DetectionDataset(Dataset[Example]):
                     image, boxes, labels = self._augmentation(image, boxes, labels)
         return image.to(torch.float32).div_(255), Target(boxes=boxes, labels=labels), record.image_id
 
-    def _picture(self, index: int) -> Tensor:
+    def _image(self, index: int) -> Tensor:
         """(3, H, W) uint8, from the cache where it is there."""
         if index in self._cache:
             return self._cache[index]

@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 from torch import Tensor
 
-from gdetkd_cli.data.pictures import Pictures
+from gdetkd_cli.data.image_files import ImageFiles
 from gdetkd_cli.data.readers.coco import align_classes
 from gdetkd_cli.data.split import Split
 from gdetkd_cli.errors import DataError
@@ -72,7 +72,9 @@ def fold_of(train: Split, val: Split, *, number: int, of: int, which: Literal["t
 
 def _check_distinct(parts: Sequence[Split]) -> None:
     """Raises a DataError where an image file is in the data twice: one fold would train on what it is tested on."""
-    times = Counter(path.absolute() for split in parts if isinstance(split.read, Pictures) for path in split.read.paths)
+    times = Counter(
+        path.absolute() for split in parts if isinstance(split.read, ImageFiles) for path in split.read.paths
+    )
     repeated = [path for path, count in times.items() if count > 1]
     if repeated:
         names = " and ".join(dict.fromkeys(split.name for split in parts))

@@ -32,27 +32,27 @@ def training_batches(
 ) -> Iterator[Batch]:
     """The batches of steps ``start_step`` to ``steps - 1``, one iterator for the whole run.
 
-    The pictures come in an endless row of permutations, one per pass over the data; a batch may reach from one
+    The images come in an endless row of permutations, one per pass over the data; a batch may reach from one
     pass into the next.
 
     Args:
         dataset: training examples.
-        batch_size: pictures per step and process.
+        batch_size: images per step and process.
         steps: steps of the whole run.
         start_step: steps that are done already.
-        seed: orders the pictures; at least 0.
-        rank: which of ``world_size`` processes asks; each gets its own share of a step's pictures.
+        seed: orders the images; at least 0.
+        rank: which of ``world_size`` processes asks; each gets its own share of a step's images.
         world_size: training processes.
         workers: loader processes; they live as long as the iterator, and so do their caches.
         pin_memory: hand out page-locked tensors, which copy to a CUDA device without waiting.
 
     Raises:
-        DataError: the data set is empty, or a picture cannot be read.
+        DataError: the data set is empty, or a image cannot be read.
     """
     if len(dataset) == 0:
-        raise DataError(f"{dataset.split.name} has no pictures to train on: give a split with at least one.")
+        raise DataError(f"{dataset.split.name} has no images to train on: give a split with at least one.")
     keys = _training_keys(
-        pictures=len(dataset),
+        images=len(dataset),
         batch_size=batch_size,
         steps=range(start_step, steps),
         seed=seed,
@@ -78,7 +78,7 @@ def validation_batches(
         workers: loader processes.
 
     Raises:
-        DataError: a picture cannot be read.
+        DataError: a image cannot be read.
     """
     dataset = DetectionDataset(split=split, augmentation=None, seed=0, cache_mb=0)
     by_size: dict[tuple[int, int], list[Key]] = {}
@@ -91,18 +91,18 @@ def validation_batches(
 
 
 def _training_keys(
-    *, pictures: int, batch_size: int, steps: range, seed: int, rank: int, world_size: int
+    *, images: int, batch_size: int, steps: range, seed: int, rank: int, world_size: int
 ) -> Iterator[list[Key]]:
     """The keys of one process's batch, step by step."""
 
     @lru_cache(maxsize=1)
     def order(draw: int) -> list[int]:
         generator = torch.Generator().manual_seed(mix_seed(seed, draw))
-        return torch.randperm(pictures, generator=generator).tolist()
+        return torch.randperm(images, generator=generator).tolist()
 
     for step in steps:
         first = (step * world_size + rank) * batch_size
-        places = (divmod(place, pictures) for place in range(first, first + batch_size))
+        places = (divmod(place, images) for place in range(first, first + batch_size))
         yield [(draw, order(draw)[position]) for draw, position in places]
 
 

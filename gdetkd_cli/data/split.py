@@ -1,4 +1,4 @@
-"""One split of a data set: records of what is in each picture, and a way to read the picture."""
+"""One split of a data set: records of what is in each image, and a way to read the image."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ Outline = list[NDArray[np.float32]] | dict[str, Any] | None
 
 @dataclass(frozen=True)
 class Record:
-    """One picture and its truth. M boxes for training, G annotations for evaluation (crowds included).
+    """One image and its truth. M boxes for training, G annotations for evaluation (crowds included).
 
     Attributes:
         image_id: the data set's own id.
         size: (height, width) pixels.
-        boxes: (M, 4) float32 xyxy, pixels of the picture, clipped to it, every side > 0, no crowds.
+        boxes: (M, 4) float32 xyxy, pixels of the image, clipped to it, every side > 0, no crowds.
         labels: (M,) int64 in 1..K.
         truth: COCO-style annotations for evaluation: dictionaries with ``bbox`` (xywh, pixels), ``area``
             (square pixels), ``category_id`` (the label 1..K) and ``iscrowd``.
@@ -38,14 +38,14 @@ class Record:
 
 @dataclass(frozen=True)
 class Split:
-    """A split held in memory as records; pictures are read on demand.
+    """A split held in memory as records; images are read on demand.
 
     Attributes:
         name: for messages, for example ``bccd/train.json``.
         class_names: K names, label k is ``class_names[k - 1]``.
-        records: one per picture.
+        records: one per image.
         read: record index -> (3, H, W) uint8 RGB.
-        notes: what was found and changed on reading, for people ("3 boxes clipped to the picture").
+        notes: what was found and changed on reading, for people ("3 boxes clipped to the image").
     """
 
     name: str

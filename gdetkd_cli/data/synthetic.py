@@ -58,7 +58,7 @@ def synthetic_split(*, split: str, images: int, size: int, seed: int, smallest: 
     scenes = [
         _draw_scene(np.random.default_rng([seed, _SPLIT_KEYS[split], index]), size, smallest) for index in range(images)
     ]
-    pictures = [torch.from_numpy(pixels).permute(2, 0, 1).contiguous() for pixels, _, _ in scenes]
+    drawn = [torch.from_numpy(pixels).permute(2, 0, 1).contiguous() for pixels, _, _ in scenes]
     records = []
     for index, (_, boxes, labels) in enumerate(scenes):
         truth: list[dict[str, object]] = [
@@ -79,18 +79,18 @@ def synthetic_split(*, split: str, images: int, size: int, seed: int, smallest: 
                 truth=truth,
             )
         )
-    return Split(name=f"synthetic {split}", class_names=CLASS_NAMES, records=records, read=partial(_read, pictures))
+    return Split(name=f"synthetic {split}", class_names=CLASS_NAMES, records=records, read=partial(_read, drawn))
 
 
-def _read(pictures: list[Tensor], index: int) -> Tensor:
-    return pictures[index]
+def _read(images: list[Tensor], index: int) -> Tensor:
+    return images[index]
 
 
 def _draw_scene(rng: Generator, size: int, smallest: float) -> tuple[np.ndarray, list[list[float]], list[int]]:
     """One scene: (size, size, 3) uint8 pixels, xyxy boxes in pixels, labels 1..K."""
     side = size * _OVERSAMPLING
-    picture = _background(rng, side)
-    draw = ImageDraw.Draw(picture)
+    image = _background(rng, side)
+    draw = ImageDraw.Draw(image)
     for _ in range(int(rng.integers(3, 9))):
         _draw_clutter(draw, rng, side)
 
@@ -114,7 +114,7 @@ def _draw_scene(rng: Generator, size: int, smallest: float) -> tuple[np.ndarray,
         ):
             continue
         owner = trial
-        fill = _fill_colour(rng, picture, centre)
+        fill = _fill_colour(rng, image, centre)
         draw.polygon(outline, fill=fill)
         _draw_mark(draw, rng, MARKS[(label - 1) % len(MARKS)], centre, radius, fill)
         mark_pixels = visible[2 * len(placed) + 2]
@@ -122,7 +122,7 @@ def _draw_scene(rng: Generator, size: int, smallest: float) -> tuple[np.ndarray,
         box = [min(max(v, 0.0), float(size)) for v in (min(xs), min(ys), max(xs), max(ys))]
         placed.append(_Placed(box, label, visible[2 * len(placed) + 1] + mark_pixels, mark_pixels))
 
-    small = np.asarray(picture.resize((size, size), Image.Resampling.BOX), dtype=np.int16)
+    small = np.asarray(image.resize((size, size), Image.Resampling.BOX), dtype=np.int16)
     noisy = small + rng.integers(-8, 9, small.shape, dtype=np.int16)
     pixels = np.clip(noisy, 0, 255).astype(np.uint8)
     return pixels, [p.box for p in placed], [p.label for p in placed]
@@ -167,9 +167,9 @@ def _outline(shape: str, centre: Point, radius: float, angle: float) -> list[Poi
     return [(centre[0] + radius * math.cos(a), centre[1] + radius * math.sin(a)) for a in turns]
 
 
-def _fill_colour(rng: Generator, picture: Image.Image, centre: Point) -> tuple[int, int, int]:
+def _fill_colour(rng: Generator, image: Image.Image, centre: Point) -> tuple[int, int, int]:
     """A colour away from what is under the centre: far for most objects, near for a third (low contrast)."""
-    under = np.asarray(picture.getpixel((int(centre[0]), int(centre[1]))), dtype=np.float64)
+    under = np.asarray(image.getpixel((int(centre[0]), int(centre[1]))), dtype=np.float64)
     direction = rng.normal(size=3)
     direction /= np.linalg.norm(direction)
     distance = rng.uniform(28, 45) if rng.random() < 0.33 else rng.uniform(70, 150)

@@ -1,4 +1,4 @@
-"""Random changes to training pictures and their boxes.
+"""Random changes to training images and their boxes.
 
 Shapes: M boxes, H x W pixels before the change, H' x W' after it.
 """
@@ -12,7 +12,7 @@ from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-# (3, H, W) uint8, (M, 4) xyxy pixels, (M,) labels -> the same of the changed picture.
+# (3, H, W) uint8, (M, 4) xyxy pixels, (M,) labels -> the same of the changed image.
 Augmentation = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 
 
@@ -43,7 +43,7 @@ def _keep(image: Tensor, boxes: Tensor, labels: Tensor) -> tuple[Tensor, Tensor,
 
 
 def _apply(change: v2.Transform, image: Tensor, boxes: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Changes picture and boxes alike; boxes with a side under 1 pixel afterwards go, with their labels."""
+    """Changes image and boxes alike; boxes with a side under 1 pixel afterwards go, with their labels."""
     boxed = tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=tuple(image.shape[-2:]))
     new_image, new_boxes = change(tv_tensors.Image(image), boxed)
     corners = new_boxes.as_subclass(Tensor)

@@ -196,7 +196,7 @@ class Detector(Protocol):
         ...
 
     def region_outputs(self, seen: Observation, regions: Regions, needs: frozenset[View]) -> RegionView:
-        """Reads what ``needs`` names of each region from a forward that ``forward_train`` or ``extract_features`` made."""
+        """Reads what ``needs`` names of each region, from the result of a forward."""
         ...
 
     def predict(self, images: list[Tensor]) -> list[Detections]:

@@ -22,7 +22,7 @@ from gdetkd_cli.probing.class_names import OWN
 from gdetkd_cli.probing.probe import probe_image
 
 CLASSES, ARCHITECTURE = OWN, "gdetkd.architecture"  # what gdetkd's own files say of themselves, each as JSON
-_SIZE = (256, 320)  # pixels of the picture that both forms are compared on
+_SIZE = (256, 320)  # pixels of the image that both forms are compared on
 
 
 class NotRebuiltError(ModelError):

@@ -55,8 +55,8 @@ class Evaluated:
 
 
 @dataclass(frozen=True)
-class PicturesDone:
-    """So far, ``done`` of ``total`` pictures went through a detector, to be ``what`` ("evaluated", "labelled")."""
+class ImagesDone:
+    """So far, ``done`` of ``total`` images went through a detector, to be ``what`` ("evaluated", "labelled")."""
 
     what: str
     done: int
@@ -80,7 +80,7 @@ class TrialDone:
     eta_seconds: float | None
 
 
-Event = Note | Phase | StepDone | Evaluated | PicturesDone | TrialDone
+Event = Note | Phase | StepDone | Evaluated | ImagesDone | TrialDone
 Observer = Callable[[Event], None]
 
 
@@ -89,13 +89,13 @@ def silent(event: Event) -> None:
 
 
 def counting(observer: Observer, what: str, total: int, *, every: float = 10.0) -> Callable[[int], None]:
-    """A callback for the pictures done so far; it tells an observer every so many seconds, of a short job nothing."""
+    """A callback for the images done so far; it tells an observer every so many seconds, of a short job nothing."""
     told = perf_counter()
 
     def tell(done: int) -> None:
         nonlocal told
         if perf_counter() - told >= every:
             told = perf_counter()
-            observer(PicturesDone(what, done, total))
+            observer(ImagesDone(what, done, total))
 
     return tell

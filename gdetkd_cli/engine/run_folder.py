@@ -31,7 +31,7 @@ class RunFolder:
     student.pt         the trained detector alone
     student/           code that rebuilds it without this package
     metrics.json       the last evaluation
-    pictures/          validation pictures with predicted boxes
+    images/          validation images with predicted boxes
     """
 
     def __init__(self, path: Path) -> None:
@@ -45,7 +45,7 @@ class RunFolder:
         self.student = path / "student.pt"
         self.student_code = path / "student"
         self.metrics = path / "metrics.json"
-        self.pictures = path / "pictures"
+        self.images = path / "images"
 
     def make(self) -> None:
         """Makes the folder where it is missing."""

@@ -22,12 +22,12 @@ class CocoMetrics:
     """COCO box metrics, AP and AR in 0-100; None where the split has no such object.
 
     Attributes:
-        ap: mean over IoU 0.50:0.95, all areas, 100 detections a picture.
+        ap: mean over IoU 0.50:0.95, all areas, 100 detections a image.
         ap50, ap75: at one IoU.
         ap_small, ap_medium, ap_large: by object area in the annotations (32 x 32 and 96 x 96 pixels).
-        ar: average recall with 100 detections a picture.
+        ar: average recall with 100 detections a image.
         per_class: AP by class name.
-        images: pictures evaluated.
+        images: images evaluated.
         detections: boxes handed in.
     """
 
@@ -64,12 +64,12 @@ def evaluate_coco(
     """Compares predictions with the truth, as the COCO benchmark does (crowds are neither hits nor misses).
 
     Args:
-        records: the pictures and their truth.
+        records: the images and their truth.
         class_names: K names, label k is ``class_names[k - 1]``.
-        predictions: by image id, boxes in pixels of the picture as stored; a picture left out has no detections.
+        predictions: by image id, boxes in pixels of the image as stored; a image left out has no detections.
 
     Raises:
-        DataError: predictions for a picture that is not among the records, or a label that is not in 1..K.
+        DataError: predictions for a image that is not among the records, or a label that is not in 1..K.
     """
     # Here and not above: see TYPE_CHECKING.
     from faster_coco_eval import COCO, COCOeval_faster
@@ -81,7 +81,7 @@ def evaluate_coco(
         evaluation.accumulate()
         evaluation.summarize()
     ap, ap50, ap75, ap_small, ap_medium, ap_large, _, _, ar, *_ = (_percent(value) for value in evaluation.stats)
-    # (IoU, recall, class, area, detections a picture): all areas are the first, 100 detections the last.
+    # (IoU, recall, class, area, detections a image): all areas are the first, 100 detections the last.
     precision = evaluation.eval["precision"][:, :, :, 0, -1]
     return CocoMetrics(
         ap=ap,
@@ -97,10 +97,10 @@ def evaluate_coco(
     )
 
 
-def match_pictures(
+def match_images(
     records: Sequence[Record], class_names: Sequence[str], predictions: Mapping[int, Detections]
 ) -> COCOeval:
-    """pycocotools' own evaluation, each picture's detections matched but nothing accumulated.
+    """pycocotools' own evaluation, each image's detections matched but nothing accumulated.
 
     Arguments and errors: as of ``evaluate_coco``.
     """
@@ -124,7 +124,7 @@ def _annotations(
     strangers = sorted(set(predictions) - {record.image_id for record in records})
     if strangers:
         raise DataError(
-            f"Expected predictions for the {len(records)} pictures of the split, got some for {len(strangers)} others "
+            f"Expected predictions for the {len(records)} images of the split, got some for {len(strangers)} others "
             f"(image id {strangers[0]} first): evaluate on the split that they were made on."
         )
     classes = len(class_names)
@@ -147,18 +147,18 @@ def _index(kind: type[Any], records: Sequence[Record], class_names: Sequence[str
 
 
 def _items(image_id: int, detections: Detections, *, classes: int) -> Iterator[dict[str, object]]:
-    """One picture's detections as COCO annotations.
+    """One image's detections as COCO annotations.
 
     Args:
         image_id: the data set's own id.
-        detections: xyxy, pixels of the picture as stored.
+        detections: xyxy, pixels of the image as stored.
         classes: K.
     """
     rows = zip(detections.boxes.tolist(), detections.scores.tolist(), detections.labels.tolist(), strict=True)
     for (x1, y1, x2, y2), score, label in rows:
         if not 1 <= label <= classes:
             raise DataError(
-                f"Expected labels 1 to {classes}, got {label} for the picture with image id {image_id}: "
+                f"Expected labels 1 to {classes}, got {label} for the image with image id {image_id}: "
                 "evaluate with the class list that the detector was trained on."
             )
         yield {

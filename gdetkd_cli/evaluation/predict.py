@@ -23,7 +23,7 @@ def predict_split(
     device: torch.device | str,
     progress: Callable[[int], None] | None = None,
 ) -> dict[int, Detections]:
-    """Detections by picture id, on the CPU, of the batches of this process; ``progress`` hears how many there are."""
+    """Detections by image id, on the CPU, of the batches of this process; ``progress`` hears how many there are."""
     found: dict[int, Detections] = {}
     for batch in batches:
         detections = predictor.predict([image.to(device) for image in batch.images])
@@ -35,7 +35,7 @@ def predict_split(
 
 
 def gather_predictions(own: dict[int, Detections]) -> dict[int, Detections]:
-    """The detections of every process; each picture was predicted by one of them."""
+    """The detections of every process; each image was predicted by one of them."""
     if not (distributed.is_available() and distributed.is_initialized()):
         return own
     everyone: list[dict[int, Detections] | None] = [None] * distributed.get_world_size()

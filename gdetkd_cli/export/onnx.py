@@ -18,7 +18,7 @@ from torchvision.models.detection._utils import BoxCoder
 from gdetkd_cli.detectors.protocol import Detector
 from gdetkd_cli.errors import ExportError, first_line
 from gdetkd_cli.evaluation.exported import INPUT, OUTPUTS, describe
-from gdetkd_cli.export.single_picture import SinglePicture, example_picture
+from gdetkd_cli.export.single_image import SingleImage, example_image
 
 OPSET = 17  # 16 brought the RoiAlign that torchvision's is; onnxruntime reads 17 since 1.12
 
@@ -37,16 +37,16 @@ def export_onnx(detector: Detector, path: Path, *, architecture: dict[str, Any])
     Raises:
         ExportError: the exporter gave up, or what it wrote is not valid ONNX.
     """
-    picture = SinglePicture(detector)
-    heads: Any = getattr(picture.detector, "roi_heads", None)
+    image = SingleImage(detector)
+    heads: Any = getattr(image.detector, "roi_heads", None)
     if heads is not None:
-        heads.box_coder = _SinglePictureCoder(heads.box_coder.weights, heads.box_coder.bbox_xform_clip)
+        heads.box_coder = _SingleImageCoder(heads.box_coder.weights, heads.box_coder.bbox_xform_clip)
     try:
         # The tracer warns of everything that it might take for a constant; whether it did shows in the parity check.
         with warnings.catch_warnings(action="ignore"):
             torch.onnx.export(
-                picture,
-                (example_picture(),),
+                image,
+                (example_image(),),
                 path,
                 dynamo=False,
                 opset_version=OPSET,
@@ -71,8 +71,8 @@ def export_onnx(detector: Detector, path: Path, *, architecture: dict[str, Any])
     return f"torch.onnx TorchScript, opset {OPSET}"
 
 
-class _SinglePictureCoder(BoxCoder):
-    """The RoI head's box coder, for one picture.
+class _SingleImageCoder(BoxCoder):
+    """The RoI head's box coder, for one image.
 
     torchvision's own reshapes to (proposals, -1), which ONNX cannot do where there are no proposals.
     """

@@ -1,6 +1,6 @@
 """Does an exported file find what the detector finds?
 
-Shapes: D detections; boxes xyxy, pixels of the picture as it was given.
+Shapes: D detections; boxes xyxy, pixels of the image as it was given.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ class Parity:
     """An exported file against the eager detector.
 
     Attributes:
-        images: pictures compared, of different sizes. empty: how many of them had no detection.
+        images: images compared, of different sizes. empty: how many of them had no detection.
         detections: boxes compared in all.
         max_box_error: largest difference of a box coordinate, pixels.
         max_score_error: largest difference of a score.
-        passed: within tolerance, same number of boxes and same labels on every picture.
+        passed: within tolerance, same number of boxes and same labels on every image.
         unmatched: boxes without a counterpart of the same class on the other side.
     """
 
@@ -52,7 +52,7 @@ class Cut:
 
     Attributes:
         score: it reports scores above this one.
-        count: it reports this many per picture at most, those of the highest scores.
+        count: it reports this many per image at most, those of the highest scores.
     """
 
     score: float
@@ -66,8 +66,8 @@ class Cut:
             return cls(score=-math.inf, count=sys.maxsize)
         return cls(score=head.score_thresh, count=head.detections_per_img)
 
-    def of_picture(self, found: Detections) -> float:
-        """The score at which one picture's detections were cut off."""
+    def of_image(self, found: Detections) -> float:
+        """The score at which one image's detections were cut off."""
         return float(found.scores.min()) if len(found.scores) >= self.count else self.score
 
 
@@ -80,7 +80,7 @@ def check_parity(
     box_tolerance: float = BOX_TOLERANCE,
     score_tolerance: float = SCORE_TOLERANCE,
 ) -> Parity:
-    """Compares detections, picture by picture.
+    """Compares detections, image by image.
 
     Each box has to have a counterpart of its class on the other side, whatever its place in the order of scores. The
     exception are boxes whose score is within tolerance of the one where the detector cuts off: rounding decides
@@ -89,7 +89,7 @@ def check_parity(
     Args:
         reference: the detector.
         exported: the file made of it.
-        images: pictures (3, H, W) in 0..1.
+        images: images (3, H, W) in 0..1.
         cut: where the detector cuts off.
         box_tolerance: pixels that a box coordinate may differ by.
         score_tolerance: what a score may differ by.
@@ -101,13 +101,13 @@ def check_parity(
         rows, columns = _pairs(expected, got, box_tolerance)
         # Of near-equal scores at the cut each side may keep other boxes: what is paired there by overlap is no pair.
         moved = (expected.boxes[rows] - got.boxes[columns]).abs().amax(dim=1) > box_tolerance
-        at_cut = (expected.scores[rows] - cut.of_picture(got) <= score_tolerance) & (
-            got.scores[columns] - cut.of_picture(expected) <= score_tolerance
+        at_cut = (expected.scores[rows] - cut.of_image(got) <= score_tolerance) & (
+            got.scores[columns] - cut.of_image(expected) <= score_tolerance
         )
         rows, columns = rows[~(moved & at_cut)], columns[~(moved & at_cut)]
         # How far a score without a counterpart is above the one where the other side cuts off.
-        missing = _without(expected.scores, rows) - cut.of_picture(got)
-        surplus = _without(got.scores, columns) - cut.of_picture(expected)
+        missing = _without(expected.scores, rows) - cut.of_image(got)
+        surplus = _without(got.scores, columns) - cut.of_image(expected)
         empty += len(expected.scores) == 0
         detections += len(rows)
         found += len(expected.scores) + len(got.scores)
@@ -130,16 +130,16 @@ def check_parity(
     )
 
 
-def picture_without_detections(detector: Predictor, size: tuple[int, int]) -> Tensor:
-    """A picture (3, height, width) in which the detector finds nothing.
+def image_without_detections(detector: Predictor, size: tuple[int, int]) -> Tensor:
+    """A image (3, height, width) in which the detector finds nothing.
 
     One of a single shade where the detector is silent on that; else one of NaN, from which no score passes a threshold.
     """
     for shade in _SHADES:
-        picture = torch.full((3, *size), shade)
-        (found,) = detector.predict([picture])
+        image = torch.full((3, *size), shade)
+        (found,) = detector.predict([image])
         if len(found.scores) == 0:
-            return picture
+            return image
     return torch.full((3, *size), math.nan)
 
 

@@ -13,7 +13,7 @@ from gdetkd_cli.detectors.files import DESCRIPTION_FILE
 from gdetkd_cli.detectors.protocol import Detector
 from gdetkd_cli.errors import ExportError, first_line
 from gdetkd_cli.evaluation.exported import describe
-from gdetkd_cli.export.single_picture import SinglePicture
+from gdetkd_cli.export.single_image import SingleImage
 
 
 def export_torchscript(detector: Detector, path: Path, *, architecture: dict[str, Any]) -> str:
@@ -30,10 +30,10 @@ def export_torchscript(detector: Detector, path: Path, *, architecture: dict[str
     Raises:
         ExportError: the detector cannot be scripted.
     """
-    picture = SinglePicture(detector)
+    image = SingleImage(detector)
     try:
         with warnings.catch_warnings(action="ignore"):  # torch.jit is deprecated, and says so in each of its functions
-            scripted = torch.jit.script(picture)
+            scripted = torch.jit.script(image)
             description = json.dumps(describe(detector, architecture))
             torch.jit.save(scripted, path, _extra_files={DESCRIPTION_FILE: description})
     except RuntimeError as error:

@@ -20,7 +20,7 @@ class ObservedPair:
 
     Attributes:
         regions: R regions.
-        image_ids: (R,) the data set's id of each region's picture.
+        image_ids: (R,) the data set's id of each region's image.
         batch: the images and their truth.
         student_seen, teacher_seen: the forward of each; the teacher's without gradient.
         student_view, teacher_view: what each says of the regions; the teacher's without gradient.

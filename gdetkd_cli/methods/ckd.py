@@ -72,7 +72,7 @@ class CKDTerm(nn.Module):
         student_channels, teacher_channels: D of the two region embeddings.
         project_channels: channels of the common space.
         gamma: temperature.
-        negative_iou: regions of one picture that overlap more are not negatives.
+        negative_iou: regions of one image that overlap more are not negatives.
         queue: teacher embeddings remembered.
     """
 
@@ -107,8 +107,8 @@ class CKDTerm(nn.Module):
             gamma=self.gamma,
             negatives=overlap_negatives(box_iou(regions.boxes, regions.boxes), regions.image_index, self.negative_iou),
             memory=self.project_teacher(remembered),
-            # A picture seen before was flipped or resized differently, so its boxes cannot be compared with this
-            # step's: nothing of the same picture is a negative.
+            # A image seen before was flipped or resized differently, so its boxes cannot be compared with this
+            # step's: nothing of the same image is a negative.
             memory_negatives=pair.image_ids[:, None] != remembered_ids[None, :],
         )
         self.queue.add(teacher, pair.image_ids)

@@ -68,7 +68,7 @@ def recipe_of(recipe: DistillationRecipe, method: str, *, steps: int, seed: int)
             squared error has SGFI's weight and warm-up, as the same loss on other cells. ``gt_box`` is ``gt_mask``
             with ``mask: boxes``.
         steps: optimizer steps.
-        seed: of the student's weights and the order of pictures.
+        seed: of the student's weights and the order of images.
 
     Raises:
         RecipeError: there is no such method.

@@ -14,8 +14,8 @@ def scaled_to_batch(recipe: AnyRecipe, processes: int) -> AnyRecipe:
     """The recipe for the batch that it will have, ``train.batch_size`` times the processes.
 
     Where it names a ``train.reference_batch``, its learning rate grows with the batch and its steps shrink, so that as
-    many pictures are seen (Goyal et al., "Accurate, Large Minibatch SGD", 2017); warm-ups and evaluations come after as
-    many pictures as before. The result has no ``reference_batch``.
+    many images are seen (Goyal et al., "Accurate, Large Minibatch SGD", 2017); warm-ups and evaluations come after as
+    many images as before. The result has no ``reference_batch``.
     """
     train = recipe.train
     if train.reference_batch is None:
@@ -45,10 +45,10 @@ def scaled_to_batch(recipe: AnyRecipe, processes: int) -> AnyRecipe:
     return recipe.model_copy(update={"train": changed, "distill": distill})
 
 
-def epochs(recipe: Recipe, pictures: int, processes: int = 1) -> float:
-    """Passes over the training pictures that the recipe makes."""
+def epochs(recipe: Recipe, images: int, processes: int = 1) -> float:
+    """Passes over the training images that the recipe makes."""
     train = scaled_to_batch(recipe, processes).train
-    return train.steps * train.batch_size * processes / pictures
+    return train.steps * train.batch_size * processes / images
 
 
 def changes(before: Recipe, after: Recipe) -> list[str]:

@@ -50,7 +50,7 @@ class SyntheticData(Strict):
 
 
 class TeacherLabels(Strict):
-    """The teacher's confident detections as the truth of pictures."""
+    """The teacher's confident detections as the truth of images."""
 
     score: Fraction = Field(0.5, description="lowest score of a detection that becomes a target")
     per_class: dict[str, Fraction] = Field(default_factory=dict, description="other lowest scores, by class name")
@@ -63,11 +63,11 @@ class CocoData(Strict):
     root: Path = Field(Path("."), description="folder that the other paths start from")
     train: Path = Field(Path("train.json"), description="annotations of the training split")
     val: Path = Field(Path("val.json"), description="annotations of the validation split")
-    train_images: Path = Field(Path("images"), description="folder of the training pictures")
-    val_images: Path = Field(Path("images"), description="folder of the validation pictures")
+    train_images: Path = Field(Path("images"), description="folder of the training images")
+    val_images: Path = Field(Path("images"), description="folder of the validation images")
     classes: list[str] | None = Field(None, description="category names to use, in this order; default: all")
     labels: Literal["annotations", "teacher"] | TeacherLabels = Field(
-        "annotations", description="targets of the training pictures: their annotations, or what the teacher detects"
+        "annotations", description="targets of the training images: their annotations, or what the teacher detects"
     )
     fold: OneFold = None
 
@@ -79,17 +79,17 @@ class CocoData(Strict):
 
 
 class VocData(Strict):
-    """Pascal VOC, or any folder of that layout: XML files, pictures, and lists of names in ``ImageSets/Main``."""
+    """Pascal VOC, or any folder of that layout: XML files, images, and lists of names in ``ImageSets/Main``."""
 
     format: Literal["voc"]
     root: Path = Field(Path("."), description="folder that the lists' paths start from, as VOCdevkit")
     train: list[Path] = Field(
         [Path("VOC2007/ImageSets/Main/trainval.txt"), Path("VOC2012/ImageSets/Main/trainval.txt")],
         min_length=1,
-        description="lists of training pictures",
+        description="lists of training images",
     )
     val: list[Path] = Field(
-        [Path("VOC2007/ImageSets/Main/test.txt")], min_length=1, description="lists of validation pictures"
+        [Path("VOC2007/ImageSets/Main/test.txt")], min_length=1, description="lists of validation images"
     )
     classes: list[str] | None = Field(None, description="names to use, in this order; default: VOC's twenty")
     fold: OneFold = None
@@ -102,22 +102,22 @@ class Bdd100kData(Strict):
     root: Path = Field(Path("."), description="folder that the other paths start from")
     train: Path = Field(Path("labels/det_20/det_train.json"), description="labels of the training split")
     val: Path = Field(Path("labels/det_20/det_val.json"), description="labels of the validation split")
-    train_images: Path = Field(Path("images/100k/train"), description="folder of the training pictures")
-    val_images: Path = Field(Path("images/100k/val"), description="folder of the validation pictures")
+    train_images: Path = Field(Path("images/100k/train"), description="folder of the training images")
+    val_images: Path = Field(Path("images/100k/val"), description="folder of the validation images")
     classes: list[str] | None = Field(None, description="names to use, in this order; default: the task's ten")
     fold: OneFold = None
 
 
 class FolderData(Strict):
-    """Pictures without annotations: what the teacher detects are the targets."""
+    """ImageFiles without annotations: what the teacher detects are the targets."""
 
     format: Literal["folder"]
     root: Path = Field(Path("."), description="folder that the other paths start from")
-    train_images: Path = Field(Path("."), description="folder of the training pictures, searched to any depth")
+    train_images: Path = Field(Path("."), description="folder of the training images, searched to any depth")
     val: Path | None = Field(
-        None, description="COCO annotations for evaluation; default: every tenth picture, as the teacher labels it"
+        None, description="COCO annotations for evaluation; default: every tenth image, as the teacher labels it"
     )
-    val_images: Path = Field(Path("."), description="folder of the pictures that val names")
+    val_images: Path = Field(Path("."), description="folder of the images that val names")
     classes: list[str] | None = Field(None, description="the teacher's classes to use; default: all")
     labels: Literal["teacher"] | TeacherLabels = "teacher"
 
@@ -126,7 +126,7 @@ Data = SyntheticData | CocoData | VocData | Bdd100kData | FolderData
 
 
 class Augment(Strict):
-    """Changes made to training pictures; validation pictures are never changed."""
+    """Changes made to training images; validation images are never changed."""
 
     flip: Fraction = Field(0.5, description="probability of a horizontal flip")
     multi_scale: list[PositiveInt] | None = Field(
@@ -295,7 +295,7 @@ class Runtime(Strict):
     compile: bool = Field(False, description="torch.compile the backbones")
     threads: PositiveInt | Literal["auto"] = Field("auto", description="CPU threads; auto: measured at the start")
     workers: Annotated[int, Field(ge=0)] | Literal["auto"] = Field("auto", description="loader processes")
-    cache_mb: Annotated[int, Field(ge=0)] = Field(1024, description="decoded pictures kept in memory, MiB per process")
+    cache_mb: Annotated[int, Field(ge=0)] = Field(1024, description="decoded images kept in memory, MiB per process")
 
 
 class Recipe(Strict):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 _STARTER = """\
 # gdetkd distill --recipe {path}
-# My detector, distilled on my own pictures (COCO annotations)
+# My detector, distilled on my own images (COCO annotations)
 #
 # Lines that start with # are options, shown with their defaults unless they say otherwise.
 # Before a long run:  gdetkd recipe validate {path}
@@ -15,17 +15,17 @@ _STARTER = """\
 name: my-detector               # also the name of the run's folder
 # seed: 0
 
-# The pictures. Boxes are COCO JSON; the paths below start from root.
+# The images. Boxes are COCO JSON; the paths below start from root.
 data:
   format: coco                  # or: voc, bdd100k, folder (no boxes), synthetic (drawn in code)
   root: data
   train: train.json
   val: val.json
-  train_images: images          # folder of the training pictures
-  val_images: images            # folder of the validation pictures
+  train_images: images          # folder of the training images
+  val_images: images            # folder of the validation images
   # classes: [cat, dog]         # category names to use, in this order; default: all in the file
 
-# Changes made to training pictures only.
+# Changes made to training images only.
 augment:
   flip: 0.5                     # probability, 0 to 1
   # multi_scale: [640, 672, 704]  # short sides in pixels to choose from; default: the student's image_size
@@ -96,7 +96,7 @@ train:
 #   compile: false              # torch.compile the backbones
 #   threads: auto               # CPU threads
 #   workers: auto               # loader processes
-#   cache_mb: 1024              # decoded pictures kept in memory, MiB per process
+#   cache_mb: 1024              # decoded images kept in memory, MiB per process
 """
 
 

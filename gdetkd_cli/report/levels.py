@@ -1,4 +1,4 @@
-"""A picture of a pyramid: where each level is active."""
+"""A image of a pyramid: where each level is active."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from gdetkd_cli.report.pyramid import LevelReport
 
 
 def check_drawable(path: Path) -> None:
-    """That a picture can be written there, told before it is made.
+    """That a image can be written there, told before it is made.
 
     Raises:
         GDetKDError: matplotlib knows no format of that ending.
@@ -23,20 +23,20 @@ def check_drawable(path: Path) -> None:
         raise GDetKDError(f"{path}: cannot draw a file of that ending; expected one of {', '.join(sorted(known))}")
 
 
-def draw_levels(picture: Tensor, levels: Sequence[LevelReport], maps: Sequence[Tensor], path: Path) -> None:
-    """Draws each level's activation energy over the picture.
+def draw_levels(image: Tensor, levels: Sequence[LevelReport], maps: Sequence[Tensor], path: Path) -> None:
+    """Draws each level's activation energy over the image.
 
     Args:
-        picture: (3, H, W) in 0..1.
+        image: (3, H, W) in 0..1.
         levels: their cells lie where these say.
         maps: (1, C, h, w) each.
         path: the file to write, PNG by its suffix or any that matplotlib writes.
     """
-    height, width = picture.shape[-2:]
+    height, width = image.shape[-2:]
     figure = Figure(figsize=(3.2 * (1 + len(levels)), 3.2 * height / width + 0.5), layout="constrained")
     axes = figure.subplots(1, 1 + len(levels), squeeze=False)[0]
     for axis in axes:
-        axis.imshow(picture.permute(1, 2, 0).cpu().clamp(0, 1).numpy(), extent=(0, width, height, 0))
+        axis.imshow(image.permute(1, 2, 0).cpu().clamp(0, 1).numpy(), extent=(0, width, height, 0))
         axis.set_axis_off()
     axes[0].set_title(f"{height} x {width}")
     for axis, level, features in zip(axes[1:], levels, maps, strict=True):

@@ -21,7 +21,7 @@ class LevelReport:
     """One pyramid level.
 
     ``stride`` and ``offset`` are (y, x) in pixels; ``shape`` is (H, W) cells; ``mean`` and ``std`` are of its values on
-    the picture that was looked at, None where they are not finite.
+    the image that was looked at, None where they are not finite.
     """
 
     name: str
@@ -92,10 +92,10 @@ def describe_pyramid(
 
 
 def describe_on_image(
-    detector: Detector, picture: Tensor, *, source: str, format: str, classes: tuple[str, ...] | None
+    detector: Detector, image: Tensor, *, source: str, format: str, classes: tuple[str, ...] | None
 ) -> tuple[PyramidReport, tuple[Tensor, ...]]:
     """The pyramid of a detector, in pixels of an image (3, H, W) in 0..1, and its levels' maps of that image."""
-    batch = Batch(images=[picture.to(device_of(detector.module))], targets=[], image_ids=torch.zeros(1))
+    batch = Batch(images=[image.to(device_of(detector.module))], targets=[], image_ids=torch.zeros(1))
     with torch.no_grad():
         pyramid = detector.extract_features(batch).pyramid
     scale_x, scale_y = pyramid.frame.scale[0].tolist()
@@ -120,7 +120,7 @@ def describe_on_image(
         levels=levels,
         region_embedding={"channels": detector.embedding_channels, "source": detector.embedding_source},
         detections=found.detections if found else ROWS.name,
-        size=(picture.shape[-2], picture.shape[-1]),
+        size=(image.shape[-2], image.shape[-1]),
         classes=detector.class_names if classes is None else classes,
         parameters=detector.parameter_count,
     )

@@ -134,7 +134,7 @@ DEMONSTRATED = DemoResult(
     steps=300,
     seed=0,
     output=Path("demo"),
-    picture=Path("demo/picture.png"),
+    image=Path("demo/image.png"),
     verdict="Distillation helped.",
 )
 

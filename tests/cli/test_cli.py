@@ -177,9 +177,9 @@ def test_json_of_the_demo(runs: Any) -> None:
         assert row <= set(document[name])
     assert document["distilled"]["AP"] == 31.24
     assert document["distilled"]["AP_S"] is None
-    rest = {"gain", "onnx_parity", "seconds", "steps", "seed", "output", "picture", "verdict"}
+    rest = {"gain", "onnx_parity", "seconds", "steps", "seed", "output", "image", "verdict"}
     assert rest <= set(document)
-    assert (document["onnx_parity"], document["picture"]) == (True, "demo/picture.png")
+    assert (document["onnx_parity"], document["image"]) == (True, "demo/image.png")
 
 
 # ------------------------------------------------------------------------------------------------------------ recipes

@@ -14,7 +14,7 @@ from gdetkd_cli.cli import render
 from gdetkd_cli.cli.live import narration
 from gdetkd_cli.cli.output import to_json
 from gdetkd_cli.cli.terminal import is_first_process
-from gdetkd_cli.engine.events import Evaluated, Event, Note, Phase, PicturesDone, StepDone, TrialDone
+from gdetkd_cli.engine.events import Evaluated, Event, ImagesDone, Note, Phase, StepDone, TrialDone
 from gdetkd_cli.evaluation.coco_metrics import CocoMetrics
 
 STEP = StepDone(20, 600, 1.234, {"sgfi": 0.5, "ckd": 0.25}, 1e-3, 35.25, 80.0)
@@ -143,7 +143,7 @@ def test_the_demo_shows_three_rows_gain_and_verdict(runs: Any) -> None:
     assert "gain of distillation: +2.5 AP at 300 steps (seed 0)" in shown
     assert "ONNX file agrees with the detector: yes" in shown
     assert "Distillation helped." in shown
-    assert "picture demo/picture.png" in shown
+    assert "image demo/image.png" in shown
 
 
 def test_json_spreads_metrics_and_has_no_nan(runs: Any, metrics: CocoMetrics) -> None:
@@ -185,12 +185,12 @@ def narrated(*events: Event, terminal: bool, width: int = 120) -> str:
 
 
 def test_elsewhere_each_event_is_one_plain_line(metrics: CocoMetrics) -> None:
-    labelled = PicturesDone("labelled", 1200, 40_000)
+    labelled = ImagesDone("labelled", 1200, 40_000)
     events = (Phase("student"), labelled, Note("wrote [b]" + "x" * 200), STEP, Evaluated(20, metrics))
     shown = narrated(*events, terminal=False)
     assert shown.splitlines() == [
         "== student",
-        "labelled 1,200 of 40,000 pictures",
+        "labelled 1,200 of 40,000 images",
         "wrote [b]" + "x" * 200,
         "step 20/600  35.2 images/s  1 min 20 s left  loss 1.23  sgfi 0.5  ckd 0.25  lr 0.001",
         f"step 20: {render.headline(metrics)}",

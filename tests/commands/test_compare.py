@@ -177,7 +177,7 @@ def test_why_one_seed_has_no_interval_is_said() -> None:
 
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Comparison]:
-    """Plain training, one rival and one that cannot be, two seeds."""
+    """Plain training, one baseline and one that cannot be, two seeds."""
     folder = tmp_path_factory.mktemp("compare") / "table"
     recipe = toy.recipe(steps=3, student="retinanet", evaluate_every=2)
     return folder, run_compare(recipe, methods=("none", "pkd", "class_kd"), seeds=2, output=folder)
@@ -406,12 +406,12 @@ def test_time_left_is_told_by_the_cells_that_were_run(tmp_path: Path) -> None:
     assert left.without(long, 80.0) == (0, 0.0)
 
 
-def test_pictures_that_the_teacher_labels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_that_the_teacher_labels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Labelled once, for plain training too; the trials' recipes have ordinary annotations."""
-    pictures = tmp_path / "pictures"
-    toy.write_pictures(pictures, [f"{i:02}.png" for i in range(12)])
+    images = tmp_path / "images"
+    toy.write_images(images, [f"{i:02}.png" for i in range(12)])
     teacher = CheckpointDetector(arch="checkpoint", path="builtin:shapes-teacher")
-    data = FolderData.model_validate({"format": "folder", "root": pictures, "labels": {"score": 0.05}})
+    data = FolderData.model_validate({"format": "folder", "root": images, "labels": {"score": 0.05}})
     recipe = toy.recipe(steps=2).model_copy(update={"data": data, "teacher": teacher})
     folder = tmp_path / "table"
     heard: list[Event] = []
@@ -420,7 +420,7 @@ def test_pictures_that_the_teacher_labels(tmp_path: Path, monkeypatch: pytest.Mo
     assert found.failures == ()
     assert [list(row.ap) for row in found.rows] == [[0], [0]]
     labelled = [note for note in heard if isinstance(note, Note) and "labelled by the teacher" in note.text]
-    assert len(labelled) == 2  # training and validation pictures
+    assert len(labelled) == 2  # training and validation images
     heard.clear()
     monkeypatch.setattr(labels, "label_split", None)  # they are not labelled again
     run_compare(recipe, methods=("none", "sgfi"), seeds=1, output=folder, observer=heard.append)

@@ -1,4 +1,4 @@
-"""The demo at toy size: two students side by side, a table, a picture, a checked ONNX file."""
+"""The demo at toy size: two students side by side, a table, a image, a checked ONNX file."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_the_demo(cores: int, recipe: Recipe, tmp_path: Path, monkeypatch: pytes
 
     assert result.gain == pytest.approx((result.distilled.metrics.ap or 0) - (result.student.metrics.ap or 0))
     assert result.onnx_parity
-    assert result.picture.stat().st_size > 0
+    assert result.image.stat().st_size > 0
     assert len([event for event in seen if isinstance(event, Evaluated)]) == 2
     assert result.distilled.parameters == result.student.parameters < result.teacher.parameters
     again = run_train(recipe, output=tmp_path / "again").run

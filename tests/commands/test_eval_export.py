@@ -25,8 +25,8 @@ from gdetkd_cli.export.onnx import export_onnx
 from gdetkd_cli.recipe.load import dump_recipe
 from gdetkd_cli.recipe.schema import CheckpointDetector, CocoData, Recipe, SyntheticData
 
-PICTURES = 5
-OBJECTS = 6  # per picture
+DRAWN_IMAGES = 5
+OBJECTS = 6  # per image
 
 
 @pytest.fixture(scope="module")
@@ -40,16 +40,16 @@ def detector(tiny_detector: Callable[..., Detector]) -> Detector:
 
 @pytest.fixture(scope="module")
 def data(detector: Detector, tmp_path_factory: pytest.TempPathFactory) -> CocoData:
-    """Pictures whose truth is what the detector is surest of: its AP is high, and falls when it changes."""
+    """ImageFiles whose truth is what the detector is surest of: its AP is high, and falls when it changes."""
     root = tmp_path_factory.mktemp("data")
-    scenes = synthetic_split(split="val", images=PICTURES, size=64, seed=3)
+    scenes = synthetic_split(split="val", images=DRAWN_IMAGES, size=64, seed=3)
     images, annotations = [], []
     (root / "images").mkdir()
-    for index in range(PICTURES):
-        picture = scenes.read(index).float() / 255
-        save_image(picture, root / "images" / f"{index}.png")
+    for index in range(DRAWN_IMAGES):
+        image = scenes.read(index).float() / 255
+        save_image(image, root / "images" / f"{index}.png")
         images.append({"id": index + 1, "file_name": f"{index}.png", "height": 64, "width": 64})
-        (found,) = detector.predict([picture])
+        (found,) = detector.predict([image])
         for box, label in list(zip(found.boxes.tolist(), found.labels.tolist(), strict=True))[:OBJECTS]:
             width, height = box[2] - box[0], box[3] - box[1]
             item = {"id": len(annotations) + 1, "image_id": index + 1, "category_id": label, "iscrowd": 0}
@@ -230,7 +230,7 @@ def test_every_file_of_a_detector_has_the_same_ap(finished: Path, detector: Dete
     assert whole.format == "run"
     assert whole.data.endswith("val.json")
     assert whole.parameters == sum(p.numel() for p in detector.module.parameters())
-    assert whole.metrics.images == PICTURES
+    assert whole.metrics.images == DRAWN_IMAGES
     assert whole.metrics.ap is not None
     assert whole.metrics.ap > 50
     assert whole.ms_per_image > 0
@@ -262,7 +262,7 @@ def test_data_have_to_come_from_somewhere(run: Path, data: CocoData) -> None:
     (run / "recipe.yaml").unlink()
     with pytest.raises(DataError, match="--data"):
         run_eval(str(run), data=None)
-    assert run_eval(str(run), data=data).metrics.images == PICTURES
+    assert run_eval(str(run), data=data).metrics.images == DRAWN_IMAGES
 
 
 def test_a_folder_of_any_layout_that_is_found(run: Path, data: CocoData, tmp_path: Path) -> None:
@@ -271,7 +271,7 @@ def test_a_folder_of_any_layout_that_is_found(run: Path, data: CocoData, tmp_pat
     for split in ("train", "val"):
         (root / "annotations" / f"instances_{split}2017.json").write_bytes((data.root / data.val).read_bytes())
     (root / "val2017").symlink_to((data.root / data.val_images).absolute())
-    assert run_eval(str(run), data=root).metrics.images == PICTURES
+    assert run_eval(str(run), data=root).metrics.images == DRAWN_IMAGES
 
 
 def test_data_of_other_classes_are_refused(run: Path) -> None:

@@ -68,13 +68,13 @@ def test_the_recipe_runs_as_it_is(data: Path, teacher: str, tmp_path: Path) -> N
     assert "#   backbone.0: 16 channels, stride 6.095" in text
     assert "# class_kd: left out, " in text
     assert "backbone_weights: DEFAULT\nstudent:" in text
-    assert "# 1333 epochs.\ntrain:" in text  # 1,000 steps of 4, of 3 pictures
+    assert "# 1333 epochs.\ntrain:" in text  # 1,000 steps of 4, of 3 images
     assert check_recipe(recipe, str(path)).terms == result.terms
     plan = plan_distill(recipe)
     assert (plan.train_images, plan.val_images) == (3, 1)
 
 
-def test_pictures_alone_are_labelled_by_the_teacher(data: Path, tmp_path: Path) -> None:
+def test_images_alone_are_labelled_by_the_teacher(data: Path, tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     run_init("builtin:shapes-teacher", "resnet18+retinanet", data / "images", output=path)
 
@@ -89,11 +89,11 @@ def test_bdd100k_is_recognised(data: Path, teacher: str, tmp_path: Path) -> None
     root = tmp_path / "bdd"
     (root / "labels" / "det_20").mkdir(parents=True)
     corners = {"x1": 8, "y1": 8, "x2": 38, "y2": 48}
-    for split, picture in (("train", "0.png"), ("val", "3.png")):
+    for split, image in (("train", "0.png"), ("val", "3.png")):
         folder = root / "images" / "100k" / split
         folder.mkdir(parents=True)
-        (data / "images" / picture).rename(folder / picture)
-        frames = [{"name": picture, "labels": [{"category": "car", "box2d": corners}]}]
+        (data / "images" / image).rename(folder / image)
+        frames = [{"name": image, "labels": [{"category": "car", "box2d": corners}]}]
         (root / "labels" / "det_20" / f"det_{split}.json").write_text(json.dumps(frames))
     run_init(teacher, "resnet18+fcos", root, output=tmp_path / "mine.yaml")
 

@@ -25,9 +25,9 @@ TEACHER = CheckpointDetector(arch="checkpoint", path="builtin:shapes-teacher")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Twelve pictures, two of them deeper, and a file that is none."""
-    root: Path = tmp_path_factory.mktemp("pictures")
-    toy.write_pictures(root, [*(f"{i:02}.png" for i in range(10)), "more/10.jpg", "more/11.jpg"])
+    """Twelve images, two of them deeper, and a file that is none."""
+    root: Path = tmp_path_factory.mktemp("images")
+    toy.write_images(root, [*(f"{i:02}.png" for i in range(10)), "more/10.jpg", "more/11.jpg"])
     (root / "notes.txt").write_text("nothing")
     return root
 
@@ -38,7 +38,7 @@ def recipe(folder: Path, *, steps: int = 2, **data: Any) -> Recipe:
     return toy.recipe(steps=steps, checkpoint_every=1).model_copy(update=changed)
 
 
-def test_every_tenth_picture_is_for_validation(folder: Path) -> None:
+def test_every_tenth_image_is_for_validation(folder: Path) -> None:
     parts = {which: read_folder(folder, which) for which in ("train", "val", "all")}  # type: ignore[arg-type]
 
     names = {which: [p.relative_to(folder).as_posix() for p in split.read.paths] for which, split in parts.items()}  # type: ignore[attr-defined]
@@ -50,7 +50,7 @@ def test_every_tenth_picture_is_for_validation(folder: Path) -> None:
     with pytest.raises(DataError, match="there is no folder"):
         read_folder(folder / "absent")
     (folder / "empty").mkdir(exist_ok=True)
-    with pytest.raises(DataError, match="has 0 pictures; at least 2 were expected"):
+    with pytest.raises(DataError, match="has 0 images; at least 2 were expected"):
         read_folder(folder / "empty", "train")
 
 
@@ -71,7 +71,7 @@ class Says:
     ("labels", "classes", "expected"),
     [
         ("teacher", None, [("bird", [1, 2, 20, 40]), ("cat", [5, 5, 10, 5])]),
-        ({"score": 0.3}, ["cat"], [("cat", [5, 5, 10, 5]), ("cat", [30, 30, 34, 30])]),  # clipped to the picture
+        ({"score": 0.3}, ["cat"], [("cat", [5, 5, 10, 5]), ("cat", [30, 30, 34, 30])]),  # clipped to the image
         (
             {"score": 0.3, "per_class": {"cat": 0.5}},
             ["bird", "cat"],
@@ -111,14 +111,14 @@ def test_a_look_labels_a_few(folder: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr("gdetkd_cli.commands.plan._LABELLED", 3)
     plan = plan_distill(recipe(folder))
     assert (plan.train_images, plan.val_images) == (10, 2)
-    assert any("labelled by the teacher, 3 pictures of 10, " in note for note in plan.notes)
+    assert any("labelled by the teacher, 3 images of 10, " in note for note in plan.notes)
 
 
-def test_a_folder_of_pictures_is_a_data_set(folder: Path, tmp_path: Path) -> None:
+def test_a_folder_of_images_is_a_data_set(folder: Path, tmp_path: Path) -> None:
     told: list[str] = []
     run = run_distill(recipe(folder), output=tmp_path / "run", observer=lambda e: told.append(str(e))).run
 
-    assert any("labelled by the teacher, 10 pictures" in note for note in told)
+    assert any("labelled by the teacher, 10 images" in note for note in told)
     tables = json.loads((run / "labels" / "train.json").read_text())
     assert len(tables["images"]) == 10
     assert tables["annotations"]

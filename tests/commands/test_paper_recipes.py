@@ -18,10 +18,10 @@ from gdetkd_cli.recipe.schema import ComposedDetector, Recipe
 NAMES = [recipe.name for recipe in list_builtin() if recipe.name.startswith("paper/")]
 TEACHERS = [name for name in NAMES if name.endswith("-teacher")]
 STUDENTS = [name for name in NAMES if name not in TEACHERS]
-BOX = (8, 10, 40, 50)  # xyxy in pictures of 96 x 64
+BOX = (8, 10, 40, 50)  # xyxy in images of 96 x 64
 
 
-def picture(path: Path) -> None:
+def write_image(path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     image = Image.new("RGB", (96, 64), (60, 70, 90))
     image.paste((240, 30, 30), BOX)
@@ -34,7 +34,7 @@ def coco(root: Path) -> None:
     for split in ("train", "val"):
         names = [f"{i}.jpg" for i in range(2)]
         for name in names:
-            picture(root / f"{split}2017" / name)
+            write_image(root / f"{split}2017" / name)
         box = {"bbox": [left, top, right - left, bottom - top], "category_id": 3, "segmentation": [outline]}
         tables = {
             "images": [{"id": i, "file_name": name} for i, name in enumerate(names)],
@@ -49,7 +49,7 @@ def voc(root: Path) -> None:
     corners = "".join(f"<{k}>{v}</{k}>" for k, v in zip(("xmin", "ymin", "xmax", "ymax"), BOX, strict=True))
     for year, lists in (("VOC2007", ("trainval", "test")), ("VOC2012", ("trainval",))):
         folder = root / year
-        picture(folder / "JPEGImages" / "a.jpg")
+        write_image(folder / "JPEGImages" / "a.jpg")
         for part in ("Annotations", "ImageSets/Main"):
             (folder / part).mkdir(parents=True)
         text = f"<annotation><object><name>cat</name><bndbox>{corners}</bndbox></object></annotation>"
@@ -63,7 +63,7 @@ def bdd100k(root: Path) -> None:
     for split in ("train", "val"):
         names = [f"{i}.jpg" for i in range(2)]
         for name in names:
-            picture(root / "images" / "100k" / split / name)
+            write_image(root / "images" / "100k" / split / name)
         frames = [{"name": name, "labels": [{"category": "car", "box2d": box}]} for name in names]
         (root / "labels" / "det_20").mkdir(parents=True, exist_ok=True)
         (root / "labels" / "det_20" / f"det_{split}.json").write_text(json.dumps(frames))
@@ -73,7 +73,7 @@ MAKERS = {"coco": coco, "voc": voc, "bdd100k": bdd100k}
 
 
 def small(name: str, data: Path, **more: Any) -> Recipe:
-    """The recipe with a slim student, small pictures, no weights to download, and one step."""
+    """The recipe with a slim student, small images, no weights to download, and one step."""
     loaded = load_recipe(name)
     student = loaded.student
     assert isinstance(student, ComposedDetector)

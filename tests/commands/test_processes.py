@@ -32,6 +32,6 @@ def test_two_processes_distil_one_student(tmp_path: Path) -> None:
     saved = torch.load(run / "resume" / "pytorch_model.bin", weights_only=True)
     name = next(key for key in saved if key.endswith("queue.written"))
     written, ids = int(saved[name]), saved[name.replace("written", "image_ids")]
-    # 2 steps x 2 processes x 2 pictures, at most 8 regions each: one process alone could not have written as many.
+    # 2 steps x 2 processes x 2 images, at most 8 regions each: one process alone could not have written as many.
     assert written > 2 * 2 * 8
     assert len(set(ids[ids > 0].tolist())) > 4

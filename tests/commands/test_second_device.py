@@ -56,7 +56,7 @@ def with_student(head: str, *, teacher: str = "faster-rcnn", **distill: Any) -> 
 
 def _without_annotations(folder: Path) -> Recipe:
     """The teacher's own detections are the truth."""
-    toy.write_pictures(folder, [f"{i}.png" for i in range(10)])
+    toy.write_images(folder, [f"{i}.png" for i in range(10)])
     data = FolderData.model_validate({"format": "folder", "root": folder})
     teacher = CheckpointDetector(arch="checkpoint", path="builtin:shapes-teacher")
     return with_student("fcos").model_copy(update={"data": data, "teacher": teacher})
@@ -90,7 +90,7 @@ def test_a_run_elsewhere_is_the_run_on_a_cpu(case: str, tmp_path: Path) -> None:
     elif case == "two RetinaNets":
         recipe = with_student("retinanet", teacher="retinanet", logit=Logit(), head_transfer=True)
     elif case == "no annotations":
-        recipe = _without_annotations(tmp_path / "pictures")
+        recipe = _without_annotations(tmp_path / "images")
     else:
         recipe = with_student(case)
     here = run_distill(recipe, output=tmp_path / "here")

@@ -62,7 +62,7 @@ def test_a_run_leaves_everything_that_is_promised(tmp_path: Path) -> None:
         "student/__init__.py",
     ):
         assert (run / name).stat().st_size > 0, name
-    assert list((run / "pictures").glob("*.png"))
+    assert list((run / "images").glob("*.png"))
     assert list(run.rglob("events.out.tfevents*"))
     steps = [line for line in _lines(run) if "loss" in line]
     assert [line["step"] for line in steps] == [1, 2, 3, 4, 5, 6]

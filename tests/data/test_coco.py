@@ -20,7 +20,7 @@ from gdetkd_cli.errors import DataError
 
 BCCD = Path(__file__).parents[3] / "shared" / "data" / "bccd"
 
-# Two pictures, 20 x 10 pixels; category ids with a hole, listed out of order.
+# Two images, 20 x 10 pixels; category ids with a hole, listed out of order.
 CLEAN: dict[str, Any] = {
     "images": [
         {"id": 7, "file_name": "a.png", "width": 20, "height": 10},
@@ -80,7 +80,7 @@ def test_clean_file(folder: Path) -> None:
     assert second.truth[0]["area"] == 200  # no area in the file: the box's
 
 
-def test_pictures_are_decoded(folder: Path) -> None:
+def test_images_are_decoded(folder: Path) -> None:
     image = read(folder).read(0)
 
     assert (image.shape, image.dtype) == ((3, 10, 20), torch.uint8)
@@ -100,19 +100,19 @@ def test_classes_choose_and_order(folder: Path) -> None:
     assert split.class_names == ("dog",)
     assert [record.labels.tolist() for record in split.records] == [[1], []]
     assert split.notes == (
-        "1 picture without objects kept as negatives.",
+        "1 image without objects kept as negatives.",
         "1 annotation dropped: the category is not among the chosen classes.",
     )
     assert read(folder, classes=["dog", "cat"]).records[0].labels.tolist() == [1]
 
 
-def test_picture_without_objects(folder: Path) -> None:
+def test_image_without_objects(folder: Path) -> None:
     split = read(folder, lambda content: content.update(annotations=[]))
 
     assert [record.boxes.shape for record in split.records] == [(0, 4), (0, 4)]
     assert [record.labels.shape for record in split.records] == [(0,), (0,)]
     assert [record.labels.dtype for record in split.records] == [torch.int64, torch.int64]
-    assert split.notes == ("2 pictures without objects kept as negatives.",)
+    assert split.notes == ("2 images without objects kept as negatives.",)
 
 
 def test_crowds_are_for_evaluation_only(folder: Path) -> None:
@@ -129,7 +129,7 @@ def test_boxes_over_the_edge_are_clipped(folder: Path) -> None:
     assert split.records[1].boxes[1:].tolist() == [[0, 4, 4, 10], [15, 0, 20, 1]]
     assert [item["bbox"] for item in split.records[1].truth[1:]] == [[0, 4, 4, 6], [15, 0, 5, 1]]
     assert [item["area"] for item in split.records[1].truth[1:]] == [24, 10]
-    assert split.notes == ("2 annotations with a box over the picture's edge clipped.",)
+    assert split.notes == ("2 annotations with a box over the image's edge clipped.",)
 
 
 def test_rounding_is_not_told_as_clipping(folder: Path) -> None:
@@ -142,13 +142,13 @@ def test_rounding_is_not_told_as_clipping(folder: Path) -> None:
 @pytest.mark.parametrize(
     "box",
     [[1, 1, 0, 5], [1, 1, 5, 0], [5, 5, -3, 2], [20, 0, 5, 5], [0, -8, 5, 5], [1e6, 1, 1e-9, 2]],
-    ids=["no width", "no height", "negative", "right of the picture", "above the picture", "side lost in rounding"],
+    ids=["no width", "no height", "negative", "right of the image", "above the image", "side lost in rounding"],
 )
 def test_boxes_without_area_are_dropped(folder: Path, box: list[float]) -> None:
     split = read(folder, add(annotation(box)))
 
     assert len(split.records[1].boxes) == len(split.records[1].truth) == 1
-    assert split.notes == ("1 annotation dropped: the box has no area inside the picture.",)
+    assert split.notes == ("1 annotation dropped: the box has no area inside the image.",)
 
 
 @pytest.mark.parametrize("box", [None, [], [1, 2, 3], [1, 2, 3, None], [1, 2, float("nan"), 4], [1, 2, 3, "4"], 5])
@@ -172,7 +172,7 @@ def test_annotations_of_nothing_are_dropped(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("key", ["width", "height"])
-def test_missing_size_comes_from_the_picture(folder: Path, key: str) -> None:
+def test_missing_size_comes_from_the_image(folder: Path, key: str) -> None:
     split = read(folder, lambda content: content["images"][0].pop(key))
 
     assert split.records[0].size == (10, 20)
@@ -217,10 +217,10 @@ def test_no_image_folder(folder: Path) -> None:
         read(folder)
 
 
-def test_missing_pictures(folder: Path) -> None:
+def test_missing_images(folder: Path) -> None:
     (folder / "images" / "b.png").unlink()
 
-    with pytest.raises(DataError, match=r"1 of the 2 pictures .* are missing, .*b\.png first"):
+    with pytest.raises(DataError, match=r"1 of the 2 images .* are missing, .*b\.png first"):
         read(folder)
 
 
@@ -259,10 +259,10 @@ def test_unusable_classes(folder: Path, classes: list[str], message: str) -> Non
         read(folder, classes=classes)
 
 
-# ---------------------------------------------------------------------------------------------------- pictures
+# ---------------------------------------------------------------------------------------------------- images
 
 
-def test_picture_of_another_size(folder: Path) -> None:
+def test_image_of_another_size(folder: Path) -> None:
     Image.new("RGB", (10, 20)).save(folder / "images" / "a.png")
     split = read(folder)
 
@@ -271,18 +271,18 @@ def test_picture_of_another_size(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("part", [0.0, 0.5])
-def test_broken_picture(folder: Path, part: float) -> None:
-    picture = folder / "images" / "a.png"
-    Image.effect_noise((20, 10), 50).save(picture)
-    content = picture.read_bytes()
-    picture.write_bytes(content[: int(part * len(content))])
+def test_broken_image(folder: Path, part: float) -> None:
+    image = folder / "images" / "a.png"
+    Image.effect_noise((20, 10), 50).save(image)
+    content = image.read_bytes()
+    image.write_bytes(content[: int(part * len(content))])
 
     with pytest.raises(DataError, match=r"a\.png cannot be decoded"):
         read(folder).read(0)
 
 
-def test_broken_picture_of_unknown_size(folder: Path) -> None:
-    (folder / "images" / "a.png").write_bytes(b"no picture")
+def test_broken_image_of_unknown_size(folder: Path) -> None:
+    (folder / "images" / "a.png").write_bytes(b"no image")
 
     with pytest.raises(DataError, match=r"a\.png cannot be read"):
         read(folder, lambda content: content["images"][0].pop("width"))
@@ -313,7 +313,7 @@ def test_sixteen_bit_grey_keeps_its_range(folder: Path) -> None:
     assert read(folder).read(0)[:, 0, :3].tolist() == [[1, 128, 255]] * 3
 
 
-def test_floating_point_picture(folder: Path) -> None:
+def test_floating_point_image(folder: Path) -> None:
     Image.new("F", (20, 10), 0.5).save(folder / "images" / "a.tif")
 
     with pytest.raises(DataError, match="32 bits"):

@@ -38,7 +38,7 @@ def test_a_copy_is_near_its_object_and_boxed_by_its_pixels(seed: int) -> None:
     torch.manual_seed(seed)
     polygon = np.array([40, 30, 60, 30, 60, 42, 40, 42], dtype=np.float32)
     pasted, boxes, labels = paste_copies(image, BOX, LABEL, [[polygon]], probability=1.0)
-    assert torch.equal(image, scene())  # the given picture stays as it is
+    assert torch.equal(image, scene())  # the given image stays as it is
     assert labels.tolist() == [2] * len(boxes)
     x1, y1, x2, y2 = (int(v) for v in boxes[-1])
     assert 16 <= x2 - x1 <= 24

@@ -11,14 +11,14 @@ from gdetkd_cli.data.readers.layout import Layout, find_layout, find_voc_lists
 from gdetkd_cli.errors import DataError
 
 
-def coco(path: Path, picture: str = "a.jpg", **annotation: object) -> None:
+def coco(path: Path, image: str = "a.jpg", **annotation: object) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     annotations = [annotation or {"id": 1, "image_id": 1, "category_id": 1, "bbox": [0, 0, 1, 1]}]
-    tables = {"images": [{"id": 1, "file_name": picture}], "annotations": annotations, "categories": []}
+    tables = {"images": [{"id": 1, "file_name": image}], "annotations": annotations, "categories": []}
     path.write_text(json.dumps(tables))
 
 
-def picture(path: Path) -> None:
+def image(path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.touch()
 
@@ -30,15 +30,15 @@ def layout(train: str, val: str, train_images: str, val_images: str) -> Layout:
 def test_plain(tmp_path: Path) -> None:
     coco(tmp_path / "train.json")
     coco(tmp_path / "val.json")
-    picture(tmp_path / "images" / "a.jpg")
+    image(tmp_path / "images" / "a.jpg")
     assert find_layout(tmp_path) == layout("train.json", "val.json", "images", "images")
 
 
 def test_coco(tmp_path: Path) -> None:
     for year in ("train2017", "val2017"):
-        coco(tmp_path / "annotations" / f"instances_{year}.json", picture=f"{year}.jpg")
-        coco(tmp_path / "annotations" / f"captions_{year}.json", picture=f"{year}.jpg", caption="a dog")
-        picture(tmp_path / year / f"{year}.jpg")
+        coco(tmp_path / "annotations" / f"instances_{year}.json", image=f"{year}.jpg")
+        coco(tmp_path / "annotations" / f"captions_{year}.json", image=f"{year}.jpg", caption="a dog")
+        image(tmp_path / year / f"{year}.jpg")
     found = find_layout(tmp_path)
     assert (found.train, found.val) == (
         Path("annotations/instances_train2017.json"),
@@ -50,7 +50,7 @@ def test_coco(tmp_path: Path) -> None:
 def test_roboflow(tmp_path: Path) -> None:
     for split in ("test", "train", "valid"):
         coco(tmp_path / split / "_annotations.coco.json")
-        picture(tmp_path / split / "a.jpg")
+        image(tmp_path / split / "a.jpg")
     found = find_layout(tmp_path)
     assert found == layout("train/_annotations.coco.json", "valid/_annotations.coco.json", "train", "valid")
 
@@ -65,7 +65,7 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"no annotations of a validation split in .*found: train\.json"):
         find_layout(tmp_path)
     coco(tmp_path / "val.json")
-    with pytest.raises(DataError, match=r"train\.json names the picture a\.jpg, which is nowhere in"):
+    with pytest.raises(DataError, match=r"train\.json names the image a\.jpg, which is nowhere in"):
         find_layout(tmp_path)
 
 

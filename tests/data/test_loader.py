@@ -19,7 +19,7 @@ from gdetkd_cli.structures import Batch
 
 
 class Noise:
-    """Pictures of different sizes, the second without objects; counts how often each was read."""
+    """ImageFiles of different sizes, the second without objects; counts how often each was read."""
 
     def __init__(self) -> None:
         self.reads: list[int] = []
@@ -30,7 +30,7 @@ class Noise:
         return torch.randint(0, 256, (3, 16, 20 + index), generator=generator, dtype=torch.uint8)
 
 
-def make_split(pictures: int, read: Noise | None = None) -> Split:
+def make_split(images: int, read: Noise | None = None) -> Split:
     records = [
         Record(
             image_id=100 + index,
@@ -38,7 +38,7 @@ def make_split(pictures: int, read: Noise | None = None) -> Split:
             boxes=torch.tensor([[1.0, 2.0, 9.0, 11.0]])[: 0 if index == 1 else 1],
             labels=torch.tensor([1])[: 0 if index == 1 else 1],
         )
-        for index in range(pictures)
+        for index in range(images)
     ]
     return Split(name="noise", class_names=("thing",), records=records, read=read or Noise())
 
@@ -50,10 +50,10 @@ def make_even_split(images: int) -> Split:
     return replace(split, records=records, read=lambda index: split.read(index)[:, :, :20])
 
 
-def make_dataset(pictures: int = 5, *, augmented: bool = True, seed: int = 0, cache_mb: int = 0) -> DetectionDataset:
+def make_dataset(images: int = 5, *, augmented: bool = True, seed: int = 0, cache_mb: int = 0) -> DetectionDataset:
     change = build_augmentation(flip=0.5, photometric=True, multi_scale=[16, 24, 32], max_size=100)
     return DetectionDataset(
-        split=make_split(pictures), augmentation=change if augmented else None, seed=seed, cache_mb=cache_mb
+        split=make_split(images), augmentation=change if augmented else None, seed=seed, cache_mb=cache_mb
     )
 
 
@@ -130,7 +130,7 @@ def test_cache_is_bounded() -> None:
     assert noise.reads == [0, 1, 2, 2]  # the first two fill the cache
 
 
-def test_cached_pictures_do_not_change() -> None:
+def test_cached_images_do_not_change() -> None:
     dataset = make_dataset(augmented=False, cache_mb=1)
     dataset[0, 0][0].zero_()
 
@@ -140,7 +140,7 @@ def test_cached_pictures_do_not_change() -> None:
 # ------------------------------------------------------------------------------------------------- training batches
 
 
-def test_every_pass_takes_every_picture_once() -> None:
+def test_every_pass_takes_every_image_once() -> None:
     batches = ids(training_batches(dataset=make_dataset(6), batch_size=2, steps=9, seed=0))
     passes = [[*batches[start], *batches[start + 1], *batches[start + 2]] for start in (0, 3, 6)]
 
@@ -149,7 +149,7 @@ def test_every_pass_takes_every_picture_once() -> None:
     assert ids(training_batches(dataset=make_dataset(6), batch_size=2, steps=9, seed=1)) != batches
 
 
-def test_batches_hold_lists_of_unlike_pictures() -> None:
+def test_batches_hold_lists_of_unlike_images() -> None:
     batch = next(training_batches(dataset=make_dataset(augmented=False), batch_size=5, steps=1, seed=0))
 
     assert len(batch) == 5
@@ -200,22 +200,22 @@ def test_processes_share_the_global_batch() -> None:
     assert_same(shares(0, 1, 4), both)
 
 
-def test_no_pictures() -> None:
-    with pytest.raises(DataError, match="noise has no pictures"):
+def test_no_images() -> None:
+    with pytest.raises(DataError, match="noise has no images"):
         training_batches(dataset=make_dataset(0), batch_size=1, steps=1, seed=0)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_unreadable_picture_is_one_sentence(workers: int) -> None:
+def test_unreadable_image_is_one_sentence(workers: int) -> None:
     """Also out of a loader process, where torch would add a traceback to the message."""
 
     def refuse(index: int) -> Tensor:
-        raise DataError("The picture a.png cannot be decoded.")
+        raise DataError("The image a.png cannot be decoded.")
 
     split = Split(name="bad", class_names=("thing",), records=make_split(1).records, read=refuse)
     with pytest.raises(DataError) as caught:
         next(iter(validation_batches(split=split, batch_size=1, workers=workers)))
-    assert str(caught.value) == "The picture a.png cannot be decoded."
+    assert str(caught.value) == "The image a.png cannot be decoded."
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="page-locked memory needs CUDA")
@@ -261,5 +261,5 @@ def test_validation_is_shared_without_repetition() -> None:
     assert shares == [[[100, 103]], [[101, 104]], [[102]]]
 
 
-def test_validation_of_less_than_one_picture_a_process() -> None:
+def test_validation_of_less_than_one_image_a_process() -> None:
     assert ids(validation_batches(split=make_even_split(1), batch_size=2, rank=1, world_size=2)) == []

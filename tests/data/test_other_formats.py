@@ -25,7 +25,7 @@ def corners(*numbers: float) -> str:
     return "".join(f"<{name}>{number}</{name}>" for name, number in zip(names, numbers, strict=True))
 
 
-def voc_picture(year: Path, stem: str, *objects: str, size: str = SIZE, ending: str = ".jpg") -> None:
+def voc_image(year: Path, stem: str, *objects: str, size: str = SIZE, ending: str = ".jpg") -> None:
     for part in ("Annotations", "JPEGImages", "ImageSets/Main"):
         (year / part).mkdir(parents=True, exist_ok=True)
     Image.new("RGB", (20, 10)).save(year / "JPEGImages" / f"{stem}{ending}")
@@ -36,8 +36,8 @@ def voc_picture(year: Path, stem: str, *objects: str, size: str = SIZE, ending: 
 def devkit(tmp_path: Path) -> Path:
     cat = OBJECT.format(name="cat", difficult=0, box=corners(3, 2, 6, 10))
     hard = OBJECT.format(name="dog", difficult=1, box=corners(1, 1, 20, 10))
-    voc_picture(tmp_path / "VOC2007", "000005", cat, hard)
-    voc_picture(tmp_path / "VOC2012", "2008_000008", size="", ending=".png")
+    voc_image(tmp_path / "VOC2007", "000005", cat, hard)
+    voc_image(tmp_path / "VOC2012", "2008_000008", size="", ending=".png")
     (tmp_path / "VOC2007/ImageSets/Main/trainval.txt").write_text("000005\n")
     (tmp_path / "VOC2007/ImageSets/Main/test.txt").write_text("000005\n")
     (tmp_path / "VOC2012/ImageSets/Main/trainval.txt").write_text("2008_000008\n\n")
@@ -56,7 +56,7 @@ def test_voc_both_years(devkit: Path) -> None:
     assert first.boxes.tolist() == [[2, 1, 6, 10]]  # VOC counts pixels from 1, both ends in
     assert split.class_names[int(first.labels[0]) - 1] == "cat"
     assert [item["iscrowd"] for item in first.truth] == [0, 1]  # the difficult dog is for evaluation alone
-    assert (second.size, len(second.boxes)) == ((10, 20), 0)  # its size is read from the picture
+    assert (second.size, len(second.boxes)) == ((10, 20), 0)  # its size is read from the image
     assert split.read(1).shape == (3, 10, 20)
 
 
@@ -77,10 +77,10 @@ def test_voc_other_classes(devkit: Path) -> None:
     ("path", "content", "message"),
     [
         ("VOC2007/ImageSets/Main/trainval.txt", None, "There is no list"),
-        ("VOC2007/ImageSets/Main/trainval.txt", "the quick brown\n", "one picture name a line"),
+        ("VOC2007/ImageSets/Main/trainval.txt", "the quick brown\n", "one image name a line"),
         ("VOC2007/Annotations/000005.xml", None, "There is no annotation"),
         ("VOC2007/Annotations/000005.xml", "<annotation>", "cannot be read"),
-        ("VOC2007/JPEGImages/000005.jpg", None, "There is no picture"),
+        ("VOC2007/JPEGImages/000005.jpg", None, "There is no image"),
     ],
 )
 def test_voc_faults(devkit: Path, path: str, content: str | None, message: str) -> None:
@@ -104,7 +104,7 @@ def test_voc_boxes_of_no_use_are_counted(devkit: Path) -> None:
         OBJECT.format(name="cat", difficult=0, box="<xmin>a</xmin>"),
         OBJECT.format(name="cat", difficult=0, box=corners(15, 1, 30, 10)),
     ]
-    voc_picture(devkit / "VOC2007", "000005", *bad)
+    voc_image(devkit / "VOC2007", "000005", *bad)
     split = voc(devkit)
     assert split.records[0].boxes.tolist() == [[14, 0, 20, 10]]
     notes = " ".join(split.notes)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gdetkd_cli.engine.events import Event, PicturesDone, counting
+from gdetkd_cli.engine.events import Event, ImagesDone, counting
 
 
 def test_long_work_is_told_now_and_then_and_short_work_not() -> None:
@@ -11,4 +11,4 @@ def test_long_work_is_told_now_and_then_and_short_work_not() -> None:
     for done in (3, 6):
         often(done)
         seldom(done)
-    assert heard == [PicturesDone("evaluated", 3, 9), PicturesDone("evaluated", 6, 9)]
+    assert heard == [ImagesDone("evaluated", 3, 9), ImagesDone("evaluated", 6, 9)]

@@ -1,4 +1,4 @@
-"""AP on pictures drawn again: against pycocotools on data in which the pictures stand as often as they were drawn."""
+"""AP on images drawn again: against pycocotools on data in which the images stand as often as they were drawn."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ import pytest
 import torch
 
 from gdetkd_cli.data.split import Record
-from gdetkd_cli.evaluation.bootstrap import MatchedPictures, deviation_of_difference, draw_again
+from gdetkd_cli.evaluation.bootstrap import MatchedImages, deviation_of_difference, draw_again
 from gdetkd_cli.evaluation.coco_metrics import evaluate_coco
 from gdetkd_cli.structures import Detections
 
 CLASSES = ("cat", "dog", "bird")
 
 
-def scenes(pictures: int = 12, quality: float = 6.0) -> tuple[list[Record], dict[int, Detections]]:
-    """Pictures with a few objects, one of them a crowd, and detections that are off by some pixels, or made up."""
+def scenes(images: int = 12, quality: float = 6.0) -> tuple[list[Record], dict[int, Detections]]:
+    """ImageFiles with a few objects, one of them a crowd, and detections that are off by some pixels, or made up."""
     generator = torch.Generator().manual_seed(0)
     records, predictions = [], {}
-    for image_id in range(10, 10 + pictures):
+    for image_id in range(10, 10 + images):
         count = int(torch.randint(1, 6, (1,), generator=generator))
         corner = torch.rand(count, 2, generator=generator) * 100
         boxes = torch.cat([corner, corner + 12 + torch.rand(count, 2, generator=generator) * 60], dim=1)
@@ -42,14 +42,14 @@ def scenes(pictures: int = 12, quality: float = 6.0) -> tuple[list[Record], dict
     return records, predictions
 
 
-def test_every_picture_once_is_pycocotools_ap() -> None:
+def test_every_image_once_is_pycocotools_ap() -> None:
     records, predictions = scenes()
     expected = evaluate_coco(records, CLASSES, predictions).ap
     once = np.ones(len(records), dtype=np.int64)
-    assert MatchedPictures(records, CLASSES, predictions).ap(once) == pytest.approx(expected, abs=1e-9)
+    assert MatchedImages(records, CLASSES, predictions).ap(once) == pytest.approx(expected, abs=1e-9)
 
 
-def test_pictures_drawn_again_are_pycocotools_ap_on_copies() -> None:
+def test_images_drawn_again_are_pycocotools_ap_on_copies() -> None:
     records, predictions = scenes()
     times = np.random.default_rng(0).integers(0, 4, size=len(records))
     copies, copied = [], {}
@@ -59,7 +59,7 @@ def test_pictures_drawn_again_are_pycocotools_ap_on_copies() -> None:
             copies.append(Record(image_id, record.size, record.boxes, record.labels, record.truth))
             copied[image_id] = predictions[record.image_id]
     expected = evaluate_coco(copies, CLASSES, copied).ap
-    assert MatchedPictures(records, CLASSES, predictions).ap(times) == pytest.approx(expected, abs=1e-6)
+    assert MatchedImages(records, CLASSES, predictions).ap(times) == pytest.approx(expected, abs=1e-6)
 
 
 def test_a_class_without_detections_counts_as_zero_and_one_without_objects_not() -> None:
@@ -70,8 +70,8 @@ def test_a_class_without_detections_counts_as_zero_and_one_without_objects_not()
         cats[image_id] = Detections(one.boxes[kept], one.scores[kept], one.labels[kept])
     once = np.ones(len(records), dtype=np.int64)
     expected = evaluate_coco(records, CLASSES, cats).ap
-    assert MatchedPictures(records, CLASSES, cats).ap(once) == pytest.approx(expected, abs=1e-9)
-    assert np.isnan(MatchedPictures(records, CLASSES, cats).ap(0 * once))
+    assert MatchedImages(records, CLASSES, cats).ap(once) == pytest.approx(expected, abs=1e-9)
+    assert np.isnan(MatchedImages(records, CLASSES, cats).ap(0 * once))
 
 
 def test_the_deviation_over_images_is_of_the_mean_over_seeds() -> None:
@@ -89,16 +89,16 @@ def test_a_drawing_without_objects_is_left_out() -> None:
 
 def test_fewer_images_say_less() -> None:
     deviations = []
-    for pictures in (10, 40):
-        records, _ = scenes(pictures=pictures)
-        drawings = draw_again(pictures, drawings=200)
-        matched = (MatchedPictures(records, CLASSES, scenes(pictures=pictures, quality=q)[1]) for q in (2.0, 10.0))
+    for images in (10, 40):
+        records, _ = scenes(images=images)
+        drawings = draw_again(images, drawings=200)
+        matched = (MatchedImages(records, CLASSES, scenes(images=images, quality=q)[1]) for q in (2.0, 10.0))
         good, bad = ([one.drawn(drawings)] for one in matched)
         deviations.append(deviation_of_difference(good, bad))
     assert deviations[0] > deviations[1] > 0
 
 
-def test_every_drawing_has_as_many_pictures_and_is_the_same_again() -> None:
+def test_every_drawing_has_as_many_images_and_is_the_same_again() -> None:
     drawings = draw_again(30, drawings=50)
     assert drawings.shape == (50, 30)
     assert (drawings.sum(axis=1) == 30).all()

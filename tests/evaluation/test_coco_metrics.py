@@ -11,7 +11,7 @@ import torch
 
 from gdetkd_cli.data.split import Record
 from gdetkd_cli.errors import DataError
-from gdetkd_cli.evaluation.coco_metrics import CocoMetrics, evaluate_coco, match_pictures
+from gdetkd_cli.evaluation.coco_metrics import CocoMetrics, evaluate_coco, match_images
 from gdetkd_cli.structures import Detections
 
 CLASSES = ("cat", "dog")
@@ -22,7 +22,7 @@ CAT: Box = (10, 10, 60, 60)  # 50 x 50 pixels: medium
 
 
 def record(image_id: int, *objects: tuple[Box, int], crowd: bool = False) -> Record:
-    """A picture and its truth; training boxes play no part in evaluation."""
+    """A image and its truth; training boxes play no part in evaluation."""
     truth: list[dict[str, object]] = [
         {
             "bbox": [x1, y1, x2 - x1, y2 - y1],
@@ -129,14 +129,14 @@ def test_no_objects(records: list[Record]) -> None:
     assert metrics.images == metrics.detections == len(records)
 
 
-def test_predictions_for_an_unknown_picture() -> None:
+def test_predictions_for_an_unknown_image() -> None:
     with pytest.raises(DataError, match="image id 8 first"):
         evaluate_coco([record(1, (CAT, 1))], CLASSES, {1: NOTHING, 9: NOTHING, 8: NOTHING})
 
 
 @pytest.mark.parametrize("label", [0, 3])
 def test_label_outside_the_class_list(label: int) -> None:
-    with pytest.raises(DataError, match=f"labels 1 to 2, got {label} for the picture with image id 1"):
+    with pytest.raises(DataError, match=f"labels 1 to 2, got {label} for the image with image id 1"):
         evaluate_coco([record(1, (CAT, 1))], CLASSES, {1: found((CAT, 0.9, label))})
 
 
@@ -188,7 +188,7 @@ def test_import_is_light() -> None:
 
 
 def test_the_numbers_are_pycocotools_own() -> None:
-    """Pictures with crowds, misses, doubles and made-up boxes of all sizes."""
+    """ImageFiles with crowds, misses, doubles and made-up boxes of all sizes."""
     generator = torch.Generator().manual_seed(0)
     records, predictions = [], {}
     for image_id in range(1, 31):
@@ -202,7 +202,7 @@ def test_the_numbers_are_pycocotools_own() -> None:
         scores = torch.rand(2 * count, generator=generator)
         predictions[image_id] = Detections(near, scores, labels.repeat(2))
     ours = evaluate_coco(records, CLASSES, predictions)
-    theirs = match_pictures(records, CLASSES, predictions)
+    theirs = match_images(records, CLASSES, predictions)
     theirs.accumulate()
     theirs.summarize()
 

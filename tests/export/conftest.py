@@ -1,4 +1,4 @@
-"""Detectors that find something, and pictures for them."""
+"""Detectors that find something, and images for them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SSDLITE = {
 
 
 @pytest.fixture(scope="session")
-def pictures() -> list[Tensor]:
+def images() -> list[Tensor]:
     """Noise of different sizes; at some of them torchvision's own resize is a pixel off when traced or scripted."""
     generator = torch.Generator().manual_seed(1)
     return [torch.rand(3, height, width, generator=generator) for height, width in SIZES]
@@ -30,23 +30,23 @@ def pictures() -> list[Tensor]:
 
 @pytest.fixture(scope="session")
 def lively(
-    tiny_description: Callable[..., dict[str, Any]], pictures: list[Tensor]
+    tiny_description: Callable[..., dict[str, Any]], images: list[Tensor]
 ) -> Callable[..., tuple[Detector, dict[str, Any]]]:
-    """(family, arguments) -> a detector that finds something in the pictures, and its description."""
+    """(family, arguments) -> a detector that finds something in the images, and its description."""
 
     def make(family: str, **arguments: Any) -> tuple[Detector, dict[str, Any]]:
         described = SSDLITE if family == "ssdlite" else tiny_description(family, arguments=arguments)
         with torch.random.fork_rng():
             torch.manual_seed(0)
             detector = catalog.build(described, CLASSES)
-            _enliven(detector.module, pictures)
+            _enliven(detector.module, images)
         return detector, described
 
     return make
 
 
 @torch.no_grad()
-def _enliven(module: Any, pictures: list[Tensor]) -> None:
+def _enliven(module: Any, images: list[Tensor]) -> None:
     """Draws weights that tell places apart; fresh ones say the same everywhere, and rounding decides the order."""
     for name, layer in module.named_modules():
         if name.startswith(("head.", "roi_heads.", "rpn.")) and isinstance(layer, nn.Conv2d | nn.Linear):
@@ -58,5 +58,5 @@ def _enliven(module: Any, pictures: list[Tensor]) -> None:
         if isinstance(layer, nn.BatchNorm2d):
             layer.momentum = None  # the mean over the batches that follow
     module.train()
-    module.backbone(module.transform(pictures)[0].tensors)
+    module.backbone(module.transform(images)[0].tensors)
     module.eval()

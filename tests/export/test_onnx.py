@@ -18,24 +18,22 @@ from gdetkd_cli.detectors.protocol import Detector
 from gdetkd_cli.errors import ExportError
 from gdetkd_cli.evaluation.exported import OnnxDetector
 from gdetkd_cli.export.onnx import OPSET, export_onnx
-from gdetkd_cli.export.parity import Cut, check_parity, picture_without_detections
-from gdetkd_cli.export.single_picture import SinglePicture, example_picture
+from gdetkd_cli.export.parity import Cut, check_parity, image_without_detections
+from gdetkd_cli.export.single_image import SingleImage, example_image
 
 Lively = Callable[..., tuple[Detector, dict[str, Any]]]
 
 
 @pytest.mark.parametrize("family", ["faster-rcnn", "cascade-rcnn", "retinanet", "fcos", "ssdlite"])
-def test_file_finds_what_the_detector_finds(
-    family: str, lively: Lively, pictures: list[Tensor], tmp_path: Path
-) -> None:
+def test_file_finds_what_the_detector_finds(family: str, lively: Lively, images: list[Tensor], tmp_path: Path) -> None:
     detector, architecture = lively(family)
     path = tmp_path / "student.onnx"
     export_onnx(detector, path, architecture=architecture)
-    empty = picture_without_detections(detector, (64, 80))
-    parity = check_parity(detector, OnnxDetector(path), [*pictures, empty], cut=Cut.of(detector.module))
+    empty = image_without_detections(detector, (64, 80))
+    parity = check_parity(detector, OnnxDetector(path), [*images, empty], cut=Cut.of(detector.module))
     assert parity.passed, parity
     assert parity.empty == 1
-    assert parity.detections > 10 * len(pictures)
+    assert parity.detections > 10 * len(images)
 
 
 def test_file_describes_itself_and_the_exporter_is_quiet(
@@ -68,7 +66,7 @@ def test_file_describes_itself_and_the_exporter_is_quiet(
     assert all(parameter.requires_grad for parameter in detector.module.parameters())
 
 
-def test_file_bears_a_picture_without_proposals(lively: Lively, tmp_path: Path) -> None:
+def test_file_bears_a_image_without_proposals(lively: Lively, tmp_path: Path) -> None:
     detector, architecture = lively("faster-rcnn")
     path = tmp_path / "student.onnx"
     export_onnx(detector, path, architecture=architecture)
@@ -78,14 +76,14 @@ def test_file_bears_a_picture_without_proposals(lively: Lively, tmp_path: Path) 
 
 
 def test_file_is_right_though_its_example_had_no_detections(
-    lively: Lively, pictures: list[Tensor], tmp_path: Path
+    lively: Lively, images: list[Tensor], tmp_path: Path
 ) -> None:
     detector, architecture = lively("faster-rcnn")
     heads: Any = detector.module.roi_heads
-    heads.score_thresh = float(detector.predict([example_picture()])[0].scores.max())
+    heads.score_thresh = float(detector.predict([example_image()])[0].scores.max())
     path = tmp_path / "student.onnx"
     export_onnx(detector, path, architecture=architecture)
-    parity = check_parity(detector, OnnxDetector(path), pictures, cut=Cut.of(detector.module))
+    parity = check_parity(detector, OnnxDetector(path), images, cut=Cut.of(detector.module))
     assert parity.passed, parity
     assert parity.detections > 0
 
@@ -95,14 +93,14 @@ def test_file_is_right_though_its_example_had_no_detections(
 def test_resizes_to_torchvisions_eager_size(tiny_detector: Callable[..., Detector], limits: tuple[int, int]) -> None:
     detector = tiny_detector("fcos", image_size=limits)
     original: Any = detector.module.eval().transform
-    exact: Any = SinglePicture(detector).detector.transform
+    exact: Any = SingleImage(detector).detector.transform
     scripted = torch.jit.script(exact)
     sizes = [(height, width) for height in range(30, 500, 67) for width in range(30, 500, 43)]
     for size in sizes if limits[0] < 100 else sizes[::7]:
-        picture = torch.zeros(1, *size)
-        expected = original.resize(picture)[0].shape
-        assert exact.resize(picture)[0].shape == expected, size
-        assert scripted.resize(picture)[0].shape == expected, size
+        image = torch.zeros(1, *size)
+        expected = original.resize(image)[0].shape
+        assert exact.resize(image)[0].shape == expected, size
+        assert scripted.resize(image)[0].shape == expected, size
 
 
 def test_an_exporter_that_gives_up_is_one_sentence(

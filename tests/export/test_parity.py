@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from gdetkd_cli.export.parity import Cut, Parity, check_parity, picture_without_detections
+from gdetkd_cli.export.parity import Cut, Parity, check_parity, image_without_detections
 from gdetkd_cli.structures import Detections
 
 CUT = Cut(score=0.05, count=5)
-PICTURE = torch.zeros(3, 40, 60)
+IMAGE = torch.zeros(3, 40, 60)
 Row = tuple[float, float, float, float, float, int]
 
 # x1, y1, x2, y2, score, label
@@ -23,7 +23,7 @@ C: Row = (40, 20, 55, 38, 0.3, 1)
 
 
 class Answers:
-    """Says the same of every picture."""
+    """Says the same of every image."""
 
     def __init__(self, *rows: Row) -> None:
         table = torch.tensor(rows, dtype=torch.float32).reshape(-1, 6)
@@ -44,7 +44,7 @@ class Blind:
 
 
 def compare(expected: list[Row], got: list[Row]) -> Parity:
-    return check_parity(Answers(*expected), Answers(*got), [PICTURE], cut=CUT)
+    return check_parity(Answers(*expected), Answers(*got), [IMAGE], cut=CUT)
 
 
 def moved(row: Row, by: float) -> Row:
@@ -60,8 +60,8 @@ def test_equal_detections_pass() -> None:
     assert parity == Parity(1, 0, 3, 0.0, 0.0, passed=True, unmatched=0)
 
 
-def test_pictures_without_detections_are_counted() -> None:
-    parity = check_parity(Answers(), Answers(), [PICTURE, PICTURE], cut=CUT)
+def test_images_without_detections_are_counted() -> None:
+    parity = check_parity(Answers(), Answers(), [IMAGE, IMAGE], cut=CUT)
     assert parity == Parity(2, 2, 0, 0.0, 0.0, passed=True, unmatched=0)
 
 
@@ -108,7 +108,7 @@ def test_what_is_cut_off_by_rounding_may_differ() -> None:
     assert not compare([A, above], [A]).passed
 
 
-def test_the_last_of_a_full_picture_may_differ() -> None:
+def test_the_last_of_a_full_image_may_differ() -> None:
     full = [A, B, (0, 30, 8, 38, 0.5, 3), (10, 30, 18, 38, 0.4, 3)]
     last, rival = scored(C, 0.3), (30.0, 1.0, 38.0, 9.0, 0.3002, 3)
     assert compare([*full, last], [*full, rival]).passed
@@ -129,9 +129,9 @@ def test_where_everything_lies_at_the_cut_nothing_is_proved() -> None:
     assert (parity.detections, parity.unmatched, parity.passed) == (0, 0, False)
 
 
-def test_a_picture_without_detections_is_found() -> None:
-    assert picture_without_detections(Blind(lambda image: False), (8, 9)).shape == (3, 8, 9)
-    only_white = picture_without_detections(Blind(lambda image: bool(image.mean() < 1)), (8, 9))
+def test_a_image_without_detections_is_found() -> None:
+    assert image_without_detections(Blind(lambda image: False), (8, 9)).shape == (3, 8, 9)
+    only_white = image_without_detections(Blind(lambda image: bool(image.mean() < 1)), (8, 9))
     assert only_white.eq(1).all()
     sees_every_shade = Blind(lambda image: not image.isnan().any())
-    assert picture_without_detections(sees_every_shade, (8, 9)).isnan().all()
+    assert image_without_detections(sees_every_shade, (8, 9)).isnan().all()

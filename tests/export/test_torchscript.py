@@ -16,7 +16,7 @@ from torch import Tensor
 from gdetkd_cli.detectors.protocol import Detector
 from gdetkd_cli.errors import ExportError
 from gdetkd_cli.evaluation.exported import ScriptedDetector
-from gdetkd_cli.export.parity import Cut, check_parity, picture_without_detections
+from gdetkd_cli.export.parity import Cut, check_parity, image_without_detections
 from gdetkd_cli.export.torchscript import export_torchscript
 
 Lively = Callable[..., tuple[Detector, dict[str, Any]]]
@@ -31,33 +31,31 @@ print(len(boxes), len(scores), len(labels))
 
 
 @pytest.mark.parametrize("family", ["faster-rcnn", "cascade-rcnn", "retinanet", "fcos", "ssdlite"])
-def test_file_finds_what_the_detector_finds(
-    family: str, lively: Lively, pictures: list[Tensor], tmp_path: Path
-) -> None:
+def test_file_finds_what_the_detector_finds(family: str, lively: Lively, images: list[Tensor], tmp_path: Path) -> None:
     detector, architecture = lively(family)
     path = tmp_path / "student.torchscript"
     with warnings.catch_warnings(record=True, action="always") as heard:
         exporter = export_torchscript(detector, path, architecture=architecture)
         exported = ScriptedDetector(path)
-        empty = picture_without_detections(detector, (64, 80))
-        parity = check_parity(detector, exported, [*pictures, empty], cut=Cut.of(detector.module), box_tolerance=1e-3)
+        empty = image_without_detections(detector, (64, 80))
+        parity = check_parity(detector, exported, [*images, empty], cut=Cut.of(detector.module), box_tolerance=1e-3)
     assert heard == []
     assert parity.passed, parity
     assert parity.empty == 1
-    assert parity.detections > 10 * len(pictures)
+    assert parity.detections > 10 * len(images)
     assert exporter == f"torch.jit.script, torch {torch.__version__}"
     assert exported.class_names == detector.class_names
 
 
-def test_file_loads_without_this_package(lively: Lively, pictures: list[Tensor], tmp_path: Path) -> None:
+def test_file_loads_without_this_package(lively: Lively, images: list[Tensor], tmp_path: Path) -> None:
     detector, architecture = lively("faster-rcnn")
-    path, picture = tmp_path / "student.torchscript", tmp_path / "picture.pt"
+    path, image = tmp_path / "student.torchscript", tmp_path / "image.pt"
     export_torchscript(detector, path, architecture=architecture)
-    torch.save(pictures[1], picture)
-    command = [sys.executable, "-c", LOAD, str(path), str(picture)]
+    torch.save(images[1], image)
+    command = [sys.executable, "-c", LOAD, str(path), str(image)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120)
     assert done.returncode == 0, done.stderr
-    count = len(detector.predict([pictures[1]])[0].scores)
+    count = len(detector.predict([images[1]])[0].scores)
     assert done.stdout.split() == [str(count)] * 3
 
 

@@ -100,7 +100,7 @@ def test_near_objects_only_their_cells_get_a_gradient() -> None:
     moved = fine.abs().sum(dim=1) > 0
     assert moved[0].any()
     assert not moved[0].all()
-    assert not moved[1].any()  # this picture has no object
+    assert not moved[1].any()  # this image has no object
 
 
 @pytest.mark.parametrize("term", [t for t in TERMS if t is not PKDTerm], ids=lambda term: term.__name__)

@@ -68,7 +68,7 @@ def test_memory_by_hand() -> None:
     memory = torch.tensor([[0.0, 9.0], [-2.0, 0.0], [1.0, 0.0]])
     memory_negatives = torch.tensor([[True, True, False]])
 
-    # Denominator: e^1 (itself) + e^0 + e^-1; the third row is of the same picture. log(e + 1 + 1/e) - 1 = 0.407606.
+    # Denominator: e^1 (itself) + e^0 + e^-1; the third row is of the same image. log(e + 1 + 1/e) - 1 = 0.407606.
     loss = contrastive_loss(
         student,
         teacher,

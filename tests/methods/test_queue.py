@@ -19,7 +19,7 @@ from gdetkd_cli.methods.queue import RegionQueue, gather_rows
 
 
 def add(queue: RegionQueue, *values: int) -> None:
-    """Adds one row (v, v) of picture 10 v for each value v."""
+    """Adds one row (v, v) of image 10 v for each value v."""
     rows = torch.tensor(values, dtype=torch.float32)
     queue.add(rows[:, None].repeat(1, 2), 10 * torch.tensor(values, dtype=torch.int64))
 

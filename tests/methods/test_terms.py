@@ -247,7 +247,7 @@ def test_ckd_overlapping_regions_of_an_image_are_no_negatives() -> None:
     assert term(make_pair(boxes=half, image_index=(0, 0), **views(2))).item() > 0.01
 
 
-def test_ckd_remembers_earlier_steps_but_not_the_same_picture() -> None:
+def test_ckd_remembers_earlier_steps_but_not_the_same_image() -> None:
     term = make_ckd()
     first, second = make_pair(ids=(7, 8), **views()), make_pair(ids=(9, 7), **views(seed=1))
     term(first)
@@ -255,7 +255,7 @@ def test_ckd_remembers_earlier_steps_but_not_the_same_picture() -> None:
     assert remembered_ids.tolist() == [7, 7, 8]
     assert torch.equal(remembered, draw(3, 6, seed=100))
 
-    # Regions 0 and 1 are of picture 9: all that is remembered is a negative. Region 2 is of picture 7: only the last.
+    # Regions 0 and 1 are of image 9: all that is remembered is a negative. Region 2 is of image 7: only the last.
     expected = contrastive_loss(
         term.project_student(draw(3, 5, seed=1)),
         term.project_teacher(draw(3, 6, seed=101)),
@@ -269,7 +269,7 @@ def test_ckd_remembers_earlier_steps_but_not_the_same_picture() -> None:
 
 
 def test_ckd_own_regions_are_not_yet_in_the_memory() -> None:
-    """A single region of a single picture has no negatives at all: its loss is 0, at every step."""
+    """A single region of a single image has no negatives at all: its loss is 0, at every step."""
     term = make_ckd()
     for seed in range(3):
         pair = make_pair(boxes=APART[:1], image_index=(0,), **views(1, seed=seed))

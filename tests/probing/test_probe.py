@@ -119,7 +119,7 @@ def test_the_cells_among_tokens_are_known_by_how_they_change(form: str) -> None:
 
 
 class Letterbox(nn.Module):
-    """Resizes to fit 128 x 128 pixels, and centres the picture there."""
+    """Resizes to fit 128 x 128 pixels, and centres the image there."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -142,7 +142,7 @@ def test_geometry_through_a_letterbox() -> None:
     assert found.call.name == "list of (3, H, W) images"
     for level, stride in zip(found.levels, (8, 16, 32), strict=True):
         assert level.geometry.stride == pytest.approx((2 * stride, 2 * stride), rel=0.01)
-        # Cell 0 is centred on the first pixel of a 128-pixel square, 16 of whose rows lie above the picture.
+        # Cell 0 is centred on the first pixel of a 128-pixel square, 16 of whose rows lie above the image.
         assert level.geometry.offset == pytest.approx((1 - 32, 1), abs=0.05 * stride)
 
 

@@ -34,7 +34,7 @@ def recipe(**train: Any) -> Recipe:
         (24, 0.06, 300, 17, 100, 4),
     ],
 )
-def test_as_many_pictures_are_seen(processes: int, lr: float, steps: int, warmup: int, every: int, term: int) -> None:
+def test_as_many_images_are_seen(processes: int, lr: float, steps: int, warmup: int, every: int, term: int) -> None:
     scaled = scaled_to_batch(recipe(), processes)
     assert scaled.train.optimizer.lr == pytest.approx(lr)
     assert scaled.train.steps == steps

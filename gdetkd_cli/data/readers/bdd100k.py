@@ -27,7 +27,7 @@ _OLD_NAMES = {"person": "pedestrian", "bike": "bicycle", "motor": "motorcycle"} 
 
 
 def read_bdd100k(*, labels: Path, images: Path, classes: Sequence[str] | None = None) -> Split:
-    """Reads one label file. Frames without labels are kept as pictures without objects; lanes and areas are no objects.
+    """Reads one label file. Frames without labels are kept as images without objects; lanes and areas are no objects.
 
     Args:
         labels: ``det_train.json`` or ``bdd100k_labels_images_train.json``.
@@ -35,7 +35,7 @@ def read_bdd100k(*, labels: Path, images: Path, classes: Sequence[str] | None = 
         classes: names to use; by default the ten of the detection task.
 
     Raises:
-        DataError: the file or pictures are missing, or it is not such a file.
+        DataError: the file or images are missing, or it is not such a file.
     """
     names = list(classes or BDD_CLASSES)
     numbers = {name: number for number, name in enumerate(names, start=1)}

@@ -13,7 +13,7 @@ from typing import Any, TypeGuard
 import numpy as np
 import torch
 
-from gdetkd_cli.data.pictures import Pictures, picture_size
+from gdetkd_cli.data.image_files import ImageFiles, read_image_size
 from gdetkd_cli.data.split import Outline, Record, Split
 from gdetkd_cli.errors import DataError
 
@@ -22,11 +22,11 @@ _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 _ROUNDING = 0.01  # pixels: less than this is rounding in the file, neither a box over the edge nor a side
 
 # What can be found and changed on reading, in the order it is told.
-_NEGATIVE = "{n} picture{s} without objects kept as negatives."
+_NEGATIVE = "{n} image{s} without objects kept as negatives."
 _CROWD = "{n} crowd annotation{s} left out of training and kept for evaluation."
-_CLIPPED = "{n} annotation{s} with a box over the picture's edge clipped."
+_CLIPPED = "{n} annotation{s} with a box over the image's edge clipped."
 _NO_BOX = "{n} annotation{s} dropped: the box is not four finite numbers."
-_NO_AREA = "{n} annotation{s} dropped: the box has no area inside the picture."
+_NO_AREA = "{n} annotation{s} dropped: the box has no area inside the image."
 _NO_IMAGE = "{n} annotation{s} dropped: image_id is not among the images."
 _NO_CATEGORY = "{n} annotation{s} dropped: category_id is not among the categories."
 _LEFT_OUT = "{n} annotation{s} dropped: the category is not among the chosen classes."
@@ -36,7 +36,7 @@ _NOTES = (_NEGATIVE, _CROWD, _CLIPPED, _NO_BOX, _NO_AREA, _NO_IMAGE, _NO_CATEGOR
 def read_coco(
     *, annotations: Path, images: Path, classes: Sequence[str] | None = None, outlines: bool = False
 ) -> Split:
-    """Reads one annotation file. Pictures are only looked for here; they are decoded when the split is read.
+    """Reads one annotation file. ImageFiles are only looked for here; they are decoded when the split is read.
 
     Args:
         annotations: the JSON file.
@@ -45,7 +45,7 @@ def read_coco(
         outlines: keep the objects' outlines, where they have any.
 
     Raises:
-        DataError: the file or pictures are missing, the file is not COCO detection JSON, or ``classes`` does not
+        DataError: the file or images are missing, the file is not COCO detection JSON, or ``classes`` does not
             fit its categories.
     """
     tables = _load(annotations)
@@ -63,10 +63,10 @@ def split_of(
     """The split of COCO's three tables; ``source`` is the file that they are from or go to, the rest as above."""
     names = _category_names(tables["categories"], file=source)
     class_names = _choose(classes, names=names, file=source)
-    ids, pictures = _find_pictures(tables["images"], folder=images, file=source)
+    ids, files = _find_images(tables["images"], folder=images, file=source)
 
     counts: Counter[str] = Counter()
-    sizes = dict(zip(ids, pictures.sizes, strict=True))
+    sizes = dict(zip(ids, files.sizes, strict=True))
     labels = {name: label for label, name in enumerate(class_names, start=1)}
     truth: dict[int, list[dict[str, object]]] = {image_id: [] for image_id in ids}
     shapes: dict[int, list[Outline]] = {image_id: [] for image_id in ids}
@@ -91,7 +91,7 @@ def split_of(
         name="/".join(source.absolute().parts[-2:]),
         class_names=class_names,
         records=records,
-        read=pictures,
+        read=files,
         notes=tuple(note.format(n=counts[note], s="" if counts[note] == 1 else "s") for note in _NOTES if counts[note]),
     )
 
@@ -179,7 +179,7 @@ def _choose(classes: Sequence[str] | None, *, names: Mapping[object, str], file:
     return chosen
 
 
-def _find_pictures(entries: Sequence[Mapping[str, Any]], *, folder: Path, file: Path) -> tuple[list[int], Pictures]:
+def _find_images(entries: Sequence[Mapping[str, Any]], *, folder: Path, file: Path) -> tuple[list[int], ImageFiles]:
     """The images' ids and files, all of which exist."""
     if not entries:
         raise DataError(f"{file} lists no images: give a file with at least one.")
@@ -189,16 +189,16 @@ def _find_pictures(entries: Sequence[Mapping[str, Any]], *, folder: Path, file: 
     if twice:
         raise DataError(f"{file} has more than one image with the id {twice[0]}: give each its own.")
     if not folder.is_dir():
-        raise DataError(f"There is no folder {folder} for the pictures of {file}: give the folder they are in.")
+        raise DataError(f"There is no folder {folder} for the images of {file}: give the folder they are in.")
     paths = [folder / entry["file_name"] for entry in entries]
     missing = [path for path in paths if not path.is_file()]
     if missing:
         raise DataError(
-            f"{len(missing)} of the {len(paths)} pictures that {file} names are missing, {missing[0]} first: "
+            f"{len(missing)} of the {len(paths)} images that {file} names are missing, {missing[0]} first: "
             "give the folder they are in, or complete it."
         )
-    sizes = [_size(entry) or picture_size(path) for entry, path in zip(entries, paths, strict=True)]
-    return [entry["id"] for entry in entries], Pictures(paths=paths, sizes=sizes)
+    sizes = [_size(entry) or read_image_size(path) for entry, path in zip(entries, paths, strict=True)]
+    return [entry["id"] for entry in entries], ImageFiles(paths=paths, sizes=sizes)
 
 
 def _size(entry: Mapping[str, Any]) -> tuple[int, int] | None:
@@ -216,7 +216,7 @@ def _truth(
 
     Args:
         label: 1..K.
-        size: (height, width) pixels of the picture.
+        size: (height, width) pixels of the image.
         counts: how often each note applies; added to.
     """
     box = annotation.get("bbox")

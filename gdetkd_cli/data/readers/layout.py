@@ -1,4 +1,4 @@
-"""Where a folder keeps its annotations and pictures, found by looking."""
+"""Where a folder keeps its annotations and images, found by looking."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _VAL = ("val", "valid", "validation", "test")  # in this order
 
 @dataclass(frozen=True)
 class Layout:
-    """Annotation files and picture folders, all relative to the root that was searched."""
+    """Annotation files and image folders, all relative to the root that was searched."""
 
     train: Path
     val: Path
@@ -25,7 +25,7 @@ class Layout:
 
 
 def find_layout(root: Path, files: Mapping[Path, str] | None = None) -> Layout:
-    """Looks for two COCO detection files and the pictures that they name.
+    """Looks for two COCO detection files and the images that they name.
 
     Files are told apart by their own name or their folder's: ``train.json``, ``annotations/instances_val2017.json``,
     ``valid/_annotations.coco.json``.
@@ -35,10 +35,10 @@ def find_layout(root: Path, files: Mapping[Path, str] | None = None) -> Layout:
         files: its ``detection_files``, where they are known already.
 
     Raises:
-        DataError: a split's annotations or pictures are not found, with what was looked at.
+        DataError: a split's annotations or images are not found, with what was looked at.
     """
     if not root.is_dir():
-        raise DataError(f"{root} is not a folder; expected one with COCO annotations and pictures")
+        raise DataError(f"{root} is not a folder; expected one with COCO annotations and images")
     found = detection_files(root) if files is None else files
     train, val = (_of_split(found, root, words) for words in (_TRAIN, _VAL))
     if train is None or val is None:
@@ -48,28 +48,28 @@ def find_layout(root: Path, files: Mapping[Path, str] | None = None) -> Layout:
             f"no annotations of a {missing} split in {root} (found: {names}); name them train.json and val.json, or "
             "write the recipe by hand: gdetkd recipe init"
         )
-    folders = {split: _pictures_of(split, found[split], root) for split in (train, val)}
+    folders = {split: _images_of(split, found[split], root) for split in (train, val)}
     return Layout(*(path.relative_to(root) for path in (train, val, folders[train], folders[val])))
 
 
 def detection_files(root: Path) -> dict[Path, str]:
-    """COCO detection files, with the file name of each one's first picture."""
+    """COCO detection files, with the file name of each one's first image."""
     files = sorted([*root.glob("*.json"), *root.glob("*/*.json")])
-    return {file: name for file in files if (name := _first_picture(file)) is not None}
+    return {file: name for file in files if (name := _first_image(file)) is not None}
 
 
 def find_bdd100k(root: Path) -> Layout | None:
-    """BDD100K's detection labels, of ``det_20`` or of 2018, and its pictures; None where the folder has none."""
+    """BDD100K's detection labels, of ``det_20`` or of 2018, and its images; None where the folder has none."""
     for pattern in ("det_{}.json", "bdd100k_labels_images_{}.json"):
         train, val = (next(iter(sorted(root.rglob(pattern.format(split)))), None) for split in ("train", "val"))
         if train and val:
-            folders = (_pictures_of(file, first_frame(file), root) for file in (train, val))
+            folders = (_images_of(file, first_frame(file), root) for file in (train, val))
             return Layout(*(path.relative_to(root) for path in (train, val, *folders)))
     return None
 
 
 def find_voc_lists(root: Path) -> tuple[list[Path], list[Path]] | None:
-    """Pascal VOC's lists of training and of validation pictures, relative to the root; None where it has none.
+    """Pascal VOC's lists of training and of validation images, relative to the root; None where it has none.
 
     Where a year has a list ``test``, validation is on it and training on every year's ``trainval``, as is the custom;
     else each year is divided by its own ``train`` and ``val``.
@@ -86,8 +86,8 @@ def find_voc_lists(root: Path) -> tuple[list[Path], list[Path]] | None:
     return (train, val) if train and val else None
 
 
-def _first_picture(file: Path) -> str | None:
-    """File name of a COCO detection file's first picture; None where it is no such file."""
+def _first_image(file: Path) -> str | None:
+    """File name of a COCO detection file's first image; None where it is no such file."""
     try:
         tables = json.loads(file.read_bytes())
     except (OSError, ValueError):
@@ -107,9 +107,9 @@ def _of_split(files: Iterable[Path], root: Path, words: tuple[str, ...]) -> Path
     return None
 
 
-def _pictures_of(file: Path, name: str, root: Path) -> Path:
+def _images_of(file: Path, name: str, root: Path) -> Path:
     nested = (folder for folder in sorted(root.glob("**/*")) if folder.is_dir())
     for folder in (file.parent, root / "images", root, *nested):
         if (folder / name).is_file():
             return folder
-    raise DataError(f"{file} names the picture {name}, which is nowhere in {root}; put the pictures there")
+    raise DataError(f"{file} names the image {name}, which is nowhere in {root}; put the images there")

@@ -1,4 +1,4 @@
-"""Pascal VOC: one XML file a picture, and lists of picture names. LabelImg and its kin write the same."""
+"""Pascal VOC: one XML file a image, and lists of image names. LabelImg and its kin write the same."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _ENDINGS = (".jpg", ".jpeg", ".png", ".JPG", ".JPEG", ".PNG")
 
 
 def read_voc(*, lists: Sequence[Path], root: Path, classes: Sequence[str] | None = None) -> Split:
-    """Reads the pictures that lists of names name.
+    """Reads the images that lists of names name.
 
     Objects marked ``difficult`` are treated as COCO's crowds: left out of training, and neither wanted nor punished in
     evaluation, as in VOC's own.
@@ -60,9 +60,9 @@ def read_voc(*, lists: Sequence[Path], root: Path, classes: Sequence[str] | None
         for stem in _stems(listing):
             year = listing.parents[2]
             tree = _parsed(year / "Annotations" / f"{stem}.xml")
-            picture = _picture(year / "JPEGImages", stem)
+            image = _image(year / "JPEGImages", stem)
             image_id = len(images) + 1
-            images.append({"id": image_id, "file_name": str(picture.relative_to(root)), **_size(tree)})
+            images.append({"id": image_id, "file_name": str(image.relative_to(root)), **_size(tree)})
             for item in tree.iter("object"):
                 name = (item.findtext("name") or "").strip()
                 if name not in numbers:
@@ -86,7 +86,7 @@ def read_voc(*, lists: Sequence[Path], root: Path, classes: Sequence[str] | None
 
 
 def names_in(lists: Sequence[Path]) -> set[str]:
-    """The names of the objects in the listed pictures."""
+    """The names of the objects in the listed images."""
     trees = (
         _parsed(listing.parents[2] / "Annotations" / f"{stem}.xml") for listing in lists for stem in _stems(listing)
     )
@@ -96,12 +96,12 @@ def names_in(lists: Sequence[Path]) -> set[str]:
 def _stems(listing: Path) -> list[str]:
     """The names in a list; of a class's own list (name, then 1, 0 or -1) those that have it."""
     if not listing.is_file():
-        raise DataError(f"There is no list {listing}: give a file of picture names, as ImageSets/Main/trainval.txt.")
+        raise DataError(f"There is no list {listing}: give a file of image names, as ImageSets/Main/trainval.txt.")
     if len(listing.absolute().parents) < 3 or listing.parents[1].name != "ImageSets":
         raise DataError(f"The list {listing} should lie in ImageSets/Main, beside Annotations and JPEGImages.")
     rows = [line.split() for line in listing.read_text(encoding="utf-8").splitlines() if line.strip()]
     if any(len(row) > 2 for row in rows):
-        raise DataError(f"{listing} should have one picture name a line, but one is {' '.join(rows[0])!r}.")
+        raise DataError(f"{listing} should have one image name a line, but one is {' '.join(rows[0])!r}.")
     return [row[0] for row in rows if len(row) == 1 or row[1] != "-1"]
 
 
@@ -114,15 +114,15 @@ def _parsed(file: Path) -> ElementTree.Element:
         raise DataError(f"{file} should be VOC's XML, but it cannot be read ({error}).") from error
 
 
-def _picture(folder: Path, stem: str) -> Path:
+def _image(folder: Path, stem: str) -> Path:
     for ending in _ENDINGS:
         if (folder / (stem + ending)).is_file():
             return folder / (stem + ending)
-    raise DataError(f"There is no picture {folder / stem}.jpg: give the folder that has JPEGImages, or complete it.")
+    raise DataError(f"There is no image {folder / stem}.jpg: give the folder that has JPEGImages, or complete it.")
 
 
 def _size(tree: ElementTree.Element) -> dict[str, int]:
-    """Height and width where the file has them; else they are read from the picture."""
+    """Height and width where the file has them; else they are read from the image."""
     sides = {side: _number(tree.find(f"size/{side}")) for side in ("height", "width")}
     return {side: round(value) for side, value in sides.items() if value is not None and value > 0}
 

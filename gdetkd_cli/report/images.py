@@ -1,4 +1,4 @@
-"""Pictures of what detectors see."""
+"""ImageFiles of what detectors see."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ _MIN_SCORE = 0.5
 def draw_predictions(
     *, split: Split, predictors: Mapping[str, Predictor], folder: Path, count: int, device: str
 ) -> list[Path]:
-    """Draws the truth and each predictor's boxes (score at least 0.5) side by side, one file per picture.
+    """Draws the truth and each predictor's boxes (score at least 0.5) side by side, one file per image.
 
     Args:
-        split: the first ``count`` pictures are drawn.
+        split: the first ``count`` images are drawn.
         predictors: by title, left to right after the truth.
         folder: made where it is missing.
-        count: pictures.
+        count: images.
         device: where the predictors want their input.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -42,7 +42,7 @@ def draw_predictions(
 def draw_grid(
     *, split: Split, predictors: Mapping[str, Predictor], path: Path, indices: list[int], device: str
 ) -> None:
-    """One picture per row; the truth and each predictor's boxes per column."""
+    """One image per row; the truth and each predictor's boxes per column."""
     columns = 1 + len(predictors)
     figure = Figure(figsize=(3.2 * columns, 3.2 * len(indices)), layout="constrained")
     axes = figure.subplots(len(indices), columns, squeeze=False)

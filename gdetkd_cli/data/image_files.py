@@ -1,4 +1,4 @@
-"""Picture files to tensors."""
+"""Image files to tensors."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from torch import Tensor
 
 from gdetkd_cli.errors import DataError
 
-# What Pillow raises for a file that is no picture, is cut short, or is absurdly large.
+# What Pillow raises for a file that is no image, is cut short, or is absurdly large.
 _UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
 
 @dataclass(frozen=True)
-class Pictures:
-    """The picture files of a split, decoded on demand; a class, not a closure, so that loader processes can get a copy.
+class ImageFiles:
+    """The image files of a split, decoded on demand; a class, not a closure, so that loader processes can get a copy.
 
     Attributes:
         paths: one per record.
@@ -30,7 +30,7 @@ class Pictures:
     sizes: Sequence[tuple[int, int]]
 
     def __call__(self, index: int) -> Tensor:
-        """Decodes one picture, as stored: EXIF orientation is ignored, as COCO's own tools ignore it.
+        """Decodes one image, as stored: EXIF orientation is ignored, as COCO's own tools ignore it.
 
         Returns:
             (3, H, W) uint8 RGB.
@@ -40,37 +40,37 @@ class Pictures:
         """
         path, (height, width) = self.paths[index], self.sizes[index]
         try:
-            with Image.open(path) as picture:
-                pixels = _rgb(picture)
+            with Image.open(path) as image:
+                pixels = _rgb(image)
         except _UNREADABLE as error:
-            raise DataError(f"The picture {path} cannot be decoded ({error}): replace the file.") from error
+            raise DataError(f"The image {path} cannot be decoded ({error}): replace the file.") from error
         if pixels.shape[:2] != (height, width):
             raise DataError(
-                f"The picture {path} should be {width} x {height} pixels as its annotations say, but it is "
+                f"The image {path} should be {width} x {height} pixels as its annotations say, but it is "
                 f"{pixels.shape[1]} x {pixels.shape[0]}: it was resized or rotated after it was annotated; "
                 "restore it, or correct the annotations."
             )
         return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
 
-def picture_size(path: Path) -> tuple[int, int]:
-    """(height, width) pixels from the file's header, without decoding the picture.
+def read_image_size(path: Path) -> tuple[int, int]:
+    """(height, width) pixels from the file's header, without decoding the image.
 
     Raises:
-        DataError: the file is no picture.
+        DataError: the file is no image.
     """
     try:
-        with Image.open(path) as picture:
-            return picture.height, picture.width
+        with Image.open(path) as image:
+            return image.height, image.width
     except _UNREADABLE as error:
-        raise DataError(f"The picture {path} cannot be read ({error}): replace the file.") from error
+        raise DataError(f"The image {path} cannot be read ({error}): replace the file.") from error
 
 
-def _rgb(picture: Image.Image) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
+def _rgb(image: Image.Image) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
     """(H, W, 3) uint8. Pillow would clip more than 8 bits of grey to white, so that conversion is made here."""
-    if picture.mode in ("I", "F"):
+    if image.mode in ("I", "F"):
         raise ValueError("32 bits per channel have no known white point; save it with 8 or 16 bits")
-    if picture.mode.startswith("I;16"):
-        grey = (np.asarray(picture) >> 8).astype(np.uint8)
+    if image.mode.startswith("I;16"):
+        grey = (np.asarray(image) >> 8).astype(np.uint8)
         return np.repeat(grey[:, :, None], 3, axis=2)
-    return np.array(picture.convert("RGB"))
+    return np.array(image.convert("RGB"))

@@ -1,6 +1,6 @@
-"""What an exported file computes: one picture in, its detections out.
+"""What an exported file computes: one image in, its detections out.
 
-Shapes: H x W pixels, D detections; boxes xyxy, pixels of the picture as it was given.
+Shapes: H x W pixels, D detections; boxes xyxy, pixels of the image as it was given.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from gdetkd_cli.detectors.protocol import Detector
 _EXAMPLE_SIDE = 96
 
 
-class SinglePicture(nn.Module):
-    """A copy of a torchvision detector, on the CPU, that takes one picture and can be traced and scripted."""
+class SingleImage(nn.Module):
+    """A copy of a torchvision detector, on the CPU, that takes one image and can be traced and scripted."""
 
     def __init__(self, detector: Detector) -> None:
         super().__init__()
         module: Any = copy.deepcopy(detector.module).cpu().requires_grad_(False).eval()
-        module([example_picture()])  # torchvision settles the scales of its RoI pooling at the first call
+        module([example_image()])  # torchvision settles the scales of its RoI pooling at the first call
         if isinstance(getattr(module, "transform", None), GeneralizedRCNNTransform):
             module.transform = _ExactTransform(module.transform)
         module._has_warned = True  # else a scripted detector tells its user that it returns a pair
@@ -42,20 +42,20 @@ class SinglePicture(nn.Module):
         return boxes[objects], scores[objects], labels[objects]
 
 
-def example_picture() -> Tensor:
+def example_image() -> Tensor:
     """(3, H, W): what an exporter runs the detector on.
 
-    It is square. torchvision takes the stride of a level from the height of a picture and the cells of its padded
-    form; of a low, wide picture that gives the wrong one.
+    It is square. torchvision takes the stride of a level from the height of a image and the cells of its padded
+    form; of a low, wide image that gives the wrong one.
     """
     return torch.rand(3, _EXAMPLE_SIDE, _EXAMPLE_SIDE, generator=torch.Generator().manual_seed(0))
 
 
 class _ExactTransform(GeneralizedRCNNTransform):
-    """Resizes a picture to the same size as torchvision does it in eager mode.
+    """Resizes a image to the same size as torchvision does it in eager mode.
 
     torchvision computes that size in double precision when it runs eagerly, but in single precision when it is traced
-    or scripted: for one picture size in seven, or in two, the result is a pixel off. Here it is double everywhere.
+    or scripted: for one image size in seven, or in two, the result is a pixel off. Here it is double everywhere.
     """
 
     def __init__(self, original: GeneralizedRCNNTransform) -> None:
