@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from gdetkd_cli.data.synthetic import CLASS_NAMES, synthetic_split
-from gdetkd_cli.detectors import catalog, torchvision_common
+from gdetkd_cli.detectors import catalog
+from gdetkd_cli.detectors.torchvision import common
 from gdetkd_cli.evaluation.coco_metrics import evaluate_coco
 from gdetkd_cli.evaluation.predict import predict_split
 from gdetkd_cli.structures import Batch, Detections
@@ -39,7 +40,7 @@ def main() -> None:
     print(f"{options.model}, {options.scenes} scenes at {CORNER}, {device}")
     print(f"float32                        {ap_of(detector, options.scenes, device, None):.1f} AP")
     print(f"{options.dtype:30} {ap_of(detector, options.scenes, device, dtype):.1f} AP")
-    with patch.object(torchvision_common, "exact_boxes", lambda _: nullcontext()):
+    with patch.object(common, "exact_boxes", lambda _: nullcontext()):
         print(f"{options.dtype + ', boxes too':30} {ap_of(detector, options.scenes, device, dtype):.1f} AP")
 
 

@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from gdetkd_cli.detectors import catalog
-from gdetkd_cli.detectors.files import Kind, kind_of, open_runner
 from gdetkd_cli.detectors.probed import ProbedDetector
 from gdetkd_cli.detectors.protocol import Detector
 from gdetkd_cli.detectors.scripted import NotRebuiltError, load_scripted
@@ -26,8 +25,9 @@ from gdetkd_cli.detectors.weights import (
     torchvision_weights,
 )
 from gdetkd_cli.errors import ModelError
+from gdetkd_cli.probing.formats.files import Kind, kind_of, open_runner
+from gdetkd_cli.probing.formats.runner import Runner
 from gdetkd_cli.probing.inputs import ModelInput
-from gdetkd_cli.probing.runner import Runner
 from gdetkd_cli.recipe import schema
 from gdetkd_cli.recipe.schema import CheckpointDetector, ComposedDetector, FactoryDetector, TorchvisionDetector
 

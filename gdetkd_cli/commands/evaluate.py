@@ -18,7 +18,6 @@ from gdetkd_cli.data.loader import validation_batches
 from gdetkd_cli.data.readers.coco import align_classes
 from gdetkd_cli.data.split import Split
 from gdetkd_cli.detectors import catalog
-from gdetkd_cli.detectors.files import Kind, kind_of
 from gdetkd_cli.distill.distiller import synchronize
 from gdetkd_cli.engine.events import Note, Observer, counting, silent
 from gdetkd_cli.engine.run_folder import RunFolder
@@ -26,6 +25,7 @@ from gdetkd_cli.errors import DataError, RecipeError
 from gdetkd_cli.evaluation.coco_metrics import CocoMetrics, evaluate_coco
 from gdetkd_cli.evaluation.exported import NotOursError, OnnxDetector, ScriptedDetector
 from gdetkd_cli.evaluation.predict import Predictor, predict_split
+from gdetkd_cli.probing.formats.files import Kind, kind_of
 from gdetkd_cli.recipe.builtin import list_builtin
 from gdetkd_cli.recipe.checks import require_trained_teacher
 from gdetkd_cli.recipe.load import load_recipe

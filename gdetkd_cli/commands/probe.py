@@ -13,13 +13,13 @@ from gdetkd_cli import portable
 from gdetkd_cli.data.image_files import ImageFiles, read_image_size
 from gdetkd_cli.detectors import catalog
 from gdetkd_cli.detectors.factory import is_reference, make
-from gdetkd_cli.detectors.files import kind_of, open_runner
 from gdetkd_cli.detectors.protocol import Detector
 from gdetkd_cli.engine.events import Note, Observer, silent
 from gdetkd_cli.errors import ModelError
+from gdetkd_cli.probing.formats.files import kind_of, open_runner
+from gdetkd_cli.probing.formats.runner import ModuleRunner, Runner, calls_for
 from gdetkd_cli.probing.inputs import ModelInput
-from gdetkd_cli.probing.probe import probe, probe_image
-from gdetkd_cli.probing.runner import ModuleRunner, Runner, calls_for
+from gdetkd_cli.probing.pyramid import probe, probe_image
 from gdetkd_cli.report.pyramid import Alternative, LevelReport, PyramidReport, describe_on_image, level_statistics
 
 _SIZE = (480, 640)  # pixels

@@ -15,12 +15,12 @@ from torchvision.models.detection.retinanet import RetinaNet
 from torchvision.models.detection.ssd import SSD
 
 from gdetkd_cli import portable
-from gdetkd_cli.detectors.dense import DenseDetector
 from gdetkd_cli.detectors.factory import make
 from gdetkd_cli.detectors.protocol import Detector
 from gdetkd_cli.detectors.recognise import recognise
+from gdetkd_cli.detectors.torchvision.dense import DenseDetector
+from gdetkd_cli.detectors.torchvision.two_stage import TwoStageDetector
 from gdetkd_cli.detectors.trainable import TrainableDetector
-from gdetkd_cli.detectors.two_stage import TwoStageDetector
 from gdetkd_cli.detectors.weights import (
     CLASS_LAYERS,
     load_state,

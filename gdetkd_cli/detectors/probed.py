@@ -14,13 +14,13 @@ from torch.nn.functional import pad
 
 from gdetkd_cli.detectors.pooling import DENSE_CELLS, TWO_STAGE_CELLS, assign_levels, channels_of, pool_assigned
 from gdetkd_cli.detectors.protocol import Detector, Family, Finding, Observation, RegionView, View
-from gdetkd_cli.detectors.torchvision_common import device_of, evaluating
+from gdetkd_cli.detectors.torchvision.common import device_of, evaluating
 from gdetkd_cli.errors import ModelError, PairError
+from gdetkd_cli.probing.formats.runner import RUN_ERRORS, Runner, reason_of
 from gdetkd_cli.probing.geometry import Geometry
 from gdetkd_cli.probing.inputs import ModelInput
 from gdetkd_cli.probing.outputs import OutputForm
-from gdetkd_cli.probing.probe import Probed, frame_of, probe
-from gdetkd_cli.probing.runner import RUN_ERRORS, Runner, reason_of
+from gdetkd_cli.probing.pyramid import Probed, frame_of, probe
 from gdetkd_cli.structures import Batch, Detections, Frame, LevelSpec, Pyramid, Regions
 
 

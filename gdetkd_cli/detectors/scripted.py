@@ -13,13 +13,13 @@ import torch
 from torch import nn
 
 from gdetkd_cli.detectors import catalog
-from gdetkd_cli.detectors.files import DESCRIPTION_FILE, load_torchscript
 from gdetkd_cli.detectors.recognise import Recognised, recognise
-from gdetkd_cli.detectors.torchvision_common import predict
+from gdetkd_cli.detectors.torchvision.common import predict
 from gdetkd_cli.detectors.weights import load_state, torchvision_categories
 from gdetkd_cli.errors import ModelError
-from gdetkd_cli.probing.class_names import OWN
-from gdetkd_cli.probing.probe import probe_image
+from gdetkd_cli.probing.formats.class_names import OWN
+from gdetkd_cli.probing.formats.files import DESCRIPTION_FILE, load_torchscript
+from gdetkd_cli.probing.pyramid import probe_image
 
 CLASSES, ARCHITECTURE = OWN, "gdetkd.architecture"  # what gdetkd's own files say of themselves, each as JSON
 _SIZE = (256, 320)  # pixels of the image that both forms are compared on

@@ -12,16 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gdetkd_cli.detectors import torchvision_common as common
-from gdetkd_cli.detectors.geometry import is_subsampled
+from gdetkd_cli.detectors.measure import is_subsampled
 from gdetkd_cli.detectors.probed import ProbedDetector, stack
 from gdetkd_cli.detectors.protocol import Candidates, Observation
 from gdetkd_cli.detectors.tap import Tap
+from gdetkd_cli.detectors.torchvision import common
 from gdetkd_cli.errors import PairError
+from gdetkd_cli.probing.formats.runner import ModuleRunner, calls_for
 from gdetkd_cli.probing.inputs import ModelInput
-from gdetkd_cli.probing.probe import probe_image
+from gdetkd_cli.probing.pyramid import probe_image
 from gdetkd_cli.probing.record import Output, tensors_in
-from gdetkd_cli.probing.runner import ModuleRunner, calls_for
 from gdetkd_cli.structures import Batch, Pyramid
 
 _JITTERED = 4  # boxes near each true one

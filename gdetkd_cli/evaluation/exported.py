@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from gdetkd_cli import __version__
-from gdetkd_cli.detectors.files import DESCRIPTION_FILE, load_torchscript
 from gdetkd_cli.detectors.protocol import Detector
 from gdetkd_cli.detectors.scripted import ARCHITECTURE, CLASSES
 from gdetkd_cli.errors import ModelError, first_line
+from gdetkd_cli.probing.formats.files import DESCRIPTION_FILE, load_torchscript
 from gdetkd_cli.structures import Detections
 
 INPUT = "image"

@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
-from gdetkd_cli.detectors.files import DESCRIPTION_FILE
 from gdetkd_cli.detectors.protocol import Detector
 from gdetkd_cli.errors import ExportError, first_line
 from gdetkd_cli.evaluation.exported import describe
 from gdetkd_cli.export.single_image import SingleImage
+from gdetkd_cli.probing.formats.files import DESCRIPTION_FILE
 
 
 def export_torchscript(detector: Detector, path: Path, *, architecture: dict[str, Any]) -> str:

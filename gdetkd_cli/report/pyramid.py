@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from gdetkd_cli.detectors.protocol import Detector
-from gdetkd_cli.detectors.torchvision_common import device_of
+from gdetkd_cli.detectors.torchvision.common import device_of
+from gdetkd_cli.probing.formats.runner import CALLS
 from gdetkd_cli.probing.outputs import ROWS
-from gdetkd_cli.probing.probe import probe_image
-from gdetkd_cli.probing.runner import CALLS
+from gdetkd_cli.probing.pyramid import probe_image
 from gdetkd_cli.structures import Batch
 
 

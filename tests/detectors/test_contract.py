@@ -12,7 +12,7 @@ import torch
 from catalogue import CLASSES, SPECS, SSD300_CELLS, Spec, all_regions
 
 from gdetkd_cli import portable
-from gdetkd_cli.detectors import catalog, geometry
+from gdetkd_cli.detectors import catalog, measure
 from gdetkd_cli.detectors.protocol import Detector, Observation, View
 from gdetkd_cli.structures import Batch, Detections, Regions
 
@@ -39,7 +39,7 @@ def case(request: pytest.FixtureRequest, small: None) -> Case:
     case = Case(spec, catalog.build(spec.description, CLASSES))
     with pytest.MonkeyPatch.context() as patch:
         if max(spec.strides) <= 128 and "ssd" not in request.param:
-            patch.setattr(geometry, "_SIDES", (128, 192))  # pixels; the SSDs need more
+            patch.setattr(measure, "_SIDES", (128, 192))  # pixels; the SSDs need more
         assert case.detector.levels  # measured here, once
     return case
 

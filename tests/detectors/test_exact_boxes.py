@@ -20,9 +20,9 @@ from torchvision.models.detection.ssd import SSD
 
 from gdetkd_cli.data.synthetic import CLASS_NAMES, synthetic_split
 from gdetkd_cli.detectors import catalog
-from gdetkd_cli.detectors.dense import DenseDetector
 from gdetkd_cli.detectors.protocol import Detector, Observation
 from gdetkd_cli.detectors.tap import Tap
+from gdetkd_cli.detectors.torchvision.dense import DenseDetector
 from gdetkd_cli.evaluation.coco_metrics import evaluate_coco
 from gdetkd_cli.evaluation.predict import predict_split
 from gdetkd_cli.portable import cascade

@@ -15,8 +15,8 @@ import pytest
 import torch
 from twins import SharedHead
 
-from gdetkd_cli.detectors.exported_program import load_exported
 from gdetkd_cli.errors import ModelError
+from gdetkd_cli.probing.formats.exported import load_exported
 
 
 class Touches:

@@ -16,11 +16,11 @@ from twins import NoNeck, SharedHead, TwoWay
 
 from gdetkd_cli.assembly.distillation import build_pair
 from gdetkd_cli.commands import run_distill
-from gdetkd_cli.detectors.files import kind_of, open_runner
 from gdetkd_cli.detectors.probed import ProbedDetector
 from gdetkd_cli.errors import ModelError
+from gdetkd_cli.probing.formats.files import kind_of, open_runner
+from gdetkd_cli.probing.formats.runner import ModuleRunner
 from gdetkd_cli.probing.inputs import ModelInput
-from gdetkd_cli.probing.runner import ModuleRunner
 from gdetkd_cli.recipe.distillation import Distill
 from gdetkd_cli.recipe.schema import CheckpointDetector
 from gdetkd_cli.structures import Batch, Regions

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gdetkd_cli.detectors.files import kind_of, open_runner
+from gdetkd_cli.probing.formats.files import kind_of, open_runner
+from gdetkd_cli.probing.formats.runner import ModuleRunner, Runner
 from gdetkd_cli.probing.inputs import ModelInput
-from gdetkd_cli.probing.probe import Probed, probe
-from gdetkd_cli.probing.runner import ModuleRunner, Runner
+from gdetkd_cli.probing.pyramid import Probed, probe
 
 SIZE = (192, 256)
 

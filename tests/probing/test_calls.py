@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from twins import Body, SharedHead
 
 from gdetkd_cli.errors import ModelError, NoPyramidError
+from gdetkd_cli.probing.formats.runner import ModuleRunner, Runner, calls_for, reason_of
 from gdetkd_cli.probing.inputs import ModelInput
-from gdetkd_cli.probing.probe import probe
-from gdetkd_cli.probing.runner import ModuleRunner, Runner, calls_for, reason_of
+from gdetkd_cli.probing.pyramid import probe
 
 
 class Classifier(nn.Module):

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 from twins import NoNeck, SharedHead, TwoWay
 
-from gdetkd_cli.probing import runner as runner_module
+from gdetkd_cli.probing.formats import runner as runner_module
+from gdetkd_cli.probing.formats.runner import ModuleRunner
 from gdetkd_cli.probing.inputs import ModelInput
-from gdetkd_cli.probing.probe import probe
+from gdetkd_cli.probing.pyramid import probe
 from gdetkd_cli.probing.record import Address, read
-from gdetkd_cli.probing.runner import ModuleRunner
 
 SIZE = (96, 128)
 

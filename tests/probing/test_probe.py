@@ -27,10 +27,10 @@ from twins import (
 )
 
 from gdetkd_cli.errors import ModelError, NoPyramidError
+from gdetkd_cli.probing.formats.runner import ModuleRunner
 from gdetkd_cli.probing.inputs import ModelInput
-from gdetkd_cli.probing.probe import probe
+from gdetkd_cli.probing.pyramid import probe
 from gdetkd_cli.probing.record import Output
-from gdetkd_cli.probing.runner import ModuleRunner
 
 NOT_SCRIPTED = (Functional, TwoWay, OneConvolutionHeads, Tokens, PatchMerging, TokenDecoder, Stems, Smoothed)
 CALLS = {"exported": "(1, 3, H, W) tensor", "onnx": "(1, 3, H, W) tensor"}

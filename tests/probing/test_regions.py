@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from torchvision.ops import MultiScaleRoIAlign
 from twins import TopDown
 
-from gdetkd_cli.detectors.files import kind_of, open_runner
 from gdetkd_cli.detectors.pooling import DENSE_CELLS, TWO_STAGE_CELLS
 from gdetkd_cli.detectors.probed import ProbedDetector
+from gdetkd_cli.probing.formats.files import kind_of, open_runner
+from gdetkd_cli.probing.formats.runner import ModuleRunner, Runner
 from gdetkd_cli.probing.inputs import ModelInput
-from gdetkd_cli.probing.probe import probe
+from gdetkd_cli.probing.pyramid import probe
 from gdetkd_cli.probing.record import sides_of
-from gdetkd_cli.probing.runner import ModuleRunner, Runner
 from gdetkd_cli.structures import Batch, Regions
 
 SIZE = (256, 256)

@@ -11,10 +11,10 @@ from typing import Literal
 import torch
 import torchvision  # noqa: F401  # registers the operators that a scripted detector calls
 
-from gdetkd_cli.detectors.exported_program import load_exported
 from gdetkd_cli.errors import ModelError, first_line
-from gdetkd_cli.probing.class_names import class_names_in
-from gdetkd_cli.probing.runner import ModuleRunner, Runner, calls_for
+from gdetkd_cli.probing.formats.class_names import class_names_in
+from gdetkd_cli.probing.formats.exported import load_exported
+from gdetkd_cli.probing.formats.runner import ModuleRunner, Runner, calls_for
 
 DESCRIPTION_FILE = "gdetkd.json"  # in a TorchScript file that gdetkd exported
 _YOLO_FILE = "config.txt"  # in one that ultralytics exported; JSON as well
@@ -51,7 +51,7 @@ def open_runner(path: Path, kind: Kind, *, last: bool = False) -> Runner:
         ModelError: not a whole file of its kind, or one that needs pickled code.
     """
     if kind == "onnx":
-        from gdetkd_cli.probing.onnx_runner import OnnxRunner  # onnx and onnxruntime take their time
+        from gdetkd_cli.probing.formats.onnx import OnnxRunner  # onnx and onnxruntime take their time
 
         return OnnxRunner(path)
     if kind == "exported":

@@ -16,11 +16,11 @@ from torchvision.models.detection.retinanet import RetinaNet
 from torchvision.models.detection.ssd import SSD
 from torchvision.ops import clip_boxes_to_image
 
-from gdetkd_cli.detectors import torchvision_common as common
-from gdetkd_cli.detectors.exact_boxes import exact_boxes
 from gdetkd_cli.detectors.pooling import DENSE_CELLS, assign_levels, channels_of, pool_all_levels, pool_assigned
 from gdetkd_cli.detectors.protocol import Candidates, Detector, Family, Observation, RegionView, View
 from gdetkd_cli.detectors.tap import Tap
+from gdetkd_cli.detectors.torchvision import common
+from gdetkd_cli.detectors.torchvision.exact_boxes import exact_boxes
 from gdetkd_cli.host import beside, sent
 from gdetkd_cli.structures import Batch, Detections, LevelSpec, Pyramid, Regions
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gdetkd_cli.detectors.exact_boxes import exact_boxes
-from gdetkd_cli.detectors.geometry import measure_levels
+from gdetkd_cli.detectors.measure import measure_levels
+from gdetkd_cli.detectors.torchvision.exact_boxes import exact_boxes
 from gdetkd_cli.structures import Batch, Detections, Frame, LevelSpec
 
 

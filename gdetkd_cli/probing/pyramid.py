@@ -14,12 +14,12 @@ from torch.nn.functional import interpolate
 
 from gdetkd_cli.errors import ModelError, NoPyramidError
 from gdetkd_cli.probing.flow import LINEAR
+from gdetkd_cli.probing.formats.runner import Runner
 from gdetkd_cli.probing.geometry import Geometry, cells_of, evenly, measure_frame, through
 from gdetkd_cli.probing.inputs import Call, ModelInput
 from gdetkd_cli.probing.levels import Found, Layout, choose_levels, find_levels
 from gdetkd_cli.probing.outputs import OutputForm, recognise_form
 from gdetkd_cli.probing.record import Address, Output, Value
-from gdetkd_cli.probing.runner import Runner
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gdetkd_cli.detectors import torchvision_common as common
-from gdetkd_cli.detectors.exact_boxes import exact_boxes
 from gdetkd_cli.detectors.pooling import assign_levels, pool_assigned
 from gdetkd_cli.detectors.protocol import Candidates, Detector, Family, Observation, RegionView, StageView, View
 from gdetkd_cli.detectors.tap import Tap
+from gdetkd_cli.detectors.torchvision import common
+from gdetkd_cli.detectors.torchvision.exact_boxes import exact_boxes
 from gdetkd_cli.structures import Batch, Detections, LevelSpec, Pyramid, Regions
 
 _POOL, _HEAD, _PREDICTOR = "roi_heads.box_roi_pool", "roi_heads.box_head", "roi_heads.box_predictor"

@@ -17,10 +17,10 @@ from onnx import AttributeProto, ModelProto, NodeProto, TensorProto
 from torch import Tensor, nn
 
 from gdetkd_cli.errors import NO_CONVOLUTION, ModelError, NoPyramidError, first_line
-from gdetkd_cli.probing.class_names import class_names_in
+from gdetkd_cli.probing.formats.class_names import class_names_in
+from gdetkd_cli.probing.formats.runner import Recorded
 from gdetkd_cli.probing.inputs import Call, alone, channels_last, stacked
 from gdetkd_cli.probing.record import Address, Value, Window, sides_of
-from gdetkd_cli.probing.runner import Recorded
 
 # As aten names them, since that is what levels are recognised by.
 _NAMES = {

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gdetkd_cli.detectors.geometry import is_subsampled, measure_levels
+from gdetkd_cli.detectors.measure import is_subsampled, measure_levels
 from gdetkd_cli.errors import ModelError
 from gdetkd_cli.structures import LevelSpec
 

@@ -24,9 +24,9 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
 
 from gdetkd_cli.errors import NO_CONVOLUTION, ModelError, NoPyramidError, first_line
+from gdetkd_cli.probing.formats.runner import CALLS, ModuleRunner
 from gdetkd_cli.probing.inputs import Call, channels_last, stacked
 from gdetkd_cli.probing.record import Tell
-from gdetkd_cli.probing.runner import CALLS, ModuleRunner
 
 # Sizes are sympy expressions, as in Mul(Integer(32), Symbol('s0', positive=True)): names in quotes, and calls of
 # classes, which begin with a capital; no attributes, no other strings, no functions of Python's.
