@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,18 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     except ValidationError as error:
         found = problems(error, data, Recipe)
         raise RecipeError("\n".join(f"{_place(p, path, node, changes)}: {_sentence(p)}" for p in found)) from error
+
+
+def validate_recipe(fields: Mapping[str, Any]) -> Recipe:
+    """Validates a recipe given as plain data.
+
+    Raises:
+        RecipeError: one line for each problem, with its field.
+    """
+    try:
+        return typed_recipe(Recipe.model_validate(dict(fields)))
+    except ValidationError as error:
+        raise RecipeError("\n".join(map(_sentence, problems(error, dict(fields), Recipe)))) from error
 
 
 def find_recipe(source: str | Path) -> Path:

@@ -1,4 +1,4 @@
-"""ImageFiles of what detectors see."""
+"""Images of what detectors see."""
 
 from __future__ import annotations
 

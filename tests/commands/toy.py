@@ -54,7 +54,7 @@ def _teacher_weights(head: str) -> str:
 
 
 def write_images(folder: Path, names: Sequence[str]) -> None:
-    """ImageFiles of the built-in scenes, 64 pixels wide, into files of these names; no annotations."""
+    """Images of the built-in scenes, 64 pixels wide, into files of these names; no annotations."""
     split = synthetic_split(split="train", images=len(names), size=64, seed=0)
     for i, name in enumerate(names):
         path = folder / name
