@@ -7,6 +7,7 @@ import math
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pickle import UnpicklingError
 from time import perf_counter
 
 import torch
@@ -20,7 +21,7 @@ from gdetkd_cli.distill.distiller import Distiller
 from gdetkd_cli.engine.events import Evaluated, Observer, StepDone
 from gdetkd_cli.engine.readings import Reading, Readings, reads_every
 from gdetkd_cli.engine.run_folder import RunFolder, write_text
-from gdetkd_cli.errors import NonFiniteLossError
+from gdetkd_cli.errors import NonFiniteLossError, RunFolderError, first_line
 from gdetkd_cli.evaluation.coco_metrics import CocoMetrics
 from gdetkd_cli.structures import Batch, LossReport
 
@@ -94,8 +95,8 @@ class Loop:
         self._readings = Readings(reads_every(accelerator.device, options.log_every))
         self._window = _Window()
         self._forward, self._optimizer = accelerator.prepare(distiller, optimizer)
-        # Not prepared: accelerate would advance it once for each process at every step.
-        accelerator.register_for_checkpointing(schedule)
+        # The schedule is neither prepared, since accelerate would advance it once per process at every step, nor
+        # registered for checkpoints, since accelerate would unpickle its state.
 
     def run(self, resume: bool) -> CocoMetrics | None:
         """Trains to the end; returns the last evaluation (on the main process).
@@ -235,13 +236,19 @@ class Loop:
         self._accelerator.save_state(str(fresh), safe_serialization=False)
         self._accelerator.wait_for_everyone()
         if self._accelerator.is_main_process:
-            write_text(fresh / "progress.json", json.dumps({"step": done}))
+            progress = {"step": done, "schedule": self._schedule.state_dict()}
+            write_text(fresh / "progress.json", json.dumps(progress))
             self._folder.replace_resume(fresh)
         self._accelerator.wait_for_everyone()
 
     def _restore(self) -> int:
-        step = self._folder.progress()
-        self._accelerator.load_state(str(self._folder.resume))
+        self._folder.check_resume()
+        step, schedule = self._folder.progress()
+        try:
+            self._accelerator.load_state(str(self._folder.resume))  # weights only: no pickle is executed
+        except (RuntimeError, ValueError, UnpicklingError) as error:
+            raise RunFolderError(f"{self._folder.resume} cannot be resumed from: {first_line(error)}") from error
+        self._schedule.load_state_dict(schedule)
         if self._accelerator.is_main_process:
             self._folder.drop_log_after(step)
         return step

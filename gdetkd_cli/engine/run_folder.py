@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -16,6 +17,9 @@ try:
     import fcntl
 except ImportError:  # Windows has no such locks: there a folder is not guarded
     fcntl = None  # type: ignore[assignment]
+
+
+MANIFEST = "manifest.json"  # of a resume checkpoint
 
 
 class RunFolder:
@@ -71,11 +75,11 @@ class RunFolder:
             yield
         lock.unlink(missing_ok=True)
 
-    def progress(self) -> int:
-        """Optimizer steps that the resume checkpoint has behind it.
+    def progress(self) -> tuple[int, dict[str, Any]]:
+        """Optimizer steps that the resume checkpoint has behind it, and the state of its schedule.
 
         Raises:
-            RunFolderError: there is no checkpoint.
+            RunFolderError: there is no checkpoint, or it has another format.
         """
         file = self.resume / "progress.json"
         if not file.exists():
@@ -83,7 +87,31 @@ class RunFolder:
                 f"{self.path} has no resume checkpoint; expected the folder of a run that was stopped after its first "
                 "checkpoint (see train.checkpoint_every)"
             )
-        return int(json.loads(file.read_text())["step"])
+        try:
+            progress = json.loads(file.read_text())
+            return int(progress["step"]), dict(progress["schedule"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise RunFolderError(f"{file} is not a checkpoint of this version of gdetkd; start the run anew") from error
+
+    def check_resume(self) -> None:
+        """Compares the resume checkpoint with its manifest.
+
+        Raises:
+            RunFolderError: a file is missing, damaged, or was added.
+        """
+        manifest = self.resume / MANIFEST
+        if not manifest.exists():
+            raise RunFolderError(f"{self.resume} has no {MANIFEST}, so it cannot be checked; start the run anew")
+        try:
+            expected = json.loads(manifest.read_text())
+        except ValueError as error:
+            raise RunFolderError(f"{manifest} is damaged; start the run anew") from error
+        found = _describe_files(self.resume)
+        wrong = sorted(name for name in {*expected, *found} if expected.get(name) != found.get(name))
+        if wrong:
+            raise RunFolderError(
+                f"{self.resume} was changed or damaged since it was written ({', '.join(wrong)}); start the run anew"
+            )
 
     def log(self, line: dict[str, Any]) -> None:
         """Appends one line to metrics.jsonl."""
@@ -103,6 +131,7 @@ class RunFolder:
 
     def replace_resume(self, fresh: Path) -> None:
         """Makes a folder, written whole, the resume checkpoint. A kill at any moment leaves the old or the new one."""
+        write_text(fresh / MANIFEST, json.dumps(_describe_files(fresh), indent=2))
         old = self.path / "resume.old"
         shutil.rmtree(old, ignore_errors=True)
         if self.resume.exists():
@@ -115,6 +144,19 @@ class RunFolder:
         old = self.path / "resume.old"
         if old.exists() and not self.resume.exists():
             os.replace(old, self.resume)
+
+
+def _describe_files(folder: Path) -> dict[str, dict[str, Any]]:
+    """By name, size in bytes and SHA-256 of every file of a checkpoint, its manifest left out."""
+    described = {}
+    for path in sorted(folder.iterdir()):
+        if path.name != MANIFEST:
+            with path.open("rb") as file:
+                described[path.name] = {
+                    "bytes": path.stat().st_size,
+                    "sha256": hashlib.file_digest(file, "sha256").hexdigest(),
+                }
+    return described
 
 
 def choose(path: Path | None, default_name: str) -> RunFolder:

@@ -79,7 +79,7 @@ def test_the_last_checkpoint_before_a_fault_is_kept(tmp_path: Path, monkeypatch:
     with pytest.raises(NonFiniteLossError, match="nan at step 4"):
         run_distill(recipe(checkpoint_every=3, log_every=2), output=tmp_path / "run")
 
-    assert json.loads((tmp_path / "run" / "resume" / "progress.json").read_text()) == {"step": 3}
+    assert json.loads((tmp_path / "run" / "resume" / "progress.json").read_text())["step"] == 3
     assert written(tmp_path / "run") == [2, 4]
     kept = torch.load(tmp_path / "run" / "resume" / "pytorch_model.bin", weights_only=True)
     assert all(value.isfinite().all() for value in kept.values())

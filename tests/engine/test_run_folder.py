@@ -36,7 +36,7 @@ def test_a_file_in_place_of_the_folder_is_refused(tmp_path: Path) -> None:
 
 def checkpoint(path: Path, step: int) -> Path:
     path.mkdir()
-    (path / "progress.json").write_text(json.dumps({"step": step}))
+    (path / "progress.json").write_text(json.dumps({"step": step, "schedule": {}}))
     return path
 
 
@@ -44,7 +44,7 @@ def test_replacing_the_checkpoint(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     for step in (3, 6):
         folder.replace_resume(checkpoint(tmp_path / "resume.new", step))
-        assert folder.progress() == step
+        assert folder.progress() == (step, {})
     assert sorted(p.name for p in tmp_path.iterdir()) == ["resume"]
 
 
@@ -52,7 +52,7 @@ def test_a_kill_between_the_two_renames_loses_nothing(tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text("name: x")
     checkpoint(tmp_path / "resume.old", 3)  # the old one was moved away, the new one is not in place yet
     checkpoint(tmp_path / "resume.new", 6)
-    assert open_existing(tmp_path).progress() == 3
+    assert open_existing(tmp_path).progress() == (3, {})
 
 
 def test_lines_after_the_checkpoint_are_dropped(tmp_path: Path) -> None:

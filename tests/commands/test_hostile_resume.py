@@ -1,0 +1,82 @@
+"""Run folders from strangers: resuming one executes nothing, and a damaged checkpoint is refused."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pickle
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import toy
+
+from gdetkd_cli.commands import resume_run, run_train
+from gdetkd_cli.errors import GDetKDError, RunFolderError
+
+
+class Hostile:
+    """Leaves a file behind when it is unpickled."""
+
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self) -> tuple[Callable[..., object], tuple[object, ...]]:
+        return os.mkdir, (str(self.trace),)
+
+
+@pytest.fixture
+def stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A run that was stopped after its checkpoint of step 3."""
+    run = tmp_path / "run"
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("gdetkd_cli.commands.train.evaluate_split", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run_train(toy.recipe(steps=4, checkpoint_every=3), output=run)
+    assert (run / "resume").exists()
+    return run
+
+
+def forge_manifest(resume: Path) -> None:
+    """What someone who changes a file on purpose does as well."""
+    files = [path for path in resume.iterdir() if path.name != "manifest.json"]
+    described = {
+        path.name: {"bytes": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+        for path in files
+    }
+    (resume / "manifest.json").write_text(json.dumps(described))
+
+
+@pytest.mark.parametrize(
+    "name", ["custom_checkpoint_0.pkl", "random_states_0.pkl", "optimizer.bin", "pytorch_model.bin", "scheduler.bin"]
+)
+def test_nothing_in_a_checkpoint_is_executed(name: str, stopped: Path, tmp_path: Path) -> None:
+    trace = tmp_path / "executed"
+    (stopped / "resume" / name).write_bytes(pickle.dumps(Hostile(trace)))
+    forge_manifest(stopped / "resume")
+    with suppress(GDetKDError):
+        resume_run(stopped)
+    assert not trace.exists()
+
+
+@pytest.mark.parametrize("harm", ["cut", "removed", "added"])
+def test_a_damaged_checkpoint_is_refused(harm: str, stopped: Path) -> None:
+    weights = stopped / "resume" / "pytorch_model.bin"
+    if harm == "cut":
+        weights.write_bytes(weights.read_bytes()[:-1])
+    elif harm == "removed":
+        weights.unlink()
+    else:
+        (stopped / "resume" / "more.bin").touch()
+    with pytest.raises(RunFolderError, match="was changed or damaged since it was written"):
+        resume_run(stopped)
+
+
+def test_an_unchanged_checkpoint_is_resumed(stopped: Path) -> None:
+    assert resume_run(stopped).steps == 4
