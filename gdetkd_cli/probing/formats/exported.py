@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
 
 from gdetkd_cli.errors import NO_CONVOLUTION, ModelError, NoPyramidError, first_line
+from gdetkd_cli.probing.formats.operators import allows_target
 from gdetkd_cli.probing.formats.runner import CALLS, ModuleRunner
 from gdetkd_cli.probing.inputs import Call, channels_last, stacked
 from gdetkd_cli.probing.record import Tell
@@ -32,7 +33,6 @@ from gdetkd_cli.probing.record import Tell
 # classes, which begin with a capital; no attributes, no other strings, no functions of Python's.
 _EXPRESSION = re.compile(r"([A-Za-z0-9_+\-*/(),<>=!&|~%. ]|'\w+')*")
 _UNSAFE = re.compile(r"__|[A-Za-z_)']\s*\.|\b[a-z_]\w*\s*\(|\)\s*\(")
-_OPERATOR = re.compile(r"torch\.ops(\.\w+){2,3}|_operator\.\w+|math\.\w+|torch\.sym_\w+")
 
 
 def load_exported(path: Path) -> ModuleRunner:
@@ -164,7 +164,7 @@ def _check_json(path: Path, name: str, content: Any) -> None:
             if isinstance(expression, str) and not _is_harmless(expression):
                 raise _refusal(path, f"a size reads {expression[:60]!r}")
             target = entry.get("target")
-            if isinstance(target, str) and "inputs" in entry and not _OPERATOR.fullmatch(target):
+            if isinstance(target, str) and "inputs" in entry and not allows_target(target):
                 raise _refusal(path, f"a node calls {target[:60]}")
             stack.extend(entry.values())
         elif isinstance(entry, list):

@@ -14,6 +14,7 @@ import torchvision  # noqa: F401  # registers the operators that a scripted dete
 from gdetkd_cli.errors import ModelError, first_line
 from gdetkd_cli.probing.formats.class_names import class_names_in
 from gdetkd_cli.probing.formats.exported import load_exported
+from gdetkd_cli.probing.formats.operators import check_torchscript
 from gdetkd_cli.probing.formats.runner import ModuleRunner, Runner, calls_for
 
 DESCRIPTION_FILE = "gdetkd.json"  # in a TorchScript file that gdetkd exported
@@ -84,8 +85,10 @@ def load_torchscript(
     """Reads a TorchScript file; ``extra_files`` is filled with what the file holds under its keys.
 
     Raises:
-        ModelError: not a whole TorchScript file, or one with operators that are not known here.
+        ModelError: not a whole TorchScript file, or one with operators that are unknown here or can do more than
+            compute (see ``check_torchscript``).
     """
+    check_torchscript(path)
     try:
         with warnings.catch_warnings(action="ignore"):  # torch.jit is deprecated, and says so
             # Not with map_location=device: SSD keeps tensors that are no buffers on the CPU.
