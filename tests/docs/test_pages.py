@@ -195,3 +195,16 @@ def test_generated_pages_have_every_command_and_field(generated: dict[str, str])
     for block in [schema, *schema["$defs"].values()]:
         for field in block.get("properties", {}):
             assert f"| `{field}` |" in generated["recipe.md"]
+
+
+NAMED = {
+    (str(document.relative_to(ROOT)), path)
+    for document in [*sorted(ROOT.glob("*.md")), *PAGES]
+    if document.name != "CHANGELOG.md"
+    for path in re.findall(r"`((?:gdetkd_cli|tests|benchmarks|docs|recipes)/[\w./-]+?)/?`", document.read_text("utf-8"))
+}
+
+
+@pytest.mark.parametrize(("document", "path"), sorted(NAMED), ids=str)
+def test_named_files_exist(document: str, path: str) -> None:
+    assert "NAME" in path or (ROOT / path).exists()
