@@ -1,5 +1,6 @@
 # make demo   environment if missing, then the whole job on the built-in data: teacher, student, distilled student
 # make test   environment if missing, then lint, types, layers, tests
+# make quick  the parts of `make test` that take a minute: for the time between two edits
 # make site   environment if missing, then the documentation as a site in site/; fails on a dead link
 # Another Python: make test PYTHON=python3.12
 
@@ -8,7 +9,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO_ARGS ?=
 
-.PHONY: demo test site env clean
+.PHONY: demo test quick site env clean
 
 env: $(VENV)/.installed
 
@@ -26,6 +27,11 @@ test: env
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/pytest
+
+quick: env
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/pytest tests/recipe tests/methods tests/data tests/evaluation tests/engine tests/docs tests/test_api.py
 
 site: env
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'

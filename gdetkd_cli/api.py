@@ -4,7 +4,7 @@ Example:
     >>> from gdetkd_cli import api
     >>> report = api.probe("builtin:shapes-teacher")
     >>> [(level.name, level.channels) for level in report.levels][:2]
-    [('backbone.0', 64), ('backbone.1', 64)]
+    [('backbone.0', 48), ('backbone.1', 48)]
 
 Every function raises a ``GDetKDError`` whose message names the mistake. Nothing is printed; pass an ``observer`` to
 receive progress.
