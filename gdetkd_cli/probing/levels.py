@@ -71,7 +71,7 @@ def find_levels(values: Sequence[Value]) -> FoundLevels:
     if not sets and (sequence := _find_token_sequence(flow)):
         return sequence
     if not sets:
-        raise NoPyramidError("no feature map of this model reaches a detection head as a map; name its levels")
+        raise NoPyramidError("no feature map of this model reaches a detection head as a map; name the levels yourself")
     ordered = [replace(found, levels=tuple(sorted(found.levels, key=lambda i: -flow.area(i)))) for found in sets]
     best = ordered[0]  # equal sizes stay in the head's order
     others = {found.levels: found.reason for found in (*ordered, _find_body_maps(flow, best.levels)) if found.levels}
@@ -316,5 +316,5 @@ def _find_body_maps(flow: Flow, levels: Sequence[int]) -> _Set:
         goes_on = any(0 < flow.area(c) != area for c in flow.children[i])
         if size and area == least[i] and goes_on:
             last[size] = i
-    wanted = [flow.size(i) for i in levels]
-    return _Set(tuple(i for size, i in last.items() if size in wanted), "the body's last map of each size")
+    sizes = [flow.size(i) for i in levels]
+    return _Set(tuple(i for size, i in last.items() if size in sizes), "the body's last map of each size")
