@@ -4,8 +4,8 @@
     python benchmarks/ladder/ladder.py --output runs/ladder --name prior0 --methods sgfi --set distill.sgfi.prior=0
 
 A default changes only if the change helps on every rung. The assignment rules of student and teacher agree on the
-lowest rung and are 1.8 octaves apart on the highest, which has COCO's geometry: 224 pixels at stride 16, RPN anchors
-of 8 cells, student levels P3 to P7, objects from 16 to 450 pixels. Each variant (``--name``) has its own folder; variants
+lowest rung and are 1.8 octaves apart on the highest, which has COCO's geometry: 224 pixels at stride 16, RPN anchors of
+8 cells, student levels P3 to P7, objects from 16 to 450 pixels. Each variant (``--name``) has its own folder; variants
 share the teachers. Finished runs are never repeated.
 """
 
