@@ -35,7 +35,7 @@ class _PooledReader:
         return self.reads[split](place)
 
 
-def fold_of(train: Split, val: Split, *, number: int, of: int, which: Literal["train", "val", "all"]) -> Split:
+def build_fold(train: Split, val: Split, *, number: int, of: int, which: Literal["train", "val", "all"]) -> Split:
     """Builds one fold of two pooled splits.
 
     Image ids are new: 1 to the number of images in both splits, the same in every fold, so that detections of several

@@ -14,11 +14,7 @@ Size = tuple[int, int]
 
 
 def find_stem(values: Sequence[Value]) -> int:
-    """Returns the index of the first convolution.
-
-    Raises:
-        NoPyramidError: there is none.
-    """
+    """Returns the index of the first convolution; raises a NoPyramidError if there is none."""
     stem = next((i for i, v in enumerate(values) if v.window and v.op == "convolution" and v.parents), None)
     if stem is None:
         raise NoPyramidError(NO_CONVOLUTION)
@@ -85,10 +81,7 @@ class Flow:
 def _match_map(shape: Sequence[int], frame: Size, single: bool) -> tuple[Size, bool] | None:
     """Returns ((height, width), channels last) if the shape covers the frame with one stride, give or take a cell.
 
-    Args:
-        shape: of the value.
-        frame: (height, width) of the network's input.
-        single: whether a single cell counts as a map.
+    With ``single``, one cell counts as a map.
     """
     if len(shape) != 4 or shape[0] != 1:
         return None

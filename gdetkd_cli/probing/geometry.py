@@ -136,12 +136,7 @@ def _fit_line(xs: Sequence[float], ys: Sequence[float]) -> tuple[float, float]:
 
 
 def to_image_pixels(frame: Geometry, cells: Geometry) -> Geometry:
-    """Converts cells from pixels of the network's input to pixels of the image.
-
-    Args:
-        frame: pixels of the network's input, in pixels of the image.
-        cells: in pixels of the network's input.
-    """
+    """Converts cells from pixels of the network's input to pixels of the image; ``frame`` relates the two."""
     return Geometry(
         stride=(cells.stride[0] * frame.stride[0], cells.stride[1] * frame.stride[1]),
         offset=(

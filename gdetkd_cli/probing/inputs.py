@@ -43,12 +43,7 @@ class ModelInput:
         return image
 
     def to_image(self, boxes: Tensor, size: tuple[int, int]) -> Tensor:
-        """Converts boxes (M, 4) xyxy from pixels of the model's input to pixels of the image, and clips them.
-
-        Args:
-            boxes: in pixels of the prepared image.
-            size: (height, width) of the image.
-        """
+        """Converts boxes (M, 4) xyxy from pixels of the model's input to pixels of the image of ``size``, clipped."""
         if self.fit is not None:
             inner = _inner_size(size, self.fit)
             boxes = boxes * boxes.new_tensor([size[1] / inner[1], size[0] / inner[0]]).repeat(2)

@@ -274,10 +274,7 @@ def _find_token_exits(flow: Flow, own_heads: _Set) -> _Set:
 
 
 def _find_token_sequence(flow: Flow) -> FoundLevels | None:
-    """The last tokens of a detector without later maps, one token per patch and some more (YOLOS).
-
-    The model must return boxes, and its first convolution must compute the patches.
-    """
+    """The last tokens of a model that returns boxes and computes patches in its first convolution (YOLOS)."""
     size = flow.size(flow.stem)
     boxes = any(value.result and value.shape[-1:] == (4,) and len(value.shape) > 1 for value in flow.values)
     if not size or not boxes:

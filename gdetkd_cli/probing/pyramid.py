@@ -49,12 +49,7 @@ class ProbedLevel:
     first_token: int = 0
 
     def as_map(self, value: Tensor, network_size: Sequence[int]) -> Tensor:
-        """Converts a value to the level's map (N, C, H, W).
-
-        Args:
-            value: read at ``address``.
-            network_size: (height, width) pixels of the network's input.
-        """
+        """Converts the value at ``address`` to a map (N, C, H, W); ``network_size`` is in pixels, (height, width)."""
         if self.layout == "NHWC":
             return value.movedim(-1, 1)
         if self.layout == "NCHW":
@@ -218,13 +213,6 @@ def _find_values(values: Sequence[Value], names: Sequence[str]) -> list[int]:
 
 def _find_first_token(runner: Runner, call: Call, image: Tensor, values: Sequence[Value], found: FoundLevels) -> int:
     """Finds the token of the first patch: from there on, the tokens change like the patches if the image changes.
-
-    Args:
-        runner: the model.
-        call: how it is called.
-        image: prepared for the model.
-        values: the record.
-        found: the levels.
 
     Raises:
         NoPyramidError: the tokens do not hold the patches row by row.

@@ -129,11 +129,7 @@ def _read_convention(path: Path, shape: tuple[Any, ...]) -> dict[str, Any]:
 
 
 def _check_file(path: Path) -> None:
-    """Refuses a file that would execute code when it is read.
-
-    Raises:
-        ModelError: it would, or it is incomplete.
-    """
+    """Raises a ModelError if the file is incomplete, or would execute code when it is read."""
     try:
         with zipfile.ZipFile(path) as archive:
             for name in archive.namelist():

@@ -80,12 +80,7 @@ def _parse_notes(text: str) -> dict[str, object]:
 def load_torchscript(
     path: Path, device: str = "cpu", extra_files: dict[str, str] | None = None
 ) -> torch.jit.ScriptModule:
-    """Reads a TorchScript file.
-
-    Args:
-        path: the file.
-        device: of the module.
-        extra_files: its values are replaced with the contents of the extra files of these names.
+    """Reads a TorchScript file, and its extra files into the values of ``extra_files``.
 
     Raises:
         ModelError: the file is incomplete, or calls an operator that is not installed.
