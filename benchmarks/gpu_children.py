@@ -1,4 +1,4 @@
-"""What ``gpu.py`` measures in processes of their own; each prints one line of JSON.
+"""Measurements that ``gpu.py`` runs in separate processes; each prints one line of JSON.
 
 python benchmarks/gpu_children.py memory|pasted|processes OPTIONS_AS_JSON
 """
@@ -13,7 +13,7 @@ import sys
 from typing import Any
 
 import torch
-from precision import ap_of, for_large_images
+from precision import load_for_large_images, measure_ap
 from torch import distributed
 
 from gdetkd_cli.commands.plan import endless_batches, prepare_steps
@@ -25,8 +25,8 @@ from gdetkd_cli.recipe.load import load_recipe
 _MEMORY_STEPS = 4
 
 
-def memory(options: dict[str, Any]) -> dict[str, Any]:
-    """Peak memory of a few training steps, with distillation or without."""
+def measure_memory(options: dict[str, Any]) -> dict[str, Any]:
+    """Measures the peak memory of a few training steps, with or without distillation."""
     recipe = load_recipe("paper/coco-frcnn-r50-x101", options["overrides"])
     if options.get("plain"):
         recipe = plain_recipe(recipe)
@@ -38,21 +38,18 @@ def memory(options: dict[str, Any]) -> dict[str, Any]:
     return {"peak_memory_mb": peak_memory_mb(stepper.device), "device": name}
 
 
-def pasted(options: dict[str, Any]) -> dict[str, Any]:
-    """AP of the shipped teacher on scenes far from the corner of a large image, in float32 and in bfloat16."""
-    detector = for_large_images("builtin:shapes-teacher", options["device"])
+def measure_pasted(options: dict[str, Any]) -> dict[str, Any]:
+    """Measures the shipped teacher's AP on scenes far from the corner of a large image, in float32 and bfloat16."""
+    detector = load_for_large_images("builtin:shapes-teacher", options["device"])
     dtypes = {"fp32": None, "bf16": torch.bfloat16}
-    found = {name: ap_of(detector, options["images"], options["device"], dtype) for name, dtype in dtypes.items()}
+    found = {name: measure_ap(detector, options["images"], options["device"], dtype) for name, dtype in dtypes.items()}
     return {"images": options["images"], **found}
 
 
-def processes(options: dict[str, Any]) -> dict[str, Any]:
-    """A few steps of one distillation by two processes that share a device.
-
-    NCCL refuses two ranks on one GPU, so they talk through gloo.
-    """
-    signal.alarm(options["most"])  # torchrun's processes outlive it when it is killed
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # a machine without a network has no other
+def run_processes(options: dict[str, Any]) -> dict[str, Any]:
+    """Runs a few steps of one distillation in two processes on one device, over gloo: NCCL allows one rank per GPU."""
+    signal.alarm(options["most"])  # if torchrun is killed, its processes survive
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # the only interface of a machine without a network
     distributed.init_process_group("gloo")
     os.environ["LOCAL_RANK"] = "0"  # both on the first device
     rank, world = distributed.get_rank(), distributed.get_world_size()
@@ -68,9 +65,9 @@ def processes(options: dict[str, Any]) -> dict[str, Any]:
     own = torch.cat([p.detach().float().flatten() for p in setup.student.detector.module.parameters()]).cpu()
     first = own.clone()
     distributed.broadcast(first, 0)
-    told: list[Any] = [None] * world
-    distributed.all_gather_object(told, {"finite": finite, "equal": torch.equal(first, own)})
-    facts = {name: all(one[name] for one in told) for name in ("finite", "equal")}
+    gathered: list[Any] = [None] * world
+    distributed.all_gather_object(gathered, {"finite": finite, "equal": torch.equal(first, own)})
+    facts = {name: all(checks[name] for checks in gathered) for name in ("finite", "equal")}
     backend = distributed.get_backend()
     distributed.destroy_process_group()
     return {"steps": options["steps"], "backend": backend, "device": str(stepper.device), **facts} if rank == 0 else {}
@@ -78,7 +75,7 @@ def processes(options: dict[str, Any]) -> dict[str, Any]:
 
 def main() -> None:
     name, options = sys.argv[1:]
-    found = {"memory": memory, "pasted": pasted, "processes": processes}[name](json.loads(options))
+    found = {"memory": measure_memory, "pasted": measure_pasted, "processes": run_processes}[name](json.loads(options))
     if found:
         print(json.dumps(found), flush=True)
 

@@ -1,4 +1,4 @@
-"""Images per second of the training loader alone: decoding, flip, resize to 800 pixels, in floating point.
+"""Measures the images per second of the training loader: decoding, flip, resize to 800 pixels, floating point.
 
 python benchmarks/loader.py --root PATH/TO/bccd --workers 0 1 2
 """
@@ -36,7 +36,7 @@ def main() -> None:
             split=split,
             augmentation=build_augmentation(flip=0.5, photometric=False, multi_scale=[options.side], max_size=1333),
             seed=0,
-            cache_mb=0,  # every image is decoded each time, as of a data set that does not fit in memory
+            cache_mb=0,  # decodes every image each time, as for a data set larger than memory
         )
         steps = WARMUP + max(workers, 1) * options.steps
         batches = training_batches(dataset=dataset, batch_size=BATCH, steps=steps, seed=0, workers=workers)

@@ -1,8 +1,8 @@
-"""What SGFI's match over levels has learnt in a run: mean weights of the student's levels, by the size of regions.
+"""Prints the weights of the student's levels in SGFI's learnt match, by the size of regions.
 
     python benchmarks/match.py runs/student
 
-Read from the run's last resume checkpoint.
+The weights come from the run's last resume checkpoint.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path)
     for run in parser.parse_args().runs:
-        weights, sides, temperature = read(run)
+        weights, sides, temperature = read_weights(run)
         step = (run / "resume" / "progress.json").read_text()
         print(f"{run}: {step}, tau {temperature:.2f}")
         for low, high in pairwise(SIDES):
@@ -38,8 +38,8 @@ def main() -> None:
                 print(f"  {low:4} to {high:5} pixels, {int(rows.sum()):5} regions:  {mean}")
 
 
-def read(run: Path) -> tuple[Tensor, Tensor, float]:
-    """(R, L) weights, (R,) sides in pixels, and tau, over a few training batches."""
+def read_weights(run: Path) -> tuple[Tensor, Tensor, float]:
+    """Returns (R, L) weights, (R,) sides in pixels, and tau, over a few training batches."""
     recipe = load_recipe(run / "recipe.yaml")
     setup, _ = prepare_steps(recipe)
     distiller: Any = setup.distiller

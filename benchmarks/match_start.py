@@ -1,8 +1,8 @@
-"""How far SGFI's match strays from the student's own levels in the first steps: their mean weight, every ten steps.
+"""Prints, every ten steps at the start of training, the mean weight of the student's own level in SGFI's match.
 
     python benchmarks/match_start.py --recipe shapes/frcnn-retinanet --set distill.sgfi.similarity=product
 
-Nothing is evaluated or saved. The own level is read off the prior, so `distill.sgfi.prior` must be above 0.
+Nothing is evaluated or saved. The prior defines the own level, so `distill.sgfi.prior` must be above 0.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ def main() -> None:
 
     of_own_level: list[float] = []
 
-    def read(_: Any, seen: tuple[Any, ...], matched: tuple[Tensor, Tensor]) -> None:
-        prior = seen[3]
+    def add_weight(_: Any, inputs: tuple[Any, ...], matched: tuple[Tensor, Tensor]) -> None:
+        prior = inputs[3]
         of_own_level.append(matched[1].detach().gather(1, prior.argmax(dim=1, keepdim=True)).mean().item())
 
     distiller: Any = setup.distiller
     matcher = distiller.terms["sgfi"].matcher
-    matcher.register_forward_hook(read)
+    matcher.register_forward_hook(add_weight)
     losses: list[float] = []
     batches = endless_batches(setup)
     for step in range(1, options.steps + 1):

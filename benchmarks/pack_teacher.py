@@ -1,9 +1,9 @@
-"""Makes the teacher that ships with gdetkd from a finished run of the recipe shapes/teacher.
+"""Packs a finished run of the recipe shapes/teacher as the teacher that ships with gdetkd.
 
     gdetkd train --recipe shapes/teacher --output runs/shapes-teacher
     python benchmarks/pack_teacher.py runs/shapes-teacher
 
-Weights are stored as float16 to keep the file small; they are float32 again when loaded.
+Weights are stored as float16 to keep the file small, and converted to float32 on loading.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""What half precision does to a detector far from the image's corner: AP in float32, in half precision, and without the
-guard that keeps coordinates in float32.
+"""Measures a detector's AP far from the image's corner: in float32, in half precision, and in half precision without
+the guard that keeps coordinates in float32.
 
     python benchmarks/precision.py                             # the shipped teacher
     python benchmarks/precision.py --model runs/fcos --dtype float16
 
-Scenes of the built-in data lie at (1060, 600) of images of 1,216 x 736 pixels, where bfloat16 resolves 8 and 4 pixels.
-The model is one that works at the scenes' own size (128 pixels).
+The built-in scenes are placed at (1060, 600) in images of 1,216 x 736 pixels, where bfloat16 resolves 8 and 4 pixels.
+The model must be trained on scenes of their own size (128 pixels).
 """
 
 from __future__ import annotations
@@ -35,28 +35,29 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16"))
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    detector = for_large_images(options.model, device)
+    detector = load_for_large_images(options.model, device)
     dtype = getattr(torch, options.dtype)
     print(f"{options.model}, {options.scenes} scenes at {CORNER}, {device}")
-    print(f"float32                        {ap_of(detector, options.scenes, device, None):.1f} AP")
-    print(f"{options.dtype:30} {ap_of(detector, options.scenes, device, dtype):.1f} AP")
+    print(f"float32                        {measure_ap(detector, options.scenes, device, None):.1f} AP")
+    print(f"{options.dtype:30} {measure_ap(detector, options.scenes, device, dtype):.1f} AP")
     with patch.object(common, "exact_boxes", lambda _: nullcontext()):
-        print(f"{options.dtype + ', boxes too':30} {ap_of(detector, options.scenes, device, dtype):.1f} AP")
+        print(f"{options.dtype + ', boxes too':30} {measure_ap(detector, options.scenes, device, dtype):.1f} AP")
 
 
-def for_large_images(model: str, device: str) -> Any:
-    """A detector that takes images of ``SIZE`` as they are."""
+def load_for_large_images(model: str, device: str) -> Any:
+    """Loads a detector and changes it to take images of ``SIZE`` without resizing."""
     detector = catalog.load(catalog.locate(model)).detector
     module: Any = detector.module.to(device)
     module.transform.min_size, module.transform.max_size = (SIZE[0],), SIZE[1]
     return detector
 
 
-def ap_of(detector: Any, scenes: int, device: str, dtype: torch.dtype | None) -> float:
-    """COCO box AP in 0-100 of a detector on the moved scenes; under autocast where a dtype is given."""
+def measure_ap(detector: Any, scenes: int, device: str, dtype: torch.dtype | None) -> float:
+    """Measures COCO box AP in 0-100 on the moved scenes, under autocast if a dtype is given."""
     split = synthetic_split(split="val", images=scenes, size=SIDE, seed=0)
     batches = (
-        Batch([on_canvas(split.read(i))], [], torch.tensor([record.image_id])) for i, record in enumerate(split.records)
+        Batch([paste_on_canvas(split.read(i))], [], torch.tensor([record.image_id]))
+        for i, record in enumerate(split.records)
     )
     with torch.autocast(device, dtype or torch.bfloat16, enabled=dtype is not None):
         found = predict_split(detector, batches, device)
@@ -67,8 +68,8 @@ def ap_of(detector: Any, scenes: int, device: str, dtype: torch.dtype | None) ->
     return ap
 
 
-def on_canvas(scene: Tensor) -> Tensor:
-    """(3, 128, 128) uint8 -> (3, 736, 1216) in 0..1, grey but for the scene."""
+def paste_on_canvas(scene: Tensor) -> Tensor:
+    """Pastes a scene (3, 128, 128) uint8 on a grey image (3, 736, 1216) in 0..1."""
     image = torch.full((3, *SIZE), 0.5)
     x, y = CORNER
     image[:, y : y + SIDE, x : x + SIDE] = scene / 255

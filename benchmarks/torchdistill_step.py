@@ -1,13 +1,12 @@
-"""One step of torchdistill and one of gdetkd, on the same pair and the same batches, in turn.
+"""Times steps of torchdistill and gdetkd in turn, on the same pair and the same batches.
 
     pip install torchdistill==1.1.5
     python benchmarks/torchdistill_step.py --recipe shapes/frcnn-frcnn --steps 20
 
-torchdistill imitates features: the mean squared error between the teacher's and the student's levels, hooked by module
-path as its Faster R-CNN examples hook theirs, beside the student's own losses. Its factor-transfer example runs the
-whole teacher in evaluation mode; its GHND example wraps a cut one (``HeadRCNN``), which is the fairer of the two.
-gdetkd takes the same step with ``fitnet`` alone, the same imitation, and with the recipe as it is. Batches are ready
-before the clock.
+torchdistill imitates features: it adds the mean squared error between the student's and the teacher's levels, hooked by
+module path as in its Faster R-CNN examples, to the student's own losses. Its factor-transfer example runs the whole
+teacher in evaluation mode; its GHND example runs only the backbone and pyramid (``HeadRCNN``), the fairer comparison.
+gdetkd runs the same imitation (``fitnet``) and the unchanged recipe. Loading batches is not timed.
 """
 
 from __future__ import annotations
@@ -35,16 +34,17 @@ WARMUP = 2
 
 
 @register_func2extract_model_output
-def losses_of_a_detector(outputs: dict[str, torch.Tensor], *_: Any, **__: Any) -> dict[str, torch.Tensor]:
+def pass_losses(outputs: dict[str, torch.Tensor], *_: Any, **__: Any) -> dict[str, torch.Tensor]:
     return outputs
 
 
-def torchdistill_step(recipe: Recipe, student: Any, teacher: Any, *, whole: bool) -> Callable[[Batch], None]:
-    """Its step on a batch.
+def build_torchdistill_step(recipe: Recipe, student: Any, teacher: Any, *, whole: bool) -> Callable[[Batch], None]:
+    """Builds torchdistill's step on a batch.
 
     Args:
+        recipe: of the optimizer.
         student, teacher: torchvision's Faster R-CNNs; their levels must have equal channels.
-        whole: run the whole teacher, or its backbone and pyramid alone.
+        whole: whether to run the whole teacher or only its backbone and pyramid.
     """
     blocks = [f"backbone.fpn.layer_blocks.{i}" for i in range(len(student.backbone.fpn.layer_blocks))]
     prefix = "" if whole else "seq."
@@ -62,18 +62,18 @@ def torchdistill_step(recipe: Recipe, student: Any, teacher: Any, *, whole: bool
         }
         for i, path in enumerate(blocks)
     }
-    of_teacher: dict[str, Any] = {
+    teacher_config: dict[str, Any] = {
         "forward_proc": "forward_batch_only",
         "requires_grad": False,
         "forward_hook": {"input": [], "output": [prefix + path for path in blocks]},
     }
     if not whole:
         kwargs = {"head_rcnn": {"sequential": ["backbone"]}}
-        of_teacher["auxiliary_model_wrapper"] = {"key": "HeadRCNN", "kwargs": kwargs}
+        teacher_config["auxiliary_model_wrapper"] = {"key": "HeadRCNN", "kwargs": kwargs}
     optimizer = recipe.train.optimizer
     config = {
         "num_epochs": 1,
-        "teacher": of_teacher,
+        "teacher": teacher_config,
         "student": {"forward_proc": "forward_batch_target", "forward_hook": {"input": [], "output": blocks}},
         "optimizer": {
             "key": "AdamW",
@@ -82,7 +82,7 @@ def torchdistill_step(recipe: Recipe, student: Any, teacher: Any, *, whole: bool
         },
         "criterion": {
             "key": "WeightedSumLoss",
-            "func2extract_model_loss": "losses_of_a_detector",
+            "func2extract_model_loss": "pass_losses",
             "kwargs": {"model_term": {"weight": 1.0}, "sub_terms": terms},
         },
     }
@@ -111,12 +111,12 @@ def main() -> None:
     steps: dict[str, Callable[[Batch], object]] = {}
     for name in ("fitnet", "gdetkd"):
         setup, stepper = prepare_steps(recipe_of(recipe, name, steps=recipe.train.steps, seed=recipe.seed))
-        steps[f"gdetkd, {'feature imitation' if name == 'fitnet' else 'the recipe as it is'}"] = stepper.distil
+        steps[f"gdetkd, {'feature imitation' if name == 'fitnet' else 'unchanged recipe'}"] = stepper.distil
     for whole in (True, False):
         assert setup.distiller.teacher is not None
         pair = (copy.deepcopy(setup.student.detector.module), copy.deepcopy(setup.distiller.teacher.module))
-        name = "torchdistill, feature imitation, " + ("the whole teacher" if whole else "backbone and pyramid")
-        steps[name] = torchdistill_step(recipe, *pair, whole=whole)
+        name = "torchdistill, feature imitation, " + ("full teacher forward" if whole else "backbone and pyramid")
+        steps[name] = build_torchdistill_step(recipe, *pair, whole=whole)
 
     source = endless_batches(setup)
     seconds: dict[str, list[float]] = {name: [] for name in steps}

@@ -1,4 +1,4 @@
-"""``python -m gdetkd_cli`` is ``gdetkd``."""
+"""Runs ``gdetkd`` as ``python -m gdetkd_cli``."""
 
 from gdetkd_cli.cli.app import main
 

@@ -1,14 +1,14 @@
-"""The errors a user can meet. Each message says what was expected, what came, and what to do."""
+"""The errors shown to the user. Each message names what was expected, what came, and what to do."""
 
 
 class GDetKDError(Exception):
-    """Base of every error that the command line turns into one sentence and a non-zero exit."""
+    """Base class of the errors that the command line prints as one sentence before a non-zero exit."""
 
     exit_code: int = 1
 
 
 class RecipeError(GDetKDError):
-    """A recipe is missing, unreadable, or does not validate."""
+    """A recipe is missing, unreadable or invalid."""
 
     exit_code = 2
 
@@ -26,7 +26,7 @@ class ModelError(GDetKDError):
 
 
 class NoPyramidError(GDetKDError):
-    """The model was read, but it has no feature pyramid."""
+    """A model has no feature pyramid."""
 
     exit_code = 3
 
@@ -38,13 +38,13 @@ class PairError(GDetKDError):
 
 
 class RunFolderError(GDetKDError):
-    """A run folder exists already, is incomplete, or does not belong to the recipe."""
+    """A run folder already exists, is incomplete, or belongs to another recipe."""
 
     exit_code = 2
 
 
 class TapError(GDetKDError):
-    """A tap named a module that is missing, did not run, or ran more than once."""
+    """A tapped module is missing, did not run, or ran more than once."""
 
 
 class TermNotComputedError(GDetKDError):
@@ -58,11 +58,11 @@ class NonFiniteLossError(GDetKDError):
 
 
 class ComparisonError(GDetKDError):
-    """A table of methods lacks some runs."""
+    """A comparison of methods lacks trials."""
 
 
 class ExportError(GDetKDError):
-    """An export failed, or the exported file disagrees with the detector it came from."""
+    """An export failed, or the exported file's results differ from the detector's."""
 
     exit_code = 5
 
@@ -71,6 +71,6 @@ NO_CONVOLUTION = "no convolution reads an image in this model, so it has no feat
 
 
 def first_line(error: Exception) -> str:
-    """Of an error's message; its type where there is none."""
+    """Returns the first line of an error's message, or its type if the message is empty."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__

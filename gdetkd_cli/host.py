@@ -1,4 +1,4 @@
-"""What passes between the host and the device without a wait."""
+"""Copies from the host to the device without waiting for the device."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from torch import Tensor
 
 
 def beside(values: Any, like: Tensor) -> Tensor:
-    """Numbers of the host as a tensor of ``like``'s dtype on its device. ``like.new_tensor`` would wait for it."""
+    """Copies numbers to a tensor of ``like``'s dtype on its device; ``like.new_tensor`` would wait for the device."""
     return torch.tensor(values, dtype=like.dtype).to(like.device, non_blocking=True)
 
 
 def sent(tensor: Tensor, like: Tensor) -> Tensor:
-    """A tensor of the host on ``like``'s device."""
+    """Copies a tensor from the host to ``like``'s device."""
     return tensor.to(like.device, non_blocking=True)

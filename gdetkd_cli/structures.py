@@ -1,9 +1,9 @@
 """The values that pass between layers.
 
-Shapes: N images, L levels, R regions, K classes, C channels, H x W cells or pixels.
-Every box is xyxy. *Batch-image pixels* are the pixels of image i of the batch as the loader made it;
-*model pixels* are those of the resized and padded tensor that a detector makes of it.
-A pixel coordinate is continuous: pixel (0, 0) covers [0, 1) x [0, 1), its centre is (0.5, 0.5).
+Shapes: N images, L levels, R regions, M boxes, K classes, C channels, H x W cells or pixels.
+Every box is xyxy. *Batch-image pixels* are the pixels of an image as the loader returns it; *model pixels* are those of
+the resized and padded tensor inside a detector. Pixel coordinates are continuous: pixel (0, 0) covers [0, 1) x [0, 1),
+its centre is (0.5, 0.5).
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class LevelSpec:
-    """What is known of one pyramid level.
+    """One pyramid level.
 
     Attributes:
-        name: where the map comes from (a module path, an element of its output).
+        name: source of the map (a module path, an element of its output).
         channels: C.
         stride: (y, x) model pixels per cell, measured.
         offset: (y, x) model-pixel coordinate of the centre of cell (0, 0), measured.
-        shape: (H, W) cells at the size the level was measured at.
-        subsampled: the map only repeats cells of the level before it, or the greatest of them, and computes nothing of
-            its own: the ``pool`` that torchvision's two-stage pyramids end in.
+        shape: (H, W) cells at the image size of the measurement.
+        subsampled: whether the map is only a subsampling or max pooling of the previous level, like the ``pool`` level
+            of torchvision's two-stage pyramids.
     """
 
     name: str
@@ -44,7 +44,7 @@ class Frame:
         scale: (N, 2), x then y.
         shift: (N, 2) model pixels, x then y.
         size: (height, width) of the padded model input, in model pixels.
-        known: scale and shift on the host, where it knows them without reading the device.
+        known: scale and shift on the host, if they are known without reading the device.
     """
 
     scale: Tensor
@@ -54,32 +54,32 @@ class Frame:
 
     @staticmethod
     def of(scale: Tensor, shift: Tensor, size: tuple[int, int], device: torch.device) -> Frame:
-        """A frame on a device, of numbers of the host; nothing waits for the device."""
+        """Builds a frame on a device from tensors on the host, without waiting for the device."""
         there = [value.to(device, non_blocking=True) for value in (scale, shift)]
         return Frame(scale=there[0], shift=there[1], size=size, known=(scale, shift))
 
     def on_host(self) -> Frame:
-        """The same frame with its tensors on the CPU."""
+        """Returns the frame with its tensors on the CPU."""
         scale, shift = self.known or (self.scale.cpu(), self.shift.cpu())
         return Frame(scale=scale, shift=shift, size=self.size)
 
     def to_model(self, boxes: Tensor, image_index: Tensor) -> Tensor:
-        """(R, 4) batch-image pixels -> (R, 4) model pixels."""
+        """Converts (R, 4) from batch-image pixels to model pixels."""
         return boxes * self.scale[image_index].repeat(1, 2) + self.shift[image_index].repeat(1, 2)
 
     def to_image(self, boxes: Tensor, image_index: Tensor) -> Tensor:
-        """(R, 4) model pixels -> (R, 4) batch-image pixels."""
+        """Converts (R, 4) from model pixels to batch-image pixels."""
         return (boxes - self.shift[image_index].repeat(1, 2)) / self.scale[image_index].repeat(1, 2)
 
 
 @dataclass(frozen=True)
 class Pyramid:
-    """One forward's feature maps, fine to coarse, with their geometry.
+    """The feature maps of one forward, fine to coarse, with their geometry.
 
     Attributes:
         maps: L tensors (N, C_l, H_l, W_l).
         levels: L specs, in the same order.
-        frame: how batch-image pixels map to the model pixels that the levels' strides are in.
+        frame: maps batch-image pixels to model pixels, the unit of the levels' strides.
     """
 
     maps: tuple[Tensor, ...]
@@ -89,15 +89,15 @@ class Pyramid:
 
 @dataclass(frozen=True)
 class Regions:
-    """Boxes used by student and teacher alike; never back-propagated through.
+    """Boxes shared by student and teacher; no gradient flows through them.
 
     Attributes:
         boxes: (R, 4) batch-image pixels.
-        image_index: (R,) int64, which image of the batch; non-decreasing.
-        candidate: (R,) int64, the row of the student's ``Candidates`` that the region is, -1 for none.
-        refined: by later stage of a cascade student, (R, 4) batch-image pixels, what it made of the boxes; else empty.
-        counts: regions of each image, where the host knows them; None: read from the device at each use.
-        all_candidates: whether no ``candidate`` is -1; None: read at each use.
+        image_index: (R,) int64, index of the image in the batch; non-decreasing.
+        candidate: (R,) int64, the region's row in the student's ``Candidates``, or -1.
+        refined: the boxes after each later stage of a cascade student, (R, 4) batch-image pixels; else empty.
+        counts: number of regions in each image, on the host; None to read it from the device at each use.
+        all_candidates: whether no ``candidate`` is -1; None to read it from the device at each use.
     """
 
     boxes: Tensor
@@ -111,11 +111,11 @@ class Regions:
         return self.boxes.shape[0]
 
     def count_by_image(self, images: int) -> list[int]:
-        """R_i of each of ``images`` images."""
+        """Returns the number of regions in each of ``images`` images."""
         return count_by_image(self.image_index, images) if self.counts is None else list(self.counts)
 
     def per_image(self, images: int) -> list[Tensor]:
-        """The boxes, split by image: ``images`` tensors (R_i, 4)."""
+        """Splits the boxes by image into ``images`` tensors (R_i, 4)."""
         return list(self.boxes.split(self.count_by_image(images)))
 
     def are_candidates(self) -> bool:
@@ -124,7 +124,7 @@ class Regions:
 
 
 def count_by_image(image_index: Tensor, images: int) -> list[int]:
-    """How often each of ``images`` images is in (R,) indices; waits for the device."""
+    """Counts the (R,) indices of each of ``images`` images; waits for the device."""
     return torch.bincount(image_index, minlength=images).tolist()
 
 
@@ -134,7 +134,7 @@ class Target:
 
     Attributes:
         boxes: (M, 4) batch-image pixels, every side > 0.
-        labels: (M,) int64 in 1..K: position in the class list, counted from 1 (0 is background).
+        labels: (M,) int64 in 1..K, positions in the class list counted from 1 (0 is background).
     """
 
     boxes: Tensor
@@ -143,12 +143,12 @@ class Target:
 
 @dataclass(frozen=True)
 class Batch:
-    """One step's input.
+    """The input of one step.
 
     Attributes:
         images: N tensors (3, H_i, W_i), RGB in 0..1.
         targets: N targets.
-        image_ids: (N,) int64, the data set's own ids.
+        image_ids: (N,) int64, ids in the data set.
     """
 
     images: list[Tensor]
@@ -159,7 +159,7 @@ class Batch:
         return len(self.images)
 
     def to(self, device: torch.device | str) -> Batch:
-        """The same batch on another device."""
+        """Copies the batch to a device."""
         return Batch(
             images=[image.to(device, non_blocking=True) for image in self.images],
             targets=[
@@ -170,7 +170,7 @@ class Batch:
         )
 
     def pin_memory(self) -> Batch:
-        """The same batch in page-locked memory, from where it copies to a CUDA device without waiting."""
+        """Copies the batch to page-locked memory, from which copies to a CUDA device do not wait."""
         return Batch(
             images=[image.pin_memory() for image in self.images],
             targets=[Target(boxes=t.boxes.pin_memory(), labels=t.labels.pin_memory()) for t in self.targets],
@@ -183,9 +183,9 @@ class Detections:
     """One image's predictions, by falling score.
 
     Attributes:
-        boxes: (D, 4) pixels of the image as it was given.
-        scores: (D,) in 0..1.
-        labels: (D,) int64 in 1..K.
+        boxes: (M, 4) pixels of the input image.
+        scores: (M,) in 0..1.
+        labels: (M,) int64 in 1..K.
     """
 
     boxes: Tensor
@@ -195,13 +195,13 @@ class Detections:
 
 @dataclass(frozen=True)
 class LossReport:
-    """What one step's forward gives.
+    """The losses of one step.
 
     Attributes:
-        total: the scalar that is back-propagated.
-        parts: unweighted scalars by name, detached: the detector's own losses and every distillation term.
+        total: the scalar to back-propagate.
+        parts: unweighted, detached scalars by name: the detector's own losses and every distillation term.
         weights: the weight of each distillation term in ``total``.
-        seconds: wall time by phase, filled when the step is profiled.
+        seconds: wall time by phase if the step is profiled, else empty.
     """
 
     total: Tensor

@@ -1,4 +1,4 @@
-"""Consent to run the user's own Python code: asked for once, on the command line."""
+"""The user's consent to run Python code named in a recipe, given once on the command line."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ _given = False
 
 
 def trust_code(given: bool = True) -> None:
-    """Lets recipes name Python functions, which are then imported and called in this process."""
-    global _given  # consent is the process's, not a recipe's: a recipe may come from anyone
+    """Allows recipes to name Python functions, which are imported and called in this process."""
+    global _given  # per process, not per recipe: a recipe may come from anyone
     _given = given
 
 
 def code_is_trusted() -> bool:
-    """Whether the user agreed."""
+    """Whether the user has given consent."""
     return _given

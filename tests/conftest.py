@@ -1,4 +1,4 @@
-"""Toys that several folders' tests use: detectors that take milliseconds, and a batch for them."""
+"""Toys for tests in several folders: detectors that run in milliseconds, and a batch for them."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ _ARGUMENTS = {
 
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> None:
-    """Tiny tensors: threads would only wait for one another."""
+    """Uses one thread, because more only slow down tiny tensors."""
     torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
 def tiny_description() -> Callable[..., dict[str, Any]]:
-    """(head, further fields) -> the description of a composed detector; ``arguments`` are added to the toy's own."""
+    """(head, further fields) -> description of a composed detector; ``arguments`` are added to the toy's."""
 
     def describe(head: str, *, arguments: dict[str, Any] | None = None, **fields: Any) -> dict[str, Any]:
         return {
@@ -52,15 +52,15 @@ def tiny_description() -> Callable[..., dict[str, Any]]:
     return describe
 
 
-def _resnet18_without_weights(**arguments: Any) -> nn.Module:
-    """The full network that the slim one is cut from; filling it takes longer than all the rest."""
+def _build_meta_resnet18(**arguments: Any) -> nn.Module:
+    """Builds the full network without memory, from which the slim one is cut; filling it takes the most time."""
     with torch.device("meta"):
         return resnet.ResNet(resnet.BasicBlock, [2, 2, 2, 2], norm_layer=arguments["norm_layer"])
 
 
 @pytest.fixture(scope="session")
 def tiny_detector(tiny_description: Callable[..., dict[str, Any]]) -> Callable[..., Detector]:
-    """(head, seed, classes, further fields of the description) -> a detector of its own, in training mode."""
+    """(head, seed, classes, further fields of the description) -> a new detector in training mode."""
     built: dict[str, Detector] = {}
     measured: dict[str, tuple[LevelSpec, ...]] = {}
 
@@ -68,11 +68,11 @@ def tiny_detector(tiny_description: Callable[..., dict[str, Any]]) -> Callable[.
         key, network = repr((head, seed, classes, fields)), repr((head, fields | {"arguments": None}))
         if key not in built:
             with torch.random.fork_rng(), pytest.MonkeyPatch.context() as patch:
-                patch.setattr(resnet, "resnet18", _resnet18_without_weights)
+                patch.setattr(resnet, "resnet18", _build_meta_resnet18)
                 torch.manual_seed(seed)
                 built[key] = catalog.build(tiny_description(head, **fields), classes)
             if network in measured:
-                vars(built[key])["levels"] = measured[network]  # where cached_property would put them
+                vars(built[key])["levels"] = measured[network]  # where cached_property stores them
             measured[network] = built[key].levels
         return copy.deepcopy(built[key])
 
@@ -81,7 +81,7 @@ def tiny_detector(tiny_description: Callable[..., dict[str, Any]]) -> Callable[.
 
 @pytest.fixture
 def tiny_batch() -> Batch:
-    """Three unlike images with 2, 0 and 1 objects."""
+    """Three images of different sizes with 2, 0 and 1 objects."""
     generator = torch.Generator().manual_seed(0)
     return Batch(
         images=[torch.rand(3, height, width, generator=generator) for height, width in ((48, 64), (64, 40), (56, 56))],

@@ -1,11 +1,12 @@
-"""One pair, Faster R-CNN to FCOS, at 128, 256 and 512 pixels: a default changes only if it holds on every rung.
+"""Compares methods on one pair, Faster R-CNN to FCOS, at 128, 256 and 512 pixels (the rungs).
 
     python benchmarks/ladder/ladder.py --output runs/ladder --methods none,roi_imitation,sgfi,gdetkd
     python benchmarks/ladder/ladder.py --output runs/ladder --name prior0 --methods sgfi --set distill.sgfi.prior=0
 
-The assignment rules of teacher and student agree on the lowest rung and are 1.8 octaves apart on the highest, which has
-COCO's geometry: 224 pixels at stride 16, RPN anchors of 8 cells, the student's levels P3 to P7, objects from 16 to 450
-pixels. A variant (``--name``) has a folder of its own and shares the teachers. Finished runs are never repeated.
+A default changes only if the change helps on every rung. The assignment rules of student and teacher agree on the
+lowest rung and are 1.8 octaves apart on the highest, which has COCO's geometry: 224 pixels at stride 16, RPN anchors of
+8 cells, student levels P3 to P7, objects from 16 to 450 pixels. Each variant (``--name``) has its own folder; variants
+share the teachers. Finished runs are never repeated.
 """
 
 from __future__ import annotations
@@ -28,21 +29,21 @@ def main() -> None:
     parser.add_argument("--rungs", type=int, nargs="+", default=RUNGS, choices=RUNGS)
     parser.add_argument("--methods", default="none,roi_imitation,sgfi,gdetkd")
     parser.add_argument("--seeds", type=int, default=2)
-    parser.add_argument("--name", default="default", help="of the variant that --set makes")
+    parser.add_argument("--name", default="default", help="name of the variant defined by --set")
     parser.add_argument("--set", nargs="*", default=[], metavar="FIELD=VALUE")
     options = parser.parse_args()
     for rung in options.rungs:
         changes = ["runtime.threads=1", *options.set]
         if rung > 128:
-            changes.append(f"teacher.path={trained_teacher(rung, options.output)}")
+            changes.append(f"teacher.path={train_teacher(rung, options.output)}")
         folder = options.output / f"{rung}-{options.name}"
         command = ["compare", str(HERE / f"{rung}.yaml"), "--methods", options.methods, "--seeds", str(options.seeds)]
-        run([*command, "--output", str(folder), *setting(changes)])
+        run([*command, "--output", str(folder), *build_set_options(changes)])
     print_table(options.output)
 
 
-def trained_teacher(rung: int, output: Path) -> Path:
-    """The rung's teacher, trained if it is not there yet: the shipped one's weights, brought to the rung's geometry."""
+def train_teacher(rung: int, output: Path) -> Path:
+    """Trains the rung's teacher, unless it is finished, from the shipped teacher's weights; returns its folder."""
     folder = output / f"{rung}-teacher"
     if (folder / "resume").exists() and not (folder / "metrics.json").exists():
         run(["train", "--resume", str(folder)])
@@ -50,11 +51,11 @@ def trained_teacher(rung: int, output: Path) -> Path:
         weights = catalog.locate("builtin:shapes-teacher")
         changes = ["runtime.threads=1", f"student.weights={weights}"]
         recipe = str(HERE / f"{rung}-teacher.yaml")
-        run(["train", "--recipe", recipe, "--output", str(folder), *setting(changes)])
+        run(["train", "--recipe", recipe, "--output", str(folder), *build_set_options(changes)])
     return folder.resolve()
 
 
-def setting(changes: list[str]) -> list[str]:
+def build_set_options(changes: list[str]) -> list[str]:
     return [word for change in changes for word in ("--set", change)]
 
 
@@ -63,7 +64,7 @@ def run(arguments: list[str]) -> None:
 
 
 def print_table(output: Path) -> None:
-    """Mean AP of every variant and method, a column for each rung."""
+    """Prints the mean AP of every variant and method, with a column for each rung."""
     found: dict[tuple[str, str], dict[int, str]] = {}
     for table in sorted(output.glob("*/table.csv")):
         rung, _, name = table.parent.name.partition("-")
@@ -73,7 +74,7 @@ def print_table(output: Path) -> None:
     print("|---|---|" + "---|" * len(RUNGS))
     for (name, method), by_rung in found.items():
         print(f"| {name} | `{method}` | " + " | ".join(by_rung.get(rung, "not run") for rung in RUNGS) + " |")
-    print("Mean AP, in parentheses the number of seeds.")
+    print("Mean AP, with the number of seeds in parentheses.")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal, TypeGuard
 
 from gdetkd_cli.data.dataset import DetectionDataset
-from gdetkd_cli.data.folds import fold_of
+from gdetkd_cli.data.folds import build_fold
 from gdetkd_cli.data.loader import training_batches
 from gdetkd_cli.data.readers.bdd100k import read_bdd100k
 from gdetkd_cli.data.readers.coco import align_classes, read_coco
@@ -84,7 +84,7 @@ def _fold(data: Data, fold: Fold, which: Literal["train", "val", "all"], *, outl
     """What a fold makes of the two splits."""
     whole = data.model_copy(update={"fold": None})
     train, val = (build_split(whole, part, outlines=outlines) for part in SPLITS)
-    return fold_of(train, val, number=fold.number, of=fold.of, which=which)
+    return build_fold(train, val, number=fold.number, of=fold.of, which=which)
 
 
 def needs_labels(data: Data, which: Which) -> TypeGuard[CocoData | FolderData]:

@@ -9,8 +9,8 @@ from gdetkd_cli import assembly
 from gdetkd_cli.data.readers.bdd100k import read_bdd100k
 from gdetkd_cli.data.readers.coco import read_coco
 from gdetkd_cli.data.readers.folder import check_no_labels, read_folder
-from gdetkd_cli.data.readers.layout import Layout, detection_files, find_bdd100k, find_layout, find_voc_lists
-from gdetkd_cli.data.readers.voc import VOC_CLASSES, names_in, read_voc
+from gdetkd_cli.data.readers.layout import Layout, find_bdd100k, find_detection_files, find_layout, find_voc_lists
+from gdetkd_cli.data.readers.voc import VOC_CLASSES, read_object_names, read_voc
 from gdetkd_cli.data.split import Split
 from gdetkd_cli.engine.events import Note, Observer, silent
 
@@ -25,7 +25,7 @@ def find_data(folder: Path, observer: Observer = silent) -> tuple[dict[str, Any]
     Raises:
         DataError: there are neither, or the annotations are of another format.
     """
-    files = detection_files(folder)
+    files = find_detection_files(folder)
     lists = None if files else find_voc_lists(folder)
     if lists is not None:
         return _voc(folder, *lists, observer)
@@ -58,7 +58,7 @@ def _block(format: str, folder: Path, layout: Layout) -> dict[str, Any]:
 def _voc(folder: Path, train: list[Path], val: list[Path], observer: Observer) -> tuple[dict[str, Any], Split]:
     """The recipe's block for a folder of VOC's layout, and the training split."""
     lists = [[folder / path for path in paths] for paths in (train, val)]
-    found = sorted({name for paths in lists for name in names_in(paths)})
+    found = sorted({name for paths in lists for name in read_object_names(paths)})
     classes = None if set(found) <= set(VOC_CLASSES) else found
     train_split, val_split = (read_voc(lists=paths, root=folder, classes=classes) for paths in lists)
     _tell(train_split, val_split, observer)

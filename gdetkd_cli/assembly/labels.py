@@ -16,7 +16,7 @@ from gdetkd_cli.assembly.data import SPLITS, Which, needs_labels, unlabelled_spl
 from gdetkd_cli.assembly.detector import build_detector
 from gdetkd_cli.data.image_files import ImageFiles
 from gdetkd_cli.data.loader import validation_batches
-from gdetkd_cli.data.readers.coco import split_of
+from gdetkd_cli.data.readers.coco import build_split_from_tables
 from gdetkd_cli.data.split import Split
 from gdetkd_cli.detectors.protocol import Detector
 from gdetkd_cli.engine.events import Note, Observer, counting, silent
@@ -116,7 +116,7 @@ def label_split(
         "categories": [{"id": number, "name": name} for name, number in categories.items()],
         "annotations": annotations,
     }
-    return Labelled(split_of(tables, source=Path(split.name), images=folder), tables, total)
+    return Labelled(build_split_from_tables(tables, source=Path(split.name), images=folder), tables, total)
 
 
 def write_labels(folder: Path, labels: Mapping[Which, Tables]) -> None:

@@ -1,7 +1,7 @@
-"""Objects pasted once more near themselves, somewhat larger or smaller.
+"""Pastes copies of objects near them, somewhat larger or smaller.
 
-After InstaBoost (Fang et al., ICCV 2019), which moves an object to where the surroundings are like its own: near it.
-The hole that a moved object leaves would have to be painted over, so here the object stays and a copy is added.
+After InstaBoost (Fang et al., ICCV 2019), which moves an object to nearby, similar surroundings. A moved object leaves
+a hole to fill, so this version keeps the object and adds a copy.
 
 Shapes: M objects, H x W pixels; boxes xyxy.
 """
@@ -19,26 +19,26 @@ from torch.nn.functional import interpolate
 
 from gdetkd_cli.data.split import Outline
 
-_SIZES = (0.8, 1.2)  # of the copy, by the object's
-_REACH = 1.5  # sides of the object: how far its copy's centre may be from its own, along each axis
-_COVERED = 0.7  # an object of which the copy hides more is no longer there
-_FEATHER = 0.1  # of a side: how deep a box without an outline blends into what is around it
+_SIZES = (0.8, 1.2)  # of the copy, relative to the object
+_REACH = 1.5  # largest distance between the centres of object and copy along each axis, in sides of the object
+_MAX_HIDDEN = 0.7  # an object is dropped if a copy hides a larger share of it
+_FEATHER = 0.1  # width of the blended border of a box without an outline, as a fraction of its side
 
 
 def paste_copies(
     image: Tensor, boxes: Tensor, labels: Tensor, outlines: Sequence[Outline], *, probability: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Pastes each object once more with some probability, drawn from torch's global CPU generator.
+    """Pastes a copy of each object with some probability, drawn from torch's global CPU generator.
 
     Args:
-        image: (3, H, W) uint8; it is not changed.
+        image: (3, H, W) uint8; not changed.
         boxes: (M, 4) pixels, inside the image.
         labels: (M,).
-        outlines: of the M objects; None, or none at all, where only the box is known.
-        probability: of each object.
+        outlines: of the M objects, None for an object without one; empty if there are none.
+        probability: of each copy.
 
     Returns:
-        The image, the boxes that are still to be seen and those of the copies, and their labels.
+        The image, the boxes of visible objects and of copies, and their labels.
     """
     image, found, names = image.clone(), list(boxes), list(labels)
     for i in range(len(boxes)):
@@ -54,16 +54,16 @@ def paste_copies(
         under = image[:, top : top + height, left : left + width]
         under.copy_((pixels * alpha + under * (1 - alpha)).round().to(torch.uint8))
         solid = alpha >= 0.5
-        seen = [_hidden(box, solid, left, top) <= _COVERED for box in found]
+        visible = [_hidden_share(box, solid, left, top) <= _MAX_HIDDEN for box in found]
         rows, columns = solid.any(dim=1).nonzero(), solid.any(dim=0).nonzero()
         box = [left + columns[0, 0], top + rows[0, 0], left + columns[-1, 0] + 1, top + rows[-1, 0] + 1]
-        found = [box for box, kept in zip(found, seen, strict=True) if kept] + [torch.tensor(box, dtype=boxes.dtype)]
-        names = [name for name, kept in zip(names, seen, strict=True) if kept] + [labels[i]]
+        found = [box for box, kept in zip(found, visible, strict=True) if kept] + [torch.tensor(box, dtype=boxes.dtype)]
+        names = [name for name, kept in zip(names, visible, strict=True) if kept] + [labels[i]]
     return image, torch.stack(found) if found else boxes, torch.stack(names) if names else labels
 
 
 def _cut(image: Tensor, box: Tensor, outline: Outline, scale: float) -> tuple[Tensor, Tensor] | None:
-    """An object's pixels (3, h, w) float and how solid they are (h, w) in 0..1, resized; None where too small."""
+    """Cuts out an object and resizes it: pixels (3, h, w) float and opacity (h, w) in 0..1; None if too small."""
     left, top = (int(v) for v in box[:2].floor())
     right, bottom = (int(v) for v in box[2:].ceil())
     height, width = bottom - top, right - left
@@ -71,14 +71,16 @@ def _cut(image: Tensor, box: Tensor, outline: Outline, scale: float) -> tuple[Te
     size = [int(height * room), int(width * room)]
     if min(size) < 2:
         return None
-    alpha = _feathered(height, width) if outline is None else _mask(outline, image.shape[-2:])[top:bottom, left:right]
+    alpha = (
+        _feather(height, width) if outline is None else _draw_mask(outline, image.shape[-2:])[top:bottom, left:right]
+    )
     crop = image[:, top:bottom, left:right].float()
     resized = interpolate(torch.cat([crop, alpha[None]])[None], size=size, mode="bilinear", align_corners=False)[0]
     return (resized[:3], resized[3]) if bool((resized[3] >= 0.5).any()) else None
 
 
-def _mask(outline: Outline, size: Sequence[int]) -> Tensor:
-    """(H, W) in 0..1."""
+def _draw_mask(outline: Outline, size: Sequence[int]) -> Tensor:
+    """Draws an outline as a mask (H, W) in 0..1."""
     height, width = size
     if isinstance(outline, dict):
         runs = rle.frPyObjects(outline, height, width) if isinstance(outline["counts"], list) else outline
@@ -89,8 +91,8 @@ def _mask(outline: Outline, size: Sequence[int]) -> Tensor:
     return torch.from_numpy(np.array(drawn)).float()
 
 
-def _feathered(height: int, width: int) -> Tensor:
-    """(h, w): 1 inside, falling towards the edges."""
+def _feather(height: int, width: int) -> Tensor:
+    """Returns the opacity (h, w) of a box: 1 inside, falling towards the edges."""
     ramps = []
     for side in (height, width):
         to_edge = torch.minimum(torch.arange(side) + 0.5, side - 0.5 - torch.arange(side))
@@ -99,7 +101,7 @@ def _feathered(height: int, width: int) -> Tensor:
 
 
 def _place(box: Tensor, shift: tuple[float, float], size: Sequence[int], image: Sequence[int]) -> tuple[int, int]:
-    """(left, top) of a copy of ``size`` (h, w), near the object and inside the image."""
+    """Returns (left, top) of a copy of ``size`` (h, w), near the object and inside the image."""
     x1, y1, x2, y2 = box.tolist()
     axes = ((x1, x2, shift[0], size[1], image[1]), (y1, y2, shift[1], size[0], image[0]))
     starts = []
@@ -109,8 +111,8 @@ def _place(box: Tensor, shift: tuple[float, float], size: Sequence[int], image: 
     return starts[0], starts[1]
 
 
-def _hidden(box: Tensor, solid: Tensor, left: int, top: int) -> float:
-    """The share of a box that a mask at (left, top) hides."""
+def _hidden_share(box: Tensor, solid: Tensor, left: int, top: int) -> float:
+    """Returns the share of a box that a mask at (left, top) hides."""
     x1, y1, x2, y2 = (int(v) for v in box.round())
     inside = solid[max(y1 - top, 0) : max(y2 - top, 0), max(x1 - left, 0) : max(x2 - left, 0)]
     return float(inside.sum()) / max((x2 - x1) * (y2 - y1), 1)

@@ -1,4 +1,4 @@
-"""A split as training examples: decoded, augmented, in floating point."""
+"""Training examples of a split: decoded, augmented, in floating point."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from gdetkd_cli.data.split import Split
 from gdetkd_cli.data.transforms import Augmentation
 from gdetkd_cli.structures import Target
 
-Key = tuple[int, int]  # (draw, index): which pass over the data it is, and which of its images
+Key = tuple[int, int]  # (draw, index): number of the pass over the data, index of the image
 Example = tuple[Tensor, Target, int]
 
 _MIB = 2**20
 
 
 def mix_seed(*numbers: int) -> int:
-    """One 64-bit seed from several non-negative numbers, the same on every machine; neighbours give unlike seeds."""
+    """Mixes non-negative numbers into a 64-bit seed, the same on every machine; similar numbers give unlike seeds."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
 
 
 class DetectionDataset(Dataset[Example]):
-    """The images of a split. An example is a function of (seed, draw, index) and of nothing else.
+    """The images of a split. An example depends only on (seed, draw, index).
 
     Args:
-        split: where records and images come from.
-        augmentation: random changes; None for none.
-        seed: another seed draws other changes; at least 0.
-        cache_mb: MiB of decoded images that this process keeps; the first ones read stay.
-        copy_paste: probability that an object is pasted once more, before the other changes.
+        split: source of records and images.
+        augmentation: random changes, or None.
+        seed: of the random changes; at least 0.
+        cache_mb: MiB of decoded images that each process keeps; the first images read stay.
+        copy_paste: probability of pasting a copy of an object, before the other changes.
     """
 
     def __init__(
@@ -48,20 +48,13 @@ class DetectionDataset(Dataset[Example]):
         return len(self.split)
 
     def __getitem__(self, key: Key) -> Example:
-        """One example.
-
-        Args:
-            key: (draw, index).
-
-        Returns:
-            The image, (3, H, W) float32 RGB in 0..1, its target, and the data set's id of it.
-        """
+        """Returns the image (3, H, W) float32 RGB in 0..1, its target, and its id in the data set."""
         draw, index = key
         record = self.split.records[index]
-        image, boxes, labels = self._image(index), record.boxes, record.labels
+        image, boxes, labels = self._read_image(index), record.boxes, record.labels
         if self._augmentation is not None or self._copy_paste:
             with torch.random.fork_rng(devices=[]):
-                # Not torch.manual_seed: it would reseed the accelerator as well, which fork_rng would not put back.
+                # Not torch.manual_seed: it also reseeds the accelerator, which fork_rng does not restore.
                 torch.default_generator.manual_seed(mix_seed(self._seed, draw, index))
                 if self._copy_paste:
                     outlines = record.outlines
@@ -70,8 +63,8 @@ class DetectionDataset(Dataset[Example]):
                     image, boxes, labels = self._augmentation(image, boxes, labels)
         return image.to(torch.float32).div_(255), Target(boxes=boxes, labels=labels), record.image_id
 
-    def _image(self, index: int) -> Tensor:
-        """(3, H, W) uint8, from the cache where it is there."""
+    def _read_image(self, index: int) -> Tensor:
+        """Returns (3, H, W) uint8, from the cache if possible."""
         if index in self._cache:
             return self._cache[index]
         image = self.split.read(index)

@@ -1,4 +1,4 @@
-"""K-fold cross-validation: the training and validation images of a data set together, divided anew."""
+"""Cross-validation: pools the training and validation images of a data set and divides them into folds."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from gdetkd_cli.data.readers.coco import align_classes
 from gdetkd_cli.data.split import Split
 from gdetkd_cli.errors import DataError
 
-_SHUFFLE = 0  # the order is the same for every run, whatever its own seed
+_SHUFFLE = 0  # one order for all runs, independent of their seeds
 
 
 @dataclass(frozen=True)
-class _Chosen:
-    """Reads some images of several splits; a class, not a closure, so that loader processes can get a copy.
+class _PooledReader:
+    """Reads images of several splits; a class, not a closure, because loader processes pickle it.
 
     Attributes:
-        reads: one function per split, as ``Split.read``.
-        places: for each image (split, index in it).
+        reads: ``Split.read`` of each split.
+        places: for each image, (split, index in the split).
     """
 
     reads: Sequence[Callable[[int], Tensor]]
@@ -35,27 +35,27 @@ class _Chosen:
         return self.reads[split](place)
 
 
-def fold_of(train: Split, val: Split, *, number: int, of: int, which: Literal["train", "val", "all"]) -> Split:
-    """One fold of two splits together.
+def build_fold(train: Split, val: Split, *, number: int, of: int, which: Literal["train", "val", "all"]) -> Split:
+    """Builds one fold of two pooled splits.
 
-    Image ids are new, 1 to P over the images of both splits, and the same in every fold, so that detections of several
+    Image ids are new: 1 to the number of images in both splits, the same in every fold, so that detections of several
     folds can be pooled. Within a fold, images keep the order of the splits.
 
     Args:
-        train, val: P images in all; labels are counted in ``train``'s class list.
-        number: which fold is held out, 1 to ``of``.
-        of: K folds; their sizes differ by one image at most.
+        train, val: the splits; labels refer to ``train``'s class list.
+        number: the fold that is held out, 1 to ``of``.
+        of: number of folds; their sizes differ by at most one image.
         which: ``val`` is the fold, ``train`` all other images, ``all`` every image.
 
     Raises:
-        DataError: there are fewer images than folds, a class of ``val`` is not in ``train``, or an image is in both.
+        DataError: there are fewer images than folds, a class of ``val`` is not in ``train``, or an image occurs twice.
     """
     parts = (train, align_classes(val, train.class_names))
     _check_distinct(parts)
     places = [(part, index) for part, split in enumerate(parts) for index in range(len(split))]
     if of > len(places):
         raise DataError(f"{len(places)} images cannot be divided into {of} folds; choose {len(places)} folds or fewer")
-    # RandomState, not default_rng: NumPy promises that its numbers stay the same from version to version.
+    # RandomState, not default_rng: NumPy guarantees its numbers across versions.
     order = np.random.RandomState(_SHUFFLE).permutation(len(places)).tolist()
     held_out = set(order[number - 1 :: of])
     chosen = [i for i in range(len(places)) if which == "all" or (i in held_out) == (which == "val")]
@@ -65,13 +65,13 @@ def fold_of(train: Split, val: Split, *, number: int, of: int, which: Literal["t
         name=f"{train.name} and {val.name}, {part}",
         class_names=train.class_names,
         records=records,
-        read=_Chosen(reads=[split.read for split in parts], places=[places[i] for i in chosen]),
+        read=_PooledReader(reads=[split.read for split in parts], places=[places[i] for i in chosen]),
         notes=tuple(f"{split.name}: {note}" for split in parts for note in split.notes),
     )
 
 
 def _check_distinct(parts: Sequence[Split]) -> None:
-    """Raises a DataError where an image file is in the data twice: one fold would train on what it is tested on."""
+    """Raises a DataError if an image file occurs twice, because a fold could then train on a test image."""
     times = Counter(
         path.absolute() for split in parts if isinstance(split.read, ImageFiles) for path in split.read.paths
     )
@@ -79,5 +79,6 @@ def _check_distinct(parts: Sequence[Split]) -> None:
     if repeated:
         names = " and ".join(dict.fromkeys(split.name for split in parts))
         raise DataError(
-            f"{names} name {len(repeated)} images more than once, {repeated[0]} first; folds need each image once"
+            f"{names} name {len(repeated)} images more than once, {repeated[0]} first; folds need each image once: "
+            "remove the repeated entries"
         )

@@ -1,4 +1,4 @@
-"""Image files to tensors."""
+"""Decodes image files to tensors."""
 
 from __future__ import annotations
 
@@ -13,51 +13,50 @@ from torch import Tensor
 
 from gdetkd_cli.errors import DataError
 
-# What Pillow raises for a file that is no image, is cut short, or is absurdly large.
+# Pillow's errors for a file that is not an image, is incomplete, or is far too large.
 _UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
 
 @dataclass(frozen=True)
 class ImageFiles:
-    """The image files of a split, decoded on demand; a class, not a closure, so that loader processes can get a copy.
+    """The image files of a split, decoded on demand; a class, not a closure, because loader processes pickle it.
 
     Attributes:
         paths: one per record.
-        sizes: (height, width) pixels that the annotations speak of, one per record.
+        sizes: (height, width) pixels in the annotations, one per record.
     """
 
     paths: Sequence[Path]
     sizes: Sequence[tuple[int, int]]
 
     def __call__(self, index: int) -> Tensor:
-        """Decodes one image, as stored: EXIF orientation is ignored, as COCO's own tools ignore it.
+        """Decodes one image as stored, without EXIF orientation, like COCO's own tools.
 
         Returns:
             (3, H, W) uint8 RGB.
 
         Raises:
-            DataError: the file cannot be decoded, or its size is not the one that the annotations speak of.
+            DataError: the file cannot be decoded, or its size differs from that in the annotations.
         """
         path, (height, width) = self.paths[index], self.sizes[index]
         try:
             with Image.open(path) as image:
-                pixels = _rgb(image)
+                pixels = _convert_to_rgb(image)
         except _UNREADABLE as error:
             raise DataError(f"The image {path} cannot be decoded ({error}): replace the file.") from error
         if pixels.shape[:2] != (height, width):
             raise DataError(
-                f"The image {path} should be {width} x {height} pixels as its annotations say, but it is "
-                f"{pixels.shape[1]} x {pixels.shape[0]}: it was resized or rotated after it was annotated; "
-                "restore it, or correct the annotations."
+                f"The image {path} should be {width} x {height} pixels according to its annotations, but it is "
+                f"{pixels.shape[1]} x {pixels.shape[0]}: restore the annotated image, or correct the annotations."
             )
         return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
 
 def read_image_size(path: Path) -> tuple[int, int]:
-    """(height, width) pixels from the file's header, without decoding the image.
+    """Reads (height, width) pixels from the file's header, without decoding the image.
 
     Raises:
-        DataError: the file is no image.
+        DataError: the file is not an image.
     """
     try:
         with Image.open(path) as image:
@@ -66,10 +65,10 @@ def read_image_size(path: Path) -> tuple[int, int]:
         raise DataError(f"The image {path} cannot be read ({error}): replace the file.") from error
 
 
-def _rgb(image: Image.Image) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
-    """(H, W, 3) uint8. Pillow would clip more than 8 bits of grey to white, so that conversion is made here."""
+def _convert_to_rgb(image: Image.Image) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
+    """Converts to (H, W, 3) uint8. Pillow would clip 16-bit grey to white, so it is scaled here."""
     if image.mode in ("I", "F"):
-        raise ValueError("32 bits per channel have no known white point; save it with 8 or 16 bits")
+        raise ValueError("the white point of 32 bits per channel is unknown; save it with 8 or 16 bits")
     if image.mode.startswith("I;16"):
         grey = (np.asarray(image) >> 8).astype(np.uint8)
         return np.repeat(grey[:, :, None], 3, axis=2)

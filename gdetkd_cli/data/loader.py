@@ -1,7 +1,7 @@
 """Batches by step.
 
-What the batch of a step is depends on the seed and the step alone: not on where the run started, how many loader
-processes there are, or what else has drawn random numbers.
+The batch of a step depends only on the seed and the step, not on where the run started, on the number of loader
+processes, or on other random numbers.
 """
 
 from __future__ import annotations
@@ -30,24 +30,23 @@ def training_batches(
     workers: int = 0,
     pin_memory: bool = False,
 ) -> Iterator[Batch]:
-    """The batches of steps ``start_step`` to ``steps - 1``, one iterator for the whole run.
+    """Yields the batches of steps ``start_step`` to ``steps - 1``.
 
-    The images come in an endless row of permutations, one per pass over the data; a batch may reach from one
-    pass into the next.
+    Each pass over the data is a new permutation of the images. A batch may span two passes.
 
     Args:
         dataset: training examples.
         batch_size: images per step and process.
         steps: steps of the whole run.
-        start_step: steps that are done already.
-        seed: orders the images; at least 0.
-        rank: which of ``world_size`` processes asks; each gets its own share of a step's images.
-        world_size: training processes.
-        workers: loader processes; they live as long as the iterator, and so do their caches.
-        pin_memory: hand out page-locked tensors, which copy to a CUDA device without waiting.
+        start_step: number of finished steps.
+        seed: of the order of the images; at least 0.
+        rank: of this process; each process gets its own share of a step's images.
+        world_size: number of training processes.
+        workers: number of loader processes; they and their caches live as long as the iterator.
+        pin_memory: yield page-locked tensors, which copy to a CUDA device without waiting.
 
     Raises:
-        DataError: the data set is empty, or a image cannot be read.
+        DataError: the data set is empty, or an image cannot be read.
     """
     if len(dataset) == 0:
         raise DataError(f"{dataset.split.name} has no images to train on: give a split with at least one.")
@@ -65,20 +64,20 @@ def training_batches(
 def validation_batches(
     *, split: Split, batch_size: int, rank: int = 0, world_size: int = 1, workers: int = 0
 ) -> Iterator[Batch]:
-    """Every image of the split once over all processes, unchanged. Shares differ by one image at most.
+    """Yields every image of the split once over all processes, unchanged. Shares differ by at most one image.
 
-    The images of a batch have one size: padding to a larger neighbour would change what is detected at the border, and
-    the AP with it.
+    The images of a batch have one size, because padding to a larger neighbour would change detections at the border,
+    and with them the AP.
 
     Args:
-        split: what to evaluate on.
-        batch_size: images per batch; the last one of a size may have fewer.
-        rank: which of ``world_size`` processes asks.
-        world_size: evaluating processes.
-        workers: loader processes.
+        split: to evaluate on.
+        batch_size: images per batch; the last batch of a size may have fewer.
+        rank: of this process.
+        world_size: number of evaluating processes.
+        workers: number of loader processes.
 
     Raises:
-        DataError: a image cannot be read.
+        DataError: an image cannot be read.
     """
     dataset = DetectionDataset(split=split, augmentation=None, seed=0, cache_mb=0)
     by_size: dict[tuple[int, int], list[Key]] = {}
@@ -93,7 +92,7 @@ def validation_batches(
 def _training_keys(
     *, images: int, batch_size: int, steps: range, seed: int, rank: int, world_size: int
 ) -> Iterator[list[Key]]:
-    """The keys of one process's batch, step by step."""
+    """Yields the keys of one process's batch for each step."""
 
     @lru_cache(maxsize=1)
     def order(draw: int) -> list[int]:
@@ -107,7 +106,7 @@ def _training_keys(
 
 
 class _BatchDataset(Dataset[Batch | DataError]):
-    """Whole batches by their keys. Errors are handed over, not raised: a loader process would add its traceback."""
+    """Whole batches by their keys. Returns errors, because torch adds a traceback to errors of a loader process."""
 
     def __init__(self, dataset: DetectionDataset) -> None:
         self._dataset = dataset
@@ -121,14 +120,14 @@ class _BatchDataset(Dataset[Batch | DataError]):
 
 
 def _load(dataset: DetectionDataset, keys: Iterable[list[Key]], *, workers: int, pin_memory: bool) -> Iterator[Batch]:
-    """Reads batches ahead, in the order of ``keys``."""
+    """Yields batches in the order of ``keys``, read ahead."""
     loader = DataLoader(
         _BatchDataset(dataset),
-        sampler=keys,  # each "sample" is a batch already, hence:
+        sampler=keys,  # each "sample" is already a batch, hence:
         batch_size=None,
         num_workers=workers,
         pin_memory=pin_memory,
-        generator=torch.Generator(),  # the loader draws a seed for its processes: not from the main generator
+        generator=torch.Generator(),  # the loader draws its processes' seed here instead of from the main generator
     )
     for batch in loader:
         if isinstance(batch, DataError):

@@ -1,4 +1,7 @@
-"""One split of a data set: records of what is in each image, and a way to read the image."""
+"""A split of a data set: a record of each image, and a function that reads the image.
+
+Shapes: M boxes, K classes, H x W pixels.
+"""
 
 from __future__ import annotations
 
@@ -15,17 +18,17 @@ Outline = list[NDArray[np.float32]] | dict[str, Any] | None
 
 @dataclass(frozen=True)
 class Record:
-    """One image and its truth. M boxes for training, G annotations for evaluation (crowds included).
+    """One image and its annotations.
 
     Attributes:
-        image_id: the data set's own id.
+        image_id: its id in the data set.
         size: (height, width) pixels.
-        boxes: (M, 4) float32 xyxy, pixels of the image, clipped to it, every side > 0, no crowds.
+        boxes: (M, 4) float32 xyxy for training: pixels, clipped to the image, every side > 0, no crowds.
         labels: (M,) int64 in 1..K.
-        truth: COCO-style annotations for evaluation: dictionaries with ``bbox`` (xywh, pixels), ``area``
+        truth: COCO-style annotations for evaluation, with crowds: dictionaries with ``bbox`` (xywh, pixels), ``area``
             (square pixels), ``category_id`` (the label 1..K) and ``iscrowd``.
-        outlines: of the M boxes' objects, where they were asked for: polygons (x, y, x, y, ...) in pixels, run lengths
-            as COCO has them, or None for an object without; empty where they were not.
+        outlines: of the M objects: polygons (x, y, x, y, ...) in pixels, COCO's run lengths, or None for an object
+            without one; empty if the reader did not keep them.
     """
 
     image_id: int
@@ -38,14 +41,14 @@ class Record:
 
 @dataclass(frozen=True)
 class Split:
-    """A split held in memory as records; images are read on demand.
+    """A split as records in memory; images are read on demand.
 
     Attributes:
         name: for messages, for example ``bccd/train.json``.
-        class_names: K names, label k is ``class_names[k - 1]``.
+        class_names: K names; label k is ``class_names[k - 1]``.
         records: one per image.
         read: record index -> (3, H, W) uint8 RGB.
-        notes: what was found and changed on reading, for people ("3 boxes clipped to the image").
+        notes: remarks and changes of the reader, shown to the user ("3 boxes clipped to the image").
     """
 
     name: str

@@ -1,9 +1,9 @@
 """The built-in data set: scenes drawn in code, the same on every machine for the same seed.
 
-An object is an outline (disc, square, triangle, hexagon) that carries a mark (dot, bar, ring); the pair is its class,
-so that a detector has to see the detail to name the object. Sizes run from a few cells of the finest pyramid level to
-most of the scene, colours from strong to low contrast, objects hide one another, and the background holds a gradient,
-noise, strokes and outlines *without* a mark, which belong to no class.
+An object is an outline (disc, square, triangle) with a mark (dot, bar, ring). The pair is its class, so a detector must
+see the detail. Sizes range from a few cells of the finest pyramid level to most of the scene, colours from strong to
+low contrast. Objects hide one another, and the background has a gradient, noise, strokes and outlines *without* a mark,
+which belong to no class.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ CLASS_NAMES = tuple(f"{outline}-{mark}" for outline in OUTLINES for mark in MARK
 _OVERSAMPLING = 2  # drawn twice as large, then averaged: smooth edges
 _LARGEST = 0.88  # outer diameter of an object, as a fraction of the scene's side
 _MARK_REACH = (0.34, 0.45)  # half the mark's extent, as a fraction of the object's radius
-_MIN_VISIBLE = 0.45  # an object that would leave less of an earlier one to be seen is not drawn
-_MIN_MARK_VISIBLE = 0.75  # the same for the part that tells the class
+_MIN_VISIBLE = 0.45  # an object is not drawn if it would leave less of an earlier object visible
+_MIN_MARK_VISIBLE = 0.75  # the same for the middle of an earlier object, which holds its mark
 _SPLIT_KEYS = {"train": 0, "val": 1}
 
 Point = tuple[float, float]
 
 
 @dataclass(frozen=True)
-class _Placed:
-    """A drawn object: xyxy box in scene pixels, label 1..K, oversampled pixels of the whole and of its middle."""
+class _DrawnObject:
+    """A drawn object: xyxy box in scene pixels, label 1..K, number of oversampled pixels in all and in its middle."""
 
     box: list[float]
     label: int
@@ -44,15 +44,15 @@ class _Placed:
     mark_pixels: int
 
 
-@lru_cache(maxsize=2)  # a demo asks for the same validation scenes several times
+@lru_cache(maxsize=2)  # a demo uses the same validation scenes several times
 def synthetic_split(*, split: str, images: int, size: int, seed: int, smallest: float = 0.12) -> Split:
     """Draws ``images`` scenes of ``size`` x ``size`` pixels.
 
     Args:
         split: ``train`` or ``val``; the two never share a scene.
-        images: how many. The first n scenes of a longer split are the same n scenes.
+        images: number of scenes; the first n scenes do not depend on it.
         size: side in pixels.
-        seed: another seed is another data set.
+        seed: of the data set.
         smallest: outer diameter of the smallest object, as a fraction of the side.
     """
     scenes = [
@@ -87,40 +87,40 @@ def _read(images: list[Tensor], index: int) -> Tensor:
 
 
 def _draw_scene(rng: Generator, size: int, smallest: float) -> tuple[np.ndarray, list[list[float]], list[int]]:
-    """One scene: (size, size, 3) uint8 pixels, xyxy boxes in pixels, labels 1..K."""
+    """Draws a scene: (size, size, 3) uint8 pixels, xyxy boxes in pixels, labels 1..K."""
     side = size * _OVERSAMPLING
-    image = _background(rng, side)
+    image = _draw_background(rng, side)
     draw = ImageDraw.Draw(image)
     for _ in range(int(rng.integers(3, 9))):
         _draw_clutter(draw, rng, side)
 
-    # What each pixel shows: 0 background, 2 i + 1 the outline of object i, 2 i + 2 the middle that holds its mark.
+    # Content of each pixel: 0 background, 2 i + 1 the outline of object i, 2 i + 2 its middle, which holds its mark.
     owner = Image.new("L", (side, side), 0)
-    placed: list[_Placed] = []
+    placed: list[_DrawnObject] = []
     for _ in range(int(rng.integers(3, 9))):
         label = int(rng.integers(1, len(CLASS_NAMES) + 1))
         radius = 0.5 * side * math.exp(rng.uniform(math.log(smallest), math.log(_LARGEST)))
         centre = (rng.uniform(radius, side - radius), rng.uniform(radius, side - radius))
         outline = _outline(OUTLINES[(label - 1) // len(MARKS)], centre, radius, rng.uniform(0, 2 * math.pi))
-        trial = owner.copy()
-        stencil = ImageDraw.Draw(trial)
+        candidate = owner.copy()
+        stencil = ImageDraw.Draw(candidate)
         stencil.polygon(outline, fill=2 * len(placed) + 1)
         stencil.ellipse(_circle(centre, radius * _MARK_REACH[1]), fill=2 * len(placed) + 2)
-        visible = trial.histogram()
+        visible = candidate.histogram()
         if any(
             visible[2 * i + 1] + visible[2 * i + 2] < _MIN_VISIBLE * earlier.pixels
             or visible[2 * i + 2] < _MIN_MARK_VISIBLE * earlier.mark_pixels
             for i, earlier in enumerate(placed)
         ):
             continue
-        owner = trial
-        fill = _fill_colour(rng, image, centre)
+        owner = candidate
+        fill = _choose_fill_colour(rng, image, centre)
         draw.polygon(outline, fill=fill)
         _draw_mark(draw, rng, MARKS[(label - 1) % len(MARKS)], centre, radius, fill)
         mark_pixels = visible[2 * len(placed) + 2]
         xs, ys = [x / _OVERSAMPLING for x, _ in outline], [y / _OVERSAMPLING for _, y in outline]
         box = [min(max(v, 0.0), float(size)) for v in (min(xs), min(ys), max(xs), max(ys))]
-        placed.append(_Placed(box, label, visible[2 * len(placed) + 1] + mark_pixels, mark_pixels))
+        placed.append(_DrawnObject(box, label, visible[2 * len(placed) + 1] + mark_pixels, mark_pixels))
 
     small = np.asarray(image.resize((size, size), Image.Resampling.BOX), dtype=np.int16)
     noisy = small + rng.integers(-8, 9, small.shape, dtype=np.int16)
@@ -129,12 +129,12 @@ def _draw_scene(rng: Generator, size: int, smallest: float) -> tuple[np.ndarray,
 
 
 def _circle(centre: Point, radius: float) -> list[float]:
-    """Bounding box of a circle, as PIL takes it."""
+    """Returns the bounding box of a circle in PIL's form."""
     return [centre[0] - radius, centre[1] - radius, centre[0] + radius, centre[1] + radius]
 
 
-def _background(rng: Generator, side: int) -> Image.Image:
-    """A coloured gradient with smooth blotches."""
+def _draw_background(rng: Generator, side: int) -> Image.Image:
+    """Draws a coloured gradient with smooth blotches."""
     grid = 9
     corner = rng.uniform(40, 215, (2, 2, 3))
     t = np.linspace(0, 1, grid)[:, None]
@@ -145,7 +145,7 @@ def _background(rng: Generator, side: int) -> Image.Image:
 
 
 def _draw_clutter(draw: ImageDraw.ImageDraw, rng: Generator, side: int) -> None:
-    """A stroke, a patch, or an outline without a mark: none of them is an object."""
+    """Draws a stroke, a patch, or an outline without a mark; none of them is an object."""
     colour = tuple(int(v) for v in rng.integers(20, 236, 3))
     x, y = rng.uniform(0, side, 2)
     kind = rng.integers(0, 3)
@@ -161,14 +161,14 @@ def _draw_clutter(draw: ImageDraw.ImageDraw, rng: Generator, side: int) -> None:
 
 
 def _outline(shape: str, centre: Point, radius: float, angle: float) -> list[Point]:
-    """Corners of the outline, inside the circle of ``radius`` around ``centre``."""
+    """Returns the corners of an outline inside the circle of ``radius`` around ``centre``."""
     corners = {"disc": 40, "square": 4, "triangle": 3}[shape]
     turns = [angle + 2 * math.pi * i / corners for i in range(corners)]
     return [(centre[0] + radius * math.cos(a), centre[1] + radius * math.sin(a)) for a in turns]
 
 
-def _fill_colour(rng: Generator, image: Image.Image, centre: Point) -> tuple[int, int, int]:
-    """A colour away from what is under the centre: far for most objects, near for a third (low contrast)."""
+def _choose_fill_colour(rng: Generator, image: Image.Image, centre: Point) -> tuple[int, int, int]:
+    """Chooses a colour far from the one under the centre, or near it for a third of the objects (low contrast)."""
     under = np.asarray(image.getpixel((int(centre[0]), int(centre[1]))), dtype=np.float64)
     direction = rng.normal(size=3)
     direction /= np.linalg.norm(direction)
@@ -180,7 +180,7 @@ def _fill_colour(rng: Generator, image: Image.Image, centre: Point) -> tuple[int
 def _draw_mark(
     draw: ImageDraw.ImageDraw, rng: Generator, mark: str, centre: Point, radius: float, fill: tuple[int, int, int]
 ) -> None:
-    """The detail that makes the class; lighter or darker than the fill, inside the triangle's inscribed circle."""
+    """Draws the mark, lighter or darker than the fill, inside the triangle's inscribed circle."""
     step = rng.uniform(60, 130) * (1 if sum(fill) < 384 else -1)
     colour = tuple(int(min(max(v + step, 0), 255)) for v in fill)
     x, y = centre

@@ -19,13 +19,13 @@ Augmentation = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 def build_augmentation(
     *, flip: float, photometric: bool, multi_scale: Sequence[int] | None, max_size: int
 ) -> Augmentation:
-    """Random changes, drawn from torch's global CPU generator; the identity where nothing is asked for.
+    """Builds random changes, drawn from torch's global CPU generator; the identity if all are off.
 
     Args:
         flip: probability of a horizontal flip.
         photometric: jitter brightness, contrast, saturation and hue.
-        multi_scale: short sides in pixels to choose from; None keeps the size.
-        max_size: longest side in pixels that ``multi_scale`` may give.
+        multi_scale: short sides in pixels, one of which is drawn; None keeps the size.
+        max_size: longest side in pixels after ``multi_scale``.
     """
     changes: list[Callable[..., object]] = []
     if photometric:
@@ -33,7 +33,7 @@ def build_augmentation(
     if flip > 0:
         changes.append(v2.RandomHorizontalFlip(p=flip))
     if multi_scale is not None:
-        # Not antialiased: so do torchvision's detectors resize at inference.
+        # Not antialiased, like torchvision's detectors at inference.
         changes.append(v2.RandomShortestSize(min_size=list(multi_scale), max_size=max_size, antialias=False))
     return partial(_apply, v2.Compose([*changes, v2.ClampBoundingBoxes()])) if changes else _keep
 
@@ -43,7 +43,7 @@ def _keep(image: Tensor, boxes: Tensor, labels: Tensor) -> tuple[Tensor, Tensor,
 
 
 def _apply(change: v2.Transform, image: Tensor, boxes: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Changes image and boxes alike; boxes with a side under 1 pixel afterwards go, with their labels."""
+    """Changes image and boxes together, then drops boxes with a side under 1 pixel."""
     boxed = tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=tuple(image.shape[-2:]))
     new_image, new_boxes = change(tv_tensors.Image(image), boxed)
     corners = new_boxes.as_subclass(Tensor)

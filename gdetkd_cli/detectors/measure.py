@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn.functional import max_pool2d
 
 from gdetkd_cli.errors import ModelError
-from gdetkd_cli.probing.geometry import cells_of
-from gdetkd_cli.probing.record import Tell, record
+from gdetkd_cli.probing.geometry import locate_cells
+from gdetkd_cli.probing.record import AddName, record
 from gdetkd_cli.structures import LevelSpec
 
 Forward = Callable[[Tensor], Mapping[str, Tensor]]
@@ -46,7 +46,7 @@ def measure_levels(forward: Forward, *, device: torch.device | str = "cpu") -> t
 def _measure(forward: Forward, image: Tensor) -> tuple[LevelSpec, ...]:
     maps: dict[str, Tensor] = {}
 
-    def run(_: Tell) -> list[Tensor]:
+    def run(_: AddName) -> list[Tensor]:
         maps.update(forward(image))
         return list(maps.values())
 
@@ -54,7 +54,7 @@ def _measure(forward: Forward, image: Tensor) -> tuple[LevelSpec, ...]:
     specs: list[LevelSpec] = []
     before: Tensor | None = None
     for (name, level), index in zip(maps.items(), seen.results, strict=True):
-        cells = None if index is None else cells_of(seen.values, 0, index)
+        cells = None if index is None else locate_cells(seen.values, 0, index)
         if cells is None or not torch.isfinite(level).all():
             raise ModelError(
                 f"pyramid level {name!r} does not respond to the image, or not with finite numbers; it cannot be "

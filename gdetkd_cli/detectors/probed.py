@@ -20,7 +20,7 @@ from gdetkd_cli.probing.formats.runner import RUN_ERRORS, Runner, reason_of
 from gdetkd_cli.probing.geometry import Geometry
 from gdetkd_cli.probing.inputs import ModelInput
 from gdetkd_cli.probing.outputs import OutputForm
-from gdetkd_cli.probing.pyramid import Probed, frame_of, probe
+from gdetkd_cli.probing.pyramid import Probed, measure_image_frame, probe
 from gdetkd_cli.structures import Batch, Detections, Frame, LevelSpec, Pyramid, Regions
 
 
@@ -197,7 +197,7 @@ class ProbedDetector(Detector):
         size = (image.shape[-2], image.shape[-1])
         if size not in self._frames:
             with evaluating(self.module), torch.autocast(image.device.type, enabled=False):
-                self._frames[size] = frame_of(self._runner, self.probed.call, image, self._input)
+                self._frames[size] = measure_image_frame(self._runner, self.probed.call, image, self._input)
         return self._frames[size]
 
 

@@ -1,7 +1,4 @@
-"""What depends on a model's first convolution, and which of it are maps over the image.
-
-A record is a list of values, each with the values that it was made of; here it is walked as the graph that it is.
-"""
+"""A record as a graph: which values depend on the first convolution, and which of them are maps over the image."""
 
 from __future__ import annotations
 
@@ -16,7 +13,8 @@ _POOLS = ("mean", "_adaptive_avg_pool2d", "adaptive_avg_pool2d", "adaptive_max_p
 Size = tuple[int, int]
 
 
-def stem_of(values: Sequence[Value]) -> int:
+def find_stem(values: Sequence[Value]) -> int:
+    """Returns the index of the first convolution; raises a NoPyramidError if there is none."""
     stem = next((i for i, v in enumerate(values) if v.window and v.op == "convolution" and v.parents), None)
     if stem is None:
         raise NoPyramidError(NO_CONVOLUTION)
@@ -24,13 +22,14 @@ def stem_of(values: Sequence[Value]) -> int:
 
 
 class Flow:
-    """What depends on the first convolution, and how.
+    """The values that depend on the first convolution. Every attribute below has one entry per value.
 
     Attributes:
-        maps: by value, ((height, width), channels last) where it is a map over the image, else None.
-        children: by value, the values that read it.
-        weighted: by value, whether it is a map made by a convolution or linear layer with weights.
-        folded: by value, whether it is a map with its axes cut.
+        reached: whether the value depends on the first convolution.
+        maps: ((height, width), channels last) if the value is a map over the image, else None.
+        children: the values that read it.
+        weighted: whether it is a map computed by a convolution or linear layer with weights.
+        folded: whether it is a map reshaped into patches or cut along one axis.
     """
 
     def __init__(self, values: Sequence[Value], stem: int) -> None:
@@ -51,17 +50,17 @@ class Flow:
             for parent in parents:
                 self.children[parent].append(i)
             window = values[i].window
-            # One cell is a map where a window came to it, or it was one already; an average over all places is none.
+            # A single cell is a map if a sliding window or another single cell produced it, not if averaging did.
             single = values[i].op == "convolution" and window is not None and window.kernel != (1, 1)
             single = single or any(self.size(p) == (1, 1) for p in parents)
-            found = _as_map(values[i].shape, (frame[0], frame[1]), single)
-            # A map cut into patches, or along one axis: it may be put together as a map of another size.
+            found = _match_map(values[i].shape, (frame[0], frame[1]), single)
+            # Patches or slices may later be joined into a map of another size.
             cut = len(values[i].shape) > 4 or (values[i].op == "slice" and not found)
             self.folded[i] = cut and any(self.maps[p] or self.folded[p] for p in parents)
             if found and (i == stem or any(self.maps[p] or self.folded[p] for p in parents)):
                 sizes.add(found[0])
             elif found and found[0] not in sizes:
-                found = None  # of tokens or scores: a map only where its size is one that a map has had
+                found = None  # tokens or scores are a map only if an earlier map has the same size
             self.maps[i] = found
             made_by_weights = values[i].op == "convolution" or values[i].op in LINEAR
             self.weighted[i] = bool(values[i].weights) and made_by_weights and self.maps[i] is not None
@@ -79,17 +78,17 @@ class Flow:
         return [p for p in self.values[i].parents if self.reached[p]]
 
 
-def _as_map(shape: Sequence[int], frame: Size, single: bool) -> tuple[Size, bool] | None:
-    """(height, width) of a shape that lies over the frame with one stride, give or take a cell; whether NHWC.
+def _match_map(shape: Sequence[int], frame: Size, single: bool) -> tuple[Size, bool] | None:
+    """Returns ((height, width), channels last) if the shape covers the frame with one stride, give or take a cell.
 
-    ``single``: one cell counts as well.
+    With ``single``, one cell counts as a map.
     """
     if len(shape) != 4 or shape[0] != 1:
         return None
     for height, width, last in ((shape[2], shape[3], False), (shape[1], shape[2], True)):
         if not 1 <= height <= frame[0] or not 1 <= width <= frame[1] or (height * width == 1 and (last or not single)):
             continue
-        # The interval of strides that each axis allows.
+        # The strides that both axes allow.
         low = max(frame[0] / (height + 1), frame[1] / (width + 1))
         high = min(frame[0] / max(height - 1, 0.5), frame[1] / max(width - 1, 0.5))
         if low <= high:
@@ -98,7 +97,7 @@ def _as_map(shape: Sequence[int], frame: Size, single: bool) -> tuple[Size, bool
 
 
 def is_averaged(flow: Flow, start: int) -> bool:
-    """Whether all that becomes of a map is averaged over all places, as in a classifier."""
+    """Whether every use of a map averages it over all places, as in a classifier."""
     if flow.size(start) == (1, 1):
         return False
     open_, seen = [start], {start}
@@ -108,15 +107,15 @@ def is_averaged(flow: Flow, start: int) -> bool:
             return False
         for child in children:
             averaged = flow.values[child].op in _POOLS or flow.values[child].shape[-2:] == (1, 1)
-            # Statistics beside a normalised map are no use that is made of it.
+            # The statistics that a normalization returns beside its map do not count as a use.
             if child not in seen and flow.values[child].output == 0 and (flow.maps[child] or not averaged):
                 seen.add(child)
                 open_.append(child)
     return True
 
 
-def dominators(flow: Flow) -> list[int]:
-    """By value, the set (as bits) of values that every path from the image to it passes; itself included."""
+def find_dominators(flow: Flow) -> list[int]:
+    """Returns, by value, the values (as bits, itself included) on every path from the image to it."""
     sets = [0] * len(flow.values)
     for i in range(flow.stem, len(flow.values)):
         if flow.reached[i]:

@@ -1,7 +1,7 @@
-"""Where the cells of a recorded value lie: in pixels of the network's input, and of the image that the model was given.
+"""Positions of a recorded value's cells, in pixels of the network's input and of the image.
 
-Inside the network the operators say it exactly: windows have sizes, strides and paddings. What happens before the first
-convolution (resizing, padding, letterbox) is measured, by changing the image at known points and looking where the
+Inside the network, the sizes, strides and paddings of the operators' windows give exact positions. The steps before the
+first convolution (resizing, padding, letterbox) are measured: change the image at known points and see where the
 network's input changes.
 """
 
@@ -16,13 +16,13 @@ from torch import Tensor
 from gdetkd_cli.errors import ModelError
 from gdetkd_cli.probing.record import Value
 
-_POINTS = (0.2, 0.5, 0.8)  # where the image is changed, as fractions of each side
-_PATCH = 9  # pixels, side of a changed patch; its change is largest in the middle, so that blur does not move it
+_POINTS = (0.2, 0.5, 0.8)  # points at which the image is changed, as fractions of each side
+_PATCH = 9  # pixels, side of a changed patch; the change peaks in the middle, so blur does not move its centre
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """Cells in pixels, (y, x) each: the centre of cell (i, j) is at offset + (i, j) * stride; a pixel's is at 0.5."""
+    """Cells in pixels, (y, x): cell (i, j) is centred at offset + (i, j) * stride, pixel (0, 0) at (0.5, 0.5)."""
 
     stride: tuple[float, float]
     offset: tuple[float, float]
@@ -31,15 +31,15 @@ class Geometry:
 @dataclass(frozen=True)
 class _Trail(Geometry):
     size: tuple[int, int] = (0, 0)
-    resampled: bool = False  # made by upsampling: what it is added to lies where it should, this may not
+    resampled: bool = False  # after upsampling, positions are approximate; a map added to it has the exact ones
 
 
-def cells_of(values: Sequence[Value], reference: int, level: int) -> Geometry | None:
-    """A level's cells in pixels of the reference; None where no chain of (N, C, H, W) maps leads to it.
+def locate_cells(values: Sequence[Value], reference: int, level: int) -> Geometry | None:
+    """Locates a level's cells in pixels of the reference; None if no chain of (N, C, H, W) maps leads to the level.
 
     Args:
         values: the record.
-        reference: index of the tensor that the network starts from, (N, C, H, W).
+        reference: index of the network's input, (N, C, H, W).
         level: index of the level.
     """
     frame = values[reference].shape[-2:]
@@ -48,20 +48,21 @@ def cells_of(values: Sequence[Value], reference: int, level: int) -> Geometry | 
         value = values[i]
         before = [trails[p] for p in value.parents if p in trails]
         if before and len(value.shape) == 4:
-            trails[i] = _step(value, before)
-        elif before and before[0].size in (value.shape[2:4], value.shape[-2:]):  # maps stacked, to be summed
+            trails[i] = _advance(value, before)
+        elif before and before[0].size in (value.shape[2:4], value.shape[-2:]):  # maps stacked before a sum
             trails[i] = before[0]
     found = trails.get(level)
     return None if found is None else Geometry(found.stride, found.offset)
 
 
-def evenly(frame: Sequence[int], size: tuple[int, int]) -> Geometry:
-    """Cells that lie side by side over a whole frame of (height, width) pixels: maps made of patches or tokens."""
+def tile_frame(frame: Sequence[int], size: tuple[int, int]) -> Geometry:
+    """Places ``size`` cells side by side over a frame of (height, width) pixels, for maps made of patches or tokens."""
     stride = (frame[0] / size[0], frame[1] / size[1])
     return Geometry(stride, (stride[0] / 2, stride[1] / 2))
 
 
-def _step(value: Value, before: Sequence[_Trail]) -> _Trail:
+def _advance(value: Value, before: Sequence[_Trail]) -> _Trail:
+    """Positions of a value's cells, from those of the values that it was computed from."""
     size = (value.shape[-2], value.shape[-1])
     if value.window is not None:
         source, window = before[0], value.window
@@ -75,10 +76,9 @@ def _step(value: Value, before: Sequence[_Trail]) -> _Trail:
     alike = [trail for trail in before if trail.size == size]
     if alike:
         return next((trail for trail in alike if not trail.resampled), alike[0])
-    # Up- or downsampled as a whole: cells of both sizes cover the same pixels.
+    # Resampled: the cells of both sizes cover the same pixels.
     source = before[0]
-    ratio = (source.size[0] / size[0], source.size[1] / size[1])
-    ratio = (_tidy(ratio[0]), _tidy(ratio[1]))
+    ratio = (_round_ratio(source.size[0] / size[0]), _round_ratio(source.size[1] / size[1]))
     return _Trail(
         stride=(source.stride[0] * ratio[0], source.stride[1] * ratio[1]),
         offset=(
@@ -90,17 +90,17 @@ def _step(value: Value, before: Sequence[_Trail]) -> _Trail:
     )
 
 
-def _tidy(ratio: float) -> float:
-    """A ratio of cell counts without the cell that rounding took or gave, where a whole number is near."""
+def _round_ratio(ratio: float) -> float:
+    """Rounds a ratio of cell counts (or its inverse) to a whole number within 10 %: sizes are rounded to cells."""
     whole = round(ratio) if ratio >= 1 else 1 / round(1 / ratio)
     return float(whole) if abs(ratio - whole) < 0.1 * ratio else ratio
 
 
 def measure_frame(network_input: Callable[[Tensor], Tensor], image: Tensor) -> Geometry:
-    """Where the pixels of the network's input lie, in pixels of the image.
+    """Measures where the pixels of the network's input lie, in pixels of the image.
 
     Args:
-        network_input: image (3, H, W) -> what the first convolution reads, (1, C, h, w).
+        network_input: image (3, H, W) -> the first convolution's input (1, C, h, w).
         image: (3, H, W) in 0..1.
 
     Raises:
@@ -117,26 +117,26 @@ def measure_frame(network_input: Callable[[Tensor], Tensor], image: Tensor) -> G
         patch += (window[:, None] * window) * torch.where(patch.mean() > 0.5, -0.5, 0.5)
         response = (network_input(changed) - base).abs().sum(dim=(0, 1)).double().cpu()  # (h, w)
         if not torch.isfinite(response).all() or float(response.sum()) <= 0:
-            raise ModelError("the network's input does not change with the image; is this a model of images?")
+            raise ModelError("the network's input does not change with the image; expected a model that reads images")
         where = [
             float((response.sum(dim=1 - axis) * (torch.arange(response.shape[axis]) + 0.5)).sum() / response.sum())
             for axis in (0, 1)
         ]
         seen.append(((top + _PATCH / 2, left + _PATCH / 2), (where[0], where[1])))
-    axes = [_line([s[1][a] for s in seen], [s[0][a] for s in seen]) for a in (0, 1)]
+    axes = [_fit_line([s[1][a] for s in seen], [s[0][a] for s in seen]) for a in (0, 1)]
     (sy, oy), (sx, ox) = axes
     return Geometry(stride=(sy, sx), offset=(oy + sy / 2, ox + sx / 2))
 
 
-def _line(xs: Sequence[float], ys: Sequence[float]) -> tuple[float, float]:
-    """Slope and intercept of the least-squares line."""
+def _fit_line(xs: Sequence[float], ys: Sequence[float]) -> tuple[float, float]:
+    """Returns slope and intercept of the least-squares line."""
     mean_x, mean_y = sum(xs) / len(xs), sum(ys) / len(ys)
     slope = sum((x - mean_x) * (y - mean_y) for x, y in zip(xs, ys, strict=True)) / sum((x - mean_x) ** 2 for x in xs)
     return slope, mean_y - slope * mean_x
 
 
-def through(frame: Geometry, cells: Geometry) -> Geometry:
-    """Cells given in pixels of the network's input, in pixels of the image."""
+def to_image_pixels(frame: Geometry, cells: Geometry) -> Geometry:
+    """Converts cells from pixels of the network's input to pixels of the image; ``frame`` relates the two."""
     return Geometry(
         stride=(cells.stride[0] * frame.stride[0], cells.stride[1] * frame.stride[1]),
         offset=(

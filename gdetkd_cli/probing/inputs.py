@@ -1,4 +1,4 @@
-"""What detectors are given: how images are prepared, and in which ways models are called with them."""
+"""How images are prepared for a model, and the ways of calling a model with them."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate, pad
 
-_GREY = 0.5  # what is left of a fixed size beside the image
+_GREY = 0.5  # fills the rest of a fixed size
 
 
 @dataclass(frozen=True)
 class ModelInput:
-    """What a model wants its images to be.
+    """How images are prepared for a model.
 
     Attributes:
-        scale: what values in 0..1 are multiplied by (255 for models that take 0..255).
-        mean, std: subtracted from and divided by, per channel in its own order, after that.
-        fit: (height, width) of a model that takes this size alone: images are resized to fit in, and padded at the
-            right and the bottom.
-        bgr: blue first, as OpenCV reads images.
+        scale: factor of the values in 0..1 (255 for models that take 0..255).
+        mean, std: subtracted and divided by after scaling, per channel, in the model's channel order.
+        fit: (height, width) of a model with a fixed input size: images are resized to fit in, and padded at the right
+            and the bottom.
+        bgr: the model takes blue first, as OpenCV reads images.
     """
 
     scale: float = 1.0
@@ -32,9 +32,9 @@ class ModelInput:
     bgr: bool = False
 
     def prepare(self, image: Tensor) -> Tensor:
-        """(3, H, W) in 0..1 -> what the model wants."""
+        """Converts an image (3, H, W) in 0..1 to the model's input."""
         if self.fit is not None:
-            image = _fitted(image, self.fit)
+            image = _fit(image, self.fit)
         image = (image.flip(0) if self.bgr else image) * self.scale
         if self.mean is not None:
             image = image - image.new_tensor(self.mean)[:, None, None]
@@ -43,27 +43,24 @@ class ModelInput:
         return image
 
     def to_image(self, boxes: Tensor, size: tuple[int, int]) -> Tensor:
-        """Boxes (D, 4) xyxy in pixels of what the model was given -> in pixels of the image, (height, width), clipped.
-
-        D detections.
-        """
+        """Converts boxes (M, 4) xyxy from pixels of the model's input to pixels of the image of ``size``, clipped."""
         if self.fit is not None:
-            inner = _inner(size, self.fit)
+            inner = _inner_size(size, self.fit)
             boxes = boxes * boxes.new_tensor([size[1] / inner[1], size[0] / inner[0]]).repeat(2)
         return boxes.clamp(min=0).minimum(boxes.new_tensor([size[1], size[0]]).repeat(2))
 
 
-def _inner(size: tuple[int, int], fit: tuple[int, int]) -> tuple[int, int]:
-    """(height, width) that an image has inside ``fit``."""
+def _inner_size(size: tuple[int, int], fit: tuple[int, int]) -> tuple[int, int]:
+    """Returns the (height, width) of an image resized to fit inside ``fit``."""
     scale = min(fit[0] / size[0], fit[1] / size[1])
     return min(fit[0], round(size[0] * scale)), min(fit[1], round(size[1] * scale))
 
 
-def _fitted(image: Tensor, size: tuple[int, int]) -> Tensor:
+def _fit(image: Tensor, size: tuple[int, int]) -> Tensor:
     height, width = image.shape[-2:]
     if (height, width) == size:
         return image
-    inner = _inner((height, width), size)
+    inner = _inner_size((height, width), size)
     resized = interpolate(image[None], size=inner, mode="bilinear", antialias=True)[0]
     return pad(resized, (0, size[1] - inner[1], 0, size[0] - inner[0]), value=_GREY)
 
@@ -73,9 +70,9 @@ class Call:
     """One way of calling a model.
 
     Attributes:
-        name: for people.
-        takes: which images go into one call: any, those of one size, or one alone.
-        argument: images (3, H, W) -> what the model is given.
+        name: shown to the user.
+        takes: which images fit into one call: any, those of one size, or one.
+        argument: images (3, H, W) -> the model's argument.
     """
 
     name: str
@@ -83,32 +80,31 @@ class Call:
     argument: Callable[[Sequence[Tensor]], object]
 
     def groups(self, images: Sequence[Tensor]) -> list[list[Tensor]]:
-        """The images in groups that one call takes, in their order."""
+        """Splits the images, in their order, into groups that fit into one call."""
         alike = len({image.shape for image in images}) == 1
         if self.takes == "any" or (self.takes == "one size" and alike):
             return [list(images)]
         return [[image] for image in images]
 
 
-def stacked(images: Sequence[Tensor]) -> Tensor:
-    """Images of one size as (N, 3, H, W)."""
+def stack_images(images: Sequence[Tensor]) -> Tensor:
+    """Stacks images of one size to (N, 3, H, W)."""
     return torch.stack(list(images))
 
 
-def alone(images: Sequence[Tensor]) -> Tensor:
-    """The one image there is, (3, H, W)."""
+def take_single(images: Sequence[Tensor]) -> Tensor:
+    """Returns the only image, (3, H, W)."""
     (image,) = images
     return image
 
 
-def channels_last(call: Call) -> Call:
-    """The same call of a model that takes its images as (H, W, 3)."""
+def with_channels_last(call: Call) -> Call:
+    """Returns the same call for a model that takes images as (H, W, 3)."""
     name = call.name.replace("3, H, W", "H, W, 3")
-    return Call(name, call.takes, lambda images: _last(call.argument(images)))
+    return Call(name, call.takes, lambda images: _move_channels_last(call.argument(images)))
 
 
-def _last(given: object) -> object:
-    """Channels first to last."""
+def _move_channels_last(given: object) -> object:
     if isinstance(given, Tensor):
         return given.movedim(-3, -1)
     assert isinstance(given, list)

@@ -1,10 +1,10 @@
-"""What a model of unknown code detected, read from what it returns.
+"""Reads detections from the output of a model whose code is unknown.
 
-Forms that are known: torchvision's list of dictionaries; boxes, scores and labels as tensors, as exported detectors
-give them; the one tensor of YOLO models, before or after suppression; boxes and class scores of each cell; and boxes
-and class logits of each query, as DETR's kind gives them. Anything else is not guessed at.
+Supported forms: torchvision's list of dictionaries; tensors of boxes, scores and labels, as in exported detectors;
+YOLO's single tensor, before or after suppression; boxes and class scores per cell; boxes and class logits per query, as
+in DETR. Other forms are not guessed.
 
-Shapes: N images, D detections, A cells or anchors, K classes; boxes xyxy pixels of the image that the model was given.
+Shapes: N images, M detections, A cells, anchors or queries, K classes; boxes are xyxy, pixels of the model's input.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from torchvision.ops import batched_nms, box_convert
 from gdetkd_cli.probing.record import tensors_in
 from gdetkd_cli.structures import Detections
 
-# As YOLO models are usually evaluated.
-_LEAST_SCORE = 0.001
+# The usual settings for evaluating YOLO models.
+_MIN_SCORE = 0.001
 _NMS_IOU = 0.7
-_MOST_CANDIDATES = 30_000  # boxes of one image before suppression
-_MOST = 300  # detections of one image
+_MAX_CANDIDATES = 30_000  # boxes of one image before suppression
+_MAX_DETECTIONS = 300  # of one image
 _FIELDS = ("boxes", "scores", "labels")
 
 
 @dataclass(frozen=True)
 class OutputForm:
-    """How detections are read.
+    """How detections are read from a model's output.
 
     Attributes:
-        name: for people.
-        read: (what the model returned, number of images) -> their detections, labels from 1.
+        name: shown to the user.
+        read: (model's output, number of images) -> detections of each image, labels from 1.
     """
 
     name: str
@@ -42,32 +42,32 @@ class OutputForm:
 
 
 def recognise_form(returned: object, size: tuple[int, int], classes: int | None) -> OutputForm | None:
-    """The form of what a model returned for one image; None where it is none of those known.
+    """Recognises the form of a model's output for one image; None if it is unknown.
 
     Args:
-        returned: what it returned.
+        returned: the model's output.
         size: (height, width) pixels of the image.
-        classes: K, where it is known; a YOLO tensor is not read without.
+        classes: K, or None if unknown; only the forms with labels are recognised without it.
     """
-    if _rows(returned) is not None:
+    if _find_rows(returned) is not None:
         return ROWS
-    fields = _fields(returned)
+    fields = _find_fields(returned)
     if fields is not None:
         batched = fields[0].dim() == 3
         return OutputForm(f"tensors of boxes, scores and labels{' by image' if batched else ''}", _read_fields)
     tensors = tensors_in(returned)
     if classes is None:
         return None
-    pair = _boxes_and_classes(returned, classes)
+    pair = _find_pair(returned, classes)
     if pair is not None:
-        return _pair_form(*pair, size, classes)
+        return _recognise_pair(*pair, size, classes)
     if not tensors or tensors[0].dim() != 3 or not tensors[0].is_floating_point():
         return None
-    return _yolo_form(tensors[0].float(), size, classes)
+    return _recognise_yolo(tensors[0].float(), size, classes)
 
 
-def _rows(returned: object) -> list[Mapping[str, Tensor]] | None:
-    """torchvision's list of dictionaries; a scripted detector returns it beside its losses."""
+def _find_rows(returned: object) -> list[Mapping[str, Tensor]] | None:
+    """Returns torchvision's list of dictionaries; a scripted detector returns it after its losses."""
     if isinstance(returned, tuple) and len(returned) == 2 and isinstance(returned[0], Mapping) and not returned[0]:
         returned = returned[1]
     if not isinstance(returned, list | tuple) or not returned:
@@ -78,16 +78,16 @@ def _rows(returned: object) -> list[Mapping[str, Tensor]] | None:
 
 
 def _read_rows(returned: object, images: int) -> list[Detections]:
-    rows = _rows(returned)
+    rows = _find_rows(returned)
     assert rows is not None and len(rows) == images
-    return [_kept(row["boxes"], row["scores"], row["labels"]) for row in rows]
+    return [_sort_detections(row["boxes"], row["scores"], row["labels"]) for row in rows]
 
 
 ROWS = OutputForm("boxes, scores and labels of each image", _read_rows)  # torchvision's
 
 
-def _fields(returned: object) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Boxes (D, 4) or (N, D, 4), scores and labels without the last axis: by their names, else by their kinds."""
+def _find_fields(returned: object) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Returns boxes (M, 4) or (N, M, 4), scores and labels (M,) or (N, M), found by name or else by type and shape."""
     found: Sequence[Any]
     if isinstance(returned, Mapping) and all(isinstance(returned.get(f), Tensor) for f in _FIELDS):
         found = [returned[f] for f in _FIELDS]
@@ -107,18 +107,18 @@ def _fields(returned: object) -> tuple[Tensor, Tensor, Tensor] | None:
 
 
 def _read_fields(returned: object, images: int) -> list[Detections]:
-    """By image, labels count from 0, as DETR's exports have it; without, from 1, as torchvision's have it."""
-    fields = _fields(returned)
+    """Labels count from 0 if there is an axis of images, as in DETR's exports; else from 1, as in torchvision's."""
+    fields = _find_fields(returned)
     assert fields is not None
     boxes, scores, labels = fields
     if boxes.dim() == 2:
         assert images == 1
-        return [_kept(boxes, scores, labels)]
-    return [_kept(*one) for one in zip(boxes, scores, labels.long() + 1, strict=True)]
+        return [_sort_detections(boxes, scores, labels)]
+    return [_sort_detections(*one) for one in zip(boxes, scores, labels.long() + 1, strict=True)]
 
 
-def _yolo_form(raw: Tensor, size: tuple[int, int], classes: int) -> OutputForm | None:
-    """One tensor: (N, D, 6) suppressed rows, (N, 4 + K, A), or (N, A, 5 + K) with a score of objectness."""
+def _recognise_yolo(raw: Tensor, size: tuple[int, int], classes: int) -> OutputForm | None:
+    """Recognises (N, M, 6) suppressed rows, (N, 4 + K, A), or (N, A, 4 + K or 5 + K), the latter with objectness."""
     _, rows, columns = raw.shape
     whole = columns == 6 and bool((raw[..., 5] == raw[..., 5].round()).all()) and _are_scores(raw[..., 4])
     if whole and bool((raw[..., 5] < classes).all()):
@@ -131,15 +131,15 @@ def _yolo_form(raw: Tensor, size: tuple[int, int], classes: int) -> OutputForm |
         return None
     if not _are_scores(cells[..., 4:]):
         return None
-    # Centres lie all over the image, whatever the model has learnt: a fraction of it, or pixels.
+    # Centres cover the whole image, even before training, so their range shows whether they are fractions or pixels.
     unit = (1.0, 1.0) if float(cells[..., :2].abs().max()) > 2 else (float(size[1]), float(size[0]))
     scores = "objectness and class scores" if objectness else "class scores"
     read = partial(_read_cells, transposed=rows == 4 + classes, objectness=objectness, unit=unit)
     return OutputForm(f"box and {scores} of each cell", read)
 
 
-def _boxes_and_classes(returned: object, classes: int) -> tuple[Tensor, Tensor] | None:
-    """Boxes (N, Q, 4) and what is said of their classes, (N, Q, K) or (N, Q, K + 1): by name, or the first two."""
+def _find_pair(returned: object, classes: int) -> tuple[Tensor, Tensor] | None:
+    """Returns boxes (N, A, 4) and class scores or logits (N, A, K or K + 1), by name or as the first two tensors."""
     found = list(tensors_in(returned))[:2]
     if isinstance(returned, Mapping) and isinstance(returned.get("pred_boxes"), Tensor):
         found = [returned["pred_boxes"], returned.get("pred_logits", returned.get("logits"))]
@@ -149,25 +149,25 @@ def _boxes_and_classes(returned: object, classes: int) -> tuple[Tensor, Tensor] 
     if one.shape[:2] != other.shape[:2]:
         return None
     pairs = [
-        (boxes, said)
-        for boxes, said in ((one, other), (other, one))
-        if boxes.shape[-1] == 4 and said.shape[-1] in (classes, classes + 1)
+        (boxes, by_class)
+        for boxes, by_class in ((one, other), (other, one))
+        if boxes.shape[-1] == 4 and by_class.shape[-1] in (classes, classes + 1)
     ]
-    # With three or four classes both may fit: boxes that are fractions of the image lie in 0..1, logits do not.
+    # With 3 or 4 classes both orders may fit: boxes as fractions of the image lie in 0..1, logits do not.
     fitting = [pair for pair in pairs if len(pairs) == 1 or (_are_scores(pair[0]) and not _are_scores(pair[1]))]
     return fitting[0] if len(fitting) == 1 else None
 
 
-def _pair_form(boxes: Tensor, said: Tensor, size: tuple[int, int], classes: int) -> OutputForm | None:
-    """Logits of queries, whose boxes are fractions of the image; or scores of cells, whose boxes are xyxy pixels."""
-    extra = said.shape[-1] == classes + 1
-    if _are_scores(boxes) and not _are_scores(said):
-        # Trained for one class or none, most queries say none; trained class by class, none of them says the last.
-        none = extra and bool((said.argmax(dim=-1) == classes).float().mean() > 0.5)
+def _recognise_pair(boxes: Tensor, by_class: Tensor, size: tuple[int, int], classes: int) -> OutputForm | None:
+    """Recognises logits of queries, with boxes as fractions of the image, or scores of cells, with xyxy pixels."""
+    extra = by_class.shape[-1] == classes + 1
+    if _are_scores(boxes) and not _are_scores(by_class):
+        # With softmax over the classes and "none", most queries predict "none"; with sigmoids, no query does.
+        none = extra and bool((by_class.argmax(dim=-1) == classes).float().mean() > 0.5)
         name = f"box and class logits of each query, {'one class or none' if none else 'class by class'}"
         return OutputForm(name, partial(_read_queries, classes=classes, none=none, unit=(size[1], size[0])))
     ordered = bool((boxes[..., 2:] >= boxes[..., :2]).all()) and float(boxes.abs().max()) > 2
-    if ordered and not extra and _are_scores(said):
+    if ordered and not extra and _are_scores(by_class):
         return OutputForm("box and class scores of each cell", partial(_read_cell_pair, classes=classes))
     return None
 
@@ -175,22 +175,22 @@ def _pair_form(boxes: Tensor, said: Tensor, size: tuple[int, int], classes: int)
 def _read_queries(
     returned: object, images: int, *, classes: int, none: bool, unit: tuple[float, float]
 ) -> list[Detections]:
-    pair = _boxes_and_classes(returned, classes)
+    pair = _find_pair(returned, classes)
     assert pair is not None and len(pair[0]) == images
     found = []
     for boxes, logits in zip(*pair, strict=True):
         by_class = (logits.softmax(dim=-1) if none else logits.sigmoid())[:, :classes]
-        scores, best = by_class.flatten().topk(min(_MOST, by_class.numel()))
-        scores, best = scores[scores > _LEAST_SCORE], best[scores > _LEAST_SCORE]
+        scores, best = by_class.flatten().topk(min(_MAX_DETECTIONS, by_class.numel()))
+        scores, best = scores[scores > _MIN_SCORE], best[scores > _MIN_SCORE]
         corners = box_convert(boxes, "cxcywh", "xyxy") * boxes.new_tensor(unit * 2)
-        found.append(_kept(corners[best // classes], scores, best % classes + 1))
+        found.append(_sort_detections(corners[best // classes], scores, best % classes + 1))
     return found
 
 
 def _read_cell_pair(returned: object, images: int, *, classes: int) -> list[Detections]:
-    pair = _boxes_and_classes(returned, classes)
+    pair = _find_pair(returned, classes)
     assert pair is not None and len(pair[0]) == images
-    return [_suppressed_classes(boxes, by_class) for boxes, by_class in zip(*pair, strict=True)]
+    return [_suppress_by_class(boxes, by_class) for boxes, by_class in zip(*pair, strict=True)]
 
 
 def _are_scores(values: Tensor) -> bool:
@@ -200,7 +200,7 @@ def _are_scores(values: Tensor) -> bool:
 def _read_suppressed(returned: object, images: int) -> list[Detections]:
     rows = tensors_in(returned)[0].float()
     assert len(rows) == images
-    return [_kept(row[:, :4], row[:, 4], row[:, 5].long() + 1) for row in rows]
+    return [_sort_detections(row[:, :4], row[:, 4], row[:, 5].long() + 1) for row in rows]
 
 
 def _read_cells(
@@ -208,27 +208,27 @@ def _read_cells(
 ) -> list[Detections]:
     raw = tensors_in(returned)[0].float()
     assert len(raw) == images
-    return [_suppressed(c, objectness, unit) for c in (raw.transpose(1, 2) if transposed else raw)]
+    return [_suppress_cells(c, objectness, unit) for c in (raw.transpose(1, 2) if transposed else raw)]
 
 
-def _suppressed(cells: Tensor, objectness: bool, unit: tuple[float, float]) -> Detections:
-    """(A, 4 + K) or (A, 5 + K): centre, width, height, scores -> what is left after suppression, class by class."""
+def _suppress_cells(cells: Tensor, objectness: bool, unit: tuple[float, float]) -> Detections:
+    """Suppresses overlapping rows (A, 4 + K or 5 + K) of centre, width, height and scores, class by class."""
     boxes = box_convert(cells[:, :4], "cxcywh", "xyxy") * cells.new_tensor(unit * 2)
-    return _suppressed_classes(boxes, cells[:, 5:] * cells[:, 4:5] if objectness else cells[:, 4:])
+    return _suppress_by_class(boxes, cells[:, 5:] * cells[:, 4:5] if objectness else cells[:, 4:])
 
 
-def _suppressed_classes(boxes: Tensor, by_class: Tensor) -> Detections:
-    """Boxes (A, 4) xyxy and scores (A, K) -> what is left after suppression, class by class."""
-    places, labels = (by_class > _LEAST_SCORE).nonzero().unbind(1)  # a cell may say several classes
+def _suppress_by_class(boxes: Tensor, by_class: Tensor) -> Detections:
+    """Suppresses overlapping boxes (A, 4) xyxy with scores (A, K), class by class."""
+    places, labels = (by_class > _MIN_SCORE).nonzero().unbind(1)  # a cell may predict several classes
     scores = by_class[places, labels]
-    best = scores.argsort(descending=True, stable=True)[:_MOST_CANDIDATES]
+    best = scores.argsort(descending=True, stable=True)[:_MAX_CANDIDATES]
     boxes, scores, labels = boxes[places[best]], scores[best], labels[best]
-    kept = batched_nms(boxes, scores, labels, _NMS_IOU)[:_MOST]
-    return _kept(boxes[kept], scores[kept], labels[kept] + 1)
+    kept = batched_nms(boxes, scores, labels, _NMS_IOU)[:_MAX_DETECTIONS]
+    return _sort_detections(boxes[kept], scores[kept], labels[kept] + 1)
 
 
-def _kept(boxes: Tensor, scores: Tensor, labels: Tensor) -> Detections:
-    """By falling score, without background and padding."""
+def _sort_detections(boxes: Tensor, scores: Tensor, labels: Tensor) -> Detections:
+    """Sorts by falling score and drops background and padding."""
     order = scores.float().argsort(descending=True, stable=True)
     order = order[(labels[order] > 0) & (scores[order] > 0)]
     return Detections(boxes=boxes[order].float(), scores=scores[order].float(), labels=labels[order].long())

@@ -1,4 +1,4 @@
-"""A model's pyramid, found by running it: no module path, no knowledge of its code."""
+"""Finds a model's pyramid by running it, without module paths or knowledge of its code."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from torch.nn.functional import interpolate
 from gdetkd_cli.errors import ModelError, NoPyramidError
 from gdetkd_cli.probing.flow import LINEAR
 from gdetkd_cli.probing.formats.runner import Runner
-from gdetkd_cli.probing.geometry import Geometry, cells_of, evenly, measure_frame, through
+from gdetkd_cli.probing.geometry import Geometry, locate_cells, measure_frame, tile_frame, to_image_pixels
 from gdetkd_cli.probing.inputs import Call, ModelInput
-from gdetkd_cli.probing.levels import Found, Layout, choose_levels, find_levels
+from gdetkd_cli.probing.levels import FoundLevels, Layout, choose_levels, find_levels
 from gdetkd_cli.probing.outputs import OutputForm, recognise_form
 from gdetkd_cli.probing.record import Address, Output, Value
 
@@ -27,15 +27,15 @@ class ProbedLevel:
     """A level.
 
     Attributes:
-        name: for people.
-        address: where it is read in a forward.
-        layout: how its axes lie.
+        name: shown to the user.
+        address: of its value in a forward.
+        layout: order of its axes.
         channels: C.
         shape: (height, width) cells.
-        cells: where they lie, in pixels of the network's input.
-        geometry: the same in pixels of the image.
-        output: the submodule's output that it is, where there is one.
-        first_token: of a level of tokens, which of them is the first cell.
+        cells: their positions in pixels of the network's input.
+        geometry: their positions in pixels of the image.
+        output: the submodule's output that holds the level, or None.
+        first_token: of a level of tokens, the index of the first cell's token.
     """
 
     name: str
@@ -49,7 +49,7 @@ class ProbedLevel:
     first_token: int = 0
 
     def as_map(self, value: Tensor, network_size: Sequence[int]) -> Tensor:
-        """The level (N, C, H, W) of a value, and of the (height, width) pixels of the network's input."""
+        """Converts the value at ``address`` to a map (N, C, H, W); ``network_size`` is in pixels, (height, width)."""
         if self.layout == "NHWC":
             return value.movedim(-1, 1)
         if self.layout == "NCHW":
@@ -61,20 +61,20 @@ class ProbedLevel:
 
 @dataclass(frozen=True)
 class Probed:
-    """What probing found.
+    """The result of probing.
 
     Attributes:
         call: how the model is called.
-        family: two-stage where regions of the maps are pooled; else unknown.
+        family: two-stage if the model pools regions from maps, else unknown.
         levels: fine to coarse.
-        region_embedding: name and channels of what a region head's predictors read.
-        least_side: of a region on its level, in cells, where the regions that were pooled tell: one of twice that side
-            belongs to the next level.
-        reason: why these are the levels, for people.
-        detections: how what the model returns is read; None where its form is not known.
-        confidence: how often this reason was right, in 0..1.
-        alternatives: names of other sets of maps that might be meant, and why.
-        first: the submodule of the first convolution, as far as its weights tell.
+        region_embedding: name and channels of the value that a region head's predictors read, or None.
+        least_side: smallest side of a region on its level, in cells, or None if the pooled regions do not determine it.
+            A region of twice that side belongs to the next level.
+        detections: how the model's output is read; None if its form is unknown.
+        reason: why these are the levels, shown to the user.
+        confidence: how often this rule was right, in 0..1.
+        alternatives: names of other candidate sets of maps, with their reasons.
+        first: name of the first convolution's module; empty if unknown.
     """
 
     call: Call
@@ -100,116 +100,126 @@ def probe(
 
     Args:
         runner: the model, on the CPU.
-        size: (height, width) pixels of the image that it is run on.
-        model_input: what it wants of its images.
-        chosen: names of the levels, where someone knows better; empty: they are found.
-        classes: how many it detects, where that is known.
+        size: (height, width) pixels of the image on which the model runs.
+        model_input: how images are prepared for the model.
+        chosen: names of the levels, if the user names them; empty to find them.
+        classes: K, or None if unknown.
 
     Raises:
-        ModelError: it cannot be called in any known way, or has no value of a chosen name.
-        NoPyramidError: it has no feature pyramid.
+        ModelError: no known way of calling the model works, or a chosen name matches no value or several.
+        NoPyramidError: the model has no feature pyramid.
     """
     image = probe_image(size)
-    with warnings.catch_warnings(action="ignore"):  # the model's own
+    with warnings.catch_warnings(action="ignore"):  # those of the model
         given = model_input.prepare(image)
         recorded = runner.record(given)
         call, values = recorded.call, recorded.values
-        found = choose_levels(values, _indices(values, chosen)) if chosen else find_levels(values)
-        frame = frame_of(runner, call, image, model_input)
-    levels = []
-    first_token = _first_token(runner, call, model_input.prepare(image), values, found)
-    for index, shape, layout in zip(found.levels, found.sizes, found.layouts, strict=True):
-        value = values[index]
-        at = found.stem if layout == "tokens" else index
-        cells = None if layout == "NHWC" else cells_of(values, found.reference, at)
-        cells = cells or evenly(values[found.reference].shape[-2:], shape)
-        levels.append(
-            ProbedLevel(
-                name=name_of(value),
-                address=Address(value.op, value.call, value.output),
-                layout=layout,
-                channels=value.shape[1 if layout == "NCHW" else -1],
-                shape=shape,
-                cells=cells,
-                geometry=through(frame, cells),
-                output=value.returned,
-                first_token=first_token,
-            )
-        )
+        found = choose_levels(values, _find_values(values, chosen)) if chosen else find_levels(values)
+        frame = measure_image_frame(runner, call, image, model_input)
+    first_token = _find_first_token(runner, call, model_input.prepare(image), values, found)
     pooled = next((i for i, v in enumerate(values) if v.op == "roi_align"), None)
     return Probed(
         call=call,
         family="unknown" if pooled is None else "two-stage",
-        levels=tuple(levels),
-        region_embedding=None if pooled is None else _region_embedding(values, pooled),
-        least_side=None if pooled is None else _least_side(values, pooled, found.levels),
+        levels=_describe_levels(values, found, frame, first_token),
+        region_embedding=None if pooled is None else _find_region_embedding(values, pooled),
+        least_side=None if pooled is None else _estimate_least_side(values, pooled, found.levels),
         detections=recognise_form(recorded.returned, (given.shape[-2], given.shape[-1]), classes),
         reason=found.reason,
         confidence=found.confidence,
-        alternatives=tuple((tuple(name_of(values[i]) for i in levels), why) for levels, why in found.alternatives),
+        alternatives=tuple((tuple(_name(values[i]) for i in levels), why) for levels, why in found.alternatives),
         first=values[found.stem].module,
     )
 
 
+def _describe_levels(
+    values: Sequence[Value], found: FoundLevels, frame: Geometry, first_token: int
+) -> tuple[ProbedLevel, ...]:
+    levels = []
+    for index, shape, layout in zip(found.levels, found.sizes, found.layouts, strict=True):
+        value = values[index]
+        located = found.stem if layout == "tokens" else index
+        cells = None if layout == "NHWC" else locate_cells(values, found.reference, located)
+        cells = cells or tile_frame(values[found.reference].shape[-2:], shape)
+        levels.append(
+            ProbedLevel(
+                name=_name(value),
+                address=_address(value),
+                layout=layout,
+                channels=value.shape[1 if layout == "NCHW" else -1],
+                shape=shape,
+                cells=cells,
+                geometry=to_image_pixels(frame, cells),
+                output=value.returned,
+                first_token=first_token,
+            )
+        )
+    return tuple(levels)
+
+
 def probe_image(size: tuple[int, int]) -> Tensor:
-    """(3, H, W) in 0..1: smooth blotches under fine noise, the same every time."""
+    """Draws an image (3, H, W) in 0..1, smooth blotches under fine noise, always the same."""
     generator = torch.Generator().manual_seed(0)
     coarse = interpolate(torch.rand(1, 3, 12, 16, generator=generator), size=size, mode="bilinear")[0]
     return 0.8 * coarse + 0.2 * torch.rand(3, *size, generator=generator)
 
 
-def frame_of(runner: Runner, call: Call, image: Tensor, model_input: ModelInput) -> Geometry:
-    """Where the pixels of the network's input lie in the pixels of an image (3, H, W) in 0..1."""
+def measure_image_frame(runner: Runner, call: Call, image: Tensor, model_input: ModelInput) -> Geometry:
+    """Measures where the pixels of the network's input lie in an image (3, H, W) in 0..1."""
     return measure_frame(lambda changed: runner.read(call, [model_input.prepare(changed)], ())[0], image)
 
 
-def name_of(value: Value) -> str:
-    """Its own name; else the submodule's output that it is; else what made it, as far as weights tell, or its call."""
+def _address(value: Value) -> Address:
+    return Address(value.op, value.call, value.output)
+
+
+def _name(value: Value) -> str:
+    """The first that exists of: its name in the file, its submodule's output, the module of its weights, its call."""
     if value.name:
         return value.name
     if value.returned:
         return value.returned.name
-    return (not value.output and value.module) or _call_of(value)
+    return (not value.output and value.module) or _name_call(value)
 
 
-def _call_of(value: Value) -> str:
-    """``convolution:3``; ``split:3.1`` for the second of an operator's outputs."""
+def _name_call(value: Value) -> str:
+    """``convolution:3``, or ``split:3.1`` for an operator's second output."""
     return f"{value.op}:{value.call}{f'.{value.output}' if value.output else ''}"
 
 
-def _indices(values: Sequence[Value], names: Sequence[str]) -> list[int]:
-    """The values of these names.
+def _find_values(values: Sequence[Value], names: Sequence[str]) -> list[int]:
+    """Finds the indices of the named values.
 
     Raises:
-        ModelError: there is none of a name, or several.
+        ModelError: a name matches no value, or several.
     """
     known: dict[str, list[int]] = {}
     for i, value in enumerate(values):
         own = {value.name, value.returned.name if value.returned else ""}
-        # What else an operator gives, its statistics for instance, is not what its module is named for.
+        # A module's name means its operator's first output, not its statistics, for instance.
         module = "" if value.output else value.module
-        for name in (own | {_call_of(value), module}) - {""}:
+        for name in (own | {_name_call(value), module}) - {""}:
             known.setdefault(name, []).append(i)
     for name in names:
         if name not in known:
             near = get_close_matches(name, known, n=3, cutoff=0.4)
-            hint = f"; near it: {', '.join(near)}" if near else ""
-            raise ModelError(f"the model computes nothing named {name!r}{hint}")
+            hint = f"; similar names: {', '.join(near)}" if near else ""
+            raise ModelError(f"the model computes no value named {name!r}{hint}")
         if len(known[name]) > 1:
-            calls = ", ".join(_call_of(values[i]) for i in known[name])
-            raise ModelError(f"{len(known[name])} values are named {name!r}; name one of them by its call: {calls}")
+            calls = ", ".join(_name_call(values[i]) for i in known[name])
+            raise ModelError(f"{len(known[name])} values are named {name!r}; choose one by its call: {calls}")
     return [known[name][0] for name in names]
 
 
-def _first_token(runner: Runner, call: Call, image: Tensor, values: Sequence[Value], found: Found) -> int:
-    """Which of a level's tokens is the first patch: where the tokens change as the patches do, if the image changes.
+def _find_first_token(runner: Runner, call: Call, image: Tensor, values: Sequence[Value], found: FoundLevels) -> int:
+    """Finds the token of the first patch: from there on, the tokens change like the patches if the image changes.
 
     Raises:
-        NoPyramidError: nowhere; the patches lie in another order.
+        NoPyramidError: the tokens do not hold the patches row by row.
     """
     if found.embedded is None:
         return 0
-    addresses = [Address(values[i].op, values[i].call, values[i].output) for i in (found.stem, found.embedded)]
+    addresses = [_address(values[i]) for i in (found.stem, found.embedded)]
     before, after = (runner.read(call, [shown], addresses)[1] for shown in (image, image.flip(-1)))
     patches, tokens = ((b - a)[0].double() for a, b in zip(before, after, strict=True))
     patches = patches.flatten(1).T
@@ -217,22 +227,24 @@ def _first_token(runner: Runner, call: Call, image: Tensor, values: Sequence[Val
     for first in range(len(tokens) - count + 1):
         if torch.allclose(tokens[first : first + count], patches, rtol=0, atol=tolerance):
             return first
-    raise NoPyramidError("this model's tokens are not its image's patches, row by row, and it has no feature maps")
+    raise NoPyramidError(
+        "this model has no feature maps, and its tokens are not the image's patches row by row; expected either"
+    )
 
 
-def _region_embedding(values: Sequence[Value], pooled: int) -> tuple[str, int] | None:
-    """The last thing of a region that two linear layers read: what the class and box predictors share."""
+def _find_region_embedding(values: Sequence[Value], pooled: int) -> tuple[str, int] | None:
+    """Name and channels of the last value after pooling that two linear layers read, the class and box predictors."""
     readers: dict[int, int] = {}
     for value in values[pooled:]:
         if value.op in LINEAR and value.weights:
             for parent in value.parents:
                 readers[parent] = readers.get(parent, 0) + 1
     shared = [index for index, count in readers.items() if count > 1 and len(values[index].shape) == 2]
-    return (name_of(values[shared[-1]]), values[shared[-1]].shape[1]) if shared else None
+    return (_name(values[shared[-1]]), values[shared[-1]].shape[1]) if shared else None
 
 
-def _least_side(values: Sequence[Value], pooled: int, levels: Sequence[int]) -> float | None:
-    """The least side s, in cells, of regions on their levels, from what went to each: s <= side < 2 s."""
+def _estimate_least_side(values: Sequence[Value], pooled: int, levels: Sequence[int]) -> float | None:
+    """Estimates s, in cells, from the regions pooled from each level, whose sides are in s <= side < 2 s."""
     spans = [
         (levels.index(parent), value.sides)
         for value in values[pooled:]
@@ -242,5 +254,5 @@ def _least_side(values: Sequence[Value], pooled: int, levels: Sequence[int]) -> 
     ordered = [sides for _, sides in sorted(spans)]
     least = min((low for low, _ in ordered[1:]), default=0.0)
     most = max((high / 2 for _, high in ordered[:-1]), default=0.0)
-    # Boxes are continuous, so that both are near s; regions that no octave explains say nothing.
+    # Sides are continuous, so both bounds are near s. If they cross, the model assigns regions by another rule.
     return (least * most) ** 0.5 if 0 < most <= 1.05 * least else None

@@ -1,4 +1,4 @@
-"""The tables of docs/benchmarks.md say what the finished trials say."""
+"""The tables of docs/benchmarks.md agree with the finished trials."""
 
 from __future__ import annotations
 
@@ -51,18 +51,18 @@ def test_the_page_is_up_to_date() -> None:
 
 def test_the_page_has_tables(tables: ModuleType) -> None:
     text = tables.PAGE.read_text()
-    assert text.count("<!-- end -->") == len(tables._BLOCK.findall(text)) >= 6  # none is misspelt, and so left alone
+    assert text.count("<!-- end -->") == len(tables.BLOCK.findall(text)) >= 6  # a misspelt block is not updated
 
 
 def test_methods(tables: ModuleType, folder: Path) -> None:
     page = "a\n<!-- methods of toy at 10: none = plain, sgfi, ckd, pkd, cwd -->\nold\n<!-- end -->\nb\n"
-    kept, header, rule, none, sgfi, ckd, pkd, cwd, *rest = tables.rendered(page, folder).splitlines()[1:]
+    kept, header, rule, none, sgfi, ckd, pkd, cwd, *rest = tables.render_page(page, folder).splitlines()[1:]
 
     assert kept == "<!-- methods of toy at 10: none = plain, sgfi, ckd, pkd, cwd -->"
     assert header.startswith("| 10 steps | AP by seed |") and set(rule) <= set("|- ")
     assert "| gain over `none` (95 % over seeds and images) |" in header
     assert none == "| plain | 10.0 / 20.0 | 15.0 ± 7.1 | 2.0 / 3.0 / 4.0 |  | 150 | 150 |"
-    # The gain is over the seed that both have; one seed has no interval.
+    # The gain is over the common seed; one seed has no interval.
     assert sgfi == "| `sgfi` | not run / 26.0 | 26.0 | 7.0 / 8.0 / 9.0 | +6.0 | 300 | 300 |"
     # Gains of 2 and 3: s / sqrt(2) = 0.5, and t(1) = 12.706.
     assert "| +2.5 (-3.9 to +8.9) |" in pkd
@@ -72,16 +72,16 @@ def test_methods(tables: ModuleType, folder: Path) -> None:
 
 
 def test_gains_over_folds(tables: ModuleType, folder: Path) -> None:
-    (folder / "toy-intervals.csv").write_text(f"{','.join(tables._INTERVAL)}\npkd,10,,14,1.0,4\n")
+    (folder / "toy-intervals.csv").write_text(f"{','.join(tables.INTERVAL_FIELDS)}\npkd,10,,14,1.0,4\n")
     page = "<!-- methods of toy at 10: pkd -->\n<!-- end -->"
-    _, header, _, pkd, _ = tables.rendered(page, folder).splitlines()
+    _, header, _, pkd, _ = tables.render_page(page, folder).splitlines()
     assert "(95 % over folds)" in header
     assert "| +2.5 (+0.9 to +4.1) |" in pkd  # t(3) / sqrt(4) = 1.591
 
 
 def test_budgets(tables: ModuleType, folder: Path) -> None:
     page = "<!-- budgets of toy at 10, 2000, 20: none, sgfi = SGFI -->\n<!-- end -->"
-    assert tables.rendered(page, folder).splitlines()[1:-1] == [
+    assert tables.render_page(page, folder).splitlines()[1:-1] == [
         "| AP after ... steps | 10 | 2,000 | 20 |",
         "| --- | --- | --- | --- |",
         "| `none` | 10.0 / 20.0 | not run | not run |",
@@ -89,11 +89,11 @@ def test_budgets(tables: ModuleType, folder: Path) -> None:
     ]
 
 
-def test_cells_are_added_and_replaced(tables: ModuleType, folder: Path) -> None:
+def test_trials_are_added_and_replaced(tables: ModuleType, folder: Path) -> None:
     names = ("method", "steps", "seed", "AP")
     fresh = [dict(zip(names, row, strict=True)) for row in (("sgfi", "10", "1", "27"), ("ckd", "10", "0", "5"))]
-    tables.take(folder / "toy.csv", fresh, names, "")
-    tables.take(folder / "toy.csv", fresh[:1], names, "@30")
+    tables.add_rows(folder / "toy.csv", fresh, names, "")
+    tables.add_rows(folder / "toy.csv", fresh[:1], names, "@30")
 
     assert (folder / "toy.csv").read_text().split() == [
         "method,steps,seed,AP",

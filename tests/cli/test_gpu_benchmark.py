@@ -1,4 +1,4 @@
-"""benchmarks/gpu.py: what is finished is never repeated, what is cut goes on, what is known is summed up."""
+"""benchmarks/gpu.py never repeats finished measurements, continues interrupted ones, and summarises the results."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_a_slice_does_what_is_left_in_the_time_that_is_left(gpu: ModuleType, tmp
 
     assert calls == [("fails", 100.0), ("works", 90.0), ("cut", 70.0)]
     assert list(gpu.read_results(results)) == ["finished", "works"]
-    left = [one.key for one in gpu.left_of(parts, gpu.read_results(results))]
+    left = [one.key for one in gpu.list_unfinished(parts, gpu.read_results(results))]
     assert left == ["fails", "long", "cut", "late"]
 
 
@@ -115,7 +115,7 @@ def test_the_summary_has_targets_and_dashes(gpu: ModuleType, tmp_path: Path) -> 
         )
         (trial / "detections.pt").touch()
     (tmp_path / "gdetkd-300-0" / "run").mkdir(parents=True)  # still at it
-    text = gpu.summary(results, gpu.bccd_trials(tmp_path))
+    text = gpu.write_summary(results, gpu.read_bccd_trials(tmp_path))
 
     assert "| bf16 | 216 | 200 | 1.08 (target 1.10: met) | 1500 | 1000 | 1.50 (target 1.35: missed) |" in text
     assert "| fp32 | - | - | - | - | - | - |" in text
@@ -123,15 +123,15 @@ def test_the_summary_has_targets_and_dashes(gpu: ModuleType, tmp_path: Path) -> 
     assert "| roi_imitation | 10.0, 12.0 | 11.0 | 1.4 | 0.250 | 900 |" in text
     assert "| gdetkd | - | - | - | - | - |" in text
     assert "Two processes on one device: not measured." in text
-    assert "Two processes" in gpu.summary({}, {})
+    assert "Two processes" in gpu.write_summary({}, {})
 
 
 def test_every_measurement_has_its_own_name(gpu: ModuleType, tmp_path: Path) -> None:
     settings = gpu.Settings(output=tmp_path, bccd=tmp_path, device="cpu", small=True, jobs=2)
-    keys = [one.key for one in gpu.measurements_of(settings)]
+    keys = [one.key for one in gpu.list_measurements(settings)]
 
     assert len(keys) == len(set(keys)) == 12
-    chains = {one.key: one.chain for one in gpu.measurements_of(settings)}
+    chains = {one.key: one.chain for one in gpu.list_measurements(settings)}
     assert {key for key, chain in chains.items() if chain == "timed"} == {"cost-bf16-step", "cost-fp32-step"}
     assert [key for key, chain in chains.items() if chain == "bccd"] == ["bccd-teacher", "bccd-students"]
 

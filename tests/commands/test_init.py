@@ -103,7 +103,7 @@ def test_bdd100k_is_recognised(data: Path, teacher: str, tmp_path: Path) -> None
 def test_annotations_of_another_format_are_not_passed_over(data: Path, teacher: str, tmp_path: Path) -> None:
     for number in range(3):
         (data / "images" / f"{number}.txt").write_text("0 0.5 0.5 0.1 0.1")
-    with pytest.raises(DataError, match=r"annotations of a format that is not read \(0\.txt and others\); convert"):
+    with pytest.raises(DataError, match=r"annotations in an unsupported format \(0\.txt and others\); convert"):
         run_init(teacher, "resnet18+fcos", data / "images", output=tmp_path / "mine.yaml")
 
 

@@ -50,7 +50,7 @@ def test_every_tenth_image_is_for_validation(folder: Path) -> None:
     with pytest.raises(DataError, match="there is no folder"):
         read_folder(folder / "absent")
     (folder / "empty").mkdir(exist_ok=True)
-    with pytest.raises(DataError, match="has 0 images; at least 2 were expected"):
+    with pytest.raises(DataError, match="has 0 images; expected at least 2"):
         read_folder(folder / "empty", "train")
 
 

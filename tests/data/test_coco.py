@@ -1,4 +1,4 @@
-"""Reading COCO files: what is kept, what is changed and told, and what is refused."""
+"""Reading COCO files: kept and changed annotations, notes, and refused files."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def add(*annotations: dict[str, Any]) -> Change:
     return lambda content: content["annotations"].extend(annotations)
 
 
-# ------------------------------------------------------------------------------------------------- what is read
+# ------------------------------------------------------------------------------------------------- reading
 
 
 def test_clean_file(folder: Path) -> None:
@@ -132,7 +132,7 @@ def test_boxes_over_the_edge_are_clipped(folder: Path) -> None:
     assert split.notes == ("2 annotations with a box over the image's edge clipped.",)
 
 
-def test_rounding_is_not_told_as_clipping(folder: Path) -> None:
+def test_rounding_is_not_clipping(folder: Path) -> None:
     split = read(folder, add(annotation([19.7, 0, 0.300001, 5])))
 
     assert split.records[1].boxes[1, 2].item() == 20
@@ -159,7 +159,7 @@ def test_malformed_boxes_are_dropped(folder: Path, box: object) -> None:
     assert split.notes == ("1 annotation dropped: the box is not four finite numbers.",)
 
 
-def test_annotations_of_nothing_are_dropped(folder: Path) -> None:
+def test_annotations_of_unknown_ids_are_dropped(folder: Path) -> None:
     box = [1, 1, 2, 2]
     lost = (annotation(box, image_id=8), annotation(box, image_id=None), annotation(box, category_id=5))
     split = read(folder, add(*lost))
@@ -178,7 +178,7 @@ def test_missing_size_comes_from_the_image(folder: Path, key: str) -> None:
     assert split.records[0].size == (10, 20)
 
 
-# ---------------------------------------------------------------------------------------------- what is refused
+# ---------------------------------------------------------------------------------------------- refused files
 
 
 @pytest.mark.parametrize("missing", ["images", "annotations", "categories"])
@@ -238,7 +238,7 @@ def repeat(table: str, **changes: object) -> Change:
         (repeat("categories", id=5), "more than one category with the name 'dog'"),
         (repeat("categories", name="cow"), "more than one category with the id 9"),
         (lambda content: content["categories"][0].pop("name"), "category without a whole-number id and a name"),
-        (lambda content: content.update(categories=[]), "at least one, got .*has: none"),
+        (lambda content: content.update(categories=[]), "at least one class name .*has: none"),
     ],
 )
 def test_unusable_tables(folder: Path, change: Change, message: str) -> None:
@@ -250,8 +250,8 @@ def test_unusable_tables(folder: Path, change: Change, message: str) -> None:
     ("classes", "message"),
     [
         (["cat", "cow"], "no class cow; its classes are: cat, dog"),
-        (["cat", "cat"], "different class names"),
-        ([], "at least one"),
+        (["cat", "cat"], "no repeated ones"),
+        ([], "at least one class name"),
     ],
 )
 def test_unusable_classes(folder: Path, classes: list[str], message: str) -> None:
@@ -289,7 +289,7 @@ def test_broken_image_of_unknown_size(folder: Path) -> None:
 
 
 def test_orientation_tag_is_ignored(folder: Path) -> None:
-    """COCO's tools do not rotate either, and annotations are in stored pixels."""
+    """Annotations refer to stored pixels, and COCO's tools do not rotate either."""
     tag = Image.Exif()
     tag[0x0112] = 6  # a quarter turn
     Image.new("RGB", (20, 10)).save(folder / "images" / "a.png", exif=tag)
@@ -305,7 +305,7 @@ def test_other_colour_modes(folder: Path, mode: str) -> None:
 
 
 def test_sixteen_bit_grey_keeps_its_range(folder: Path) -> None:
-    """Pillow's own conversion would make everything above 255 of 65535 white."""
+    """Pillow's own conversion would turn all values above 255 white."""
     grey = np.zeros((10, 20), dtype=np.uint16)
     grey[0, :3] = (256, 32768, 65535)
     Image.fromarray(grey).save(folder / "images" / "a.png")

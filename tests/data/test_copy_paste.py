@@ -1,4 +1,4 @@
-"""Copies of objects: where they land, what they hide, and that boxes are where their pixels are."""
+"""Copies of objects: their positions, the objects that they hide, and their boxes."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ def red(image: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_a_copy_is_near_its_object_and_boxed_by_its_pixels(seed: int) -> None:
+def test_copy_is_near_its_object_and_fits_its_box(seed: int) -> None:
     image = scene()
     torch.manual_seed(seed)
     polygon = np.array([40, 30, 60, 30, 60, 42, 40, 42], dtype=np.float32)
     pasted, boxes, labels = paste_copies(image, BOX, LABEL, [[polygon]], probability=1.0)
-    assert torch.equal(image, scene())  # the given image stays as it is
+    assert torch.equal(image, scene())  # the input is unchanged
     assert labels.tolist() == [2] * len(boxes)
     x1, y1, x2, y2 = (int(v) for v in boxes[-1])
     assert 16 <= x2 - x1 <= 24
@@ -52,7 +52,7 @@ def test_a_copy_is_near_its_object_and_boxed_by_its_pixels(seed: int) -> None:
     assert not outside.any()
 
 
-def test_an_object_that_a_copy_hides_is_no_longer_there() -> None:
+def test_hidden_objects_are_dropped() -> None:
     boxes, labels = torch.cat([BOX, torch.tensor([[44.0, 33, 50, 38]])]), torch.tensor([2, 1])
     hidden = kept = 0
     for seed in range(300):
@@ -71,8 +71,8 @@ def test_probability() -> None:
     assert 32 <= pasted <= 68  # some copies hide their object: 50 +- 3 standard deviations
 
 
-def test_only_what_the_outline_holds_is_pasted() -> None:
-    """A triangle of a box: the corner outside of it is not copied, whether drawn as a polygon or as run lengths."""
+def test_only_the_outline_is_pasted() -> None:
+    """A triangle in a box: its outer corner is not copied, neither with a polygon nor with run lengths."""
     triangle = np.array([40, 30, 60, 30, 40, 42], dtype=np.float32)
     drawn = np.zeros((80, 120), dtype=np.uint8)
     for y in range(30, 42):
@@ -100,7 +100,7 @@ def test_nothing_to_paste() -> None:
     assert len(paste_copies(scene(), thin, LABEL, (), probability=1.0)[1]) == 1
 
 
-def test_the_data_set_pastes_the_same_again(tmp_path: Path) -> None:
+def test_data_set_pastes_reproducibly(tmp_path: Path) -> None:
     Image.fromarray(scene().permute(1, 2, 0).numpy()).save(tmp_path / "a.png")
     segmentation = [[40, 30, 60, 30, 60, 42, 40, 42]]
     tables = {
@@ -116,7 +116,7 @@ def test_the_data_set_pastes_the_same_again(tmp_path: Path) -> None:
     plain = read_coco(annotations=tmp_path / "train.json", images=tmp_path)
     assert plain.records[0].outlines == ()
     split = read_coco(annotations=tmp_path / "train.json", images=tmp_path, outlines=True)
-    outline, nothing = split.records[0].outlines  # the crowd has none, as it is not trained on
+    outline, nothing = split.records[0].outlines  # the crowd is not for training
     assert nothing is None
     assert isinstance(outline, list)
     assert outline[0].tolist() == segmentation[0]

@@ -1,4 +1,4 @@
-"""Folders of data as they are found in the wild."""
+"""Common layouts of data folders."""
 
 from __future__ import annotations
 
@@ -11,34 +11,34 @@ from gdetkd_cli.data.readers.layout import Layout, find_layout, find_voc_lists
 from gdetkd_cli.errors import DataError
 
 
-def coco(path: Path, image: str = "a.jpg", **annotation: object) -> None:
+def write_coco(path: Path, image: str = "a.jpg", **annotation: object) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     annotations = [annotation or {"id": 1, "image_id": 1, "category_id": 1, "bbox": [0, 0, 1, 1]}]
     tables = {"images": [{"id": 1, "file_name": image}], "annotations": annotations, "categories": []}
     path.write_text(json.dumps(tables))
 
 
-def image(path: Path) -> None:
+def write_image(path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.touch()
 
 
-def layout(train: str, val: str, train_images: str, val_images: str) -> Layout:
+def build_layout(train: str, val: str, train_images: str, val_images: str) -> Layout:
     return Layout(Path(train), Path(val), Path(train_images), Path(val_images))
 
 
 def test_plain(tmp_path: Path) -> None:
-    coco(tmp_path / "train.json")
-    coco(tmp_path / "val.json")
-    image(tmp_path / "images" / "a.jpg")
-    assert find_layout(tmp_path) == layout("train.json", "val.json", "images", "images")
+    write_coco(tmp_path / "train.json")
+    write_coco(tmp_path / "val.json")
+    write_image(tmp_path / "images" / "a.jpg")
+    assert find_layout(tmp_path) == build_layout("train.json", "val.json", "images", "images")
 
 
 def test_coco(tmp_path: Path) -> None:
     for year in ("train2017", "val2017"):
-        coco(tmp_path / "annotations" / f"instances_{year}.json", image=f"{year}.jpg")
-        coco(tmp_path / "annotations" / f"captions_{year}.json", image=f"{year}.jpg", caption="a dog")
-        image(tmp_path / year / f"{year}.jpg")
+        write_coco(tmp_path / "annotations" / f"instances_{year}.json", image=f"{year}.jpg")
+        write_coco(tmp_path / "annotations" / f"captions_{year}.json", image=f"{year}.jpg", caption="a dog")
+        write_image(tmp_path / year / f"{year}.jpg")
     found = find_layout(tmp_path)
     assert (found.train, found.val) == (
         Path("annotations/instances_train2017.json"),
@@ -49,27 +49,27 @@ def test_coco(tmp_path: Path) -> None:
 
 def test_roboflow(tmp_path: Path) -> None:
     for split in ("test", "train", "valid"):
-        coco(tmp_path / split / "_annotations.coco.json")
-        image(tmp_path / split / "a.jpg")
+        write_coco(tmp_path / split / "_annotations.coco.json")
+        write_image(tmp_path / split / "a.jpg")
     found = find_layout(tmp_path)
-    assert found == layout("train/_annotations.coco.json", "valid/_annotations.coco.json", "train", "valid")
+    assert found == build_layout("train/_annotations.coco.json", "valid/_annotations.coco.json", "train", "valid")
 
 
-def test_what_is_missing_is_named(tmp_path: Path) -> None:
+def test_missing_parts_are_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="is not a folder"):
         find_layout(tmp_path / "absent")
     (tmp_path / "notes.json").write_text("[1, 2")
     with pytest.raises(DataError, match=r"no annotations of a training split in .*found: no COCO detection file"):
         find_layout(tmp_path)
-    coco(tmp_path / "train.json")
+    write_coco(tmp_path / "train.json")
     with pytest.raises(DataError, match=r"no annotations of a validation split in .*found: train\.json"):
         find_layout(tmp_path)
-    coco(tmp_path / "val.json")
+    write_coco(tmp_path / "val.json")
     with pytest.raises(DataError, match=r"train\.json names the image a\.jpg, which is nowhere in"):
         find_layout(tmp_path)
 
 
-def voc_lists(root: Path, **years: list[str]) -> tuple[list[str], list[str]] | None:
+def find_lists(root: Path, **years: list[str]) -> tuple[list[str], list[str]] | None:
     for year, names in years.items():
         (root / year / "ImageSets" / "Main").mkdir(parents=True)
         for name in names:
@@ -81,14 +81,14 @@ def voc_lists(root: Path, **years: list[str]) -> tuple[list[str], list[str]] | N
     return train, val
 
 
-def test_voc_both_years_are_tested_on_the_one_with_a_test(tmp_path: Path) -> None:
+def test_voc_validates_on_the_test_list(tmp_path: Path) -> None:
     both = ["train", "val", "trainval"]
-    assert voc_lists(tmp_path, VOC2007=[*both, "test", "cat_train"], VOC2012=both) == (
+    assert find_lists(tmp_path, VOC2007=[*both, "test", "cat_train"], VOC2012=both) == (
         ["VOC2007/trainval", "VOC2012/trainval"],
         ["VOC2007/test"],
     )
 
 
-def test_voc_without_a_test_is_divided_by_its_own_lists(tmp_path: Path) -> None:
-    assert voc_lists(tmp_path, VOC2012=["train", "val", "trainval"]) == (["VOC2012/train"], ["VOC2012/val"])
-    assert voc_lists(tmp_path / "other", mine=["trainval"]) is None
+def test_voc_without_test_list(tmp_path: Path) -> None:
+    assert find_lists(tmp_path, VOC2012=["train", "val", "trainval"]) == (["VOC2012/train"], ["VOC2012/val"])
+    assert find_lists(tmp_path / "other", mine=["trainval"]) is None

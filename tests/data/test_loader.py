@@ -1,4 +1,4 @@
-"""Examples and batches: what comes is a function of the seed and the step, whoever asks and however."""
+"""Examples and batches depend only on the seed and the step."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from gdetkd_cli.structures import Batch
 
 
 class Noise:
-    """ImageFiles of different sizes, the second without objects; counts how often each was read."""
+    """Reads noise images of different sizes and records the indices."""
 
     def __init__(self) -> None:
         self.reads: list[int] = []
@@ -44,7 +44,7 @@ def make_split(images: int, read: Noise | None = None) -> Split:
 
 
 def make_even_split(images: int) -> Split:
-    """Images of one size, which may share a batch."""
+    """Returns a split of images of one size, which may share a batch."""
     split = make_split(images)
     records = [replace(record, size=(16, 20)) for record in split.records]
     return replace(split, records=records, read=lambda index: split.read(index)[:, :, :20])
@@ -62,7 +62,7 @@ def ids(batches: Iterable[Batch]) -> list[list[int]]:
 
 
 def assert_same(first: Iterable[Batch], second: Iterable[Batch]) -> None:
-    """Equal to the last bit."""
+    """Compares bit by bit."""
     for a, b in zip(first, second, strict=True):
         assert torch.equal(a.image_ids, b.image_ids)
         assert all(torch.equal(x, y) for x, y in zip(a.images, b.images, strict=True))
@@ -91,7 +91,7 @@ def test_example_is_a_function_of_seed_draw_and_index() -> None:
         return make_dataset(seed=seed)[draw, 0][0]
 
     first = image(0, 0)
-    torch.rand(3)  # whatever was drawn before
+    torch.rand(3)  # other random numbers change nothing
     random.seed(9)
     assert torch.equal(image(0, 0), first)
     assert not torch.equal(image(0, 1), first)
@@ -144,8 +144,8 @@ def test_every_pass_takes_every_image_once() -> None:
     batches = ids(training_batches(dataset=make_dataset(6), batch_size=2, steps=9, seed=0))
     passes = [[*batches[start], *batches[start + 1], *batches[start + 2]] for start in (0, 3, 6)]
 
-    assert [sorted(one) for one in passes] == [list(range(100, 106))] * 3
-    assert len({tuple(one) for one in passes}) == 3
+    assert [sorted(ids_) for ids_ in passes] == [list(range(100, 106))] * 3
+    assert len({tuple(ids_) for ids_ in passes}) == 3
     assert ids(training_batches(dataset=make_dataset(6), batch_size=2, steps=9, seed=1)) != batches
 
 
@@ -207,7 +207,7 @@ def test_no_images() -> None:
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_unreadable_image_is_one_sentence(workers: int) -> None:
-    """Also out of a loader process, where torch would add a traceback to the message."""
+    """Also in a loader process, to whose errors torch adds a traceback."""
 
     def refuse(index: int) -> Tensor:
         raise DataError("The image a.png cannot be decoded.")
@@ -261,5 +261,5 @@ def test_validation_is_shared_without_repetition() -> None:
     assert shares == [[[100, 103]], [[101, 104]], [[102]]]
 
 
-def test_validation_of_less_than_one_image_a_process() -> None:
+def test_validation_with_fewer_images_than_processes() -> None:
     assert ids(validation_batches(split=make_even_split(1), batch_size=2, rank=1, world_size=2)) == []

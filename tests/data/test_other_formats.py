@@ -1,4 +1,4 @@
-"""Reading Pascal VOC's and BDD100K's files."""
+"""Reading files of Pascal VOC and BDD100K."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def corners(*numbers: float) -> str:
     return "".join(f"<{name}>{number}</{name}>" for name, number in zip(names, numbers, strict=True))
 
 
-def voc_image(year: Path, stem: str, *objects: str, size: str = SIZE, ending: str = ".jpg") -> None:
+def write_voc_image(year: Path, stem: str, *objects: str, size: str = SIZE, ending: str = ".jpg") -> None:
     for part in ("Annotations", "JPEGImages", "ImageSets/Main"):
         (year / part).mkdir(parents=True, exist_ok=True)
     Image.new("RGB", (20, 10)).save(year / "JPEGImages" / f"{stem}{ending}")
@@ -36,48 +36,48 @@ def voc_image(year: Path, stem: str, *objects: str, size: str = SIZE, ending: st
 def devkit(tmp_path: Path) -> Path:
     cat = OBJECT.format(name="cat", difficult=0, box=corners(3, 2, 6, 10))
     hard = OBJECT.format(name="dog", difficult=1, box=corners(1, 1, 20, 10))
-    voc_image(tmp_path / "VOC2007", "000005", cat, hard)
-    voc_image(tmp_path / "VOC2012", "2008_000008", size="", ending=".png")
+    write_voc_image(tmp_path / "VOC2007", "000005", cat, hard)
+    write_voc_image(tmp_path / "VOC2012", "2008_000008", size="", ending=".png")
     (tmp_path / "VOC2007/ImageSets/Main/trainval.txt").write_text("000005\n")
     (tmp_path / "VOC2007/ImageSets/Main/test.txt").write_text("000005\n")
     (tmp_path / "VOC2012/ImageSets/Main/trainval.txt").write_text("2008_000008\n\n")
     return tmp_path
 
 
-def voc(root: Path, **options: Any) -> Split:
+def read_voc_split(root: Path, **options: Any) -> Split:
     return assembly.build_split(VocData(format="voc", root=root, **options), "train")
 
 
 def test_voc_both_years(devkit: Path) -> None:
-    split = voc(devkit)
+    split = read_voc_split(devkit)
     assert split.class_names == VOC_CLASSES
     assert len(split) == 2
     first, second = split.records
-    assert first.boxes.tolist() == [[2, 1, 6, 10]]  # VOC counts pixels from 1, both ends in
+    assert first.boxes.tolist() == [[2, 1, 6, 10]]  # VOC counts pixels from 1 and includes both ends
     assert split.class_names[int(first.labels[0]) - 1] == "cat"
-    assert [item["iscrowd"] for item in first.truth] == [0, 1]  # the difficult dog is for evaluation alone
+    assert [item["iscrowd"] for item in first.truth] == [0, 1]  # the difficult dog is only for evaluation
     assert (second.size, len(second.boxes)) == ((10, 20), 0)  # its size is read from the image
     assert split.read(1).shape == (3, 10, 20)
 
 
-def test_voc_a_class_own_list_names_who_has_it(devkit: Path) -> None:
+def test_voc_list_of_one_class(devkit: Path) -> None:
     listing = devkit / "VOC2007/ImageSets/Main/cat_train.txt"
     listing.write_text("000005  1\n000009 -1\n")
-    assert len(voc(devkit, train=["VOC2007/ImageSets/Main/cat_train.txt"])) == 1
+    assert len(read_voc_split(devkit, train=["VOC2007/ImageSets/Main/cat_train.txt"])) == 1
 
 
 def test_voc_other_classes(devkit: Path) -> None:
-    split = voc(devkit, classes=["dog", "cat"])
+    split = read_voc_split(devkit, classes=["dog", "cat"])
     assert split.records[0].labels.tolist() == [2]
-    with pytest.raises(DataError, match=r"no object of the classes zebra.*; the objects are cat, dog: name those"):
-        voc(devkit, classes=["zebra"])
+    with pytest.raises(DataError, match=r"no object of the classes zebra.*; its objects are cat, dog: name these"):
+        read_voc_split(devkit, classes=["zebra"])
 
 
 @pytest.mark.parametrize(
     ("path", "content", "message"),
     [
         ("VOC2007/ImageSets/Main/trainval.txt", None, "There is no list"),
-        ("VOC2007/ImageSets/Main/trainval.txt", "the quick brown\n", "one image name a line"),
+        ("VOC2007/ImageSets/Main/trainval.txt", "the quick brown\n", "one image name per line"),
         ("VOC2007/Annotations/000005.xml", None, "There is no annotation"),
         ("VOC2007/Annotations/000005.xml", "<annotation>", "cannot be read"),
         ("VOC2007/JPEGImages/000005.jpg", None, "There is no image"),
@@ -89,23 +89,23 @@ def test_voc_faults(devkit: Path, path: str, content: str | None, message: str) 
     else:
         (devkit / path).write_text(content)
     with pytest.raises(DataError, match=message):
-        voc(devkit)
+        read_voc_split(devkit)
 
 
-def test_voc_a_list_elsewhere(tmp_path: Path) -> None:
+def test_voc_list_in_another_folder(tmp_path: Path) -> None:
     (tmp_path / "names.txt").write_text("000005\n")
-    with pytest.raises(DataError, match="should lie in ImageSets/Main"):
+    with pytest.raises(DataError, match="should be in ImageSets/Main"):
         read_voc(lists=[tmp_path / "names.txt"], root=tmp_path)
 
 
-def test_voc_boxes_of_no_use_are_counted(devkit: Path) -> None:
+def test_voc_unusable_boxes_are_counted(devkit: Path) -> None:
     bad = [
         OBJECT.format(name="cat", difficult=0, box=corners(5, 5, 2, 2)),
         OBJECT.format(name="cat", difficult=0, box="<xmin>a</xmin>"),
         OBJECT.format(name="cat", difficult=0, box=corners(15, 1, 30, 10)),
     ]
-    voc_image(devkit / "VOC2007", "000005", *bad)
-    split = voc(devkit)
+    write_voc_image(devkit / "VOC2007", "000005", *bad)
+    split = read_voc_split(devkit)
     assert split.records[0].boxes.tolist() == [[14, 0, 20, 10]]
     notes = " ".join(split.notes)
     assert "clipped" in notes
@@ -149,7 +149,7 @@ def test_bdd_both_formats(bdd: Path) -> None:
         assert split.class_names == BDD_CLASSES
         assert [len(record.boxes) for record in split.records] == [1, 0]
         assert split.records[0].boxes.tolist() == [[1, 2, 5, 8]]
-        assert split.records[0].labels.tolist() == [1]  # a person of 2018 is a pedestrian
+        assert split.records[0].labels.tolist() == [1]  # the format of 2018 calls pedestrians persons
         assert [item["iscrowd"] for item in split.records[0].truth] == [0, 1]
         assert split.records[1].size == (10, 20)
 
@@ -178,7 +178,7 @@ def test_bdd_faults(bdd: Path, content: Any, message: str) -> None:
         read_bdd100k(labels=bdd / "nothing.json", images=bdd)
 
 
-def test_bdd_a_box_that_is_none_is_counted(bdd: Path) -> None:
+def test_bdd_malformed_boxes_are_counted(bdd: Path) -> None:
     broken = {"category": "car", "box2d": {"x1": 1, "y1": None, "x2": 3}}
     split = read(bdd, [frame("a.jpg", label("car", 0, 0, 5, 5), broken)])
     assert any("not four finite numbers" in note for note in split.notes)

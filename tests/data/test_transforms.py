@@ -1,4 +1,4 @@
-"""Augmentation: boxes go where their pixels go."""
+"""Augmentation moves boxes together with their pixels."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ BOXES = torch.tensor([[2.0, 1.0, 6.0, 5.0], [10.0, 2.0, 20.0, 10.0]])
 LABELS = torch.tensor([3, 1])
 
 
-def augmentation(
+def augment(
     *, flip: float = 0.0, photometric: bool = False, multi_scale: list[int] | None = None, max_size: int = 1000
 ) -> Augmentation:
     return build_augmentation(flip=flip, photometric=photometric, multi_scale=multi_scale, max_size=max_size)
 
 
 def noise() -> Tensor:
-    """(3, 10, 20) uint8 noise, the first box white."""
+    """Returns (3, 10, 20) uint8 noise in which the first box is white."""
     image = torch.randint(0, 200, (3, 10, 20), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     image[:, 1:5, 2:6] = 255
     return image
@@ -28,13 +28,13 @@ def noise() -> Tensor:
 
 def test_identity_without_changes() -> None:
     image = noise()
-    same = augmentation()(image, BOXES, LABELS)
+    same = augment()(image, BOXES, LABELS)
 
     assert all(a is b for a, b in zip(same, (image, BOXES, LABELS), strict=True))
 
 
 def test_flip() -> None:
-    image, boxes, labels = augmentation(flip=1.0)(noise(), BOXES, LABELS)
+    image, boxes, labels = augment(flip=1.0)(noise(), BOXES, LABELS)
 
     assert torch.equal(image, noise().flip(-1))
     assert boxes.tolist() == [[14, 1, 18, 5], [0, 2, 10, 10]]
@@ -44,14 +44,14 @@ def test_flip() -> None:
 
 def test_flip_probability() -> None:
     torch.manual_seed(0)
-    change = augmentation(flip=0.25)
+    change = augment(flip=0.25)
     flipped = sum(change(noise(), BOXES, LABELS)[1][0, 0].item() == 14 for _ in range(400))
 
     assert 70 <= flipped <= 130  # 100 +- 3.5 standard deviations
 
 
 def test_plain_tensors_come_out() -> None:
-    outputs = augmentation(flip=1.0, photometric=True, multi_scale=[20])(noise(), BOXES, LABELS)
+    outputs = augment(flip=1.0, photometric=True, multi_scale=[20])(noise(), BOXES, LABELS)
 
     assert [type(output) for output in outputs] == [Tensor] * 3
     assert [output.dtype for output in outputs] == [torch.uint8, torch.float32, torch.int64]
@@ -59,7 +59,7 @@ def test_plain_tensors_come_out() -> None:
 
 def test_photometric_changes_pixels_alone() -> None:
     torch.manual_seed(0)
-    image, boxes, _ = augmentation(photometric=True)(noise(), BOXES, LABELS)
+    image, boxes, _ = augment(photometric=True)(noise(), BOXES, LABELS)
 
     assert image.shape == (3, 10, 20)
     assert not torch.equal(image, noise())
@@ -68,7 +68,7 @@ def test_photometric_changes_pixels_alone() -> None:
 
 def test_multi_scale_draws_every_size() -> None:
     torch.manual_seed(0)
-    change = augmentation(multi_scale=[20, 30])
+    change = augment(multi_scale=[20, 30])
     results = [change(noise(), BOXES, LABELS) for _ in range(20)]
 
     assert {(tuple(image.shape), tuple(boxes[0].tolist())) for image, boxes, _ in results} == {
@@ -78,7 +78,7 @@ def test_multi_scale_draws_every_size() -> None:
 
 
 def test_multi_scale_keeps_to_max_size() -> None:
-    image, boxes, _ = augmentation(multi_scale=[20], max_size=30)(noise(), BOXES, LABELS)
+    image, boxes, _ = augment(multi_scale=[20], max_size=30)(noise(), BOXES, LABELS)
 
     assert image.shape == (3, 15, 30)
     assert boxes[0].tolist() == [3, 1.5, 9, 7.5]
@@ -86,8 +86,8 @@ def test_multi_scale_keeps_to_max_size() -> None:
 
 @pytest.mark.parametrize("size", [5, 20])
 def test_multi_scale_resizes_as_detectors_do(size: int) -> None:
-    """Down and up, torchvision's own resize gives the same pixels but for rounding, once per axis."""
-    image, _, _ = augmentation(multi_scale=[size])(noise(), BOXES, LABELS)
+    """Torchvision's resize gives the same pixels, down and up, except for rounding once per axis."""
+    image, _, _ = augment(multi_scale=[size])(noise(), BOXES, LABELS)
     own = GeneralizedRCNNTransform(size, 1000, image_mean=[0.0] * 3, image_std=[1.0] * 3, size_divisible=1)
 
     torch.testing.assert_close(image.float(), own([noise().float()])[0].tensors[0], atol=1.01, rtol=0)
@@ -95,7 +95,7 @@ def test_multi_scale_resizes_as_detectors_do(size: int) -> None:
 
 def test_boxes_under_a_pixel_are_dropped() -> None:
     boxes = torch.tensor([[0.0, 0.0, 1.9, 8.0], [0.0, 0.0, 8.0, 2.0], [0.0, 0.0, 8.0, 1.9]])
-    image, kept, labels = augmentation(multi_scale=[5])(noise(), boxes, torch.tensor([1, 2, 3]))
+    image, kept, labels = augment(multi_scale=[5])(noise(), boxes, torch.tensor([1, 2, 3]))
 
     assert image.shape == (3, 5, 10)
     assert kept.tolist() == [[0, 0, 4, 1]]
@@ -104,12 +104,12 @@ def test_boxes_under_a_pixel_are_dropped() -> None:
 
 def test_boxes_are_clamped_to_the_image() -> None:
     boxes = torch.tensor([[-3.0, 2.0, 5.0, 12.0]])
-    _, clamped, _ = augmentation(flip=1.0)(noise(), boxes, torch.tensor([1]))
+    _, clamped, _ = augment(flip=1.0)(noise(), boxes, torch.tensor([1]))
 
     assert clamped.tolist() == [[15, 2, 20, 10]]
 
 
 def test_no_boxes() -> None:
-    _, boxes, labels = augmentation(flip=1.0, multi_scale=[20])(noise(), BOXES[:0], LABELS[:0])
+    _, boxes, labels = augment(flip=1.0, multi_scale=[20])(noise(), BOXES[:0], LABELS[:0])
 
     assert (boxes.shape, labels.shape) == ((0, 4), (0,))

@@ -78,9 +78,9 @@ def test_pickled_code_is_refused(program: Path, member: str, tmp_path: Path) -> 
     [
         (r"torch\.ops\.aten\.conv2d\.default", "torch.hub.load", "a node calls torch.hub.load"),
         (r"torch\.ops\.aten\.conv2d\.default", "#other:thing", "a node calls #other:thing"),
-        (r"Integer\(32\)", "open('touched','w')", "a size reads"),
-        (r"Integer\(32\)", "Integer.__class__", "a size reads"),
-        (r"Integer\(32\)", "Integer(32).func", "a size reads"),
+        (r"Integer\(32\)", "open('touched','w')", "a size is"),
+        (r"Integer\(32\)", "Integer.__class__", "a size is"),
+        (r"Integer\(32\)", "Integer(32).func", "a size is"),
     ],
 )
 def test_more_than_operators_is_refused(
@@ -124,5 +124,5 @@ def test_inputs_that_are_no_single_image(shape: tuple[int, ...], tmp_path: Path)
 
     path = tmp_path / "model.pt2"
     torch.export.save(torch.export.export(Reshaped().eval(), (torch.rand(shape),)), path)
-    with pytest.raises(ModelError, match=r"takes 4 images at once|one \(N, 3, H, W\) tensor or one"):
+    with pytest.raises(ModelError, match=r"takes batches of 4 images|one \(N, 3, H, W\) tensor or one"):
         load_exported(path)

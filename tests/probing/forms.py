@@ -1,4 +1,4 @@
-"""Networks in every form that probing reads, and how its tests call it."""
+"""Converts networks to every form that probing reads, and calls probing on them."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ from gdetkd_cli.probing.pyramid import Probed, probe
 SIZE = (192, 256)
 
 
-def scripted(model: nn.Module) -> nn.Module:
+def to_script(model: nn.Module) -> nn.Module:
     return torch.jit.script(model)
 
 
-def traced(model: nn.Module) -> nn.Module:
+def to_trace(model: nn.Module) -> nn.Module:
     return torch.jit.trace(model, torch.rand(1, 3, *SIZE))
 
 
-def frozen(model: nn.Module) -> nn.Module:
+def to_frozen(model: nn.Module) -> nn.Module:
     return torch.jit.freeze(torch.jit.trace(model, torch.rand(1, 3, *SIZE)))
 
 
-def exported(model: nn.Module, example: Tensor | None = None) -> Runner:
+def to_exported(model: nn.Module, example: Tensor | None = None) -> Runner:
     images = torch.rand(1, 3, *SIZE) if example is None else example
     with NamedTemporaryFile(suffix=".pt2") as file:
         torch.export.save(torch.export.export(model, (images,)), file.name)
         return open_runner(Path(file.name), kind_of(Path(file.name)))
 
 
-def onnx(model: nn.Module, example: Tensor | None = None) -> Runner:
+def to_onnx(model: nn.Module, example: Tensor | None = None) -> Runner:
     images = torch.rand(1, 3, *SIZE) if example is None else example
     with NamedTemporaryFile(suffix=".onnx") as file:
         torch.onnx.export(model, (images,), file.name, dynamo=False)
@@ -46,11 +46,11 @@ def onnx(model: nn.Module, example: Tensor | None = None) -> Runner:
 
 FORMATS: dict[str, Callable[[nn.Module], nn.Module | Runner]] = {
     "eager": lambda model: model,
-    "scripted": scripted,
-    "traced": traced,
-    "frozen": frozen,
-    "exported": exported,
-    "onnx": onnx,
+    "scripted": to_script,
+    "traced": to_trace,
+    "frozen": to_frozen,
+    "exported": to_exported,
+    "onnx": to_onnx,
 }
 
 

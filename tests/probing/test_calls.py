@@ -1,4 +1,4 @@
-"""How a network wants to be called, and what has no pyramid at all."""
+"""How a network is called, and which models have no pyramid."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from forms import FORMATS, SIZE, build, exported, onnx, run
+from forms import FORMATS, SIZE, build, run, to_exported, to_onnx
 from torch import Tensor, nn
 from twins import Body, SharedHead
 
@@ -28,11 +28,11 @@ class Classifier(nn.Module):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("form", FORMATS)
 def test_a_classifier_has_no_pyramid(form: str) -> None:
-    with pytest.raises(NoPyramidError, match="says one thing of the whole image"):
+    with pytest.raises(NoPyramidError, match="one prediction per image, like a classifier"):
         run(FORMATS[form](build(Classifier)))
 
 
-def test_what_reads_no_image_has_no_pyramid() -> None:
+def test_model_without_convolution_has_no_pyramid() -> None:
     with pytest.raises(NoPyramidError, match="no convolution reads an image"):
         run(build(lambda: nn.Sequential(nn.Flatten(2), nn.Linear(192 * 256, 4))))
 
@@ -51,20 +51,20 @@ class Sequence(nn.Module):
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("form", ["eager", "traced", "exported", "onnx"])
-def test_what_takes_no_image_has_no_pyramid(form: str) -> None:
+def test_model_of_sequences_has_no_pyramid(form: str) -> None:
     model, example = build(Sequence), torch.rand(7, 1, 5)
-    made: dict[str, Callable[[], object]] = {
+    convert: dict[str, Callable[[], object]] = {
         "eager": lambda: model,
         "traced": lambda: torch.jit.trace(model, example),
-        "exported": lambda: exported(model, example),
-        "onnx": lambda: onnx(model, example),
+        "exported": lambda: to_exported(model, example),
+        "onnx": lambda: to_onnx(model, example),
     }
     with pytest.raises(NoPyramidError, match="no convolution reads an image"):
-        run(made[form]())
+        run(convert[form]())
 
 
 class Strict(nn.Module):
-    """Takes one image, and raises an error of its own at anything else."""
+    """Takes one image, and raises its own error for anything else."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -72,13 +72,13 @@ class Strict(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dim() != 3:
-            raise ValueError("one image is wanted")
+            raise ValueError("expected one image")
         return self.inner(x[None])
 
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("form", ["eager", "scripted"])
-def test_a_call_that_raises_is_followed_by_the_next(form: str) -> None:
+def test_next_call_follows_one_that_raises(form: str) -> None:
     model = FORMATS[form](build(Strict))
     assert run(model).call.name == "one (3, H, W) image"
 
@@ -96,7 +96,7 @@ def test_the_reason_of_an_error(text: str, reason: str) -> None:
     assert reason_of(RuntimeError(text)) == reason
 
 
-def test_a_model_that_cannot_be_called_says_how_it_was_tried() -> None:
+def test_error_lists_the_failed_calls() -> None:
     with pytest.raises(ModelError, match=r"192 x 256 pixels .*list of .*tensor: .*to have 1 channels.*with --size"):
         run(build(lambda: nn.Conv2d(1, 1, 3)))
 
@@ -121,16 +121,16 @@ def test_channels_last_and_blue_first(form: str) -> None:
     if form == "eager":
         runner: Runner = ModuleRunner(model, calls=calls_for(last=True))
     elif form == "exported":
-        runner = exported(model, example)
+        runner = to_exported(model, example)
     else:
-        runner = onnx(model, example)
-    told = ModelInput(bgr=True)
-    found = probe(runner, SIZE, told)
+        runner = to_onnx(model, example)
+    model_input = ModelInput(bgr=True)
+    found = probe(runner, SIZE, model_input)
 
     assert found.call.name.endswith("H, W, 3) tensor")
     image = torch.rand(3, *SIZE)
     with torch.no_grad():
         expected = model.inner.neck(image[None])
-    _, maps = runner.read(found.call, [told.prepare(image)], [level.address for level in found.levels])
+    _, maps = runner.read(found.call, [model_input.prepare(image)], [level.address for level in found.levels])
     for ours, theirs in zip(maps, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)

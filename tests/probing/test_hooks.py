@@ -1,4 +1,4 @@
-"""Levels that are submodules' outputs are read by hooks, to the same bits as operator by operator."""
+"""Hooks read levels that are submodules' outputs, bit-identical to reading operator by operator."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ from gdetkd_cli.probing.record import Address, read
 SIZE = (96, 128)
 
 
-def seen(
+def read_levels(
     network: nn.Module, monkeypatch: pytest.MonkeyPatch, times: int = 3
 ) -> tuple[list[list[Tensor]], list[Tensor], int]:
-    """The levels of ``times`` readings, of one operator by operator, and how many of the former needed that."""
+    """Returns the levels of ``times`` readings, those of a slow one, and how many readings were slow."""
     runner = ModuleRunner(network.eval())
     probed = probe(runner, SIZE, ModelInput())
     addresses = [level.address for level in probed.levels]
     images = [torch.rand(3, *SIZE, generator=torch.Generator().manual_seed(1))] * 2
     slow: list[Any] = []
 
-    def counting(call: Callable[[], object], wanted: list[Address]) -> Any:
-        slow.append(wanted)
-        return read(call, wanted)
+    def count_slow(call: Callable[[], object], addresses: list[Address]) -> Any:
+        slow.append(addresses)
+        return read(call, addresses)
 
-    monkeypatch.setattr(runner_module, "read", counting)
+    monkeypatch.setattr(runner_module, "read", count_slow)
     found = [runner.read(probed.call, images, addresses)[1] for _ in range(times)]
     expected = read(lambda: runner.run(probed.call, images), addresses)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in network.modules())
@@ -42,9 +42,9 @@ def seen(
 
 
 @pytest.mark.parametrize("twin", [SharedHead, TwoWay, NoNeck], ids=lambda twin: twin.__name__)
-def test_after_the_first_time_no_operator_is_looked_at(twin: type[nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_first_reading_is_slow(twin: type[nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
-    found, expected, slow = seen(twin(), monkeypatch)
+    found, expected, slow = read_levels(twin(), monkeypatch)
 
     assert slow == 1
     for levels in found:
@@ -52,36 +52,36 @@ def test_after_the_first_time_no_operator_is_looked_at(twin: type[nn.Module], mo
 
 
 class PadsItself(nn.Conv2d):
-    """Its input is not what the convolution reads."""
+    """Pads its input before it convolves."""
 
     def forward(self, images: Tensor) -> Tensor:
         return super().forward(pad(images, (0, 1, 0, 1)))
 
 
-def test_a_first_convolution_that_pads_by_itself_is_read_by_operator(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_convolution_that_pads_is_read_by_operator(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     network = NoNeck()
     name, first = next((n, m) for n, m in network.named_modules() if isinstance(m, nn.Conv2d))
     parent, _, leaf = name.rpartition(".")
     own = PadsItself(3, first.out_channels, first.kernel_size, first.stride, padding=0)  # type: ignore[arg-type]
     setattr(network.get_submodule(parent), leaf, own)
-    _, _, slow = seen(network, monkeypatch)
+    _, _, slow = read_levels(network, monkeypatch)
 
     assert slow == 3
 
 
-def test_hooks_that_see_something_else_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hooks_that_disagree_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     network = SharedHead()
     plain = runner_module.HookReader.read
 
-    def wrong(self: Any, call: Any, addresses: Any) -> Any:
+    def read_wrong(self: Any, call: Any, addresses: Any) -> Any:
         found = plain(self, call, addresses)
         assert found is not None
         return found[0], [level + 1 for level in found[1]]
 
-    monkeypatch.setattr(runner_module.HookReader, "read", wrong)
-    found, expected, slow = seen(network, monkeypatch)
+    monkeypatch.setattr(runner_module.HookReader, "read", read_wrong)
+    found, expected, slow = read_levels(network, monkeypatch)
 
     assert slow == 3
     assert all(torch.equal(a, b) for a, b in zip(found[-1], expected, strict=True))

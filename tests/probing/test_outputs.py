@@ -1,4 +1,4 @@
-"""Detections of models of unknown code, read from hand-made outputs."""
+"""Detections read from hand-made outputs of unknown models."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def read(returned: object, *, classes: int | None = None, images: int = 1) -> tu
     return form.name, form.read(returned, images)
 
 
-def assert_found(one: Detections, boxes: Tensor, scores: list[float], labels: list[int]) -> None:
+def assert_detections(one: Detections, boxes: Tensor, scores: list[float], labels: list[int]) -> None:
     torch.testing.assert_close(one.boxes, boxes)
     torch.testing.assert_close(one.scores, torch.tensor(scores))
     assert one.labels.tolist() == labels
@@ -35,7 +35,7 @@ def test_torchvisions_rows(scripted: bool) -> None:
     name, found = read(({}, rows) if scripted else rows, images=2)
 
     assert name == "boxes, scores and labels of each image"
-    assert_found(found[0], BOXES[[1, 0]], [0.9, 0.3], [1, 3])  # by falling score, without background
+    assert_detections(found[0], BOXES[[1, 0]], [0.9, 0.3], [1, 3])  # by falling score, without background
     assert len(found[1].scores) == 0
 
 
@@ -43,13 +43,13 @@ def test_three_tensors_count_labels_from_1_as_torchvision_does() -> None:
     labels = torch.tensor([3, 1, 2])
     for returned in ((BOXES, labels, SCORES), {"labels": labels, "boxes": BOXES, "scores": SCORES}):
         _, (one,) = read(returned)
-        assert_found(one, BOXES[[1, 2, 0]], [0.9, 0.6, 0.3], [1, 2, 3])
+        assert_detections(one, BOXES[[1, 2, 0]], [0.9, 0.6, 0.3], [1, 2, 3])
 
 
 def test_three_tensors_by_image_count_labels_from_0_as_detr_does() -> None:
     returned = (torch.tensor([[2, 0, 1]]), BOXES[None], SCORES[None])
     _, (one,) = read(returned)
-    assert_found(one, BOXES[[1, 2, 0]], [0.9, 0.6, 0.3], [1, 2, 3])
+    assert_detections(one, BOXES[[1, 2, 0]], [0.9, 0.6, 0.3], [1, 2, 3])
 
 
 def cells(*rows: list[float]) -> Tensor:
@@ -57,8 +57,7 @@ def cells(*rows: list[float]) -> Tensor:
     return torch.tensor([rows])
 
 
-# Two cells see one object of class 2 (from 0), another is not sure whether its own is of class 0 or 1; the last sees
-# nothing.
+# Classes count from 0: two cells predict one object of class 2, one cell predicts classes 0 and 1, the last nothing.
 CELLS = cells(
     [40.0, 25, 20, 30, 0.0, 0.0, 0.9],
     [41.0, 25, 20, 30, 0.0, 0.0, 0.8],
@@ -71,10 +70,10 @@ KEPT = torch.tensor([[30.0, 10, 50, 40], [2, 4, 12, 24], [2, 4, 12, 24]])
 @pytest.mark.parametrize("transposed", [False, True])
 def test_class_scores_of_each_cell(transposed: bool) -> None:
     returned = CELLS.transpose(1, 2) if transposed else CELLS
-    name, (one,) = read([returned, [torch.rand(1, 8, 4, 4)]], classes=3)  # the heads' maps beside it are left aside
+    name, (one,) = read([returned, [torch.rand(1, 8, 4, 4)]], classes=3)  # the maps after it are ignored
 
     assert name == "box and class scores of each cell"
-    assert_found(one, KEPT, [0.9, 0.7, 0.2], [3, 1, 2])
+    assert_detections(one, KEPT, [0.9, 0.7, 0.2], [3, 1, 2])
 
 
 def test_objectness_multiplies() -> None:
@@ -82,14 +81,14 @@ def test_objectness_multiplies() -> None:
     name, (one,) = read(returned, classes=3)
 
     assert name == "box and objectness and class scores of each cell"
-    assert_found(one, KEPT[[1, 0, 2]], [0.7, 0.45, 0.2], [1, 3, 2])
+    assert_detections(one, KEPT[[1, 0, 2]], [0.7, 0.45, 0.2], [1, 3, 2])
 
 
 def test_boxes_as_fractions_of_the_image() -> None:
     fractions = CELLS.clone()
     fractions[..., :4] /= torch.tensor([SIZE[1], SIZE[0]] * 2)
     _, (one,) = read(fractions, classes=3)
-    assert_found(one, KEPT, [0.9, 0.7, 0.2], [3, 1, 2])
+    assert_detections(one, KEPT, [0.9, 0.7, 0.2], [3, 1, 2])
 
 
 def test_suppressed_rows() -> None:
@@ -97,13 +96,13 @@ def test_suppressed_rows() -> None:
     name, (one,) = read(returned, classes=3)
 
     assert name == "rows of box, score and class"
-    assert_found(one, BOXES[[1, 2, 0]], [0.9, 0.6, 0.3], [1, 2, 3])
+    assert_detections(one, BOXES[[1, 2, 0]], [0.9, 0.6, 0.3], [1, 2, 3])
 
 
 @pytest.mark.parametrize(
     ("returned", "classes"),
     [
-        (CELLS, None),  # what the columns are depends on the classes
+        (CELLS, None),  # the meaning of the columns depends on the classes
         (CELLS, 5),
         (CELLS * 3, 3),  # no scores
         (torch.rand(1, 3, 4, 4), 3),
@@ -113,7 +112,7 @@ def test_suppressed_rows() -> None:
         ("text", 3),
     ],
 )
-def test_what_is_not_known_is_not_guessed_at(returned: object, classes: int | None) -> None:
+def test_unknown_forms_are_not_guessed(returned: object, classes: int | None) -> None:
     assert recognise_form(returned, SIZE, classes) is None
 
 
@@ -122,25 +121,27 @@ QUERY_BOXES = cells([0.5, 0.5, 0.25, 0.5], [0.25, 0.25, 0.125, 0.25], [0.5, 0.5,
 QUERY_PIXELS = torch.tensor([[36.0, 16, 60, 48], [18, 8, 30, 24], [0, 0, 96, 64]])
 
 
-def test_logits_of_queries_for_one_class_or_none_as_detr_gives_them() -> None:
+def test_query_logits_with_softmax_as_in_detr() -> None:
     nothing = 100.0
     logits = cells([-nothing, 2.0, -nothing, 1.0], [0.0, -nothing, -nothing, 1.0], [-nothing, -nothing, -nothing, 1.0])
     for returned in ({"logits": logits, "pred_boxes": QUERY_BOXES}, (logits, QUERY_BOXES), (QUERY_BOXES, logits)):
         name, (one,) = read(returned, classes=3)
         assert name == "box and class logits of each query, one class or none"
         e = torch.e
-        assert_found(one, QUERY_PIXELS[:2], [e / (e + 1), 1 / (e + 1)], [2, 1])  # softmax over the classes and none
+        assert_detections(
+            one, QUERY_PIXELS[:2], [e / (e + 1), 1 / (e + 1)], [2, 1]
+        )  # softmax over the classes and none
 
 
 @pytest.mark.parametrize("extra", [0, 1])
-def test_logits_of_queries_class_by_class_as_deformable_detr_gives_them(extra: int) -> None:
+def test_query_logits_with_sigmoids_as_in_deformable_detr(extra: int) -> None:
     logits = torch.full((1, 3, 3 + extra), -100.0)
     logits[0, 0, 1], logits[0, 1, 0], logits[0, 1, 2] = 0.0, 3.0, 1.0
     name, (one,) = read({"pred_logits": logits, "pred_boxes": QUERY_BOXES}, classes=3)
 
     assert name == "box and class logits of each query, class by class"
     scores = torch.tensor([3.0, 1.0, 0.0]).sigmoid().tolist()
-    assert_found(one, QUERY_PIXELS[[1, 1, 0]], scores, [1, 3, 2])  # a query may say two classes
+    assert_detections(one, QUERY_PIXELS[[1, 1, 0]], scores, [1, 3, 2])  # a query may predict two classes
 
 
 def test_boxes_and_class_scores_of_cells_in_two_tensors() -> None:
@@ -149,9 +150,9 @@ def test_boxes_and_class_scores_of_cells_in_two_tensors() -> None:
     name, (one,) = read([boxes, scores, torch.rand(1, 68, 4, 4)], classes=3)
 
     assert name == "box and class scores of each cell"
-    assert_found(one, boxes[0][[0, 2, 2]], [0.9, 0.7, 0.2], [2, 1, 2])
+    assert_detections(one, boxes[0][[0, 2, 2]], [0.9, 0.7, 0.2], [2, 1, 2])
 
 
-def test_two_tensors_that_could_be_either_are_not_guessed_at() -> None:
+def test_ambiguous_pairs_are_not_guessed() -> None:
     assert recognise_form((torch.rand(1, 5, 4), torch.rand(1, 5, 4)), SIZE, 4) is None
-    assert recognise_form((torch.randn(1, 5, 4) * 9, torch.randn(1, 5, 6)), SIZE, 6) is None  # boxes of no known kind
+    assert recognise_form((torch.randn(1, 5, 4) * 9, torch.randn(1, 5, 6)), SIZE, 6) is None  # boxes of an unknown form

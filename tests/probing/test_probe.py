@@ -1,4 +1,4 @@
-"""Probing finds the pyramid of networks that it knows nothing of: small twins of each kind of detector."""
+"""Probing finds the pyramid of unknown networks: a small twin of each kind of detector."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ TWINS: dict[type[nn.Module], list[tuple[int, int]]] = {
     PlainTransformer: [(10, 16)],
     TokensAlone: [(12, 16)],
 }
-# Nothing in a frozen graph says where a head begins: there its stems' outputs are the levels.
+# A frozen graph does not contain module names, so the outputs of the head's stems are the levels.
 FROZEN: dict[type[nn.Module], list[tuple[int, int]]] = {Stems: [(6, 8), (6, 16), (6, 32)]}
 
 
@@ -61,7 +61,7 @@ FROZEN: dict[type[nn.Module], list[tuple[int, int]]] = {Stems: [(6, 8), (6, 16),
 @pytest.mark.parametrize("twin", TWINS, ids=lambda twin: twin.__name__)
 def test_every_kind_in_every_format(twin: type[nn.Module], form: str) -> None:
     if form == "scripted" and twin in NOT_SCRIPTED:
-        pytest.skip("TorchScript cannot script this way of writing it")
+        pytest.skip("TorchScript cannot script this model")
     found = run(FORMATS[form](build(twin)))
     expected = FROZEN.get(twin, TWINS[twin]) if form == "frozen" else TWINS[twin]
 
@@ -73,11 +73,11 @@ def test_every_kind_in_every_format(twin: type[nn.Module], form: str) -> None:
     assert found.region_embedding is None
 
 
-def test_levels_are_what_the_neck_gives() -> None:
+def test_levels_are_the_necks_outputs() -> None:
     assert [level.name for level in run(build(SharedHead)).levels] == ["neck.out3", "neck.out4", "neck.out5"]
 
 
-def test_a_pyramid_of_the_head_and_not_of_the_body_is_taken() -> None:
+def test_levels_are_the_heads_maps_not_the_bodys() -> None:
     """The bottom-up path's maps, not those of the top-down path or of the body."""
     model = build(TwoWay)
     kept: dict[str, Tensor] = {}
@@ -102,20 +102,20 @@ def test_a_level_of_one_cell_counts_and_an_average_does_not(form: str) -> None:
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("form", ["eager", "traced", "onnx"])
-def test_the_cells_among_tokens_are_known_by_how_they_change(form: str) -> None:
+def test_cells_among_tokens(form: str) -> None:
     model = build(TokensAlone)
-    made = FORMATS[form](model)
-    runner = ModuleRunner(made) if isinstance(made, nn.Module) else made
+    converted = FORMATS[form](model)
+    runner = ModuleRunner(converted) if isinstance(converted, nn.Module) else converted
     (level,) = probe(runner, SIZE, ModelInput()).levels
     image = torch.rand(3, *SIZE)
-    network_input, (value,) = runner.read(run(made).call, [image], [level.address])
+    network_input, (value,) = runner.read(run(converted).call, [image], [level.address])
 
     expected = model.tokens(image[None])[:, 2 : 2 + 12 * 16].transpose(1, 2).unflatten(2, (12, 16))
     torch.testing.assert_close(level.as_map(value, network_input.shape[-2:]), expected, rtol=1e-4, atol=1e-5)
     assert level.geometry.offset == pytest.approx((8, 8), abs=0.1)
 
 
-# ------------------------------------------------------------------------------------------------ what comes before
+# ------------------------------------------------------------------------------------------------ before the network
 
 
 class Letterbox(nn.Module):
@@ -169,7 +169,7 @@ def test_offsets_of_windows_by_hand(size: tuple[int, int]) -> None:
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("form", [form for form in FORMATS if form != "scripted"])
-def test_padding_of_its_own_by_hand(form: str) -> None:
+def test_explicit_padding_by_hand(form: str) -> None:
     """Two cells before and one behind, then a window of 4 in steps of 4: cell 0 is centred on the corner."""
 
     class Padded(nn.Module):
@@ -212,7 +212,7 @@ def test_the_runners_up_are_the_bodys_maps() -> None:
         ("traced", ("silu:2", "silu:1")),
     ],
 )
-def test_levels_that_someone_chose(form: str, names: tuple[str, ...]) -> None:
+def test_chosen_levels(form: str, names: tuple[str, ...]) -> None:
     model = build(TwoWay)
     runner = FORMATS[form](model)
     runner = runner if form == "exported" else ModuleRunner(runner)
@@ -230,13 +230,13 @@ def test_levels_that_someone_chose(form: str, names: tuple[str, ...]) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_choices_that_are_none() -> None:
+def test_invalid_choices() -> None:
     runner = ModuleRunner(build(SharedHead))
-    with pytest.raises(ModelError, match=r"nothing named 'neck\.out9'; near it: neck\.out\d"):
+    with pytest.raises(ModelError, match=r"no value named 'neck\.out9'; similar names: neck\.out\d"):
         probe(runner, SIZE, ModelInput(), ["neck.out9"])
     with pytest.raises(ModelError, match=r"3 values are named 'tower\.0'; .* by its call: convolution:\d+, "):
         probe(ModuleRunner(torch.jit.script(build(SharedHead)).eval()), SIZE, ModelInput(), ["tower.0"])
-    with pytest.raises(NoPyramidError, match=r"of shape 1 x 10 x \d+, is no feature map"):
+    with pytest.raises(NoPyramidError, match=r"of shape 1 x 10 x \d+, is not a feature map"):
         probe(runner, SIZE, ModelInput(), ["cat:3"])
 
 

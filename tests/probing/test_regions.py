@@ -1,4 +1,4 @@
-"""Which level a model gives a region to, seen in what it pools."""
+"""The rule that assigns regions to levels, estimated from the regions that a model pools."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from gdetkd_cli.probing.formats.files import kind_of, open_runner
 from gdetkd_cli.probing.formats.runner import ModuleRunner, Runner
 from gdetkd_cli.probing.inputs import ModelInput
 from gdetkd_cli.probing.pyramid import probe
-from gdetkd_cli.probing.record import sides_of
+from gdetkd_cli.probing.record import measure_sides
 from gdetkd_cli.structures import Batch, Regions
 
 SIZE = (256, 256)
 
 
 class Pools(nn.Module):
-    """Pools boxes of many sizes, each from the level that torchvision's rule gives it."""
+    """Pools boxes of many sizes, each from its level by torchvision's rule."""
 
     def __init__(self, canonical: int) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class Pools(nn.Module):
         return self.classes(pooled), self.boxes(pooled)
 
 
-def opened(canonical: int, form: str, folder: Path) -> Runner:
+def open_model(canonical: int, form: str, folder: Path) -> Runner:
     torch.manual_seed(0)
     model = Pools(canonical).eval()
     if form == "eager":
@@ -58,7 +58,7 @@ def opened(canonical: int, form: str, folder: Path) -> Runner:
 @pytest.mark.parametrize("canonical", [64, 112])
 @pytest.mark.parametrize("form", ["eager", "traced", "onnx"])
 def test_the_rule_is_the_models_own(canonical: int, form: str, tmp_path: Path) -> None:
-    runner = opened(canonical, form, tmp_path)
+    runner = open_model(canonical, form, tmp_path)
     found = probe(runner, SIZE, ModelInput())
 
     assert found.family == "two-stage"
@@ -76,14 +76,14 @@ def test_the_rule_is_the_models_own(canonical: int, form: str, tmp_path: Path) -
 
 
 class Fixed(Pools):
-    """Regions of one size: on which level they lie says nothing of a rule."""
+    """Pools regions of one size, which do not determine the rule."""
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         self.sides.fill_(40.0)
         return super().forward(x)
 
 
-def test_regions_of_one_size_tell_nothing() -> None:
+def test_regions_of_one_size_determine_no_rule() -> None:
     torch.manual_seed(0)
     model = Fixed(112).eval()
     teacher = ProbedDetector(
@@ -96,6 +96,6 @@ def test_regions_of_one_size_tell_nothing() -> None:
 
 def test_sides_by_hand() -> None:
     boxes = torch.tensor([[0.0, 10, 10, 30, 50], [0, 0, 0, 8, 2]])  # image, xyxy: 20 x 40 and 8 x 2 pixels
-    assert sides_of(boxes, 0.25) == (pytest.approx(1.0), pytest.approx(800**0.5 / 4))
-    assert sides_of(boxes[:, 1:], 1.0) == (pytest.approx(4.0), pytest.approx(800**0.5))
-    assert sides_of(boxes[:0], 1.0) is None
+    assert measure_sides(boxes, 0.25) == (pytest.approx(1.0), pytest.approx(800**0.5 / 4))
+    assert measure_sides(boxes[:, 1:], 1.0) == (pytest.approx(4.0), pytest.approx(800**0.5))
+    assert measure_sides(boxes[:0], 1.0) is None

@@ -1,4 +1,4 @@
-"""TorchScript files of torchvision's detectors, against what is known of the eager ones."""
+"""TorchScript files of torchvision's detectors give the same facts as the eager detectors."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_a_scripted_detector(name: str, tmp_path: Path) -> None:
     arguments, strides, embedding = CASES[name]
     torch.manual_seed(0)
     module = getattr(detection, name)(weights=None, weights_backbone=None, num_classes=4, **arguments).eval()
-    path = tmp_path / "model.bin"  # told from its content, not from its name
+    path = tmp_path / "model.bin"  # recognised by its content, not by its name
     with warnings.catch_warnings(action="ignore"):
         torch.jit.save(torch.jit.script(module), path)
 

@@ -1,4 +1,4 @@
-"""Small twins of the detectors that probing meets: what matters of their structure, and nothing else."""
+"""Small twins of common detectors, reduced to the structure that matters for probing."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class SharedHead(nn.Module):
 
 
 class Split(nn.Module):
-    """Splits, convolves and joins again, as the blocks of YOLO's neck do."""
+    """Splits, convolves and concatenates, like the blocks of YOLO's neck."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
@@ -76,7 +76,7 @@ class Split(nn.Module):
 
 
 class TwoWay(nn.Module):
-    """YOLO-like: a top-down and a bottom-up path, and a head of its own for every level."""
+    """YOLO-like: a top-down and a bottom-up path, and one head per level."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -97,13 +97,13 @@ class TwoWay(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         flat = []
-        for level, classes, boxes in zip(self.levels(x), self.classes, self.boxes):  # noqa: B905  # TorchScript knows no strict
+        for level, classes, boxes in zip(self.levels(x), self.classes, self.boxes):  # noqa: B905  # TorchScript does not support strict
             flat.append(torch.cat([boxes(level), classes(level).sigmoid()], dim=1).flatten(2))
         return torch.cat(flat, dim=2)
 
 
 class Stems(nn.Module):
-    """YOLOX-like: the head has a convolution of its own for each level first, and is a module of its own."""
+    """YOLOX-like: the head is a module that begins with one convolution per level."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -115,7 +115,7 @@ class Stems(nn.Module):
 
 
 class Smoothed(nn.Module):
-    """The neck, not the head, has a convolution of its own for each level last."""
+    """The neck, not the head, ends with one convolution per level."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -147,7 +147,7 @@ class StemHead(nn.Module):
 
 
 class OneConvolutionHeads(TwoWay):
-    """As older YOLOs: one convolution a level gives everything."""
+    """Like older YOLOs: each level's head is one convolution."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -155,7 +155,7 @@ class OneConvolutionHeads(TwoWay):
 
     def forward(self, x: Tensor) -> Tensor:
         flat = []
-        for level, head in zip(self.levels(x), self.all):  # noqa: B905  # TorchScript knows no strict
+        for level, head in zip(self.levels(x), self.all):  # noqa: B905  # TorchScript does not support strict
             flat.append(head(level).flatten(2).sigmoid())
         return torch.cat(flat, dim=2)
 
@@ -171,7 +171,7 @@ class NoNeck(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         scores, deltas = [], []
-        for level, classes, boxes in zip(self.body(x), self.classes, self.boxes):  # noqa: B905  # TorchScript knows no strict
+        for level, classes, boxes in zip(self.body(x), self.classes, self.boxes):  # noqa: B905  # TorchScript does not support strict
             scores.append(classes(level).flatten(2))
             deltas.append(boxes(level).flatten(2))
         return torch.cat(scores, dim=2), torch.cat(deltas, dim=2)
@@ -190,7 +190,7 @@ class OneLevel(nn.Module):
 
 
 class Unused(OneLevel):
-    """CenterNet-like: on its way, the body computes maps that nothing comes of."""
+    """CenterNet-like: the body also computes maps that no result depends on."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -222,7 +222,7 @@ class Queries(nn.Module):
 
 
 class PlainTransformer(Queries):
-    """RF-DETR-like: patches are tokens all along, made a map again before the projection and a norm of its channels."""
+    """RF-DETR-like: patches are tokens until they become a map before the projection and a channel norm."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -238,7 +238,7 @@ class PlainTransformer(Queries):
 
 
 class TokensAlone(nn.Module):
-    """YOLOS-like: patches are tokens to the end, between a token of the image and those of the detections."""
+    """YOLOS-like: patches stay tokens to the end, between tokens of the image and of the detections."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -273,7 +273,7 @@ class Functional(nn.Module):
         a = torch.conv2d(x, self.weights[0], None, [4, 4], [1, 1]).relu()
         b = torch.conv2d(a, self.weights[1], None, [2, 2], [1, 1]).relu()
         c = torch.conv2d(b, self.weights[2], None, [2, 2], [1, 1]).relu()
-        outputs = [torch.conv2d(level, head).flatten(2) for level, head in zip([b, c], self.head)]  # noqa: B905  # TorchScript knows no strict
+        outputs = [torch.conv2d(level, head).flatten(2) for level, head in zip([b, c], self.head)]  # noqa: B905  # TorchScript does not support strict
         return torch.cat(outputs, dim=2)
 
 
@@ -299,7 +299,7 @@ class Tokens(nn.Module):
 
 
 class DownToOneCell(nn.Module):
-    """SSD-like to the end, with squeeze-and-excitation; maps are summed as EfficientDet does it, stacked."""
+    """SSD-like down to one cell, with squeeze-and-excitation; stacked maps are summed as in EfficientDet."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -322,7 +322,7 @@ class DownToOneCell(nn.Module):
 
 
 class PatchMerging(nn.Module):
-    """Swin-like: channels last, and each coarser map is made of the finer one's patches of 2 x 2, under own heads."""
+    """Swin-like: channels last; each coarser map comes from 2 x 2 patches of the finer one; a shared head."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -352,7 +352,7 @@ class SharedTower(nn.Module):
 
 
 class TokenDecoder(nn.Module):
-    """D-FINE-like: the neck's own maps, two of which go on into the next coarser one, are decoded as tokens."""
+    """D-FINE-like: the neck's maps are decoded as tokens; each coarser map also reads the finer one."""
 
     def __init__(self) -> None:
         super().__init__()

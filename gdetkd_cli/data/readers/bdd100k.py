@@ -1,4 +1,4 @@
-"""BDD100K's detection labels: one JSON list of frames a split, in the format of 2018 or of ``det_20``."""
+"""Reads BDD100K's detection labels: a JSON list of frames per split, in the format of 2018 or of ``det_20``."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from gdetkd_cli.data.readers.coco import split_of
+from gdetkd_cli.data.readers.coco import build_split_from_tables
 from gdetkd_cli.data.split import Split
 from gdetkd_cli.errors import DataError
 
@@ -23,19 +23,19 @@ BDD_CLASSES = (
     "traffic light",
     "traffic sign",
 )
-_OLD_NAMES = {"person": "pedestrian", "bike": "bicycle", "motor": "motorcycle"}  # those of 2018
+_OLD_NAMES = {"person": "pedestrian", "bike": "bicycle", "motor": "motorcycle"}  # in the format of 2018
 
 
 def read_bdd100k(*, labels: Path, images: Path, classes: Sequence[str] | None = None) -> Split:
-    """Reads one label file. Frames without labels are kept as images without objects; lanes and areas are no objects.
+    """Reads one label file. Frames without labels become images without objects; lanes and areas are skipped.
 
     Args:
         labels: ``det_train.json`` or ``bdd100k_labels_images_train.json``.
-        images: the folder that frame names start from, as ``images/100k/train``.
+        images: the folder of the frames, for example ``images/100k/train``.
         classes: names to use; by default the ten of the detection task.
 
     Raises:
-        DataError: the file or images are missing, or it is not such a file.
+        DataError: the file or images are missing, or the file has another format.
     """
     names = list(classes or BDD_CLASSES)
     numbers = {name: number for number, name in enumerate(names, start=1)}
@@ -44,7 +44,7 @@ def read_bdd100k(*, labels: Path, images: Path, classes: Sequence[str] | None = 
         "annotations": [],
         "categories": [{"id": number, "name": name} for name, number in numbers.items()],
     }
-    for image_id, frame in enumerate(_frames(labels), start=1):
+    for image_id, frame in enumerate(_read_frames(labels), start=1):
         tables["images"].append({"id": image_id, "file_name": frame["name"]})
         for label in frame.get("labels") or []:
             if not isinstance(label, dict) or not isinstance(label.get("box2d"), dict):
@@ -55,28 +55,28 @@ def read_bdd100k(*, labels: Path, images: Path, classes: Sequence[str] | None = 
                 {
                     "image_id": image_id,
                     "category_id": numbers.get(name if name in numbers else _OLD_NAMES.get(name, name)),
-                    "bbox": _box(label["box2d"]),
+                    "bbox": _convert_box(label["box2d"]),
                     "iscrowd": int(isinstance(attributes, dict) and attributes.get("crowd") is True),
                 }
             )
     if not any(a["category_id"] for a in tables["annotations"]):
-        raise DataError(f"{labels} has no box of the classes {', '.join(names)}: give another file or other classes.")
-    return split_of(tables, source=labels, images=images, classes=names)
+        raise DataError(f"{labels} has no box of the classes {', '.join(names)}: give another file, or other classes.")
+    return build_split_from_tables(tables, source=labels, images=images, classes=names)
 
 
-def first_frame(labels: Path) -> str:
-    """The name of a label file's first frame.
+def read_first_frame(labels: Path) -> str:
+    """Reads the name of a label file's first frame.
 
     Raises:
-        DataError: it is not such a file, or has no frame.
+        DataError: the file has another format, or no frame.
     """
-    frames = _frames(labels)
+    frames = _read_frames(labels)
     if not frames:
         raise DataError(f"{labels} has no frames: give another file.")
     return str(frames[0]["name"])
 
 
-def _frames(file: Path) -> list[dict[str, Any]]:
+def _read_frames(file: Path) -> list[dict[str, Any]]:
     if not file.is_file():
         raise DataError(f"There is no label file {file}: give the path of BDD100K's detection labels.")
     try:
@@ -89,8 +89,8 @@ def _frames(file: Path) -> list[dict[str, Any]]:
     return frames
 
 
-def _box(corners: dict[str, Any]) -> list[float] | None:
-    """xywh in pixels."""
+def _convert_box(corners: dict[str, Any]) -> list[float] | None:
+    """Converts corners to xywh in pixels; None if they are not four numbers."""
     try:
         x1, y1, x2, y2 = (float(corners[key]) for key in ("x1", "y1", "x2", "y2"))
     except (KeyError, TypeError, ValueError):

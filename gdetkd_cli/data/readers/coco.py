@@ -1,4 +1,4 @@
-"""COCO detection JSON to a split."""
+"""Reads COCO detection JSON as a split."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from gdetkd_cli.errors import DataError
 
 _TABLES = ("images", "annotations", "categories")
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
-_ROUNDING = 0.01  # pixels: less than this is rounding in the file, neither a box over the edge nor a side
+_ROUNDING = 0.01  # pixels; smaller sides and smaller distances over the image's edge are rounding errors
 
-# What can be found and changed on reading, in the order it is told.
+# The notes of a split, in this order.
 _NEGATIVE = "{n} image{s} without objects kept as negatives."
 _CROWD = "{n} crowd annotation{s} left out of training and kept for evaluation."
 _CLIPPED = "{n} annotation{s} with a box over the image's edge clipped."
@@ -36,23 +36,23 @@ _NOTES = (_NEGATIVE, _CROWD, _CLIPPED, _NO_BOX, _NO_AREA, _NO_IMAGE, _NO_CATEGOR
 def read_coco(
     *, annotations: Path, images: Path, classes: Sequence[str] | None = None, outlines: bool = False
 ) -> Split:
-    """Reads one annotation file. ImageFiles are only looked for here; they are decoded when the split is read.
+    """Reads one annotation file. Images must exist, but are decoded only on demand.
 
     Args:
         annotations: the JSON file.
-        images: the folder that ``file_name`` starts from.
+        images: the folder to which ``file_name`` is relative.
         classes: category names to use, label k for the k-th; by default all, in the order of their ids.
-        outlines: keep the objects' outlines, where they have any.
+        outlines: whether to keep the objects' outlines.
 
     Raises:
         DataError: the file or images are missing, the file is not COCO detection JSON, or ``classes`` does not
             fit its categories.
     """
     tables = _load(annotations)
-    return split_of(tables, source=annotations, images=images, classes=classes, outlines=outlines)
+    return build_split_from_tables(tables, source=annotations, images=images, classes=classes, outlines=outlines)
 
 
-def split_of(
+def build_split_from_tables(
     tables: Mapping[str, Sequence[Mapping[str, Any]]],
     *,
     source: Path,
@@ -60,9 +60,9 @@ def split_of(
     classes: Sequence[str] | None = None,
     outlines: bool = False,
 ) -> Split:
-    """The split of COCO's three tables; ``source`` is the file that they are from or go to, the rest as above."""
-    names = _category_names(tables["categories"], file=source)
-    class_names = _choose(classes, names=names, file=source)
+    """Builds a split from COCO's three tables. ``source`` names them in messages; for the rest see ``read_coco``."""
+    names = _read_category_names(tables["categories"], file=source)
+    class_names = _choose_classes(classes, names=names, file=source)
     ids, files = _find_images(tables["images"], folder=images, file=source)
 
     counts: Counter[str] = Counter()
@@ -79,13 +79,13 @@ def split_of(
         elif name not in labels:
             counts[_LEFT_OUT] += 1
         else:
-            item = _truth(annotation, label=labels[name], size=sizes[image_id], counts=counts)
+            item = _convert_annotation(annotation, label=labels[name], size=sizes[image_id], counts=counts)
             if item is not None:
                 truth[image_id].append(item)
                 if outlines:
-                    shapes[image_id].append(_outline(annotation.get("segmentation")))
+                    shapes[image_id].append(_convert_outline(annotation.get("segmentation")))
 
-    records = [_record(image_id, sizes[image_id], truth[image_id], shapes[image_id]) for image_id in ids]
+    records = [_build_record(image_id, sizes[image_id], truth[image_id], shapes[image_id]) for image_id in ids]
     counts[_NEGATIVE] = sum(len(record.labels) == 0 for record in records)
     return Split(
         name="/".join(source.absolute().parts[-2:]),
@@ -97,11 +97,11 @@ def split_of(
 
 
 def align_classes(split: Split, class_names: tuple[str, ...]) -> Split:
-    """The same split with its labels counted in another class list, matched by name.
+    """Returns the split with labels that refer to another class list, matched by name.
 
     Args:
         split: any split.
-        class_names: K' names; those that the split does not have are fine.
+        class_names: the other list; it may have more classes than the split.
 
     Raises:
         DataError: a class of the split is not in ``class_names``.
@@ -127,7 +127,7 @@ def align_classes(split: Split, class_names: tuple[str, ...]) -> Split:
 
 
 def _load(file: Path) -> dict[str, list[dict[str, Any]]]:
-    """The three tables of a COCO detection file, each a list of objects."""
+    """Reads the three tables of a COCO detection file, each a list of objects."""
     if not file.is_file():
         raise DataError(f"There is no annotation file {file}: give the path of a COCO detection JSON.")
     content = file.read_bytes()
@@ -151,73 +151,76 @@ def _is_table(value: object) -> bool:
     return isinstance(value, list) and all(isinstance(entry, dict) for entry in value)
 
 
-def _repeated(values: Iterable[object]) -> list[object]:
-    """The values that occur more than once."""
+def _find_repeated(values: Iterable[object]) -> list[object]:
+    """Returns the values that occur more than once."""
     return [value for value, times in Counter(values).items() if times > 1]
 
 
-def _category_names(categories: Sequence[Mapping[str, Any]], *, file: Path) -> dict[object, str]:
-    """Names by category id, in the order of the ids."""
+def _read_category_names(categories: Sequence[Mapping[str, Any]], *, file: Path) -> dict[object, str]:
+    """Returns names by category id, in the order of the ids."""
     if not all(isinstance(c.get("id"), int) and isinstance(c.get("name"), str) for c in categories):
         raise DataError(f"{file} has a category without a whole-number id and a name: correct its categories.")
     for key in ("id", "name"):
-        twice = _repeated(category[key] for category in categories)
+        twice = _find_repeated(category[key] for category in categories)
         if twice:
             raise DataError(f"{file} has more than one category with the {key} {twice[0]!r}: give each its own.")
     return {category["id"]: category["name"] for category in sorted(categories, key=lambda category: category["id"])}
 
 
-def _choose(classes: Sequence[str] | None, *, names: Mapping[object, str], file: Path) -> tuple[str, ...]:
-    """The class list: all the file's names, or the chosen ones."""
+def _choose_classes(classes: Sequence[str] | None, *, names: Mapping[object, str], file: Path) -> tuple[str, ...]:
+    """Returns the chosen class names, or else all of the file's."""
     chosen = tuple(names.values()) if classes is None else tuple(classes)
     there = ", ".join(names.values()) or "none"
     unknown = [name for name in chosen if name not in names.values()]
     if unknown:
         raise DataError(f"{file} has no class {', '.join(unknown)}; its classes are: {there}.")
-    if not chosen or _repeated(chosen):
-        raise DataError(f"Expected different class names, at least one, got {list(chosen)}; {file} has: {there}.")
+    if not chosen or _find_repeated(chosen):
+        raise DataError(
+            f"Expected at least one class name and no repeated ones, got {list(chosen)}; {file} has: {there}."
+        )
     return chosen
 
 
 def _find_images(entries: Sequence[Mapping[str, Any]], *, folder: Path, file: Path) -> tuple[list[int], ImageFiles]:
-    """The images' ids and files, all of which exist."""
+    """Returns the images' ids and files, after checking that the files exist."""
     if not entries:
         raise DataError(f"{file} lists no images: give a file with at least one.")
     if not all(isinstance(e.get("id"), int) and isinstance(e.get("file_name"), str) for e in entries):
         raise DataError(f"{file} has an image without a whole-number id and a file_name: correct its images.")
-    twice = _repeated(entry["id"] for entry in entries)
+    twice = _find_repeated(entry["id"] for entry in entries)
     if twice:
         raise DataError(f"{file} has more than one image with the id {twice[0]}: give each its own.")
     if not folder.is_dir():
-        raise DataError(f"There is no folder {folder} for the images of {file}: give the folder they are in.")
+        raise DataError(f"There is no folder {folder} for the images of {file}: give their folder.")
     paths = [folder / entry["file_name"] for entry in entries]
     missing = [path for path in paths if not path.is_file()]
     if missing:
         raise DataError(
             f"{len(missing)} of the {len(paths)} images that {file} names are missing, {missing[0]} first: "
-            "give the folder they are in, or complete it."
+            "give their folder, or add the missing files."
         )
-    sizes = [_size(entry) or read_image_size(path) for entry, path in zip(entries, paths, strict=True)]
+    sizes = [_read_size(entry) or read_image_size(path) for entry, path in zip(entries, paths, strict=True)]
     return [entry["id"] for entry in entries], ImageFiles(paths=paths, sizes=sizes)
 
 
-def _size(entry: Mapping[str, Any]) -> tuple[int, int] | None:
-    """(height, width) pixels as the JSON has them, None where it has none of use."""
+def _read_size(entry: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Returns (height, width) pixels from the JSON; None if they are missing or invalid."""
     height, width = entry.get("height"), entry.get("width")
     if isinstance(height, int) and isinstance(width, int) and height > 0 and width > 0:
         return height, width
     return None
 
 
-def _truth(
+def _convert_annotation(
     annotation: Mapping[str, Any], *, label: int, size: tuple[int, int], counts: Counter[str]
 ) -> dict[str, object] | None:
-    """The annotation as ``Record.truth`` holds it, or None (and counted) where its box is of no use.
+    """Converts an annotation to the form of ``Record.truth``; None if its box is unusable.
 
     Args:
+        annotation: from the file.
         label: 1..K.
         size: (height, width) pixels of the image.
-        counts: how often each note applies; added to.
+        counts: how often each note applies; updated.
     """
     box = annotation.get("bbox")
     if not (isinstance(box, list) and len(box) == 4 and all(_is_finite(number) for number in box)):
@@ -247,8 +250,8 @@ def _is_finite(value: object) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and math.isfinite(value)
 
 
-def _outline(segmentation: object) -> Outline:
-    """Polygons as compact arrays, or run lengths as they are; None for what is neither."""
+def _convert_outline(segmentation: object) -> Outline:
+    """Converts polygons to arrays and keeps run lengths; None for anything else."""
     if isinstance(segmentation, dict):
         return segmentation if "counts" in segmentation and "size" in segmentation else None
     if not isinstance(segmentation, list):
@@ -257,8 +260,10 @@ def _outline(segmentation: object) -> Outline:
     return [np.asarray(polygon, dtype=np.float32) for polygon in polygons] or None
 
 
-def _record(image_id: int, size: tuple[int, int], truth: list[dict[str, object]], outlines: list[Outline]) -> Record:
-    """A record whose training boxes are the truth without its crowds."""
+def _build_record(
+    image_id: int, size: tuple[int, int], truth: list[dict[str, object]], outlines: list[Outline]
+) -> Record:
+    """Builds a record; its training boxes are the truth without crowds."""
     objects = [item for item in truth if not item["iscrowd"]]
     boxes = torch.tensor([item["bbox"] for item in objects], dtype=torch.float64).reshape(-1, 4)
     boxes[:, 2:] += boxes[:, :2]  # xywh -> xyxy

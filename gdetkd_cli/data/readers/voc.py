@@ -1,4 +1,4 @@
-"""Pascal VOC: one XML file a image, and lists of image names. LabelImg and its kin write the same."""
+"""Reads Pascal VOC: one XML file per image, and lists of image names. LabelImg and similar tools write the same."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from gdetkd_cli.data.readers.coco import split_of
+from gdetkd_cli.data.readers.coco import build_split_from_tables
 from gdetkd_cli.data.split import Split
 from gdetkd_cli.errors import DataError
 
@@ -37,19 +37,19 @@ _ENDINGS = (".jpg", ".jpeg", ".png", ".JPG", ".JPEG", ".PNG")
 
 
 def read_voc(*, lists: Sequence[Path], root: Path, classes: Sequence[str] | None = None) -> Split:
-    """Reads the images that lists of names name.
+    """Reads the images in lists of image names.
 
-    Objects marked ``difficult`` are treated as COCO's crowds: left out of training, and neither wanted nor punished in
-    evaluation, as in VOC's own.
+    Objects marked ``difficult`` are treated like COCO's crowds: left out of training and ignored in evaluation, as in
+    VOC's own evaluation.
 
     Args:
-        lists: files of names, one a line, as ``VOC2007/ImageSets/Main/trainval.txt``; the folders ``Annotations`` and
-            ``JPEGImages`` stand beside ``ImageSets``.
-        root: the folder that all of them lie in.
+        lists: files with one image name per line, for example ``VOC2007/ImageSets/Main/trainval.txt``; the folders
+            ``Annotations`` and ``JPEGImages`` are beside ``ImageSets``.
+        root: the folder that contains all of them.
         classes: names to use; by default the twenty of Pascal VOC.
 
     Raises:
-        DataError: a file is missing or not as described, or none of the objects is of the classes.
+        DataError: a file is missing or malformed, or no object belongs to the classes.
     """
     names = list(classes or VOC_CLASSES)
     numbers = {name: number for number, name in enumerate(names, start=1)}
@@ -57,12 +57,12 @@ def read_voc(*, lists: Sequence[Path], root: Path, classes: Sequence[str] | None
     annotations: list[dict[str, Any]] = []
     others: set[str] = set()
     for listing in lists:
-        for stem in _stems(listing):
+        for stem in _read_image_names(listing):
             year = listing.parents[2]
-            tree = _parsed(year / "Annotations" / f"{stem}.xml")
-            image = _image(year / "JPEGImages", stem)
+            tree = _parse(year / "Annotations" / f"{stem}.xml")
+            image = _find_image(year / "JPEGImages", stem)
             image_id = len(images) + 1
-            images.append({"id": image_id, "file_name": str(image.relative_to(root)), **_size(tree)})
+            images.append({"id": image_id, "file_name": str(image.relative_to(root)), **_read_size(tree)})
             for item in tree.iter("object"):
                 name = (item.findtext("name") or "").strip()
                 if name not in numbers:
@@ -71,72 +71,80 @@ def read_voc(*, lists: Sequence[Path], root: Path, classes: Sequence[str] | None
                     {
                         "image_id": image_id,
                         "category_id": numbers.get(name),
-                        "bbox": _box(item),
+                        "bbox": _read_box(item),
                         "iscrowd": int((item.findtext("difficult") or "0").strip() == "1"),
                     }
                 )
     if annotations and all(a["category_id"] is None for a in annotations):
         raise DataError(
-            f"{lists[0]} names no object of the classes {', '.join(names[:3])}, ...; the objects are "
-            f"{', '.join(sorted(others)[:8])}: name those under data.classes"
+            f"{lists[0]} has no object of the classes {', '.join(names[:3])}, ...; its objects are "
+            f"{', '.join(sorted(others)[:8])}: name these under data.classes"
         )
     categories = [{"id": number, "name": name} for name, number in numbers.items()]
     tables = {"images": images, "annotations": annotations, "categories": categories}
-    return split_of(tables, source=lists[0], images=root, classes=names)
+    return build_split_from_tables(tables, source=lists[0], images=root, classes=names)
 
 
-def names_in(lists: Sequence[Path]) -> set[str]:
-    """The names of the objects in the listed images."""
+def read_object_names(lists: Sequence[Path]) -> set[str]:
+    """Reads the names of the objects in the listed images."""
     trees = (
-        _parsed(listing.parents[2] / "Annotations" / f"{stem}.xml") for listing in lists for stem in _stems(listing)
+        _parse(listing.parents[2] / "Annotations" / f"{stem}.xml")
+        for listing in lists
+        for stem in _read_image_names(listing)
     )
     return {(item.findtext("name") or "").strip() for tree in trees for item in tree.iter("object")}
 
 
-def _stems(listing: Path) -> list[str]:
-    """The names in a list; of a class's own list (name, then 1, 0 or -1) those that have it."""
+def _read_image_names(listing: Path) -> list[str]:
+    """Reads a list's image names; from a list of one class (name, then 1, 0 or -1) those without -1."""
     if not listing.is_file():
-        raise DataError(f"There is no list {listing}: give a file of image names, as ImageSets/Main/trainval.txt.")
+        raise DataError(f"There is no list {listing}: give a file of image names, such as ImageSets/Main/trainval.txt.")
     if len(listing.absolute().parents) < 3 or listing.parents[1].name != "ImageSets":
-        raise DataError(f"The list {listing} should lie in ImageSets/Main, beside Annotations and JPEGImages.")
+        raise DataError(
+            f"The list {listing} should be in ImageSets/Main, beside Annotations and JPEGImages: move it there."
+        )
     rows = [line.split() for line in listing.read_text(encoding="utf-8").splitlines() if line.strip()]
     if any(len(row) > 2 for row in rows):
-        raise DataError(f"{listing} should have one image name a line, but one is {' '.join(rows[0])!r}.")
+        raise DataError(
+            f"{listing} should have one image name per line, but it has {' '.join(rows[0])!r}: correct the list."
+        )
     return [row[0] for row in rows if len(row) == 1 or row[1] != "-1"]
 
 
-def _parsed(file: Path) -> ElementTree.Element:
+def _parse(file: Path) -> ElementTree.Element:
     if not file.is_file():
         raise DataError(f"There is no annotation {file}: complete the folder, or correct the list.")
     try:
         return ElementTree.parse(file).getroot()
     except ElementTree.ParseError as error:
-        raise DataError(f"{file} should be VOC's XML, but it cannot be read ({error}).") from error
+        raise DataError(f"{file} should be VOC's XML, but it cannot be read ({error}): replace the file.") from error
 
 
-def _image(folder: Path, stem: str) -> Path:
+def _find_image(folder: Path, stem: str) -> Path:
     for ending in _ENDINGS:
         if (folder / (stem + ending)).is_file():
             return folder / (stem + ending)
-    raise DataError(f"There is no image {folder / stem}.jpg: give the folder that has JPEGImages, or complete it.")
+    raise DataError(
+        f"There is no image {folder / stem}.jpg: give the folder that contains JPEGImages, or add the file."
+    )
 
 
-def _size(tree: ElementTree.Element) -> dict[str, int]:
-    """Height and width where the file has them; else they are read from the image."""
-    sides = {side: _number(tree.find(f"size/{side}")) for side in ("height", "width")}
+def _read_size(tree: ElementTree.Element) -> dict[str, int]:
+    """Reads height and width; those missing here are later read from the image."""
+    sides = {side: _read_number(tree.find(f"size/{side}")) for side in ("height", "width")}
     return {side: round(value) for side, value in sides.items() if value is not None and value > 0}
 
 
-def _box(item: ElementTree.Element) -> list[float] | None:
-    """xywh in pixels; VOC counts pixels from 1 and both ends in."""
-    corners = [_number(item.find(f"bndbox/{corner}")) for corner in ("xmin", "ymin", "xmax", "ymax")]
+def _read_box(item: ElementTree.Element) -> list[float] | None:
+    """Reads xywh in pixels. VOC counts pixels from 1 and includes both ends."""
+    corners = [_read_number(item.find(f"bndbox/{corner}")) for corner in ("xmin", "ymin", "xmax", "ymax")]
     left, top, right, bottom = corners
     if left is None or top is None or right is None or bottom is None:
         return None
     return [left - 1, top - 1, right - left + 1, bottom - top + 1]
 
 
-def _number(element: ElementTree.Element | None) -> float | None:
+def _read_number(element: ElementTree.Element | None) -> float | None:
     try:
         return float(element.text) if element is not None and element.text else None
     except ValueError:

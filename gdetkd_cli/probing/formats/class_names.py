@@ -1,4 +1,4 @@
-"""The names of a model's classes, where its file tells them."""
+"""Reads class names from the metadata of a model file."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import ast
 import json
 from collections.abc import Mapping
 
-OWN = "gdetkd.classes"  # what this tool writes: a JSON list
-_YOLO = "names"  # what ultralytics writes: {0: "person", ...}, in ONNX as Python prints it
+OWN = "gdetkd.classes"  # gdetkd's key: a JSON list
+_YOLO = "names"  # ultralytics' key: {0: "person", ...}, in ONNX as the text of a Python dictionary
 
 
-def class_names_in(notes: Mapping[str, object]) -> tuple[str, ...]:
-    """Names in the order of the labels; empty where the notes in a file do not tell."""
+def read_class_names(notes: Mapping[str, object]) -> tuple[str, ...]:
+    """Reads the names in the order of the labels; empty if a file's metadata has none."""
     if isinstance(notes.get(OWN), str):
         return tuple(json.loads(str(notes[OWN])))
     names = notes.get(_YOLO)

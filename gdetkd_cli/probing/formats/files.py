@@ -1,4 +1,4 @@
-"""What kind of model a file holds, told from its content, and reading the kinds that other tools write."""
+"""Recognises the kind of a model file by its content, and opens the kinds that other tools write."""
 
 from __future__ import annotations
 
@@ -12,25 +12,24 @@ import torch
 import torchvision  # noqa: F401  # registers the operators that a scripted detector calls
 
 from gdetkd_cli.errors import ModelError, first_line
-from gdetkd_cli.probing.formats.class_names import class_names_in
+from gdetkd_cli.probing.formats.class_names import read_class_names
 from gdetkd_cli.probing.formats.exported import load_exported
 from gdetkd_cli.probing.formats.operators import check_torchscript
 from gdetkd_cli.probing.formats.runner import ModuleRunner, Runner, calls_for
 
-DESCRIPTION_FILE = "gdetkd.json"  # in a TorchScript file that gdetkd exported
-_YOLO_FILE = "config.txt"  # in one that ultralytics exported; JSON as well
-_ONNX_START = b"\x08"  # the first field of every ONNX file: the version of its format
-
+DESCRIPTION_FILE = "gdetkd.json"  # in TorchScript files exported by gdetkd
+_YOLO_FILE = "config.txt"  # in TorchScript files exported by ultralytics; also JSON
+_ONNX_START = b"\x08"  # the first field of every ONNX file, its format version
 
 Kind = Literal["onnx", "torchscript", "exported", "checkpoint"]
 
 
 def kind_of(path: Path) -> Kind:
-    """The kind of a model file; what is of no other counts as a checkpoint, to be read as one."""
+    """Returns the kind of a model file; anything unrecognised counts as a checkpoint."""
     with path.open("rb") as file:
         if file.read(1) == _ONNX_START:
             return "onnx"
-    if zipfile.is_zipfile(path):  # all of torch's formats are; only TorchScript has constants there
+    if zipfile.is_zipfile(path):  # all of torch's formats are ZIP files; only TorchScript has constants
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
         if any(name.endswith("/constants.pkl") for name in names):
@@ -41,40 +40,40 @@ def kind_of(path: Path) -> Kind:
 
 
 def open_runner(path: Path, kind: Kind, *, last: bool = False) -> Runner:
-    """A model that another tool wrote, ready to be probed.
+    """Opens a model written by another tool for probing.
 
     Args:
         path: the file.
-        kind: of it.
-        last: a TorchScript model takes its images as (H, W, 3); the other kinds say so themselves.
+        kind: of the file.
+        last: whether a TorchScript model takes images as (H, W, 3); files of the other kinds contain this.
 
     Raises:
-        ModelError: not a whole file of its kind, or one that needs pickled code.
+        ModelError: the file is incomplete, or needs pickled code.
     """
     if kind == "onnx":
-        from gdetkd_cli.probing.formats.onnx import OnnxRunner  # onnx and onnxruntime take their time
+        from gdetkd_cli.probing.formats.onnx import OnnxRunner  # onnx and onnxruntime are slow to import
 
         return OnnxRunner(path)
     if kind == "exported":
         return load_exported(path)
-    notes = {DESCRIPTION_FILE: "", _YOLO_FILE: ""}
-    module = load_torchscript(path, extra_files=notes).eval()
-    said = _parsed(notes[DESCRIPTION_FILE] or notes[_YOLO_FILE])
+    texts = {DESCRIPTION_FILE: "", _YOLO_FILE: ""}
+    module = load_torchscript(path, extra_files=texts).eval()
+    notes = _parse_notes(texts[DESCRIPTION_FILE] or texts[_YOLO_FILE])
     calls = calls_for(last=last)
-    return ModuleRunner(module, calls=calls, size=_size(said.get("imgsz")), class_names=class_names_in(said))
+    return ModuleRunner(module, calls=calls, size=_read_size(notes.get("imgsz")), class_names=read_class_names(notes))
 
 
-def _size(told: object) -> tuple[int, int] | None:
-    """(height, width) pixels that ultralytics made a file for."""
-    if isinstance(told, list) and len(told) == 2 and all(isinstance(side, int) and side > 0 for side in told):
-        return told[0], told[1]
+def _read_size(value: object) -> tuple[int, int] | None:
+    """Reads ultralytics' [height, width] in pixels."""
+    if isinstance(value, list) and len(value) == 2 and all(isinstance(side, int) and side > 0 for side in value):
+        return value[0], value[1]
     return None
 
 
-def _parsed(text: str) -> dict[str, object]:
+def _parse_notes(text: str) -> dict[str, object]:
     try:
         notes = json.loads(text or "{}")
-    except ValueError:  # another tool's file, in a format of its own
+    except ValueError:  # another tool's own format
         return {}
     return notes if isinstance(notes, dict) else {}
 
@@ -82,7 +81,7 @@ def _parsed(text: str) -> dict[str, object]:
 def load_torchscript(
     path: Path, device: str = "cpu", extra_files: dict[str, str] | None = None
 ) -> torch.jit.ScriptModule:
-    """Reads a TorchScript file; ``extra_files`` is filled with what the file holds under its keys.
+    """Reads a TorchScript file, and its extra files into the values of ``extra_files``.
 
     Raises:
         ModelError: not a whole TorchScript file, or one with operators that are unknown here or can do more than
@@ -90,12 +89,14 @@ def load_torchscript(
     """
     check_torchscript(path)
     try:
-        with warnings.catch_warnings(action="ignore"):  # torch.jit is deprecated, and says so
-            # Not with map_location=device: SSD keeps tensors that are no buffers on the CPU.
+        with warnings.catch_warnings(action="ignore"):  # torch.jit's deprecation
+            # Not map_location=device: SSD keeps tensors on the CPU that are not buffers.
             module = torch.jit.load(path, map_location="cpu", _extra_files=extra_files)
     except (RuntimeError, ValueError) as error:
         unknown = [line.strip() for line in str(error).splitlines() if "Unknown builtin op" in line]
         if unknown:
-            raise ModelError(f"{path} calls an operator that is not installed here ({unknown[0]})") from error
+            raise ModelError(
+                f"{path} calls an operator that is not installed ({unknown[0]}); install its package or use ONNX"
+            ) from error
         raise ModelError(f"{path} is not a whole TorchScript file ({first_line(error)})") from error
     return module.to(device)

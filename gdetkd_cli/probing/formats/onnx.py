@@ -1,4 +1,4 @@
-"""An ONNX model, run by onnxruntime: its graph says what it computes, and values are read as added outputs."""
+"""An ONNX model run by onnxruntime. The graph lists the operators; values are read by adding them as outputs."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from onnx import AttributeProto, ModelProto, NodeProto, TensorProto
 from torch import Tensor, nn
 
 from gdetkd_cli.errors import NO_CONVOLUTION, ModelError, NoPyramidError, first_line
-from gdetkd_cli.probing.formats.class_names import class_names_in
-from gdetkd_cli.probing.formats.runner import Recorded
-from gdetkd_cli.probing.inputs import Call, alone, channels_last, stacked
-from gdetkd_cli.probing.record import Address, Value, Window, sides_of
+from gdetkd_cli.probing.formats.class_names import read_class_names
+from gdetkd_cli.probing.formats.runner import RecordedCall
+from gdetkd_cli.probing.inputs import Call, stack_images, take_single, with_channels_last
+from gdetkd_cli.probing.record import Address, Value, Window, measure_sides
 
-# As aten names them, since that is what levels are recognised by.
+# aten's names, by which the rules for levels recognise operators.
 _NAMES = {
     "Conv": "convolution",
     "MatMul": "mm",
@@ -37,18 +37,18 @@ _NAMES = {
     "GlobalMaxPool": "adaptive_max_pool2d",
     "RoiAlign": "roi_align",
 }
-# What a map may be made of; 8 bits in quantised models. Whole numbers of more bits are sizes and indices.
+# Element types of maps; 8 bits in quantised models. Wider integers are sizes and indices.
 _MAP_TYPES = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE, TensorProto.INT8, TensorProto.UINT8)
 _NUMPY_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(uint8)": np.uint8}
-_FATAL = 4  # onnxruntime logs errors to stderr as well as raising them; only the latter is wanted
+_FATAL = 4  # log level; at lower ones onnxruntime also prints the errors that it raises
 
 
 class OnnxRunner:
-    """An ONNX file; every value that its graph names can be read.
+    """An ONNX file; every value named in its graph can be read.
 
     Raises:
-        ModelError: not a whole ONNX file, or not one that takes images.
-        NoPyramidError: nothing in it could be a feature map.
+        ModelError: the file is incomplete, or does not take images.
+        NoPyramidError: the model has no convolution.
     """
 
     def __init__(self, path: Path) -> None:
@@ -57,7 +57,7 @@ class OnnxRunner:
         try:
             self._model = onnx.load(path)
             inferred = onnx.shape_inference.infer_shapes(self._model)
-        except Exception as error:  # protobuf's and onnx's errors have no base of their own
+        except Exception as error:  # protobuf's and onnx's errors have no common base class
             raise ModelError(f"{path} is not a whole ONNX file ({first_line(error)})") from error
         self._types = {info.name: info.type.tensor_type.elem_type for info in inferred.graph.value_info}
         self._types |= {info.name: info.type.tensor_type.elem_type for info in inferred.graph.output}
@@ -65,52 +65,52 @@ class OnnxRunner:
         self._weights = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
         self.parameters = sum(int(np.prod(shape)) for shape in self._weights.values())
         self._session: tuple[tuple[str, ...], onnxruntime.InferenceSession] | None = None
-        self._whole: onnxruntime.InferenceSession | None = None  # for what the model itself returns
+        self._whole: onnxruntime.InferenceSession | None = None  # of the unchanged model, for its own outputs
         self._tensors: dict[Address, str] = {}
         self._network_input = ""
-        self._paddings: dict[str, tuple[int, ...]] = {}  # of the Pad operators, by the name of their value
-        self._sides: dict[str, tuple[float, float] | None] = {}  # of the RoiAlign operators' boxes, by output
+        self._paddings: dict[str, tuple[int, ...]] = {}  # of Pad operators, by the name of their second input
+        self._sides: dict[str, tuple[float, float] | None] = {}  # of RoiAlign operators' boxes, by output
         inputs = self._open(self._model).get_inputs()
         if not any("Conv" in node.op_type for node in graph.node):
             raise NoPyramidError(NO_CONVOLUTION)
         images = [i for i in inputs if len(i.shape) in (3, 4) and i.type in _NUMPY_TYPES]
         if len(images) != 1:
             raise ModelError(
-                f"{path} has {len(images)} inputs that could be images, of "
-                f"{', '.join(f'{i.name} {i.type} {i.shape}' for i in inputs) or 'none'}; one was expected"
+                f"{path} has {len(images)} inputs that could be images, among "
+                f"{', '.join(f'{i.name} {i.type} {i.shape}' for i in inputs) or 'none'}; expected exactly one"
             )
         self._image = images[0]
         self._others = [i for i in inputs if i.name != self._image.name]
         self.bytes = self._image.type == "tensor(uint8)"
-        self.class_names = class_names_in({entry.key: entry.value for entry in self._model.metadata_props})
-        self._call, self.size = self._convention(list(self._image.shape))
+        self.class_names = read_class_names({entry.key: entry.value for entry in self._model.metadata_props})
+        self._call, self.size = self._read_convention(list(self._image.shape))
 
-    def _convention(self, shape: list[Any]) -> tuple[Call, tuple[int, int] | None]:
-        """How the image input takes images: the way of calling, and its size where that is fixed."""
+    def _read_convention(self, shape: list[Any]) -> tuple[Call, tuple[int, int] | None]:
+        """Returns the way of calling the model, and its input size (height, width) if that is fixed."""
         last = shape[-1] == 3 and shape[-3] != 3
         height, width = shape[-3:-1] if last else shape[-2:]
         size = (height, width) if isinstance(height, int) and isinstance(width, int) else None
         if len(shape) == 3:
-            call = Call("one (3, H, W) image", "one", alone)
+            call = Call("one (3, H, W) image", "one", take_single)
         elif isinstance(shape[0], int) and shape[0] != 1:
             raise ModelError(
-                f"{self._path} takes {shape[0]} images at once; one made for 1, or for any number, was expected"
+                f"{self._path} takes batches of {shape[0]} images; export it for 1 image or for any number"
             )
         elif shape[0] == 1:
-            call = Call("(1, 3, H, W) tensor", "one", stacked)
+            call = Call("(1, 3, H, W) tensor", "one", stack_images)
         else:
-            call = Call("(N, 3, H, W) tensor", "one size", stacked)
-        return channels_last(call) if last else call, size
+            call = Call("(N, 3, H, W) tensor", "one size", stack_images)
+        return with_channels_last(call) if last else call, size
 
-    def record(self, image: Tensor) -> Recorded:
-        shapes, returned = self._shapes(image)
-        aliases = {name: name for name in self._weights}  # a weight that was converted or scaled is that weight
+    def record(self, image: Tensor) -> RecordedCall:
+        shapes, returned = self._measure(image)
+        aliases = {name: name for name in self._weights}  # a converted or scaled weight counts as the weight
         index = {self._image.name: 0}
         values = [Value("input", 0, 0, shapes[self._image.name], (), name=self._image.name)]
         calls: Counter[str] = Counter()
         results = {output.name for output in self._model.graph.output}
         for node in self._model.graph.node:
-            read = list(_read_by(node))
+            read = list(_list_inputs(node))
             parents = tuple(index[name] for name in read if name in index)
             weights = tuple(aliases[name] for name in read if name in aliases)
             op = _NAMES.get(node.op_type, node.op_type.lower())
@@ -122,30 +122,30 @@ class OnnxRunner:
             for output, name in enumerate(node.output):
                 if name in shapes:
                     index[name] = len(values)
-                    window = self._window(node, shapes)
+                    window = self._read_window(node, shapes)
                     value = Value(op, call, output, shapes[name], parents, weights, window, self._sides.get(name))
                     values.append(replace(value, name=name, result=name in results))
                     self._tensors[Address(op, call, output)] = name
                     if op == "convolution" and parents and not self._network_input:
                         self._network_input = node.input[0]
-        return Recorded(self._call, tuple(values), returned)
+        return RecordedCall(self._call, tuple(values), returned)
 
     def read(self, call: Call, images: Sequence[Tensor], addresses: Sequence[Address]) -> tuple[Tensor, list[Tensor]]:
         if not self._network_input:
             raise NoPyramidError(NO_CONVOLUTION)
-        wanted = (self._network_input, *(self._tensors[address] for address in addresses))
+        names = (self._network_input, *(self._tensors[address] for address in addresses))
         feed = self._feed(call, images)
-        if self._session is None or self._session[0] != wanted:
-            made = [name for name in dict.fromkeys(wanted) if name not in feed]
-            self._session = (wanted, self._open(self._up_to(made)) if made else self._open(self._model))
+        if self._session is None or self._session[0] != names:
+            computed = [name for name in dict.fromkeys(names) if name not in feed]
+            self._session = (names, self._open(self._cut_after(computed)) if computed else self._open(self._model))
         session = self._session[1]
         known = dict(feed)
-        names = [output.name for output in session.get_outputs() if output.name in wanted]
-        if names:
-            known |= zip(names, self._run(session, feed, names), strict=True)
+        outputs = [output.name for output in session.get_outputs() if output.name in names]
+        if outputs:
+            known |= zip(outputs, self._run(session, feed, outputs), strict=True)
         device = images[0].device
-        # As floats: a quantised map's values.
-        found = [torch.from_numpy(np.asarray(known[name])).to(device).float() for name in wanted]
+        # float(): a quantised map holds 8-bit integers.
+        found = [torch.from_numpy(np.asarray(known[name])).to(device).float() for name in names]
         return found[0] if found[0].dim() == 4 else found[0][None], found[1:]
 
     def run(self, call: Call, images: Sequence[Tensor]) -> object:
@@ -154,47 +154,50 @@ class OnnxRunner:
         names = [output.name for output in self._whole.get_outputs()]
         found = self._run(self._whole, self._feed(call, images), names)
         device = images[0].device
-        return {name: value.to(device) for name, value in _numbers(names, found).items()}
+        return {name: value.to(device) for name, value in _select_arrays(names, found).items()}
 
-    def _shapes(self, image: Tensor) -> tuple[dict[str, tuple[int, ...]], dict[str, Tensor]]:
-        """By value, its shape for this image, and the model's own outputs.
+    def _measure(self, image: Tensor) -> tuple[dict[str, tuple[int, ...]], dict[str, Tensor]]:
+        """Runs the model on an image. Returns each value's shape by name, and the model's own outputs.
 
-        Shapes are asked for, so that the values need not be kept.
+        Also sets the paddings of Pad operators and the sides of RoiAlign's boxes. Added Shape operators keep the values
+        themselves out of memory.
         """
         model = ModelProto()
         model.CopyFrom(self._model)
         graph = model.graph
         own = [output.name for output in graph.output]
-        asked = {f"gdetkd shape of {name}": name for name in self._maps()}
+        shaped = {f"gdetkd shape of {name}": name for name in self._list_maps()}
         paddings = {node.input[1] for node in graph.node if node.op_type == "Pad" and len(node.input) > 1}
-        computed = {f"gdetkd value of {name}": name for name in sorted(paddings)}  # often by a chain of small operators
-        graph.node.extend(onnx.helper.make_node("Shape", [name], [output]) for output, name in asked.items())
+        computed = {
+            f"gdetkd value of {name}": name for name in sorted(paddings)
+        }  # often computed by a chain of small operators
+        graph.node.extend(onnx.helper.make_node("Shape", [name], [output]) for output, name in shaped.items())
         regions = [node for node in graph.node if node.op_type == "RoiAlign"]
         boxes = {f"gdetkd boxes of {node.output[0]}": node.input[1] for node in regions}
         for output, name in [*computed.items(), *boxes.items()]:
             graph.node.append(onnx.helper.make_node("Identity", [name], [output]))
-        whole = [onnx.helper.make_tensor_value_info(name, TensorProto.INT64, None) for name in (*asked, *computed)]
+        whole = [onnx.helper.make_tensor_value_info(name, TensorProto.INT64, None) for name in (*shaped, *computed)]
         graph.output.extend(whole)
         graph.output.extend(onnx.helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in boxes)
-        outputs = [*asked, *computed, *boxes, *own]
+        outputs = [*shaped, *computed, *boxes, *own]
         feed = self._feed(self._call, [image])
         rows = self._run(self._open(model), feed, outputs)
-        for node, row in zip(regions, rows[len(asked) + len(computed) :], strict=False):
+        for node, row in zip(regions, rows[len(shaped) + len(computed) :], strict=False):
             scale = next((float(a.f) for a in node.attribute if a.name == "spatial_scale"), 1.0)
-            self._sides[node.output[0]] = sides_of(torch.from_numpy(row), scale)
-        found = [tuple(int(n) for n in row) for row in rows[: len(asked) + len(computed)]]
-        self._paddings = dict(zip(computed.values(), found[len(asked) :], strict=True))
-        shapes = dict(zip(asked.values(), found, strict=False))
-        returned = _numbers(own, rows[len(rows) - len(own) :])
+            self._sides[node.output[0]] = measure_sides(torch.from_numpy(row), scale)
+        found = [tuple(int(n) for n in row) for row in rows[: len(shaped) + len(computed)]]
+        self._paddings = dict(zip(computed.values(), found[len(shaped) :], strict=True))
+        shapes = dict(zip(shaped.values(), found, strict=False))
+        returned = _select_arrays(own, rows[len(rows) - len(own) :])
         return shapes | {self._image.name: tuple(feed[self._image.name].shape)}, returned
 
-    def _maps(self) -> Iterable[str]:
-        """Names of the values that may be maps, in the order of their making."""
+    def _list_maps(self) -> Iterable[str]:
+        """Yields the names of values that may be maps, in the order of their computation."""
         for node in self._model.graph.node:
             yield from (name for name in node.output if name and self._types.get(name) in _MAP_TYPES)
 
-    def _up_to(self, names: list[str]) -> ModelProto:
-        """The part of the model that makes these values."""
+    def _cut_after(self, names: list[str]) -> ModelProto:
+        """Returns the part of the model that computes these values."""
         model = ModelProto()
         model.CopyFrom(self._model)
         graph = model.graph
@@ -202,7 +205,7 @@ class OnnxRunner:
         for node in reversed(graph.node):
             if needed.intersection(node.output):
                 kept.append(node)
-                needed.update(_read_by(node))
+                needed.update(_list_inputs(node))
         nodes = [NodeProto.FromString(node.SerializeToString()) for node in reversed(kept)]
         del graph.node[:]
         graph.node.extend(nodes)
@@ -218,7 +221,7 @@ class OnnxRunner:
         options.intra_op_num_threads = torch.get_num_threads()
         try:
             return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # onnxruntime's errors have no base of their own
+        except Exception as error:  # onnxruntime's errors have no common base class
             raise ModelError(f"onnxruntime cannot open {self._path} ({first_line(error)})") from error
 
     def _run(
@@ -227,7 +230,7 @@ class OnnxRunner:
         given = {i.name for i in session.get_inputs()}
         try:
             found: list[np.ndarray] = session.run(names, {name: value for name, value in feed.items() if name in given})
-        except Exception as error:  # onnxruntime's errors have no base of their own
+        except Exception as error:  # onnxruntime's errors have no common base class
             raise ModelError(
                 f"onnxruntime cannot run {self._path} on an image of shape {list(feed[self._image.name].shape)} "
                 f"({first_line(error)})"
@@ -242,18 +245,20 @@ class OnnxRunner:
             array = array.round().clip(0, 255)
         feed = {self._image.name: array.astype(_NUMPY_TYPES[self._image.type])}
         size = images[0].shape[-2:]
-        for other in self._others:  # what exports of DETR- and Paddle-like detectors take beside the images
+        for other in self._others:  # exports of DETR- and Paddle-like detectors have such inputs
             if "scale" in other.name:
                 row = [1.0, 1.0]
             elif "size" in other.name or "shape" in other.name:
                 row = [float(size[0]), float(size[1])]
             else:
-                raise ModelError(f"{self._path} takes {other.name!r} beside the image; what to give it is not known")
+                raise ModelError(
+                    f"{self._path} has an unknown input {other.name!r}; expected the image, its size or scale"
+                )
             whole = np.int64 if "int64" in other.type else np.int32 if "int32" in other.type else np.float32
             feed[other.name] = np.array([row] * len(images), dtype=whole)
         return feed
 
-    def _window(self, node: NodeProto, shapes: dict[str, tuple[int, ...]]) -> Window | None:
+    def _read_window(self, node: NodeProto, shapes: dict[str, tuple[int, ...]]) -> Window | None:
         attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
         if node.op_type == "Pad":
             pads = self._paddings[node.input[1]] if len(node.input) > 1 else attributes.get("pads")
@@ -272,32 +277,32 @@ class OnnxRunner:
         rule = attributes.get("auto_pad", b"NOTSET").decode()
         if rule in ("SAME_UPPER", "SAME_LOWER") and source is not None:
             padding = [
-                _same(source[2 + a], (kernel[a] - 1) * dilation[a] + 1, stride[a], lower=rule == "SAME_LOWER")
+                _pad_same(source[2 + a], (kernel[a] - 1) * dilation[a] + 1, stride[a], lower=rule == "SAME_LOWER")
                 for a in (0, 1)
             ]
         return Window(*((int(p[0]), int(p[1])) for p in (kernel, stride, padding, dilation)))
 
 
-def _numbers(names: Sequence[str], rows: Sequence[Any]) -> dict[str, Tensor]:
-    """Outputs by name; those that are no arrays of numbers (text, sequences) are left out."""
+def _select_arrays(names: Sequence[str], rows: Sequence[Any]) -> dict[str, Tensor]:
+    """Returns outputs by name, without those that are not arrays of numbers (text, sequences)."""
     pairs = zip(names, rows, strict=True)
     return {n: torch.from_numpy(r) for n, r in pairs if isinstance(r, np.ndarray) and r.dtype.kind in "fiub"}
 
 
-def _same(length: int, reach: int, stride: int, *, lower: bool) -> int:
-    """Cells of padding before an axis under ONNX's SAME_UPPER or SAME_LOWER."""
+def _pad_same(length: int, reach: int, stride: int, *, lower: bool) -> int:
+    """Returns the cells of padding before an axis under ONNX's SAME_UPPER or SAME_LOWER."""
     total = max((ceil(length / stride) - 1) * stride + reach - length, 0)
     return (total + 1) // 2 if lower else total // 2
 
 
-def _read_by(node: NodeProto) -> Iterable[str]:
-    """Names that a node reads, those that its branches and loops take from outside included."""
+def _list_inputs(node: NodeProto) -> Iterable[str]:
+    """Yields the names that a node reads, including those that its branches and loops read from outside."""
     yield from node.input
     for attribute in node.attribute:
         graphs = [attribute.g] if attribute.type == AttributeProto.GRAPH else attribute.graphs
         for graph in graphs:
             own = {info.name for info in graph.input} | {tensor.name for tensor in graph.initializer}
             for inner in graph.node:
-                yield from (name for name in _read_by(inner) if name not in own)
+                yield from (name for name in _list_inputs(inner) if name not in own)
                 own.update(inner.output)
             yield from (info.name for info in graph.output if info.name not in own)

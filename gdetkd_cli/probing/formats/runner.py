@@ -1,4 +1,4 @@
-"""A model that can be run and looked into, whatever its file's format."""
+"""Runs a model and reads its values, independent of its file format."""
 
 from __future__ import annotations
 
@@ -13,28 +13,33 @@ from torch import Tensor, nn
 
 from gdetkd_cli.errors import NO_CONVOLUTION, ModelError, NoPyramidError, first_line
 from gdetkd_cli.probing.hooks import HookReader
-from gdetkd_cli.probing.inputs import Call, alone, channels_last, stacked
-from gdetkd_cli.probing.record import Address, Tell, Value, read, record
+from gdetkd_cli.probing.inputs import Call, stack_images, take_single, with_channels_last
+from gdetkd_cli.probing.record import AddName, Address, Value, read, record
 
-RUN_ERRORS = (RuntimeError, torch.jit.Error)  # of PyTorch; the second is what scripted code raises itself
+RUN_ERRORS = (RuntimeError, torch.jit.Error)  # of PyTorch; the second is raised by scripted code
 _MARKED = re.compile(r"[\w.]*Error: (.+)")
 # Ways of calling a module, tried in this order.
 CALLS = (
     Call("list of (3, H, W) images", "any", list),
-    Call("(N, 3, H, W) tensor", "one size", stacked),
-    Call("one (3, H, W) image", "one", alone),
+    Call("(N, 3, H, W) tensor", "one size", stack_images),
+    Call("one (3, H, W) image", "one", take_single),
 )
 
 
 def calls_for(*, last: bool) -> tuple[Call, ...]:
-    """Ways of calling a module that takes its channels first, or last."""
-    return tuple(map(channels_last, CALLS)) if last else CALLS
+    """Returns the ways of calling a module that takes its channels first or, with ``last``, last."""
+    return tuple(map(with_channels_last, CALLS)) if last else CALLS
 
 
 @dataclass(frozen=True)
-class Recorded:
-    """One forward: how the model was called, what it computed, and what it returned (tensors by name, of a file that
-    names its outputs)."""
+class RecordedCall:
+    """One forward.
+
+    Attributes:
+        call: how the model was called.
+        values: the values that it computed.
+        returned: its output; tensors by name if the file names its outputs.
+    """
 
     call: Call
     values: tuple[Value, ...]
@@ -42,14 +47,14 @@ class Recorded:
 
 
 class Runner(Protocol):
-    """What probing needs of a model.
+    """A model as probing uses it.
 
     Attributes:
-        module: holds the weights where torch does, so that they can be moved; otherwise it is empty.
-        parameters: number of the model's parameters.
-        size: (height, width), where it takes images of this size alone.
+        module: the weights, if they are torch's; else an empty module.
+        parameters: number of parameters.
+        size: (height, width) if the model takes only this size, else None.
         bytes: whether it takes whole numbers 0..255.
-        class_names: of what it detects, where its file tells; else empty.
+        class_names: from the model's file; empty if it has none.
     """
 
     @property
@@ -67,16 +72,16 @@ class Runner(Protocol):
     @property
     def class_names(self) -> tuple[str, ...]: ...
 
-    def record(self, image: Tensor) -> Recorded:
-        """Finds out how the model is called, and what it computes of one image (3, H, W).
+    def record(self, image: Tensor) -> RecordedCall:
+        """Finds a way of calling the model and records a forward of one image (3, H, W).
 
         Raises:
-            ModelError: it cannot be called in any known way.
-            NoPyramidError: nothing in it could be a feature map.
+            ModelError: no known way of calling the model works.
+            NoPyramidError: the model has no convolution.
         """
 
     def read(self, call: Call, images: Sequence[Tensor], addresses: Sequence[Address]) -> tuple[Tensor, list[Tensor]]:
-        """What the first convolution reads, (N, C, H, W), and the values at the addresses, of images in one call.
+        """Reads the first convolution's input (N, C, H, W) and the values at the addresses, for images in one call.
 
         Raises:
             NoPyramidError: there is no convolution.
@@ -84,11 +89,11 @@ class Runner(Protocol):
         """
 
     def run(self, call: Call, images: Sequence[Tensor]) -> object:
-        """What the model returns for images in one call; of a file with named outputs, tensors by name."""
+        """Runs the model on images in one call; returns tensors by name if the file names its outputs."""
 
 
 def reason_of(error: Exception) -> str:
-    """The line of an error's message that says what is wrong; TorchScript puts its own traceback before it."""
+    """Returns the line of an error's message with the reason, which may follow TorchScript's own traceback."""
     marked = [found[1] for line in str(error).splitlines() if (found := _MARKED.fullmatch(line.strip()))]
     return marked[-1] if marked else first_line(error)
 
@@ -97,12 +102,12 @@ def reason_of(error: Exception) -> str:
 class NamesValues(Protocol):
     """A module whose file names its values."""
 
-    def run_told(self, argument: object, tell: Tell) -> object:
-        """A forward that tells each value's name as it is made."""
+    def run_with_names(self, argument: object, add_name: AddName) -> object:
+        """Runs a forward and names each value as it is computed."""
 
 
 class ModuleRunner:
-    """An nn.Module in evaluation mode: eager, TorchScript, or of an exported program."""
+    """A module in evaluation mode: eager, TorchScript or an exported program."""
 
     bytes = False
 
@@ -118,46 +123,45 @@ class ModuleRunner:
         self.class_names = class_names
         self.size = size
         self._calls = calls
-        self._hooks: HookReader | None = None  # known once the model was recorded
+        self._hooks: HookReader | None = None  # set by ``record``
 
     @property
     def parameters(self) -> int:
         return sum(p.numel() for p in self.module.parameters())
 
-    def record(self, image: Tensor) -> Recorded:
+    def record(self, image: Tensor) -> RecordedCall:
         weights = dict(self.module.named_parameters()) | dict(self.module.named_buffers())
-        scripted = isinstance(self.module, torch.jit.ScriptModule)  # whose submodules take no hooks
+        scripted = isinstance(self.module, torch.jit.ScriptModule)  # its submodules take no hooks
         submodules = {} if scripted else {name: module for name, module in self.module.named_modules() if name}
         reasons = []
         for call in self._calls:
             try:
-                found = record(partial(self._told, call, [image]), weights, [image], submodules)
+                found = record(partial(self._run_with_names, call, [image]), weights, [image], submodules)
                 self._hooks = HookReader(self.module, found.values) if submodules else None
-                return Recorded(call, found.values, found.returned)
+                return RecordedCall(call, found.values, found.returned)
             except (*RUN_ERRORS, TypeError, ValueError, AttributeError, LookupError, AssertionError) as error:
                 reasons.append(f"{call.name}: {reason_of(error)}")
         if weights and all(tensor.dim() < 4 for tensor in weights.values()):
-            raise NoPyramidError(NO_CONVOLUTION)  # a text model, for instance, which takes no images at all
+            raise NoPyramidError(NO_CONVOLUTION)  # for instance a text model
         raise ModelError(
-            f"the model cannot be called with an image of {image.shape[-2]} x {image.shape[-1]} pixels in any known "
-            f"way ({'; '.join(reasons)}); if it was made for one size, give that with --size"
+            f"no known way of calling this model works with an image of {image.shape[-2]} x {image.shape[-1]} pixels "
+            f"({'; '.join(reasons)}); if the model has a fixed input size, give it with --size"
         )
 
     def read(self, call: Call, images: Sequence[Tensor], addresses: Sequence[Address]) -> tuple[Tensor, list[Tensor]]:
         run = partial(self.run, call, images)
-        if self._hooks is None or not self._hooks.reads(addresses):
+        if self._hooks is None or not self._hooks.can_read(addresses):
             return read(run, addresses)
         own = self._hooks.read(run, addresses)
-        if own is None or not self._hooks.is_checked(addresses):  # once in a model's life both ways
+        if own is None or not self._hooks.is_checked(addresses):  # the first time, read both ways
             expected = read(run, addresses)
             self._hooks.check(addresses, own, expected)
             return expected
         return own
 
-    def _told(self, call: Call, images: Sequence[Tensor], tell: Tell) -> object:
-        """As ``run``; a graph whose values have names tells them."""
+    def _run_with_names(self, call: Call, images: Sequence[Tensor], add_name: AddName) -> object:
         if isinstance(self.module, NamesValues):
-            return self.module.run_told(call.argument(images), tell)
+            return self.module.run_with_names(call.argument(images), add_name)
         return self.run(call, images)
 
     def run(self, call: Call, images: Sequence[Tensor]) -> object:
