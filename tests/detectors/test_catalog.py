@@ -93,7 +93,7 @@ def test_arguments_that_the_transform_takes(tiny_description: Callable[..., dict
 
 
 def test_a_module_of_no_family() -> None:
-    with pytest.raises(ModelError, match="Linear is not a detector that gdetkd knows; expected torchvision's"):
+    with pytest.raises(ModelError, match="Linear is not a supported detector; expected torchvision's"):
         catalog.wrap(nn.Linear(2, 2), CLASSES)
 
 

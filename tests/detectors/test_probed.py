@@ -252,5 +252,5 @@ def test_a_torchscript_file_cannot_be_the_student(tmp_path: Path) -> None:
         torch.jit.save(traced(built(NoNeck)), path)
     recipe = toy.recipe(steps=1)
     recipe = recipe.model_copy(update={"student": CheckpointDetector(arch="checkpoint", path=str(path))})
-    with pytest.raises(ModelError, match="can teach but not be trained here"):
+    with pytest.raises(ModelError, match="can teach but cannot be trained"):
         run_distill(recipe, output=tmp_path / "run")

@@ -89,7 +89,7 @@ def test_an_ssd(tmp_path: Path) -> None:
 
 def test_other_settings_are_not_taken_for_torchvisions(tmp_path: Path) -> None:
     path = scripted(faster_rcnn(box_detections_per_img=7), tmp_path / "odd.pt")
-    with pytest.raises(ModelError, match=r"but other settings, since that detects otherwise; name the architecture"):
+    with pytest.raises(ModelError, match=r"but other settings, because the rebuilt detector gives other"):
         load_scripted(path, NAMES)
 
 
@@ -117,7 +117,7 @@ def test_frozen_and_foreign_files_cannot_be_trained(tmp_path: Path) -> None:
         traced = torch.jit.trace(network, torch.rand(1, 3, 64, 64))
         traced.save(tmp_path / "traced.pt")
         torch.jit.freeze(traced).save(tmp_path / "frozen.pt")
-    with pytest.raises(ModelError, match=r"traced\.pt can teach but not be trained here: it is neither"):
+    with pytest.raises(ModelError, match=r"traced\.pt can teach but cannot be trained: it is neither"):
         load_scripted(tmp_path / "traced.pt", NAMES)
-    with pytest.raises(ModelError, match=r"frozen\.pt can teach .* it is frozen TorchScript without parameters"):
+    with pytest.raises(ModelError, match=r"frozen\.pt can teach .* it is frozen TorchScript and has no parameters"):
         load_scripted(tmp_path / "frozen.pt", NAMES)

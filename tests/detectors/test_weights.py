@@ -108,7 +108,7 @@ def test_a_bare_pickle_is_refused_and_not_executed(path: Path, tmp_path: Path) -
 def test_a_pickled_module_is_refused(path: Path) -> None:
     torch.save(nn.Linear(2, 2), path)
     with pytest.raises(
-        ModelError, match=r"\(torch\.nn\.modules\.linear\.Linear\).*expected weights alone, as torch\.sa"
+        ModelError, match=r"\(torch\.nn\.modules\.linear\.Linear\).*expected only weights, as written by"
     ):
         read_torch_file(path)
 
@@ -143,7 +143,7 @@ def test_a_file_that_was_cut_short(kept: float, zipped: bool, path: Path) -> Non
 )
 def test_a_file_of_another_kind(content: bytes, path: Path) -> None:
     path.write_bytes(content)
-    with pytest.raises(ModelError, match=r"is not a (whole )?file written by torch\.save"):
+    with pytest.raises(ModelError, match=r"is not a (complete )?file written by torch\.save"):
         read_torch_file(path)
 
 
@@ -206,7 +206,7 @@ def test_another_number_of_classes_gets_a_fresh_head(head: str, layers: set[str]
     fresh = state_of(detector)
     (note,) = load_state(detector.module, state := state_of(tiny_detector(head, seed=1, classes=("a", "b"))), "x.pth")
 
-    assert note.startswith("x.pth: made for another number of classes; these layers start fresh: ")
+    assert note.startswith("x.pth: trained for another number of classes; these layers start fresh: ")
     assert set(note.rpartition(": ")[2].split(", ")) == layers
     loaded = detector.module.state_dict()
     for name, value in loaded.items():
@@ -276,7 +276,7 @@ def test_names_that_are_unknown_list_the_known_ones() -> None:
 
 @pytest.mark.parametrize("name", ["COCO_V1", "ResNet18_Weights.BEST", "NoNet_Weights.DEFAULT", "weights.ckpt", ""])
 def test_names_of_nothing(name: str) -> None:
-    with pytest.raises(ModelError, match=f"no file and no torchvision weights named '{name}'$"):
+    with pytest.raises(ModelError, match=f"there are no torchvision weights named '{name}'$"):
         torchvision_weights(name, None)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from gdetkd_cli.detectors.compatibility import agreeing_anchors, class_map_columns
+from gdetkd_cli.detectors.compatibility import class_map_columns, compare_anchors
 from gdetkd_cli.detectors.protocol import View
 from gdetkd_cli.errors import PairError
 from gdetkd_cli.methods.base import Detectors, ObservedPair
@@ -86,4 +86,4 @@ def build(pair: Detectors) -> LogitTerm:
         columns = class_map_columns(pair.student, pair.teacher)
     except PairError as error:
         raise PairError(f"distill.logit: {error}; leave the term out") from error
-    return LogitTerm(columns=columns, agree=agreeing_anchors(pair.student, pair.teacher))
+    return LogitTerm(columns=columns, agree=compare_anchors(pair.student, pair.teacher))
