@@ -107,7 +107,7 @@ def test_dense_heads_alike_can_be_compared(head: str, tiny_detector: TinyDetecto
     ("student", "teacher"), [("retinanet", "fcos"), ("retinanet", "faster-rcnn"), ("faster-rcnn", "faster-rcnn")]
 )
 def test_other_heads_cannot_be_compared_cell_by_cell(student: str, teacher: str, tiny_detector: TinyDetector) -> None:
-    with pytest.raises(PairError, match="only two RetinaNets or two FCOS have heads .*; this pair is"):
+    with pytest.raises(PairError, match=r"only two RetinaNets or two FCOS have heads .*; this pair is"):
         class_map_columns(tiny_detector(student), tiny_detector(teacher))
 
 

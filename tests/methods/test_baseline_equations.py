@@ -25,7 +25,6 @@ from gdetkd_cli.methods.baselines.fitnet import map_imitation_loss
 from gdetkd_cli.methods.baselines.gt_mask import inside_box_masks, near_object_masks
 from gdetkd_cli.methods.baselines.logit import class_map_loss
 from gdetkd_cli.methods.baselines.pkd import pearson_loss
-from gdetkd_cli.methods.baselines.roi_imitation import region_imitation_loss
 
 
 def row(*values: float) -> Tensor:
@@ -70,11 +69,6 @@ def test_no_cell_gives_zero_with_a_gradient() -> None:
     ):
         assert float(loss.detach()) == 0
         assert loss.requires_grad
-
-
-def test_regions_by_hand() -> None:
-    adapted, target = torch.tensor([[[[1.0]]], [[[5.0]]]]), torch.tensor([[[[0.0]]], [[[2.0]]]])
-    assert float(region_imitation_loss(adapted, target)) == pytest.approx((1 + 9) / 2)
 
 
 # --------------------------------------------------------------------------------------------------------- gt_mask

@@ -161,7 +161,7 @@ def test_objects_of_a_level_that_does_not_count_belong_to_the_one_before() -> No
         assign=lambda seen, regions: torch.tensor([1, 1]),
         counted=[True, False],
     )
-    masks = term._masks(pair())
+    masks = term.build_masks(pair())
     assert list(masks) == [0]
     assert masks[0][0].sum() == 16 * 16  # the large object's box covers the image
     assert not masks[0][1].any()
@@ -234,7 +234,7 @@ def test_logits_of_other_anchors_are_refused() -> None:
     """The student's second level lies on the teacher's second, but its anchors are those of the third."""
     maps = tuple(torch.randn(2, 3, 64 // s, 64 // s) for s in (4, 8, 16))
     term = LogitTerm(columns=torch.tensor([0, 1, 2]), agree=torch.tensor([[True, False, False], [False, False, True]]))
-    with pytest.raises(PairError, match="level 2 of the student lies on the teacher's 2, which has other anchors"):
+    with pytest.raises(PairError, match="level 2 of the student corresponds to the teacher's level 2"):
         term(pair(student=RegionView(class_maps=maps[:2]), teacher=RegionView(class_maps=maps)))
 
 

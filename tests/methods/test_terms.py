@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from gdetkd_cli.detectors.pooling import pool_all_levels
 from gdetkd_cli.detectors.protocol import Observation, RegionView, StageView
-from gdetkd_cli.methods.base import ObservedPair, Term, needs_of
+from gdetkd_cli.methods.base import ObservedPair, Term, collect_needs
 from gdetkd_cli.methods.ckd import CKDTerm, contrastive_loss
 from gdetkd_cli.methods.prediction import BoxTerm, ClassTerm, class_loss
 from gdetkd_cli.methods.sgfi import SGFITerm, imitation_loss
@@ -378,5 +378,5 @@ def test_needs_are_those_of_all_terms() -> None:
         ([ckd, classes], {"embedding", "predictions"}, {"embedding", "predictions"}),
     ]
     for terms, student, teacher in cases:
-        of_student, of_teacher = needs_of(terms)
+        of_student, of_teacher = collect_needs(terms)
         assert (set(of_student), set(of_teacher)) == (student, teacher)
