@@ -1,4 +1,4 @@
-"""Detectors of the user's own code: consent, training, and the file that comes out."""
+"""Detectors from the user's own code: consent, training, and the trained file."""
 
 from __future__ import annotations
 
@@ -211,7 +211,7 @@ def test_a_student_without_detections_has_no_table(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("consent")
 def test_probing_a_function(tmp_path: Path) -> None:
-    with pytest.raises(GDetKDError, match=r"levels\.xyz: cannot draw a file of that ending; expected one of .*png"):
+    with pytest.raises(GDetKDError, match=r"levels\.xyz: cannot draw a file with this suffix; expected one of .*png"):
         run_probe("own_code:own", ProbeOptions(size=SIZE, plot=tmp_path / "levels.xyz"))
     report = run_probe("own_code:own", ProbeOptions(size=SIZE, plot=tmp_path / "levels.png"))
 

@@ -1,4 +1,4 @@
-"""Region features by measured geometry: RoIAlign's numbers, at the right place of the right level."""
+"""Region features by measured geometry: RoIAlign's numbers at the right place of the right level."""
 
 from __future__ import annotations
 
@@ -153,7 +153,7 @@ GEOMETRIES = [
 def test_a_box_over_a_cell_reads_that_cell(
     stride: tuple[float, float], offset: tuple[float, float], cell: tuple[int, int]
 ) -> None:
-    """One hot cell on the second level; a box over just this cell, given in pixels of the image before resizing."""
+    """One hot cell on the second level, and a box over this cell in pixels of the image before resizing."""
     hot = torch.zeros(1, 1, 8, 8)
     hot[0, 0, cell[0], cell[1]] = 1.0
     scale, shift = (2.0, 0.5), (3.0, -1.0)  # x, y
@@ -174,7 +174,7 @@ def test_a_box_over_a_cell_reads_that_cell(
 
 
 def test_pooling_reads_the_same_place_on_every_level() -> None:
-    """Maps that hold their own cells' x and y in pixels: every level, whatever its geometry, gives the box's centre."""
+    """Maps contain their cells' x and y in pixels, so every level returns the box's centre."""
     maps, strides, offsets = [], [], []
     for (stride, offset), size in zip(GEOMETRIES, (32, 32, 32, 16), strict=True):
         y = offset[0] + stride[0] * torch.arange(size)
@@ -210,7 +210,7 @@ def test_assignment_by_hand() -> None:
 
 
 def test_assignment_is_torchvisions_rule() -> None:
-    """floor(4 + log2(side / 224)) on levels 2 to 5: the same as the nearest octave to 14 sqrt(2) cells."""
+    """floor(4 + log2(side / 224)) on levels 2 to 5 equals the nearest octave to 14 sqrt(2) cells."""
     corners = 100 * draw(500, 2, seed=3).abs()
     sides = 2 ** (3 + 8 * torch.rand(500, 2, generator=torch.Generator().manual_seed(4)))
     boxes = torch.cat([corners, corners + sides], dim=1)

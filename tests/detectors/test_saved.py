@@ -51,7 +51,7 @@ except ImportError:
 
 
 def test_a_saved_detector_can_be_rebuilt_without_this_package(batch: Batch, tmp_path: Path) -> None:
-    """``portable`` alone is enough, and nothing in the file needs pickled code."""
+    """``portable`` is enough, and the file needs no pickled code."""
     shutil.copytree(Path(portable.__file__).parent, tmp_path / "student")
     torch.save(batch.images, tmp_path / "images.pt")
     expected = {}

@@ -1,4 +1,4 @@
-"""Weights from files and by name: what is read, what is left out, and what is refused."""
+"""Weights from files and by name: read, left out or refused."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def path(tmp_path: Path) -> Path:
 
 
 def test_a_reference_scripts_checkpoint(path: Path) -> None:
-    """torchvision's own scripts save the state under 'model', beside the optimizer and the command line."""
+    """torchvision's own scripts save the state as 'model', with the optimizer and the command line."""
     state = {"a.weight": torch.ones(2), "a.bias": torch.zeros(1)}
     torch.save(
         {"model": state, "optimizer": {"state": {}}, "epoch": 25, "args": argparse.Namespace(lr=0.02, name="x")}, path
@@ -76,7 +76,7 @@ def test_files_without_a_state(saved: object) -> None:
 
 
 class Malicious:
-    """Makes a folder when it is unpickled the usual way."""
+    """Makes a folder when unpickled."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -170,7 +170,7 @@ def state_of(detector: Detector) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in detector.module.state_dict().items()}
 
 
-def differing(detector: Detector, state: dict[str, Tensor]) -> set[str]:
+def find_differing(detector: Detector, state: dict[str, Tensor]) -> set[str]:
     return {name for name, value in detector.module.state_dict().items() if not torch.equal(value, state[name])}
 
 
@@ -179,7 +179,7 @@ def test_weights_that_fit(head: str, tiny_detector: TinyDetector) -> None:
     detector, state = tiny_detector(head), state_of(tiny_detector(head, seed=1))
 
     assert load_state(detector.module, state, "x.pth") == []
-    assert not differing(detector, state)
+    assert not find_differing(detector, state)
 
 
 @pytest.mark.parametrize(
@@ -218,7 +218,7 @@ def test_a_mask_branch_is_left_out(tiny_detector: TinyDetector) -> None:
     masks = {f"roi_heads.mask_{part}.weight": torch.ones(2) for part in ("head.mask_fcn1", "predictor.conv5_mask")}
 
     assert load_state(detector.module, state | masks, "x.pth") == ["x.pth: the mask branch (2 tensors) is not used"]
-    assert not differing(detector, state)
+    assert not find_differing(detector, state)
 
 
 def test_frozen_norms_count_no_batches(tiny_detector: TinyDetector) -> None:
@@ -248,7 +248,7 @@ def test_weights_that_do_not_fit_change_nothing(tiny_detector: TinyDetector) -> 
         load_state(detector.module, state | {"extra.weight": torch.ones(1)}, "x.pth")
     with pytest.raises(ModelError, match=r"tensors are missing .*are unknown"):
         load_state(detector.module, state_of(tiny_detector("fcos")) | {"x": torch.ones(1)}, "x.pth")
-    assert not differing(detector, before)
+    assert not find_differing(detector, before)
 
 
 # ---------------------------------------------------------------------------------------------- torchvision's names
