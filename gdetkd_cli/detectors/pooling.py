@@ -19,7 +19,8 @@ from gdetkd_cli.structures import LevelSpec, Pyramid, Regions, count_by_image
 # pixels on at stride 16), dense ones 4 to 8 (RetinaNet's anchors, FCOS's ranges).
 TWO_STAGE_CELLS = 14 * 2**0.5
 DENSE_CELLS = 4 * 2**0.5
-_SEPARABLE_CELLS = 4096  # 64 x 64 cells; on larger maps the matrix products cost more than RoIAlign's samples
+POOLED_SIZE = 7  # bins per axis of a pooled region
+SEPARABLE_CELLS = 4096  # 64 x 64 cells; on larger maps the matrix products cost more than RoIAlign's samples
 
 
 def cells(pixels: Tensor, level: LevelSpec) -> Tensor:
@@ -35,7 +36,7 @@ def pool_level(pyramid: Pyramid, level: int, regions: Regions, *, size: int, sam
     boxes = cells(pyramid.frame.to_model(regions.boxes, regions.image_index), pyramid.levels[level])
     features = pyramid.maps[level].float()
     # Without a gradient there is no scattering backward, and torchvision's operator is faster.
-    if features.requires_grad and features.shape[-2] * features.shape[-1] <= _SEPARABLE_CELLS:
+    if features.requires_grad and features.shape[-2] * features.shape[-1] <= SEPARABLE_CELLS:
         return separable_roi_align(
             features,
             boxes,
@@ -136,14 +137,14 @@ def channels_of(levels: Sequence[LevelSpec], assignment: Tensor) -> Tensor | Non
     return beside(channels, assignment)[assignment] if len(set(channels)) > 1 else None
 
 
-def pool_assigned(pyramid: Pyramid, regions: Regions, assignment: Tensor, *, size: int, sampling_ratio: int) -> Tensor:
-    """RoIAlign of each region on its own level: (R, C, size, size).
+def pool_assigned(pyramid: Pyramid, regions: Regions, assignment: Tensor) -> Tensor:
+    """RoIAlign of each region on its own level: (R, C, 7, 7).
 
     If levels differ in channels, C is their maximum and the others are padded with zeros.
     """
     channels = max(level.channels for level in pyramid.levels)
     if not len(regions):
-        return pyramid.maps[0].new_zeros(0, channels, size, size, dtype=torch.float32)
+        return pyramid.maps[0].new_zeros(0, channels, POOLED_SIZE, POOLED_SIZE, dtype=torch.float32)
     images = len(pyramid.maps[0])
     own = assignment.cpu()  # the only wait: the number of regions per level decides what is launched
     order = own.argsort(stable=True)
@@ -156,7 +157,7 @@ def pool_assigned(pyramid: Pyramid, regions: Regions, assignment: Tensor, *, siz
         end = start + sum(of_images)
         if end > start:
             chosen = Regions(boxes[start:end], index[start:end], candidate[start:end], counts=tuple(of_images))
-            part = pool_level(pyramid, level, chosen, size=size, sampling_ratio=sampling_ratio)
+            part = pool_level(pyramid, level, chosen, size=POOLED_SIZE, sampling_ratio=2)
             parts.append(pad(part, (0, 0, 0, 0, 0, channels - spec.channels)))
         start = end
     return torch.cat(parts)[sent(order.argsort(), assignment)]

@@ -155,7 +155,7 @@ class ProbedDetector(Detector):
 
     def region_outputs(self, seen: Observation, regions: Regions, needs: frozenset[View]) -> RegionView:
         assignment = assign_levels(seen.pyramid, regions, cells_per_side=self.cells_per_side)
-        pooled = pool_assigned(seen.pyramid, regions, assignment, size=7, sampling_ratio=2)
+        pooled = pool_assigned(seen.pyramid, regions, assignment)
         return RegionView(
             pooled=pooled,
             pooled_channels=channels_of(self.levels, assignment),

@@ -110,7 +110,7 @@ class Loop:
         self._window = _Window()
         self._forward.train()
         for step, batch in enumerate(self._batches(start), start=start):
-            weights = self._try_step(step, batch)
+            weights = self.take_step(step, batch)
             done = step + 1
             last = done == self._options.steps
             logs = done % self._options.log_every == 0 or last
@@ -130,7 +130,7 @@ class Loop:
                 self._window.started = perf_counter()
         return metrics
 
-    def _try_step(self, step: int, batch: Batch) -> dict[str, float]:
+    def take_step(self, step: int, batch: Batch) -> dict[str, float]:
         """Runs one step; returns the weights of its terms."""
         try:
             return self._step(step, batch)

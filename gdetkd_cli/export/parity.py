@@ -80,7 +80,6 @@ def check_parity(
     *,
     cut: Cut,
     box_tolerance: float = BOX_TOLERANCE,
-    score_tolerance: float = SCORE_TOLERANCE,
 ) -> Parity:
     """Compares detections, image by image.
 
@@ -93,7 +92,6 @@ def check_parity(
         images: images (3, H, W) in 0..1.
         cut: the detector's limits.
         box_tolerance: largest allowed difference of a box coordinate, pixels.
-        score_tolerance: largest allowed difference of a score.
     """
     empty, detections, unmatched, found = 0, 0, 0, 0
     box_errors, score_errors = [torch.zeros(1)], [torch.zeros(1)]
@@ -102,8 +100,8 @@ def check_parity(
         rows, columns = _pair_detections(expected, got, box_tolerance)
         # At the cut each side may keep other boxes of near-equal scores, so overlap there does not make a pair.
         moved = (expected.boxes[rows] - got.boxes[columns]).abs().amax(dim=1) > box_tolerance
-        at_cut = (expected.scores[rows] - cut.find_limit(got) <= score_tolerance) & (
-            got.scores[columns] - cut.find_limit(expected) <= score_tolerance
+        at_cut = (expected.scores[rows] - cut.find_limit(got) <= SCORE_TOLERANCE) & (
+            got.scores[columns] - cut.find_limit(expected) <= SCORE_TOLERANCE
         )
         rows, columns = rows[~(moved & at_cut)], columns[~(moved & at_cut)]
         # How far a score without a counterpart is above the other side's cut.
@@ -112,7 +110,7 @@ def check_parity(
         empty += len(expected.scores) == 0
         detections += len(rows)
         found += len(expected.scores) + len(got.scores)
-        unmatched += int((~(torch.cat([missing, surplus]) <= score_tolerance)).sum())  # NaN is not within tolerance
+        unmatched += int((~(torch.cat([missing, surplus]) <= SCORE_TOLERANCE)).sum())  # NaN is not within tolerance
         box_errors.append((expected.boxes[rows] - got.boxes[columns]).abs().flatten())
         score_errors.append((expected.scores[rows] - got.scores[columns]).abs())
     box_error, score_error = float(torch.cat(box_errors).max()), float(torch.cat(score_errors).max())
@@ -125,7 +123,7 @@ def check_parity(
         # If all detections lie at the cut, nothing was compared.
         passed=unmatched == 0
         and box_error <= box_tolerance
-        and score_error <= score_tolerance
+        and score_error <= SCORE_TOLERANCE
         and (detections > 0 or found == 0),
         unmatched=unmatched,
     )

@@ -111,20 +111,20 @@ def test_both_ways_of_pooling_a_level_agree(monkeypatch: pytest.MonkeyPatch) -> 
     pyramid = make_pyramid([draw(2, 3, H, W)], [(4.0, 5.0)], [(0.5, 2.0)], scale=(1.5, 2.0))
     regions = make_regions([[1.0, 2, 20, 15], [-5, 3, 30, 40], [4, 4, 4, 4]], [0, 1, 1])
     separable = pool_level(pyramid, 0, regions, size=7, sampling_ratio=2)
-    monkeypatch.setattr(pooling, "_SEPARABLE_CELLS", 0)
+    monkeypatch.setattr(pooling, "SEPARABLE_CELLS", 0)
 
     torch.testing.assert_close(pool_level(pyramid, 0, regions, size=7, sampling_ratio=2), separable, rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize("limit", [0, 10**6], ids=["general", "separable"])
 def test_float32_under_autocast(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pooling, "_SEPARABLE_CELLS", limit)
+    monkeypatch.setattr(pooling, "SEPARABLE_CELLS", limit)
     pyramid = make_pyramid([draw(1, 3, H, W), draw(1, 3, H, W)], [(4.0, 4.0), (8.0, 8.0)], [(0.5, 0.5)] * 2)
     regions = make_regions([[1.0, 2, 20, 15], [3, 4, 50, 40]], [0, 0])
-    outside = pool_assigned(pyramid, regions, torch.tensor([0, 1]), size=7, sampling_ratio=2)
+    outside = pool_assigned(pyramid, regions, torch.tensor([0, 1]))
     with torch.autocast("cpu", torch.bfloat16):
         level = pool_level(pyramid, 0, regions, size=7, sampling_ratio=2)
-        inside = pool_assigned(pyramid, regions, torch.tensor([0, 1]), size=7, sampling_ratio=2)
+        inside = pool_assigned(pyramid, regions, torch.tensor([0, 1]))
 
     assert level.dtype == inside.dtype == torch.float32
     assert torch.equal(inside, outside)
@@ -244,7 +244,7 @@ def test_assignment_of_boxes_without_area_and_of_none() -> None:
 def test_pool_assigned_takes_each_region_from_its_level() -> None:
     pyramid = pyramid_of_strides(4, 8, 16)
     regions = make_regions([[10.0, 10, 50, 50], [20, 20, 90, 80], [10, 10, 60, 60]], [0, 0, 1])
-    pooled = pool_assigned(pyramid, regions, torch.tensor([2, 0, 1]), size=7, sampling_ratio=2)
+    pooled = pool_assigned(pyramid, regions, torch.tensor([2, 0, 1]))
 
     assert pooled.shape == (3, 2, 7, 7)
     torch.testing.assert_close(pooled.mean(dim=(1, 2, 3)), torch.tensor([16.0, 4.0, 8.0]))
@@ -254,7 +254,7 @@ def test_pool_assigned_pads_narrow_levels() -> None:
     maps = [torch.ones(1, 5, 16, 16, requires_grad=True), torch.ones(1, 3, 8, 8, requires_grad=True)]
     pyramid = make_pyramid(maps, [(4.0, 4.0), (8.0, 8.0)], [(0.5, 0.5)] * 2)
     regions = make_regions([[10.0, 10, 50, 50], [20, 20, 44, 44]], [0, 0])
-    pooled = pool_assigned(pyramid, regions, torch.tensor([1, 0]), size=7, sampling_ratio=2)
+    pooled = pool_assigned(pyramid, regions, torch.tensor([1, 0]))
     pooled.sum().backward()
 
     assert pooled.shape == (2, 5, 7, 7)

@@ -100,7 +100,7 @@ class DenseDetector(Detector):
         assignment = assign_levels(seen.pyramid, regions, cells_per_side=DENSE_CELLS)
         pooled, pooled_channels = None, None
         if "pooled" in needs:
-            pooled = pool_assigned(seen.pyramid, regions, assignment, size=7, sampling_ratio=2)
+            pooled = pool_assigned(seen.pyramid, regions, assignment)
             pooled_channels = channels_of(self.levels, assignment)
         embedding = self._embed(seen, regions, assignment) if "embedding" in needs else None
         class_maps = self._read_class_maps(seen) if "class_maps" in needs else None

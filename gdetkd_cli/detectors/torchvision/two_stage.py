@@ -136,7 +136,7 @@ class TwoStageDetector(Detector):
             # Pooling by measured geometry, as for every detector. The head's own pooling ignores the measured offset,
             # so it reads a fraction of a cell away.
             assert level is not None
-            pooled = pool_assigned(seen.pyramid, regions, level, size=7, sampling_ratio=2)
+            pooled = pool_assigned(seen.pyramid, regions, level)
         view = RegionView()
         if needs & {"embedding", "predictions"}:
             view = self._run_head(seen, regions, predictions="predictions" in needs)
