@@ -268,8 +268,6 @@ def test_pool_assigned_pads_narrow_levels() -> None:
 
 def test_pool_assigned_of_no_regions() -> None:
     nothing = make_regions([], [])
-    pooled = pool_assigned(
-        pyramid_of_strides(4, 8), nothing, torch.zeros(0, dtype=torch.int64), size=7, sampling_ratio=2
-    )
+    pooled = pool_assigned(pyramid_of_strides(4, 8), nothing, torch.zeros(0, dtype=torch.int64))
 
     assert pooled.shape == (0, 2, 7, 7)
