@@ -23,7 +23,7 @@ from torchdistill.core.distillation import DistillationBox
 from torchdistill.losses.registry import register_func2extract_model_output
 
 from gdetkd_cli.commands.plan import endless_batches, prepare_steps
-from gdetkd_cli.engine.stepper import timed
+from gdetkd_cli.engine.stepper import measure_seconds
 from gdetkd_cli.recipe.checks import require_distillation
 from gdetkd_cli.recipe.load import load_recipe
 from gdetkd_cli.recipe.methods import recipe_of
@@ -123,7 +123,7 @@ def main() -> None:
     for number in range(WARMUP + options.steps):
         batch = next(source).to(stepper.device)
         for name, step in steps.items():
-            spent = timed(lambda: step(batch), stepper.device)  # noqa: B023  # called at once
+            spent = measure_seconds(lambda: step(batch), stepper.device)  # noqa: B023  # called at once
             if number >= WARMUP:
                 seconds[name].append(spent)
     base = "gdetkd, feature imitation"

@@ -15,10 +15,10 @@ from gdetkd_cli.detectors.protocol import Detector
 from gdetkd_cli.detectors.scripted import NotRebuiltError, load_scripted
 from gdetkd_cli.detectors.weights import (
     BATCH_COUNT,
+    find_refitted_layers,
     has_frozen_norms,
     load_state,
     read_torch_file,
-    refitted_layers,
     state_dict_of,
     torchvision_categories,
     torchvision_norm_eps,
@@ -109,7 +109,7 @@ def build_detector(
         notes += _load_backbone(detector, spec)
     if state is not None:
         notes += load_state(detector.module, state, source)
-    trained = state is not None and not refitted_layers(detector.module, state)
+    trained = state is not None and not find_refitted_layers(detector.module, state)
     return BuiltDetector(detector, description, tuple(notes), trained_head=trained)
 
 
@@ -132,7 +132,7 @@ def _made(spec: FactoryDetector, class_names: tuple[str, ...], seed: int) -> Bui
         path = catalog.locate(spec.weights)
         state = state_dict_of(read_torch_file(path), str(path))
         notes += load_state(detector.module, state, str(path))
-        trained = not refitted_layers(detector.module, state)
+        trained = not find_refitted_layers(detector.module, state)
     return BuiltDetector(detector, description, tuple(notes), trained_head=trained)
 
 

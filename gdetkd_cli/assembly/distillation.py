@@ -12,7 +12,7 @@ from gdetkd_cli.detectors.protocol import Detector, Observation
 from gdetkd_cli.distill.distiller import ChooseRegions, Distiller, WeightedTerm
 from gdetkd_cli.distill.policy import auto_weight, prediction_warmup, regions_per_image
 from gdetkd_cli.distill.regions import choose_regions
-from gdetkd_cli.distill.transfer import fitting_head, transfer_head
+from gdetkd_cli.distill.transfer import match_head, transfer_head
 from gdetkd_cli.errors import PairError
 from gdetkd_cli.methods import BUILDERS
 from gdetkd_cli.methods.base import Detectors
@@ -186,7 +186,7 @@ def _transfer(config: Distill, student: Detector, teacher: Detector, trained_hea
     if config.head_transfer is False:
         return False, "left out by the recipe"
     try:
-        fitting_head(student, teacher)  # first: `true` is no advice to a pair whose heads differ
+        match_head(student, teacher)  # first: `true` is no advice to a pair whose heads differ
     except PairError as error:
         if config.head_transfer is True:
             raise PairError(f"distill.head_transfer: {error}; set it to auto or false") from error

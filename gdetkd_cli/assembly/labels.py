@@ -19,7 +19,7 @@ from gdetkd_cli.data.loader import validation_batches
 from gdetkd_cli.data.readers.coco import build_split_from_tables
 from gdetkd_cli.data.split import Split
 from gdetkd_cli.detectors.protocol import Detector
-from gdetkd_cli.engine.events import Note, Observer, counting, silent
+from gdetkd_cli.engine.events import Note, Observer, report_every, silent
 from gdetkd_cli.engine.run_folder import write_text
 from gdetkd_cli.errors import DataError
 from gdetkd_cli.evaluation.predict import gather_predictions, predict_split
@@ -76,7 +76,7 @@ def label_split(
             f"the teacher cannot label {', '.join(strangers)}; its classes are: {', '.join(teacher.class_names)}"
         )
     batches = validation_batches(split=split, batch_size=1, rank=rank, world_size=world_size)
-    progress = counting(observer, "labelled", ceil(len(split) / world_size))
+    progress = report_every(observer, "labelled", ceil(len(split) / world_size))
     found = gather_predictions(predict_split(teacher, batches, device, progress))
     assert isinstance(split.read, ImageFiles), "only image files are labelled"
     categories = {name: number for number, name in enumerate(class_names, start=1)}

@@ -11,7 +11,7 @@ from gdetkd_cli.commands.plan import endless_batches, prepare_steps
 from gdetkd_cli.distill.distiller import synchronize
 from gdetkd_cli.engine.device import peak_memory_mb
 from gdetkd_cli.engine.events import Observer, silent
-from gdetkd_cli.engine.stepper import timed
+from gdetkd_cli.engine.stepper import measure_seconds
 from gdetkd_cli.recipe.checks import require_distillation
 from gdetkd_cli.recipe.schema import Recipe
 
@@ -43,8 +43,8 @@ def profile_distill(recipe: Recipe, *, steps: int, observer: Observer = silent) 
         detailed: dict[str, float] = {}
         # Phases are timed in a step of their own: waiting for the device between them would slow the whole one.
         stepper.distil(batch, detailed)
-        distilled = timed(lambda: stepper.distil(batch), stepper.device)  # noqa: B023  # called at once
-        floor = timed(lambda: stepper.floor(batch), stepper.device)  # noqa: B023
+        distilled = measure_seconds(lambda: stepper.distil(batch), stepper.device)  # noqa: B023  # called at once
+        floor = measure_seconds(lambda: stepper.floor(batch), stepper.device)  # noqa: B023
         if number >= _WARMUP:
             phases.append({**seconds, **detailed})
             whole.append(distilled)

@@ -19,7 +19,7 @@ from gdetkd_cli.data.readers.coco import align_classes
 from gdetkd_cli.data.split import Split
 from gdetkd_cli.detectors import catalog
 from gdetkd_cli.distill.distiller import synchronize
-from gdetkd_cli.engine.events import Note, Observer, counting, silent
+from gdetkd_cli.engine.events import Note, Observer, report_every, silent
 from gdetkd_cli.engine.run_folder import RunFolder
 from gdetkd_cli.errors import DataError, RecipeError
 from gdetkd_cli.evaluation.coco_metrics import CocoMetrics, evaluate_coco
@@ -92,7 +92,7 @@ def run_eval(target: str, *, data: Data | Path | None, observer: Observer = sile
         raise DataError(f"{split.name} has no images to evaluate on; name other data with --data")
     split = align_classes(split, subject.class_names)
     stopwatch = _Stopwatch(subject.predictor, device)
-    progress = counting(observer, "evaluated", len(split))
+    progress = report_every(observer, "evaluated", len(split))
     found = predict_split(stopwatch, validation_batches(split=split, batch_size=1), device, progress)
     return EvalResult(
         source=target,
@@ -116,7 +116,7 @@ def teacher_metrics(recipe: Recipe, split: Split, observer: Observer = silent) -
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     subject = _built(recipe.teacher, device, split.class_names, observer)
     split = align_classes(split, subject.class_names)
-    progress = counting(observer, "evaluated", len(split))
+    progress = report_every(observer, "evaluated", len(split))
     found = predict_split(subject.predictor, validation_batches(split=split, batch_size=1), device, progress)
     return evaluate_coco(split.records, split.class_names, found)
 

@@ -11,7 +11,7 @@ from gdetkd_cli import assembly
 from gdetkd_cli.engine.device import peak_memory_mb
 from gdetkd_cli.engine.events import Note, Observer, silent
 from gdetkd_cli.engine.loop import seed_everything
-from gdetkd_cli.engine.stepper import Stepper, timed
+from gdetkd_cli.engine.stepper import Stepper, measure_seconds
 from gdetkd_cli.recipe.checks import require_distillation
 from gdetkd_cli.recipe.schema import Recipe
 from gdetkd_cli.report.pyramid import PyramidReport, describe_pyramid
@@ -73,7 +73,7 @@ def plan_distill(recipe: Recipe, *, observer: Observer = silent) -> Plan:
     reports: list[LossReport] = []
     for batch in islice(endless_batches(setup), min(_PLAN_STEPS, recipe.train.steps)):
         on_device = batch.to(stepper.device)
-        times.append(timed(lambda: reports.append(stepper.distil(on_device)), stepper.device))  # noqa: B023  # called at once
+        times.append(measure_seconds(lambda: reports.append(stepper.distil(on_device)), stepper.device))  # noqa: B023  # called at once
     per_step = median(times[1:] or times)
     size = setup.train.records[0].size
     return Plan(

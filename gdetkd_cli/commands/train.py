@@ -22,7 +22,7 @@ from gdetkd_cli.detectors import catalog
 from gdetkd_cli.detectors.protocol import Detector
 from gdetkd_cli.engine import run_folder
 from gdetkd_cli.engine.device import environment, peak_memory_mb
-from gdetkd_cli.engine.events import Note, Observer, counting, silent
+from gdetkd_cli.engine.events import Note, Observer, report_every, silent
 from gdetkd_cli.engine.loop import Loop, LoopOptions, seed_everything
 from gdetkd_cli.engine.run_folder import RunFolder
 from gdetkd_cli.errors import RecipeError
@@ -110,7 +110,7 @@ def _run(recipe: Recipe, *, output: Path | None, resume: Path | None, observer: 
         observer = silent
     setup = assembly.build_setup(scaled, compute, given=recipe, labels=folder.labels, observer=observer)
     _announce(setup, observer)
-    with folder.held() if main else nullcontext():
+    with folder.lock() if main else nullcontext():
         if main:
             _write_facts(folder, setup)
         metrics = _train(setup, folder, resume=resume is not None, observer=observer)
@@ -182,7 +182,7 @@ def evaluate_split(
 
     In float32 whatever the run's precision, so that ``gdetkd eval`` reports the same AP of the saved file.
     """
-    progress = counting(observer, "evaluated", ceil(len(split) / accelerator.num_processes))
+    progress = report_every(observer, "evaluated", ceil(len(split) / accelerator.num_processes))
     batches = validation_batches(
         split=split,
         batch_size=batch_size,

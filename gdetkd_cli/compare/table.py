@@ -186,7 +186,7 @@ def _with_intervals(
     drawn = {}
     for trial in finished:
         matched = MatchedImages(split.records, split.class_names, trial.read_detections())
-        drawn[_key(trial)] = matched.drawn(drawings)
+        drawn[_key(trial)] = matched.compute_aps(drawings)
     done = []
     for row in rows:
         differences = _differences(row, runs, baseline)

@@ -212,7 +212,7 @@ def train_trial(trial: Trial, recipe: Recipe, place: Place) -> None:
     if run.metrics.exists():
         return
     if run.path.exists():
-        with run.held():  # the process of a call that was killed may have outlived it
+        with run.lock():  # the process of a call that was killed may have outlived it
             run.recover_resume()
     command = [sys.executable, "-m", "gdetkd_cli", "distill" if recipe.distill else "train", "--json"]
     if run.resume.exists():

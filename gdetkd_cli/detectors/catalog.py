@@ -1,4 +1,4 @@
-"""From a description or a file to a ``Detector``: the one place that knows which family a module belongs to."""
+"""Builds, saves and loads a ``Detector``. Only this file decides which family a module belongs to."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ BUILTIN = Path(__file__).parent / "builtin"
 
 
 def wrap(module: nn.Module, class_names: Sequence[str]) -> Detector:
-    """The detector of a torchvision module.
+    """Wraps a torchvision module.
 
     Raises:
-        ModelError: no family here fits the module.
+        ModelError: the module belongs to no supported family.
     """
     names = tuple(class_names)
     if isinstance(module, FasterRCNN):
@@ -47,19 +47,19 @@ def wrap(module: nn.Module, class_names: Sequence[str]) -> Detector:
     if isinstance(module, RetinaNet | FCOS | SSD):
         return DenseDetector(module=module, class_names=names)
     raise ModelError(
-        f"{type(module).__name__} is not a detector that gdetkd knows; expected torchvision's Faster R-CNN, "
-        "Mask R-CNN, RetinaNet, FCOS or SSD"
+        f"{type(module).__name__} is not a supported detector; expected torchvision's Faster R-CNN, Mask R-CNN, "
+        "RetinaNet, FCOS or SSD"
     )
 
 
 def build(description: dict[str, Any], class_names: Sequence[str]) -> Detector:
-    """A detector with fresh weights from a description (see ``portable``; of the user's own code: ``factory``).
+    """Builds a detector with fresh weights from a description (see ``portable``; for the user's own code: ``factory``).
 
     Raises:
         ModelError: the description cannot be built.
     """
     if description.get("kind") == "factory":
-        return _made(description, tuple(class_names))
+        return _build_custom(description, tuple(class_names))
     try:
         module = portable.build(description, len(class_names))
     except ValueError as error:
@@ -67,21 +67,21 @@ def build(description: dict[str, Any], class_names: Sequence[str]) -> Detector:
     return wrap(module, class_names)
 
 
-def _made(description: dict[str, Any], class_names: tuple[str, ...]) -> Detector:
-    """A detector of the user's own code: one of torchvision's, a ``Detector``, or any module called as those are."""
+def _build_custom(description: dict[str, Any], class_names: tuple[str, ...]) -> Detector:
+    """Calls the user's function, which returns a torchvision detector, a ``Detector``, or a module called like one."""
     reference = description["factory"]
-    made = make(reference, description["arguments"])
-    if isinstance(made, FasterRCNN | RetinaNet | FCOS | SSD):
-        outputs = _outputs_of(made)
+    custom = make(reference, description["arguments"])
+    if isinstance(custom, FasterRCNN | RetinaNet | FCOS | SSD):
+        outputs = _count_outputs(custom)
         if outputs != len(class_names) + 1:
             raise ModelError(
-                f"{reference} tells {outputs} classes apart, background included; for the {len(class_names)} classes "
-                f"here {len(class_names) + 1} were expected (torchvision's num_classes)"
+                f"{reference} has {outputs} class outputs, but {len(class_names) + 1} were expected: background and "
+                f"the {len(class_names)} classes of the data; set torchvision's num_classes"
             )
-        return wrap(made, class_names)
-    if isinstance(made, nn.Module):
+        return wrap(custom, class_names)
+    if isinstance(custom, nn.Module):
         return TrainableDetector(
-            module=made,
+            module=custom,
             source=reference,
             class_names=class_names,
             model_input=ModelInput(**description["input"]),
@@ -89,12 +89,12 @@ def _made(description: dict[str, Any], class_names: tuple[str, ...]) -> Detector
             last=description.get("last", False),
             levels=tuple(description.get("levels") or ()),
         )
-    detector: Detector = made
+    detector: Detector = custom
     return detector
 
 
-def _outputs_of(module: Any) -> int:
-    """How many classes a torchvision detector tells apart, background included."""
+def _count_outputs(module: Any) -> int:
+    """Counts the classes of a torchvision detector, background included."""
     if isinstance(module, FasterRCNN):
         return int(module.roi_heads.box_predictor.cls_score.out_features)
     head = module.head.classification_head
@@ -104,23 +104,23 @@ def _outputs_of(module: Any) -> int:
 def classes_of(
     state: dict[str, Tensor], description: dict[str, Any], data: tuple[str, ...], published: tuple[str, ...] | None
 ) -> tuple[str, ...]:
-    """Names of the classes that weights were made for.
+    """Names the classes that weights were trained on.
 
     Args:
         state: the weights.
         description: of the detector they belong to.
-        data: the data's class names: taken where their number fits.
+        data: the data's class names.
         published: names that came with the weights.
 
     Returns:
-        ``published``, or ``data``, or numbered names where nobody knows better.
+        ``published`` or ``data``, whichever fits in number first; else numbered names.
     """
-    with torch.device("meta"):  # shapes alone
+    with torch.device("meta"):  # only shapes are needed
         own = portable.build(description, 1).state_dict()
-    # The last one: SSDlite's class layers begin with convolutions that do not depend on the classes.
+    # SSDlite's class layers begin with convolutions that do not depend on the classes, so the last one counts.
     name = [n for n in own if n.startswith(CLASS_LAYERS) and n.endswith("weight")][-1]
     if name not in state:
-        return data  # loading will say what does not fit
+        return data  # loading reports what does not fit
     outputs = state[name].shape[0] * 2 // own[name].shape[0]  # with one class there are two outputs per anchor
     for names in (published, data):
         if names is not None and len(names) + 1 == outputs:
@@ -129,7 +129,7 @@ def classes_of(
 
 
 def save(path: Path, detector: Detector, description: dict[str, Any]) -> None:
-    """Writes the detector alone: weights, description and class names; no pickled code."""
+    """Writes only the detector: weights, description and class names; no pickled code."""
     state = {name: value.detach().cpu().contiguous() for name, value in detector.module.state_dict().items()}
     torch.save(
         {
@@ -149,8 +149,8 @@ class Loaded:
     Attributes:
         detector: in evaluation mode.
         description: rebuilds it (see ``portable``).
-        origin: ``run`` where this tool wrote the file, ``state_dict`` where its architecture was recognised.
-        notes: what was recognised and left out.
+        origin: ``run`` if gdetkd wrote the file, ``state_dict`` if its architecture was recognised.
+        notes: what was recognised and what was left out.
     """
 
     detector: Detector
@@ -160,21 +160,21 @@ class Loaded:
 
 
 def load(path: Path, class_names: tuple[str, ...] | None = None) -> Loaded:
-    """Reads what ``save`` wrote, or a state_dict of a torchvision detector.
+    """Reads a file written by ``save``, or a state_dict of a torchvision detector.
 
     Args:
         path: the file.
-        class_names: names for a file that has none, taken where their number fits.
+        class_names: names for a file without names, used if their number fits.
 
     Raises:
-        ModelError: the file is missing or unreadable, or its architecture is not known.
+        ModelError: the file is missing or unreadable, or its architecture is unknown.
     """
     saved = read_torch_file(path)
     if not isinstance(saved, dict) or "gdetkd" not in saved:
         return _load_state_dict(state_dict_of(saved, str(path)), path, class_names)
     if saved["gdetkd"] > FILE_VERSION:
         raise ModelError(
-            f"{path} was written by a newer gdetkd (format {saved['gdetkd']}); this one reads {FILE_VERSION}"
+            f"{path} was written by a newer gdetkd (format {saved['gdetkd']}); this version reads format {FILE_VERSION}"
         )
     detector = build(saved["architecture"], saved["classes"])
     try:
@@ -182,7 +182,7 @@ def load(path: Path, class_names: tuple[str, ...] | None = None) -> Loaded:
             {k: v.float() if v.is_floating_point() else v for k, v in saved["model"].items()}
         )
     except RuntimeError as error:
-        raise ModelError(f"{path}: weights do not fit the architecture it names: {error}") from error
+        raise ModelError(f"{path}: the weights do not fit the file's own architecture: {error}") from error
     detector.module.eval()
     return Loaded(detector, saved["architecture"], "run")
 
@@ -196,7 +196,7 @@ def _load_state_dict(state: dict[str, Tensor], path: Path, class_names: tuple[st
     notes = [f"{path}: recognised as torchvision's {name}, {len(names)} classes"]
     if found.alternatives:
         notes.append(
-            f"{path}: {', '.join(found.alternatives)} has the same parameters; name it in a recipe if it is that"
+            f"{path}: {', '.join(found.alternatives)} has the same parameters; if you mean it, name it in a recipe"
         )
     notes += load_state(detector.module, weights, str(path))
     detector.module.eval()
@@ -204,21 +204,21 @@ def _load_state_dict(state: dict[str, Tensor], path: Path, class_names: tuple[st
 
 
 def locate(reference: str) -> Path:
-    """The file that a reference means: ``builtin:NAME``, a run folder, or a file.
+    """Finds the file of a reference: ``builtin:NAME``, a run folder, or a file.
 
     Raises:
-        ModelError: there is no such file.
+        ModelError: the file does not exist.
     """
     if reference.startswith("builtin:"):
         path = BUILTIN / f"{reference.removeprefix('builtin:')}.pt"
         if not path.exists():
             known = ", ".join(sorted(f"builtin:{p.stem}" for p in BUILTIN.glob("*.pt"))) or "none"
-            raise ModelError(f"no built-in detector {reference!r}; there are: {known}")
+            raise ModelError(f"there is no built-in detector {reference!r}; expected one of: {known}")
         return path
     path = Path(reference)
     if path.is_dir():
         if not (path / "student.pt").exists():
-            raise ModelError(f"{path} holds no student.pt; expected the folder of a finished run")
+            raise ModelError(f"{path} has no student.pt; expected the folder of a finished run")
         return path / "student.pt"
     if not path.exists():
         raise ModelError(f"{path} does not exist; expected a run folder, a detector's file, or builtin:NAME")

@@ -1,4 +1,4 @@
-"""What a pair of detectors allows: its kind, prediction distillation, head transfer."""
+"""Checks which methods a pair of detectors allows: its kind, prediction distillation, head transfer."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PairKind = Literal["homogeneous", "heterogeneous"]
 
 
 def pair_kind(student: Detector, teacher: Detector) -> PairKind:
-    """``homogeneous`` when both are two-stage: only then do both have RoI heads to compare."""
+    """``homogeneous`` if both are two-stage and so have RoI heads to compare."""
     both = student.family == teacher.family == "two-stage"
     return "homogeneous" if both else "heterogeneous"
 
@@ -25,27 +25,26 @@ def class_columns(student: Detector, teacher: Detector) -> Tensor:
     """(K + 1,) int64: the teacher's output column for each of the student's, by class name; background is 0.
 
     Raises:
-        PairError: the class lists hold different names.
+        PairError: the class lists differ.
     """
     missing = sorted(set(student.class_names) - set(teacher.class_names))
     extra = sorted(set(teacher.class_names) - set(student.class_names))
     if missing or extra:
-        only = [f"only the student has {missing[:3]}"] * bool(missing) + [f"only the teacher has {extra[:3]}"] * bool(
-            extra
-        )
-        raise PairError(f"the class lists differ: {'; '.join(only)}")
+        sides = [("student", missing[:3]), ("teacher", extra[:3])]
+        only = "; ".join(f"only the {side} has {names}" for side, names in sides if names)
+        raise PairError(f"the class lists differ: {only}")
     return torch.tensor([0] + [teacher.class_names.index(name) + 1 for name in student.class_names])
 
 
 def prediction_columns(student: Detector, teacher: Detector) -> Tensor:
-    """Checks that the two RoI heads' predictions can be compared; returns ``class_columns``.
+    """Checks that the predictions of two RoI heads can be compared; returns ``class_columns``.
 
     Raises:
         PairError: a detector without a RoI head, different class lists, or different box coders.
     """
     if student.box_weights is None or teacher.box_weights is None:
         raise PairError(
-            f"predictions of the RoI heads can be compared between two-stage detectors only; "
+            "only two two-stage detectors have RoI heads whose predictions can be compared; "
             f"this pair is {teacher.family} -> {student.family}"
         )
     if student.box_weights != teacher.box_weights:
@@ -54,82 +53,78 @@ def prediction_columns(student: Detector, teacher: Detector) -> Tensor:
 
 
 def stage_weights(student: Detector, teacher: Detector) -> tuple[float, ...]:
-    """The student's weights of the later stages, where both detectors are cascades of the same stages; else none."""
+    """Loss weights of the student's later stages if both detectors are cascades with the same stages; else empty."""
     return student.later_weights if student.later_box_weights == teacher.later_box_weights else ()
 
 
 def class_map_columns(student: Detector, teacher: Detector) -> Tensor:
-    """Checks that the two dense heads say the same kind of thing of a cell; returns ``class_columns``.
+    """Checks that two dense heads score a cell in the same way; returns ``class_columns``.
 
     Raises:
-        PairError: other heads than two RetinaNets or two FCOS, anchors that no level of the teacher has, or different
-            class lists.
+        PairError: the heads are not two RetinaNets or two FCOS, no level of the teacher has the anchors of a student
+            level, or the class lists differ.
     """
-    if not _dense_alike(student, teacher):
+    if student.dense_head is None or student.dense_head != teacher.dense_head:
         raise PairError(
-            "heads can be compared cell by cell between two RetinaNets or two FCOS only; this pair is "
+            "only two RetinaNets or two FCOS have heads that can be compared cell by cell; this pair is "
             f"{type(teacher.module).__name__} -> {type(student.module).__name__}"
         )
-    agree = agreeing_anchors(student, teacher)
+    agree = compare_anchors(student, teacher)
     for level in range(len(agree)):
         if not agree[level].any():
-            raise _anchors_differ(student, teacher, level, _nearest_stride(student, teacher, level))
+            raise _build_anchor_error(student, teacher, level, _find_nearest_level(student, teacher, level))
     return class_columns(student, teacher)
 
 
-def agreeing_anchors(student: Detector, teacher: Detector) -> Tensor:
-    """(L_student, L_teacher) bool: whether two levels of a pair that ``class_map_columns`` accepts have the same
-    anchors, in cells."""
-    ours, theirs = _anchors(student), _anchors(teacher)
-    # Corners are rounded to pixels: up to half a pixel of a cell of four or more.
+def compare_anchors(student: Detector, teacher: Detector) -> Tensor:
+    """(L_student, L_teacher) bool: whether two levels have the same anchors, in cells; both detectors need anchors."""
+    ours, theirs = _get_anchors(student), _get_anchors(teacher)
+    # Corners are rounded to pixels, that is by up to half a pixel in a cell of four pixels or more.
     return torch.tensor(
         [[a.shape == b.shape and float((a.cpu() - b.cpu()).abs().max()) <= 0.15 for b in theirs] for a in ours]
     )
 
 
 def check_anchors(student: Detector, teacher: Detector) -> None:
-    """A head that reads all levels must meet the boxes that it learnt to judge at a level of that stride.
+    """Checks that each student level has the anchors that the teacher's head was trained on at that stride.
 
     Raises:
-        PairError: the teacher's level of the nearest stride, in pixels that each network sees, has other anchors.
+        PairError: the teacher's level with the nearest stride, in model pixels, has other anchors.
     """
-    agree = agreeing_anchors(student, teacher)
+    agree = compare_anchors(student, teacher)
     for level in range(len(agree)):
-        if not agree[level, other := _nearest_stride(student, teacher, level)]:
-            raise _anchors_differ(student, teacher, level, other)
+        if not agree[level, other := _find_nearest_level(student, teacher, level)]:
+            raise _build_anchor_error(student, teacher, level, other)
 
 
 def level_shapes(detector: Detector) -> list[Tensor]:
-    """By level (A, 2), width and height in cells of the boxes that a level is for: its anchors. Where a detector has
-    none that say so (FCOS, SSD, a module of one's own): the middle of what a dense level is for, in three shapes."""
+    """By level (A, 2), width and height in cells of the boxes that a level detects: its anchors.
+
+    For detectors without such anchors (FCOS, SSD, the user's own module): a dense level's middle size in three shapes.
+    """
     if detector.anchors is not None and (detector.family == "two-stage" or detector.dense_head == "retinanet"):
         return [anchors[:, 2:] - anchors[:, :2] for anchors in detector.anchors]
     shapes = DENSE_CELLS * torch.tensor([[2**0.5, 0.5**0.5], [1.0, 1.0], [0.5**0.5, 2**0.5]])
     return [shapes for _ in detector.levels]
 
 
-def _dense_alike(student: Detector, teacher: Detector) -> bool:
-    """Two RetinaNets or two FCOS."""
-    return student.dense_head is not None and student.dense_head == teacher.dense_head
-
-
-def _anchors(detector: Detector) -> tuple[Tensor, ...]:
+def _get_anchors(detector: Detector) -> tuple[Tensor, ...]:
     assert detector.anchors is not None
     return detector.anchors
 
 
-def _nearest_stride(student: Detector, teacher: Detector, level: int) -> int:
-    """The teacher's level whose stride, in pixels that each network sees, is nearest to that of the student's."""
+def _find_nearest_level(student: Detector, teacher: Detector, level: int) -> int:
+    """The teacher's level with the stride nearest to that of the student's level, each in its own model pixels."""
     ours = log(student.levels[level].stride[0])
     return min(range(len(teacher.levels)), key=lambda i: abs(ours - log(teacher.levels[i].stride[0])))
 
 
-def _anchors_differ(student: Detector, teacher: Detector, level: int, other: int) -> PairError:
+def _build_anchor_error(student: Detector, teacher: Detector, level: int, other: int) -> PairError:
     stride = student.levels[level].stride[0]
-    ours, theirs = _sides(_anchors(student)[level]), _sides(_anchors(teacher)[other])
+    ours, theirs = _format_sides(_get_anchors(student)[level]), _format_sides(_get_anchors(teacher)[other])
     return PairError(f"the anchors differ: {theirs} cells in the teacher, {ours} in the student at stride {stride:g}")
 
 
-def _sides(anchors: Tensor) -> str:
-    """``3 x 4, 6 x 8``: width and height of each."""
+def _format_sides(anchors: Tensor) -> str:
+    """``3 x 4, 6 x 8``: width and height of each anchor."""
     return ", ".join(f"{w:.3g} x {h:.3g}" for w, h in (anchors[:, 2:] - anchors[:, :2]).tolist())

@@ -1,4 +1,4 @@
-"""Detectors of the user's own code: ``package.module:function``, imported and called with the user's consent."""
+"""Detectors from the user's own code: ``package.module:function``, called only with the user's consent."""
 
 from __future__ import annotations
 
@@ -13,14 +13,8 @@ from torch import nn
 from gdetkd_cli.errors import ModelError
 from gdetkd_cli.trust import code_is_trusted
 
-_DETECTOR = (
-    "module",
-    "levels",
-    "forward_train",
-    "extract_features",
-    "region_outputs",
-    "predict",
-)  # of ``protocol.Detector``
+# Required members of ``protocol.Detector``.
+_DETECTOR = ("module", "levels", "forward_train", "extract_features", "region_outputs", "predict")
 
 
 def is_reference(text: str) -> bool:
@@ -30,38 +24,38 @@ def is_reference(text: str) -> bool:
 
 
 def make(reference: str, arguments: Mapping[str, Any]) -> Any:
-    """The module, or the ``Detector``, that the function returns.
+    """Calls the function, which returns a module or a ``Detector``.
 
-    Modules in the current folder are found as well as installed ones.
+    The function's module is installed or lies in the current folder.
 
     Args:
         reference: ``package.module:function``.
         arguments: keyword arguments of the call.
 
     Raises:
-        ModelError: without consent; there is no such function; it failed, or returned something else.
+        ModelError: the user did not consent, the function does not exist, it failed, or it returned something else.
     """
     if not is_reference(reference):
-        raise ModelError(f"{reference!r} does not name a function; expected package.module:function")
+        raise ModelError(f"{reference!r} is not the name of a function; expected package.module:function")
     if not code_is_trusted():
         raise ModelError(
-            f"{reference} is Python code, which runs with your consent only; if you trust it: --trust-code"
+            f"{reference} is Python code and runs only with your consent; if you trust it, add --trust-code"
         )
     module_name, _, name = reference.partition(":")
-    if os.getcwd() not in sys.path:  # an installed command does not look there by itself
+    if os.getcwd() not in sys.path:  # an installed command does not search it by itself
         sys.path.insert(0, os.getcwd())
     try:
         function = getattr(importlib.import_module(module_name), name)
     except ModuleNotFoundError as error:
-        raise ModelError(f"{reference}: there is no module {error.name!r} in this folder or environment") from error
+        raise ModelError(f"{reference}: no module named {error.name!r} is installed or in this folder") from error
     except AttributeError as error:
         raise ModelError(f"{reference}: {error}") from error
     try:
-        made = function(**arguments)
+        detector = function(**arguments)
     except Exception as error:  # the user's own code may raise anything
         raise ModelError(f"{reference} failed: {type(error).__name__}: {error}") from error
-    if not isinstance(made, nn.Module) and not all(hasattr(made, name) for name in _DETECTOR):
+    if not isinstance(detector, nn.Module) and not all(hasattr(detector, name) for name in _DETECTOR):
         raise ModelError(
-            f"{reference} returned {type(made).__name__}; a torch.nn.Module was expected, or gdetkd's Detector"
+            f"{reference} returned {type(detector).__name__}; expected a torch.nn.Module or gdetkd's Detector"
         )
-    return made
+    return detector

@@ -1,6 +1,6 @@
-"""Measuring a pyramid: what one cell of each level is, in pixels of the tensor the pyramid is made from.
+"""Measures a pyramid: the stride and offset of each level's cells, in model pixels.
 
-The operators between the image and a level say it exactly; ``probing`` records them in a forward.
+The operators between the image and a level determine both exactly; ``probing`` records them during a forward.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from gdetkd_cli.structures import LevelSpec
 
 Forward = Callable[[Tensor], Mapping[str, Tensor]]
 
-_SIDES = (512, 384)  # pixels; what a cell is must not depend on the image's size
+_SIDES = (512, 384)  # pixels; the geometry of a cell must not depend on the size of the image
 
 
 def measure_levels(forward: Forward, *, device: torch.device | str = "cpu") -> tuple[LevelSpec, ...]:
-    """Measures each level's stride and offset, and whether it is a subsampling of the level before.
+    """Measures each level's stride and offset, and whether it only subsamples the level before it.
 
     Args:
         forward: (N, 3, H, W) -> L maps (N, C_l, H_l, W_l) by name, fine to coarse; must be in evaluation mode.
-        device: where ``forward`` wants its input.
+        device: of the input of ``forward``.
 
     Raises:
         ModelError: a level does not respond to the image, or does not grow with it.
@@ -38,7 +38,7 @@ def measure_levels(forward: Forward, *, device: torch.device | str = "cpu") -> t
         if (one.stride, one.offset) != (other.stride, other.offset):
             raise ModelError(
                 f"pyramid level {one.name!r} has {one.shape} cells for {_SIDES[0]} pixels and {other.shape} for "
-                f"{_SIDES[1]}; a feature map that grows with the image was expected"
+                f"{_SIDES[1]}; expected a feature map that grows with the image"
             )
     return specs
 
@@ -57,8 +57,7 @@ def _measure(forward: Forward, image: Tensor) -> tuple[LevelSpec, ...]:
         cells = None if index is None else locate_cells(seen.values, 0, index)
         if cells is None or not torch.isfinite(level).all():
             raise ModelError(
-                f"pyramid level {name!r} does not respond to the image, or not with finite numbers; it cannot be "
-                "used for distillation"
+                f"pyramid level {name!r} does not respond to the image, or is not finite; distillation cannot use it"
             )
         specs.append(
             LevelSpec(
@@ -75,9 +74,9 @@ def _measure(forward: Forward, image: Tensor) -> tuple[LevelSpec, ...]:
 
 
 def is_subsampled(level: Tensor, before: Tensor) -> bool:
-    """Whether a level only takes every k-th cell of the one before it, or the greatest of each k x k.
+    """Whether a level repeats every k-th cell of the one before it, or the greatest of each k x k cells.
 
-    A constant map says nothing of how it was made, so it is not.
+    False for a constant map, since it does not show how it was computed.
 
     Args:
         level: (N, C, H, W).

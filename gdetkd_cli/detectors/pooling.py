@@ -1,6 +1,6 @@
 """Region features from a pyramid, by measured geometry.
 
-Shapes: R regions, L levels, C channels; boxes xyxy in batch-image pixels.
+Shapes: N images, R regions, L levels, C channels, H x W cells; boxes xyxy in batch-image pixels.
 """
 
 from __future__ import annotations
@@ -15,15 +15,16 @@ from torchvision.ops import roi_align
 from gdetkd_cli.host import beside, sent
 from gdetkd_cli.structures import LevelSpec, Pyramid, Regions, count_by_image
 
-# Sides of a level's regions, in its cells: the middle of an octave. Two-stage detectors with a pyramid: 14 to 28 (224
-# pixels are the least at stride 16). Dense ones: 4 to 8 (RetinaNet's anchors, FCOS's ranges).
+# Side of a level's regions in its cells, at the middle of an octave. Two-stage detectors use 14 to 28 cells (from 224
+# pixels on at stride 16), dense ones 4 to 8 (RetinaNet's anchors, FCOS's ranges).
 TWO_STAGE_CELLS = 14 * 2**0.5
 DENSE_CELLS = 4 * 2**0.5
-_SEPARABLE_CELLS = 4096  # maps up to 64 x 64 cells: beyond, the matrix products cost more than RoIAlign's samples
+POOLED_SIZE = 7  # bins per axis of a pooled region
+SEPARABLE_CELLS = 4096  # 64 x 64 cells; on larger maps the matrix products cost more than RoIAlign's samples
 
 
 def cells(pixels: Tensor, level: LevelSpec) -> Tensor:
-    """(R, 4) xyxy model pixels -> (R, 4) cells, continuous: the centre of cell (0, 0) is at (0.5, 0.5)."""
+    """Converts (R, 4) xyxy from model pixels to continuous cells; the centre of cell (0, 0) is at (0.5, 0.5)."""
     (stride_y, stride_x), (offset_y, offset_x) = level.stride, level.offset
     stride = beside([stride_x, stride_y, stride_x, stride_y], pixels)
     offset = beside([offset_x, offset_y, offset_x, offset_y], pixels)
@@ -34,8 +35,8 @@ def pool_level(pyramid: Pyramid, level: int, regions: Regions, *, size: int, sam
     """RoIAlign on one level: (R, C_l, size, size), float32."""
     boxes = cells(pyramid.frame.to_model(regions.boxes, regions.image_index), pyramid.levels[level])
     features = pyramid.maps[level].float()
-    # Without a gradient nothing is scattered, and the operator is the faster one.
-    if features.requires_grad and features.shape[-2] * features.shape[-1] <= _SEPARABLE_CELLS:
+    # Without a gradient there is no scattering backward, and torchvision's operator is faster.
+    if features.requires_grad and features.shape[-2] * features.shape[-1] <= SEPARABLE_CELLS:
         return separable_roi_align(
             features,
             boxes,
@@ -60,18 +61,18 @@ def separable_roi_align(
     sampling_ratio: int,
     counts: Sequence[int] | None = None,
 ) -> Tensor:
-    """RoIAlign as two matrix products, one for each axis: the same numbers as torchvision's with ``aligned=True``.
+    """RoIAlign as two matrix products, one per axis; equals torchvision's with ``aligned=True``.
 
     Bilinear sampling and averaging are separable, so a region is W_y F W_x^T. On small maps this is several times
-    faster than the general operator, whose backward scatters one sample at a time, and it is deterministic on CUDA.
+    faster than the general operator, whose backward scatters one sample at a time. It is deterministic on CUDA.
 
     Args:
         features: (N, C, H, W) float32.
-        boxes: (R, 4) xyxy in cells, as ``cells`` gives them.
+        boxes: (R, 4) xyxy in cells, see ``cells``.
         image_index: (R,) non-decreasing.
         size: bins per axis.
         sampling_ratio: samples per bin and axis.
-        counts: regions of each of the N images; None: counted.
+        counts: regions of each of the N images; None: count them.
 
     Returns:
         (R, C, size, size).
@@ -81,9 +82,9 @@ def separable_roi_align(
     along_x = _bin_weights(boxes[:, 0], boxes[:, 2], width, size, sampling_ratio)  # (R, size, W)
     rows_first = features.permute(0, 2, 3, 1).flatten(2)  # (N, H, W C)
     counts = count_by_image(image_index, images) if counts is None else list(counts)
-    # In half precision the weights would blur where a region lies; torchvision's operator stays in float32 as well.
+    # Half precision would blur the position of a region; torchvision's operator also runs in float32.
     with torch.autocast(features.device.type, enabled=False):
-        if len(set(counts)) == 1:  # the usual case, in one product
+        if len(set(counts)) == 1:  # the usual case takes one product
             rows = along_y.view(images, -1, height) @ rows_first
         else:
             pairs = zip(along_y.split(counts), rows_first.unbind(), strict=True)
@@ -93,14 +94,14 @@ def separable_roi_align(
 
 
 def _bin_weights(low: Tensor, high: Tensor, length: int, size: int, sampling_ratio: int) -> Tensor:
-    """(R, size, length): what each cell along one axis adds to each bin of the region [low, high]."""
+    """(R, size, length): the weight of each cell along one axis in each bin of the region [low, high]."""
     samples = size * sampling_ratio
     fraction = (torch.arange(samples, device=low.device) + 0.5) / samples
-    position = low[:, None] + (high - low)[:, None] * fraction - 0.5  # (R, samples), cell centres at whole numbers
-    seen = (position >= -1) & (position <= length)  # as RoIAlign: a sample further out counts as 0
+    position = low[:, None] + (high - low)[:, None] * fraction - 0.5  # (R, samples); cell centres are whole numbers
+    inside = (position >= -1) & (position <= length)  # like RoIAlign: a sample further out counts as 0
     position = position.clamp(0, length - 1)
     index = torch.arange(length, device=low.device)
-    weights = (1 - (position[:, :, None] - index).abs()).clamp(min=0) * seen[:, :, None]
+    weights = (1 - (position[:, :, None] - index).abs()).clamp(min=0) * inside[:, :, None]
     return weights.unflatten(1, (size, sampling_ratio)).mean(dim=2)
 
 
@@ -113,10 +114,15 @@ def pool_all_levels(pyramid: Pyramid, regions: Regions, *, size: int, sampling_r
 
 
 def assign_levels(pyramid: Pyramid, regions: Regions, *, cells_per_side: float, among: int | None = None) -> Tensor:
-    """The level a region belongs to, (R,) int64: where its side is nearest to ``cells_per_side`` cells, in octaves;
-    of the finest ``among`` levels, or of all.
+    """Assigns each region to a level, (R,) int64: the one where its side is nearest to ``cells_per_side``, in octaves.
 
-    The usual rule k = k0 + log2(sqrt(area) / 224) written for measured strides: 224 pixels at stride 16 are 14 cells.
+    This is the usual rule k = k0 + log2(sqrt(area) / 224) for measured strides: 224 pixels at stride 16 are 14 cells.
+
+    Args:
+        pyramid: the detector's.
+        regions: R of them.
+        cells_per_side: usual side of a region on its level.
+        among: choose from so many of the finest levels; None: from all.
     """
     pixels = pyramid.frame.to_model(regions.boxes, regions.image_index)
     side = (pixels[:, 2:] - pixels[:, :2]).clamp(min=1e-3).prod(dim=1).sqrt()
@@ -126,21 +132,21 @@ def assign_levels(pyramid: Pyramid, regions: Regions, *, cells_per_side: float, 
 
 
 def channels_of(levels: Sequence[LevelSpec], assignment: Tensor) -> Tensor | None:
-    """(R,) channels of each region's level, or None where all levels have as many."""
+    """(R,) channels of each region's level; None if all levels have the same number."""
     channels = [level.channels for level in levels]
     return beside(channels, assignment)[assignment] if len(set(channels)) > 1 else None
 
 
-def pool_assigned(pyramid: Pyramid, regions: Regions, assignment: Tensor, *, size: int, sampling_ratio: int) -> Tensor:
-    """RoIAlign of each region on its own level: (R, C, size, size).
+def pool_assigned(pyramid: Pyramid, regions: Regions, assignment: Tensor) -> Tensor:
+    """RoIAlign of each region on its own level: (R, C, 7, 7).
 
-    Where levels differ in channels, C is the largest number of them and the others are padded with zeros.
+    If levels differ in channels, C is their maximum and the others are padded with zeros.
     """
     channels = max(level.channels for level in pyramid.levels)
     if not len(regions):
-        return pyramid.maps[0].new_zeros(0, channels, size, size, dtype=torch.float32)
+        return pyramid.maps[0].new_zeros(0, channels, POOLED_SIZE, POOLED_SIZE, dtype=torch.float32)
     images = len(pyramid.maps[0])
-    own = assignment.cpu()  # the one wait for all levels: how many regions each has decides what is launched
+    own = assignment.cpu()  # the only wait: the number of regions per level decides what is launched
     order = own.argsort(stable=True)
     image = torch.arange(images).repeat_interleave(torch.tensor(regions.count_by_image(images)))
     counts = torch.bincount(own * images + image, minlength=len(pyramid.levels) * images).view(-1, images).tolist()
@@ -151,7 +157,7 @@ def pool_assigned(pyramid: Pyramid, regions: Regions, assignment: Tensor, *, siz
         end = start + sum(of_images)
         if end > start:
             chosen = Regions(boxes[start:end], index[start:end], candidate[start:end], counts=tuple(of_images))
-            part = pool_level(pyramid, level, chosen, size=size, sampling_ratio=sampling_ratio)
+            part = pool_level(pyramid, level, chosen, size=POOLED_SIZE, sampling_ratio=2)
             parts.append(pad(part, (0, 0, 0, 0, 0, channels - spec.channels)))
         start = end
     return torch.cat(parts)[sent(order.argsort(), assignment)]

@@ -1,4 +1,7 @@
-"""What the rest of the program knows of a detector. A new family is one file that satisfies ``Detector``."""
+"""The interface of a detector. A new family is one file that satisfies ``Detector``.
+
+Shapes: N images, L levels, R regions, C channels, D embedding channels, K classes, A anchors per cell, P candidates.
+"""
 
 from __future__ import annotations
 
@@ -14,14 +17,14 @@ Family = Literal["two-stage", "dense", "unknown"]
 
 @dataclass(frozen=True)
 class Candidates:
-    """Boxes that a student offers as regions, detached.
+    """A student's boxes to choose regions from, detached.
 
     Attributes:
-        boxes: (K, 4) batch-image pixels.
-        image_index: (K,) int64, non-decreasing.
-        sampled: True where the detector's own head already sampled them (a two-stage head's training proposals);
-            False for a dense head's every prediction.
-        counts: candidates of each image, where the host knows them; None: read from the device.
+        boxes: (P, 4) xyxy, batch-image pixels.
+        image_index: (P,) int64, non-decreasing.
+        sampled: True if the detector's own head sampled them (a two-stage head's training proposals), False for the
+            predictions of a dense head.
+        counts: candidates of each image, if the host has them; None: read from the device.
     """
 
     boxes: Tensor
@@ -35,9 +38,9 @@ class Observation:
     """One forward of a detector.
 
     Attributes:
-        losses: the detector's own losses; empty when it was only looked at.
-        pyramid: the feature maps its heads read.
-        candidates: boxes to choose regions from; None when none were wanted, or it was only looked at.
+        losses: the detector's own losses; empty after ``extract_features``.
+        pyramid: the feature maps that its heads read.
+        candidates: boxes to choose regions from; None if not requested, or after ``extract_features``.
     """
 
     losses: dict[str, Tensor]
@@ -47,10 +50,10 @@ class Observation:
 
 @dataclass(frozen=True)
 class StageView:
-    """What a later stage of a cascade says of R regions.
+    """The outputs of a later stage of a cascade for R regions.
 
     Attributes:
-        boxes: (R, 4) batch-image pixels, detached: what the stages before made of the regions, which it judges.
+        boxes: (R, 4) batch-image pixels, detached: the regions as the earlier stages refined them, its input.
         class_logits: (R, K + 1), background first.
         box_deltas: (R, K + 1, 4) in the stage's box coding.
     """
@@ -62,17 +65,17 @@ class StageView:
 
 @dataclass(frozen=True)
 class RegionView:
-    """What a detector says of R regions. A field is None when it was not asked for or the family has none.
+    """A detector's outputs for R regions. A field is None if it was not requested or the family does not have it.
 
     Attributes:
         pooled: (R, C, 7, 7) from the one level that the detector's own assignment picks, by measured geometry.
-        pooled_channels: (R,) how many of the C channels a region has, where levels differ in channels; else None.
+        pooled_channels: (R,) how many of the C channels a region has, if levels differ in channels; else None.
         embedding: (R, D) the region embedding.
         class_logits: (R, K + 1), background first.
         box_deltas: (R, K + 1, 4) in the detector's box coding.
-        later: what the later stages of a cascade say; empty for other heads.
-        level: (R,) int64, the level of its pyramid that the detector's own assignment picks.
-        class_maps: L maps (N, A x (K + 1), H_l, W_l), a dense head's class logits in every cell, whatever the regions.
+        later: outputs of a cascade's later stages; empty for other heads.
+        level: (R,) int64, the level that the detector's own assignment picks.
+        class_maps: L maps (N, A x (K + 1), H_l, W_l), a dense head's class logits in every cell.
     """
 
     pooled: Tensor | None = None
@@ -90,14 +93,14 @@ View = Literal["pooled", "embedding", "predictions", "level", "class_maps"]
 
 @dataclass(frozen=True)
 class Finding:
-    """How a model of unknown code was understood by probing it.
+    """Results of probing a model of unknown code.
 
     Attributes:
         kind: ``torchscript``, ``exported``, ``onnx`` or ``factory``.
         call: how the model is called.
-        detections: the form of its detections; None where it is not known.
+        detections: the form of its detections; None if unknown.
         reason: why these are the levels.
-        confidence: how often this reason was right, in 0..1.
+        confidence: share of probed models for which this reason was right, in 0..1.
     """
 
     kind: str
@@ -111,9 +114,9 @@ class Detector(Protocol):
     """A detector of one family, around an nn.Module. Adapters inherit the defaults of the optional capabilities.
 
     Attributes:
-        module: the network; it alone is trained, saved and exported.
-        family: ``two-stage``, ``dense``, or ``unknown`` where only features can be read.
-        class_names: K names, label k is ``class_names[k - 1]``.
+        module: the network; only this is trained, saved and exported.
+        family: ``two-stage``, ``dense``, or ``unknown`` if only features can be read.
+        class_names: K names; label k is ``class_names[k - 1]``.
     """
 
     module: nn.Module
@@ -132,7 +135,7 @@ class Detector(Protocol):
 
     @property
     def embedding_source(self) -> str:
-        """Where the region embedding is read, for people."""
+        """Where the region embedding is read, for display."""
         ...
 
     @property
@@ -141,24 +144,24 @@ class Detector(Protocol):
 
     @property
     def finding(self) -> Finding | None:
-        """How probing understood a model of unknown code; None for a known architecture."""
+        """Results of probing a model of unknown code; None for a known architecture."""
         return None
 
     # ------------------------------------------------------------------------------ optional capabilities
 
     @property
     def features_only(self) -> bool:
-        """Whether a student has no losses and detections of its own, so that only a teacher can train it."""
+        """Whether a student has neither losses nor detections, so that it can only learn from a teacher."""
         return False
 
     @property
     def sampled_proposals(self) -> int | None:
-        """Most proposals of an image that its own head trains on; None where it samples none."""
+        """Maximum of proposals per image that its own head trains on; None if it samples none."""
         return None
 
     @property
     def box_weights(self) -> tuple[float, ...] | None:
-        """Weights of the RoI head's box coder: two heads' deltas compare only when these agree. None: no RoI head."""
+        """Weights of the RoI head's box coder; deltas are comparable only between equal ones. None: no RoI head."""
         return None
 
     @property
@@ -173,30 +176,30 @@ class Detector(Protocol):
 
     @property
     def dense_head(self) -> Literal["retinanet", "fcos"] | None:
-        """A dense head that scores every class in every cell on its own; None for other heads."""
+        """The kind of a dense head that scores every class independently; None for other heads."""
         return None
 
     @property
     def anchors(self) -> tuple[Tensor, ...] | None:
-        """By level (A, 4) xyxy, the anchors of a cell around its centre, in cells; None where there are none."""
+        """By level (A, 4) xyxy, the anchors of a cell around its centre, in cells; None if it has none."""
         return None
 
     def check_detects(self) -> None:
-        """Raises a PairError where its detections cannot be read, or their classes are not known."""
+        """Raises a PairError if its detections cannot be read, or their classes are unknown."""
         return
 
     # ------------------------------------------------------------------------------------------ forwards
 
     def forward_train(self, batch: Batch, *, candidates: bool = True) -> Observation:
-        """A training forward: the detector's own losses, its pyramid, and the boxes it offers, if they are wanted."""
+        """Runs a training forward: the detector's own losses, its pyramid and, on request, its candidates."""
         ...
 
     def extract_features(self, batch: Batch) -> Observation:
-        """Backbone and pyramid only: no heads, no NMS."""
+        """Runs only backbone and pyramid: no heads, no NMS."""
         ...
 
     def region_outputs(self, seen: Observation, regions: Regions, needs: frozenset[View]) -> RegionView:
-        """Reads what ``needs`` names of each region, from the result of a forward."""
+        """Reads the outputs in ``needs`` for each region, from the result of a forward."""
         ...
 
     def predict(self, images: list[Tensor]) -> list[Detections]:

@@ -1,4 +1,4 @@
-"""Which torchvision detector a state_dict belongs to, told by its names and shapes alone."""
+"""Finds the torchvision detector of a state_dict by its names and shapes."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from gdetkd_cli.errors import ModelError
 
 @dataclass(frozen=True)
 class Recognised:
-    """A state_dict's detector.
+    """The detector of a state_dict.
 
     Attributes:
         description: rebuilds it (see ``portable``).
-        alternatives: other torchvision detectors with the same names and shapes; they differ in settings only.
+        alternatives: other torchvision detectors with the same names and shapes but other settings.
     """
 
     description: dict[str, Any]
@@ -28,21 +28,21 @@ class Recognised:
 
 
 def recognise(state: dict[str, Tensor], source: str) -> Recognised:
-    """The torchvision detector whose parameters these are; the number of classes is free.
+    """Finds the torchvision detector with these parameters; the number of classes is free.
 
     Args:
         state: tensors by parameter name.
-        source: the file, for messages. torchvision's own file names tell settings that no tensor tells.
+        source: the file. torchvision's own file names identify settings that no tensor shows.
 
     Raises:
         ModelError: no torchvision detector has these names and shapes.
     """
-    shapes = _shapes(state)
+    shapes = _select_shapes(state)
     masked = any(_is_mask(name) for name in state)
-    scores: dict[str, tuple[int, int]] = {}  # names and shapes in common, of how many
+    scores: dict[str, tuple[int, int]] = {}  # tensors in common, tensors of the detector
     fitting = []
     for name in portable.TORCHVISION_DETECTORS:
-        own = _shapes_of(name)
+        own = _build_shapes(name)
         scores[name] = (sum(shapes.get(key) == shape for key, shape in own.items()), len(own))
         # A Mask R-CNN without its mask branch is the Faster R-CNN.
         if own == shapes and name.startswith("maskrcnn") == masked:
@@ -53,7 +53,7 @@ def recognise(state: dict[str, Tensor], source: str) -> Recognised:
         near = f"nearest is {nearest} with {common} of its {of} tensors" if common else "none is near it"
         raise ModelError(
             f"{source} is a state_dict of {len(state)} tensors, first {next(iter(state))!r}, but of no torchvision "
-            f"detector ({near}); name its architecture in a recipe, with `weights: {source}`"
+            f"detector ({near}); name its architecture in a recipe with `weights: {source}`"
         )
     frozen = has_frozen_norms(state)
     description: dict[str, Any] = {
@@ -72,8 +72,8 @@ def _is_mask(name: str) -> bool:
     return name.startswith("roi_heads.mask_")
 
 
-def _shapes(state: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    """Shapes by name, but for what depends on the number of classes, on the mask branch, or on the normalisation."""
+def _select_shapes(state: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """Shapes by name, without what depends on the classes, the mask branch or the kind of normalisation."""
     return {
         name: () if name.startswith(CLASS_LAYERS) else tuple(value.shape)
         for name, value in state.items()
@@ -81,7 +81,7 @@ def _shapes(state: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
     }
 
 
-def _shapes_of(name: str) -> dict[str, tuple[int, ...]]:
-    with torch.device("meta"):  # names and shapes alone
+def _build_shapes(name: str) -> dict[str, tuple[int, ...]]:
+    with torch.device("meta"):  # only names and shapes are needed
         module = portable.build({"kind": "torchvision", "name": name}, 1)
-    return _shapes(module.state_dict())
+    return _select_shapes(module.state_dict())

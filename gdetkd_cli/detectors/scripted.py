@@ -1,4 +1,4 @@
-"""TorchScript files that can be trained: those of detectors whose eager form can be rebuilt from the weights."""
+"""Rebuilds an eager detector from a TorchScript file, so that it can be trained."""
 
 from __future__ import annotations
 
@@ -21,53 +21,56 @@ from gdetkd_cli.probing.formats.class_names import OWN
 from gdetkd_cli.probing.formats.files import DESCRIPTION_FILE, load_torchscript
 from gdetkd_cli.probing.pyramid import probe_image
 
-CLASSES, ARCHITECTURE = OWN, "gdetkd.architecture"  # what gdetkd's own files say of themselves, each as JSON
-_SIZE = (256, 320)  # pixels of the image that both forms are compared on
+CLASSES, ARCHITECTURE = (
+    OWN,
+    "gdetkd.architecture",
+)  # keys of the description in gdetkd's own files; both values are JSON
+_SIZE = (256, 320)  # pixels of the image on which both forms are compared
 
 
 class NotRebuiltError(ModelError):
-    """A TorchScript file whose eager detector is not known; its features can teach all the same.
+    """The eager detector of a TorchScript file is unknown; its features can still teach.
 
     Attributes:
         reason: why not, without the file's name.
     """
 
     def __init__(self, path: Path, reason: str) -> None:
-        super().__init__(f"{path} can teach but not be trained here: {reason}")
+        super().__init__(f"{path} can teach but cannot be trained: {reason}")
         self.reason = reason
 
 
 def load_scripted(path: Path, class_names: tuple[str, ...]) -> catalog.Loaded:
-    """The eager detector of a TorchScript file: one that gdetkd exported, or a scripted torchvision detector.
+    """Rebuilds the eager detector of a file that gdetkd exported, or of a scripted torchvision detector.
 
-    A scripted detector is rebuilt with torchvision's own settings and image size, and must then detect the same.
+    A scripted detector is rebuilt with torchvision's settings and the file's image size, and must detect the same.
 
     Args:
         path: the file.
-        class_names: names for a file that has none, taken where their number fits.
+        class_names: names for a file without names, used if their number fits.
 
     Raises:
-        NotRebuiltError: it is none of these, or what was rebuilt detects otherwise.
-        ModelError: not a whole TorchScript file.
+        NotRebuiltError: it is neither of these, or the rebuilt detector gives other detections.
+        ModelError: the file is not complete TorchScript.
     """
     files = {DESCRIPTION_FILE: ""}
     module = load_torchscript(path, extra_files=files).eval()
     state = module.state_dict()
     if files[DESCRIPTION_FILE]:
-        told = json.loads(files[DESCRIPTION_FILE])
-        description, names = json.loads(told[ARCHITECTURE]), tuple(json.loads(told[CLASSES]))
+        entries = json.loads(files[DESCRIPTION_FILE])
+        description, names = json.loads(entries[ARCHITECTURE]), tuple(json.loads(entries[CLASSES]))
         state = {name.removeprefix("detector."): value for name, value in state.items()}
         detector = catalog.build(description, names)
         load_state(detector.module, state, str(path))
-        return catalog.Loaded(detector, description, "run", (f"{path}: rebuilt as the detector that it was made of",))
+        return catalog.Loaded(detector, description, "run", (f"{path}: rebuilt as the detector that was exported",))
     if not state:
-        raise NotRebuiltError(path, "it is frozen TorchScript without parameters")
+        raise NotRebuiltError(path, "it is frozen TorchScript and has no parameters")
     try:
         found = recognise(state, str(path))
     except ModelError as error:
         reason = "it is neither a file that gdetkd exported nor a scripted torchvision detector"
         raise NotRebuiltError(path, reason) from error
-    for description in _settings(found, module):
+    for description in _list_descriptions(found, module):
         published = torchvision_categories("DEFAULT", description["name"])
         names = catalog.classes_of(state, description, class_names, published)
         detector = catalog.build(description, names)
@@ -79,22 +82,23 @@ def load_scripted(path: Path, class_names: tuple[str, ...]) -> catalog.Loaded:
             return catalog.Loaded(detector, description, "state_dict", tuple(notes))
     raise NotRebuiltError(
         path,
-        f"it has the weights of torchvision's {found.description['name']}, but other settings, since that detects "
-        "otherwise; name the architecture and its arguments in a recipe, with `weights:` a file of the weights alone",
+        f"it has the weights of torchvision's {found.description['name']} but other settings, because the rebuilt "
+        "detector gives other detections; name the architecture and its arguments in a recipe, and in `weights:` a "
+        "file with only the weights",
     )
 
 
-def _settings(found: Recognised, module: Any) -> Iterator[dict[str, Any]]:
-    """Descriptions that have these weights, and may have the file's settings."""
-    # The epsilon of frozen normalisation is another one for some of torchvision's own weights; no tensor tells.
+def _list_descriptions(found: Recognised, module: Any) -> Iterator[dict[str, Any]]:
+    """Descriptions with these weights and possibly the file's settings."""
+    # Some of torchvision's own weights need another epsilon for frozen normalisation, which no tensor shows.
     epsilons: list[dict[str, Any]] = [{}, {"norm_eps": 0.0}] if found.description["norm"] == "frozen" else [{}]
     for name, epsilon in product((found.description["name"], *found.alternatives), epsilons):
-        arguments = {} if name.startswith("ssd") else _image_size(module)  # an SSD's size is its architecture's
+        arguments = {} if name.startswith("ssd") else _read_image_size(module)  # an SSD's architecture fixes its size
         yield found.description | {"name": name, "arguments": arguments} | epsilon
 
 
-def _image_size(module: Any) -> dict[str, Any]:
-    """The sizes that a scripted detector brings its images to, as arguments of torchvision's builder."""
+def _read_image_size(module: Any) -> dict[str, Any]:
+    """The size to which a scripted detector resizes images, as arguments of torchvision's builder."""
     try:
         return {"min_size": list(module.transform.min_size), "max_size": int(module.transform.max_size)}
     except (AttributeError, TypeError):

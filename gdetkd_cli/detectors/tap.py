@@ -1,4 +1,4 @@
-"""Reading intermediate tensors of a module in one forward."""
+"""Reads intermediate tensors of a module during one forward."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from gdetkd_cli.errors import TapError
 
 
 class Tap:
-    """Records what named submodules take and give, while it is entered.
+    """Records inputs and outputs of named submodules inside a ``with`` block.
 
         with Tap(model, ["roi_heads.box_head"]) as tap:
             model(images)
         features = tap.output("roi_heads.box_head")
 
-    Nothing stays hooked after the ``with``, however it ends.
+    All hooks are removed when the block ends, also after an exception.
     """
 
     def __init__(self, module: nn.Module, names: list[str]) -> None:
@@ -50,7 +50,7 @@ class Tap:
         self._handles.clear()
 
     def outputs(self, name: str) -> list[Any]:
-        """What the submodule gave at each of its calls.
+        """The submodule's output at each of its calls.
 
         Raises:
             TapError: it did not run.
@@ -69,7 +69,7 @@ class Tap:
         return self._records[name][0][0]
 
     def output(self, name: str) -> Any:
-        """What the submodule gave at its only call.
+        """The submodule's output at its only call.
 
         Raises:
             TapError: it did not run, or ran more than once.

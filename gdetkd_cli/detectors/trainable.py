@@ -1,4 +1,4 @@
-"""A detector of the user's own code that trains as torchvision's do; its pyramid is what probing finds.
+"""A detector from the user's own code that trains like torchvision's; probing finds its pyramid.
 
 Shapes: N images; boxes xyxy.
 """
@@ -24,13 +24,13 @@ from gdetkd_cli.probing.pyramid import probe_image
 from gdetkd_cli.probing.record import Output, tensors_in
 from gdetkd_cli.structures import Batch, Pyramid
 
-_JITTERED = 4  # boxes near each true one
-_ANYWHERE = 32  # boxes of each image, wherever
+_JITTERED = 4  # candidates near each true box
+_ANYWHERE = 32  # candidates anywhere in each image
 
 
 @dataclass(frozen=True)
-class _Tapped:
-    """One call of a module: what it returned, what its first convolution was given, and its levels."""
+class _Call:
+    """One call of a module: its result, the input of its first convolution, and its levels."""
 
     returned: Any
     network_input: Tensor
@@ -38,13 +38,12 @@ class _Tapped:
 
 
 class TrainableDetector(ProbedDetector):
-    """An nn.Module called as torchvision's detectors are.
+    """An nn.Module that is called like torchvision's detectors.
 
-    In training: ``module(images, targets)`` -> its losses by name. In evaluation: ``module(images)`` -> for each image
-    ``boxes``, ``scores`` and ``labels``. A module that takes a tensor instead, (N, 3, H, W) or (3, H, W), offers
-    features alone: it has no losses here, but a teacher can train it. Every level must be what one of its submodules
-    returns. Its candidates are boxes near the true ones and boxes anywhere, since nothing is known of what it predicts
-    in training.
+    In training, ``module(images, targets)`` returns losses by name. In evaluation, ``module(images)`` returns
+    ``boxes``, ``scores`` and ``labels`` for each image. A module that takes a tensor, (N, 3, H, W) or (3, H, W), has
+    no losses of its own and learns only from a teacher. Every level must be the output of a submodule. Its predictions
+    in training are unknown, so its candidates are boxes near the true ones and random boxes.
     """
 
     def __init__(
@@ -62,15 +61,15 @@ class TrainableDetector(ProbedDetector):
 
         Args:
             module: on the CPU.
-            source: for messages.
+            source: name for messages.
             class_names: K names of the labels 1..K.
-            model_input: what it wants its images to be.
-            size: (height, width) pixels of an image that it can be run on.
+            model_input: how its images are prepared.
+            size: (height, width) pixels of an image that it accepts.
             last: it takes its images as (H, W, 3).
-            levels: names of the pyramid's levels, where someone knows better.
+            levels: names of the pyramid's levels, if the user named them.
 
         Raises:
-            ModelError, NoPyramidError: probing does not understand it.
+            ModelError, NoPyramidError: the module cannot be run, or has no pyramid.
         """
         training = module.training
         module.eval()
@@ -92,40 +91,40 @@ class TrainableDetector(ProbedDetector):
 
     @property
     def features_only(self) -> bool:
-        """Whether it has neither losses nor detections that are known here."""
+        """Whether its losses and detections are unknown."""
         return self.probed.call.takes != "any"
 
     def forward_train(self, batch: Batch, *, candidates: bool = True) -> Observation:
-        # Own code mixes network and boxes in ways that are not known here, and half precision would round the boxes.
+        # The user's code may compute boxes anywhere, and half precision would round them.
         with torch.autocast(batch.images[0].device.type, enabled=False):
-            return self._observe(batch, candidates)
+            return self._run_training(batch, candidates)
 
-    def _observe(self, batch: Batch, candidates: bool) -> Observation:
+    def _run_training(self, batch: Batch, candidates: bool) -> Observation:
         if self._input.fit is not None:
             raise PairError(
-                f"{self._source} takes one size alone, so it can teach but not be trained; leave out input.fit"
+                f"{self._source} accepts only one image size, so it can teach but cannot be trained; remove input.fit"
             )
-        outputs = [self._output(level.name, level.output) for level in self.probed.levels]
+        outputs = [self._require_output(level.name, level.output) for level in self.probed.levels]
         prepared = [self._input.prepare(image) for image in batch.images]
         if self.features_only:
-            groups = [self._tapped(outputs, self.probed.call.argument(g)) for g in self.probed.call.groups(prepared)]
+            groups = [self._call(outputs, self.probed.call.argument(g)) for g in self.probed.call.groups(prepared)]
             losses: Any = {}
         else:
             argument = self.probed.call.argument(prepared)
-            groups = [self._tapped(outputs, argument, common.targets_for(batch))]
+            groups = [self._call(outputs, argument, common.targets_for(batch))]
             losses = groups[0].returned
             if not isinstance(losses, dict) or not losses or not all(isinstance(v, Tensor) for v in losses.values()):
                 raise PairError(
-                    f"{self._source} cannot be trained: called with (images, targets) in training mode it returned "
-                    f"{type(losses).__name__}; a dictionary of losses was expected, as torchvision's detectors give it"
+                    f"{self._source} cannot be trained: in training mode, (images, targets) returned "
+                    f"{type(losses).__name__}; expected a dictionary of losses, like torchvision's detectors return"
                 )
         maps = tuple(stack([group.maps[level] for group in groups]) for level in range(len(self.levels)))
         height, width = (max(group.network_input.shape[axis] for group in groups) for axis in (-2, -1))
         pyramid = Pyramid(maps=maps, levels=self.levels, frame=self._frame_of(batch, (height, width)))
-        offered = self._candidates(batch) if candidates else None
-        return Observation(losses=losses, pyramid=pyramid, candidates=offered)
+        boxes = self._draw_candidates(batch) if candidates else None
+        return Observation(losses=losses, pyramid=pyramid, candidates=boxes)
 
-    def _tapped(self, outputs: Sequence[Output], *arguments: object) -> _Tapped:
+    def _call(self, outputs: Sequence[Output], *arguments: object) -> _Call:
         """Calls the module and reads its levels, with their gradients."""
         network: list[Tensor] = []
         first = self.module.get_submodule(self.probed.first)
@@ -141,18 +140,18 @@ class TrainableDetector(ProbedDetector):
         values = [tensors_in(tap.outputs(output.module)[output.call])[output.leaf] for output in outputs]
         size = network[0].shape[-2:]
         maps = [level.as_map(value, size) for value, level in zip(values, self.probed.levels, strict=True)]
-        return _Tapped(returned, network[0], maps)
+        return _Call(returned, network[0], maps)
 
-    def _output(self, level: str, output: Output | None) -> Output:
+    def _require_output(self, level: str, output: Output | None) -> Output:
         if output is None:
             raise PairError(
                 f"the level {level!r} of {self._source} is not what one of its submodules returns, so it cannot be "
-                "read in training; return it from a submodule (an nn.Identity will do)"
+                "read in training; return it from a submodule, such as an nn.Identity"
             )
         return output
 
-    def _candidates(self, batch: Batch) -> Candidates:
-        # Drawn by the images alone: a resumed run draws the same, and training's own random numbers stay as they are.
+    def _draw_candidates(self, batch: Batch) -> Candidates:
+        # The images seed the draw, so a resumed run repeats it and training's own random numbers do not change.
         generator = torch.Generator().manual_seed(int(batch.image_ids.sum()))
         boxes, image_index = [], []
         truth = torch.cat([target.boxes for target in batch.targets]).cpu()

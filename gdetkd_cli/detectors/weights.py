@@ -1,4 +1,4 @@
-"""Loading weights into a detector: files, torchvision's own names, and heads that do not fit."""
+"""Loads weights into a detector: from files, by torchvision's names, and with heads that do not fit."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torchvision.models import WeightsEnum, get_model_weights, get_weight, list_
 
 from gdetkd_cli.errors import ModelError
 
-# Where the parameters are whose shape depends on the number of classes.
+# Prefixes of the parameters whose shape depends on the number of classes.
 CLASS_LAYERS = (
     "roi_heads.box_predictor.",
     "roi_heads.later.0.box_predictor.cls_score.",
@@ -22,11 +22,11 @@ CLASS_LAYERS = (
     "head.classification_head.cls_logits.",
     "head.classification_head.module_list.",
 )
-BATCH_COUNT = "num_batches_tracked"  # what trained normalisation has and frozen has not
-# Averaged weights first: where a checkpoint holds both, they are the ones that its figures were measured with.
+BATCH_COUNT = "num_batches_tracked"  # trained normalisation has it, frozen normalisation does not
+# Averaged weights come first: if a checkpoint has both, its published figures belong to them.
 _NESTING = ("model_ema", "ema_state_dict", "model", "state_dict", "model_state_dict")
 
-# Trained before FrozenBatchNorm2d had an epsilon; torchvision's builders take it out again for them.
+# Trained before FrozenBatchNorm2d had an epsilon; torchvision's builders set it to 0 for them.
 _WITHOUT_EPS = (
     "FasterRCNN_ResNet50_FPN_Weights.COCO_V1",
     "MaskRCNN_ResNet50_FPN_Weights.COCO_V1",
@@ -38,7 +38,7 @@ def read_torch_file(path: Path) -> Any:
     """Reads a file written by ``torch.save`` without executing anything in it.
 
     Raises:
-        ModelError: missing, not such a file, cut short, or one that needs pickled code.
+        ModelError: the file is missing, of another kind, cut short, or needs pickled code.
     """
     if not path.is_file():
         raise ModelError(f"{path} does not exist or is not a file; expected a file written by torch.save")
@@ -53,28 +53,28 @@ def read_torch_file(path: Path) -> Any:
     if start.isascii() and words and all(word.isprintable() for word in words):
         raise ModelError(f"{path} is not a file written by torch.save: it begins with the text {start[:20].decode()!r}")
     try:
-        # torchvision's reference scripts save their command line's Namespace: a plain record, no code.
+        # torchvision's reference scripts save the Namespace of their command line: plain data, no code.
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        # torch's own message advises to execute what is in the file.
+        # torch's own message recommends executing the file's code.
         code = re.search(r"GLOBAL (\S+)", str(error))
         if code is None:
             raise ModelError(f"{path} is not a file written by torch.save") from error
         raise ModelError(
             f"{path} cannot be read without executing code from it ({code[1]}), which gdetkd never does; expected "
-            "weights alone, as torch.save(model.state_dict(), path) writes them"
+            "only weights, as written by torch.save(model.state_dict(), path)"
         ) from error
     except (RuntimeError, EOFError, ValueError, LookupError, OSError) as error:
         reason = str(error).splitlines()[0].split(". ")[0] if str(error) else "it is empty"
-        raise ModelError(f"{path} is not a whole file written by torch.save ({reason})") from error
+        raise ModelError(f"{path} is not a complete file written by torch.save ({reason})") from error
 
 
 def state_dict_of(saved: Any, source: str) -> dict[str, Tensor]:
-    """The weights in what a file held: at the top, or nested as reference scripts do it.
+    """Finds the weights in a file's content: at the top, or nested like in reference scripts.
 
     Raises:
-        ModelError: there are none.
+        ModelError: there are no weights.
     """
     while isinstance(saved, dict) and (key := next((k for k in _NESTING if isinstance(saved.get(k), dict)), None)):
         saved = saved[key]
@@ -97,9 +97,9 @@ def torchvision_weights(name: str, model: str | None) -> dict[str, Tensor]:
         model: the torchvision function that a short name belongs to.
 
     Raises:
-        ModelError: no such weights, or they are not on disk and cannot be downloaded.
+        ModelError: the weights do not exist, or are not on disk and cannot be downloaded.
     """
-    weights = _torchvision_entry(name, model)
+    weights = _get_entry(name, model)
     target = Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name
     if target.exists():
         return state_dict_of(read_torch_file(target), str(target))
@@ -113,47 +113,48 @@ def torchvision_weights(name: str, model: str | None) -> dict[str, Tensor]:
 
 
 def torchvision_categories(name: str, model: str | None) -> tuple[str, ...] | None:
-    """The classes a torchvision weights name was trained on, background left out; None where it lists none."""
-    categories = _torchvision_entry(name, model).meta.get("categories")
+    """The classes that torchvision weights were trained on, without background; None if none are listed."""
+    categories = _get_entry(name, model).meta.get("categories")
     if not categories:
         return None
     return tuple(categories[1:] if categories[0] == "__background__" else categories)
 
 
 def has_frozen_norms(state: dict[str, Tensor]) -> bool:
-    """Weights without a count of batches were trained with frozen normalisation, as torchvision's own are."""
+    """Whether weights have no count of batches, so were trained with frozen normalisation like torchvision's own."""
     return not any(name.endswith(BATCH_COUNT) for name in state)
 
 
 def torchvision_norm_eps(name: str, model: str | None) -> float | None:
-    """The frozen normalisation's epsilon that torchvision sets for these weights; None: the layer's own."""
-    return 0.0 if str(_torchvision_entry(name, model)) in _WITHOUT_EPS else None
+    """Epsilon of frozen normalisation that torchvision sets for these weights; None: the layer's own."""
+    return 0.0 if str(_get_entry(name, model)) in _WITHOUT_EPS else None
 
 
 def norm_eps_of_file(name: str) -> float | None:
-    """The same by the name that torchvision's own file has."""
+    """Like ``torchvision_norm_eps``, by the name of torchvision's file."""
     return 0.0 if name in {Path(get_weight(weights).url).name for weights in _WITHOUT_EPS} else None
 
 
-def _torchvision_entry(name: str, model: str | None) -> WeightsEnum:
+def _get_entry(name: str, model: str | None) -> WeightsEnum:
     try:
         entry: WeightsEnum = get_weight(name) if "." in name else get_model_weights(model or "")[name]
     except (ValueError, KeyError, AttributeError) as error:
-        known = _known_weights(model)
+        known = _list_weights(model)
         raise ModelError(
-            f"no file and no torchvision weights named {name!r}" + (f"; {model} has: {known}" if known else "")
+            f"there is no file and there are no torchvision weights named {name!r}"
+            + (f"; {model} has: {known}" if known else "")
         ) from error
     return entry
 
 
-def _known_weights(model: str | None) -> str:
+def _list_weights(model: str | None) -> str:
     if model is None or model not in list_models():
         return ""
     return ", ".join(weights.name for weights in get_model_weights(model))
 
 
-def refitted_layers(module: nn.Module, state: dict[str, Tensor]) -> list[str]:
-    """Layers that were made for another number of classes, by name."""
+def find_refitted_layers(module: nn.Module, state: dict[str, Tensor]) -> list[str]:
+    """Names of the layers that were trained for another number of classes."""
     own = module.state_dict()
     return [
         name
@@ -163,13 +164,13 @@ def refitted_layers(module: nn.Module, state: dict[str, Tensor]) -> list[str]:
 
 
 def load_state(module: nn.Module, state: dict[str, Tensor], source: str) -> list[str]:
-    """Loads weights; layers made for another number of classes keep their fresh values.
+    """Loads weights; layers trained for another number of classes keep their fresh values.
 
     Returns:
-        What was left out, one sentence each.
+        One sentence for each kind of tensor that was left out.
 
     Raises:
-        ModelError: anything else does not fit.
+        ModelError: another tensor does not fit.
     """
     own = module.state_dict()
     notes: list[str] = []
@@ -177,10 +178,10 @@ def load_state(module: nn.Module, state: dict[str, Tensor], source: str) -> list
     if dropped:
         notes.append(f"{source}: the mask branch ({len(dropped)} tensors) is not used")
     wanted = {name: value for name, value in state.items() if name not in dropped}
-    refitted = refitted_layers(module, wanted)
+    refitted = find_refitted_layers(module, wanted)
     if refitted:
         notes.append(
-            f"{source}: made for another number of classes; these layers start fresh: {', '.join(sorted(refitted))}"
+            f"{source}: trained for another number of classes; these layers start fresh: {', '.join(sorted(refitted))}"
         )
     wanted = {name: value for name, value in wanted.items() if name not in refitted}
     differing = [n for n, v in wanted.items() if n in own and v.shape != own[n].shape]
@@ -188,13 +189,13 @@ def load_state(module: nn.Module, state: dict[str, Tensor], source: str) -> list
     unexpected = [n for n in wanted if n not in own]
     if differing or missing or unexpected:
         raise ModelError(
-            f"{source} does not fit this detector: {_mismatch(own, wanted, differing, missing, unexpected)}"
+            f"{source} does not fit this detector: {_describe_mismatch(own, wanted, differing, missing, unexpected)}"
         )
     module.load_state_dict(wanted, strict=False)
     return notes
 
 
-def _mismatch(
+def _describe_mismatch(
     own: dict[str, Tensor], state: dict[str, Tensor], differing: list[str], missing: list[str], unexpected: list[str]
 ) -> str:
     parts = []

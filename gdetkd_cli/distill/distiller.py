@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gdetkd_cli.detectors.protocol import Detector, Observation, RegionView, View
 from gdetkd_cli.errors import TermNotComputedError
-from gdetkd_cli.methods.base import ObservedPair, Term, needs_of
+from gdetkd_cli.methods.base import ObservedPair, Term, collect_needs
 from gdetkd_cli.methods.queue import RegionQueue
 from gdetkd_cli.structures import Batch, LossReport, Regions
 
@@ -22,31 +22,31 @@ ChooseRegions = Callable[[Observation, Batch, int], Regions]
 
 @dataclass(frozen=True)
 class WeightedTerm:
-    """A term, its weight, and the steps over which the weight rises linearly from 0."""
+    """A term, its weight, and the steps over which the weight increases linearly from 0."""
 
     term: nn.Module
     weight: float
     warmup_steps: int = 0
 
     def weight_at(self, step: int) -> float:
-        """The weight in the step number ``step``, counted from 0."""
+        """The weight at ``step``, counted from 0."""
         if step >= self.warmup_steps:
             return self.weight
         return self.weight * (step + 1) / (self.warmup_steps + 1)
 
 
 class Distiller(nn.Module):
-    """Supervised training of a student, plus what a teacher adds.
+    """Supervised training of a student, with distillation terms if there is a teacher.
 
-    Without a teacher it is plain supervised training: both kinds of run go through this one module. The teacher is not
-    a submodule: it has no place in the optimizer, in ``train()``, in the checkpoint, or in DDP.
+    Plain and distilled runs both use this module. The teacher is not a submodule, so the optimizer, ``train()``, the
+    checkpoint and DDP do not see it.
 
     Args:
-        student: the detector that is trained.
-        teacher: the detector that is imitated; its module must be in evaluation mode and frozen.
+        student: the detector to train.
+        teacher: the detector to imitate; its module must be in evaluation mode and frozen.
         terms: distillation terms by name.
         choose_regions: (the student's observation, the batch, the step) -> regions.
-        task_loss: whether the student's own losses count; where not, they are reported all the same.
+        task_loss: add the student's own losses to the total; they are always reported.
     """
 
     def __init__(
@@ -63,12 +63,12 @@ class Distiller(nn.Module):
         self.student = student.module
         self.terms = nn.ModuleDict({name: weighted.term for name, weighted in (terms or {}).items()})
         self._detector = student
-        self._teacher = [teacher]  # in a list, so that nn.Module does not look into it
+        self._teacher = [teacher]  # in a list, so that nn.Module does not register it
         self._weights = dict(terms or {})
         self._choose_regions = choose_regions
         self.step = 0  # set by the loop; regions and weights depend on it
         self.profile = False  # fill LossReport.seconds
-        # DDP broadcasts every buffer at every forward. A queue is large, and the same on all processes without it.
+        # DDP broadcasts every buffer at every forward. A queue is large and already the same on all processes.
         queues = (name for name, module in self.named_modules() if isinstance(module, RegionQueue))
         queued = [f"{name}.{buffer}" for name in queues for buffer, _ in self.get_submodule(name).named_buffers()]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, queued)
@@ -85,10 +85,10 @@ class Distiller(nn.Module):
         """One training forward; the student must be in training mode.
 
         Raises:
-            TermNotComputedError: a configured term gave nothing that can be back-propagated.
+            TermNotComputedError: a configured term has no gradient.
         """
         seconds: dict[str, float] = {}
-        with self._timed("student forward", seconds, batch):
+        with self._time_phase("student forward", seconds, batch):
             seen = self._detector.forward_train(batch, candidates=bool(self._weights))
         parts = {name: loss.detach() for name, loss in seen.losses.items()}
         total: Tensor = batch.images[0].new_zeros(())
@@ -98,10 +98,10 @@ class Distiller(nn.Module):
         if self._weights:
             pair = self._observe_pair(batch, seen, seconds)
             for name, weighted in self._weights.items():
-                with self._timed(f"term {name}", seconds, batch):
+                with self._time_phase(f"term {name}", seconds, batch):
                     value: Tensor = self.terms[name](pair)
                 if torch.is_grad_enabled() and not value.requires_grad:
-                    raise TermNotComputedError(f"the term {name!r} was configured but has no gradient to give")
+                    raise TermNotComputedError(f"the term {name!r} is configured but has no gradient")
                 weights[name] = weighted.weight_at(self.step)
                 total = total + weights[name] * value
                 parts[name] = value.detach()
@@ -110,15 +110,15 @@ class Distiller(nn.Module):
     def _observe_pair(self, batch: Batch, seen: Observation, seconds: dict[str, float]) -> ObservedPair:
         assert self.teacher is not None and self._choose_regions is not None, "terms need a teacher and regions"
         terms: list[Term] = [self.terms[name] for name in self._weights]  # type: ignore[misc]  # modules are Terms
-        student_needs, teacher_needs = needs_of(terms)
-        with self._timed("regions", seconds, batch):
+        student_needs, teacher_needs = collect_needs(terms)
+        with self._time_phase("regions", seconds, batch):
             regions = self._choose_regions(seen, batch, self.step)
-            student_view = _view(self._detector, seen, regions, student_needs)
+            student_view = _read_regions(self._detector, seen, regions, student_needs)
             regions = replace(regions, refined=tuple(stage.boxes for stage in student_view.later))
         # no_grad, not inference_mode: the adapters' graphs need these tensors.
-        with self._timed("teacher", seconds, batch), torch.no_grad():
+        with self._time_phase("teacher", seconds, batch), torch.no_grad():
             teacher_seen = self.teacher.extract_features(batch)
-            teacher_view = _view(self.teacher, teacher_seen, regions, teacher_needs)
+            teacher_view = _read_regions(self.teacher, teacher_seen, regions, teacher_needs)
         return ObservedPair(
             regions=regions,
             image_ids=batch.image_ids[regions.image_index],
@@ -130,7 +130,7 @@ class Distiller(nn.Module):
         )
 
     @contextmanager
-    def _timed(self, name: str, seconds: dict[str, float], batch: Batch) -> Iterator[None]:
+    def _time_phase(self, name: str, seconds: dict[str, float], batch: Batch) -> Iterator[None]:
         if not self.profile:
             yield
             return
@@ -142,12 +142,12 @@ class Distiller(nn.Module):
         seconds[name] = perf_counter() - start
 
 
-def _view(detector: Detector, seen: Observation, regions: Regions, needs: frozenset[View]) -> RegionView:
-    """What a detector says of the regions; nothing where nothing is needed."""
+def _read_regions(detector: Detector, seen: Observation, regions: Regions, needs: frozenset[View]) -> RegionView:
+    """A detector's region outputs; empty if none are needed."""
     return detector.region_outputs(seen, regions, needs) if needs else RegionView()
 
 
 def synchronize(device: torch.device) -> None:
-    """Waits for a CUDA device, so that a wall clock read next is true; nothing to do on a CPU."""
+    """Waits for a CUDA device, so that wall time can be measured; does nothing on a CPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -1,7 +1,7 @@
-"""Which boxes student and teacher are compared on.
+"""Chooses the boxes on which student and teacher are compared.
 
-Boxes are xyxy in batch-image pixels. The choice is drawn from its own seeded generator, so that adding distillation
-leaves every other random number of the run as it was.
+Boxes are xyxy in batch-image pixels. The choice has its own seeded generator, so distillation does not change any other
+random number of the run. Shapes: P_i candidates of image i.
 """
 
 from __future__ import annotations
@@ -27,26 +27,28 @@ def choose_regions(
     negatives_per_positive: float,
     generator: Generator,
 ) -> Regions:
-    """At most ``per_image`` regions of each image.
+    """Chooses at most ``per_image`` regions of each image.
 
-    A two-stage student's sampled proposals are taken as they are, thinned out at random. A dense student's predictions
-    are sampled: those that overlap the truth are positives, and each positive brings negatives. The true boxes are
-    among the positives always, since a dense student's own boxes are poor early in training.
+    Of a two-stage student, a random subset of the sampled proposals. Of a dense student, predictions that overlap the
+    truth as positives, with a number of negatives for each. The true boxes are always among a dense student's
+    positives, since its own boxes are poor early in training.
     """
     counts = candidates.counts or count_by_image(candidates.image_index, len(batch))
     starts = [0, *accumulate(counts)]
-    overlaps = None if candidates.sampled else _overlaps(candidates, batch, counts)
+    overlaps = None if candidates.sampled else _compute_overlaps(candidates, batch, counts)
     rows, chosen_counts, candidate = [], [], []
-    first_truth = starts[-1]  # true boxes are numbered behind the candidates
+    first_truth = starts[-1]  # true boxes follow the candidates
     for i, target in enumerate(batch.targets):
         own = torch.arange(starts[i], starts[i + 1])
         if overlaps is None:
-            chosen, truth = _random_rows(own, per_image, generator), own[:0]
+            chosen, truth = _draw_rows(own, per_image, generator), own[:0]
         else:
-            truth = first_truth + _random_rows(torch.arange(len(target.boxes)), per_image, generator)
+            truth = first_truth + _draw_rows(torch.arange(len(target.boxes)), per_image, generator)
             first_truth += len(target.boxes)
             room = max(0, per_image - len(truth))
-            chosen = _balanced_rows(own, overlaps[i], len(truth), room, positive_iou, negatives_per_positive, generator)
+            chosen = _draw_balanced_rows(
+                own, overlaps[i], len(truth), room, positive_iou, negatives_per_positive, generator
+            )
         rows += [chosen, truth]
         candidate += [chosen, torch.full_like(truth, -1)]
         chosen_counts.append(len(chosen) + len(truth))
@@ -61,24 +63,24 @@ def choose_regions(
     )
 
 
-def _overlaps(candidates: Candidates, batch: Batch, counts: Sequence[int]) -> tuple[Tensor, ...]:
-    """By image, (K_i,) on the host: each candidate's greatest overlap with an object. One wait for all images."""
-    found = [
+def _compute_overlaps(candidates: Candidates, batch: Batch, counts: Sequence[int]) -> tuple[Tensor, ...]:
+    """By image, (P_i,) on the host: each candidate's greatest overlap with an object; one wait for all images."""
+    greatest = [
         box_iou(boxes, target.boxes).amax(dim=1) if len(target.boxes) else boxes.new_zeros(len(boxes))
         for boxes, target in zip(candidates.boxes.split(list(counts)), batch.targets, strict=True)
     ]
-    return torch.cat(found).cpu().split(list(counts))
+    return torch.cat(greatest).cpu().split(list(counts))
 
 
-def _random_rows(rows: Tensor, count: int, generator: Generator) -> Tensor:
-    """``count`` of the rows at random, in their order; all of them where there are no more."""
+def _draw_rows(rows: Tensor, count: int, generator: Generator) -> Tensor:
+    """Draws ``count`` rows at random and keeps their order; all rows if there are no more."""
     if len(rows) <= count:
         return rows
     picked = torch.randperm(len(rows), generator=generator)[:count].sort().values
     return rows[picked]
 
 
-def _balanced_rows(
+def _draw_balanced_rows(
     rows: Tensor,
     overlap: Tensor,
     already: int,
@@ -87,12 +89,12 @@ def _balanced_rows(
     negatives_per_positive: float,
     generator: Generator,
 ) -> Tensor:
-    """Positives and negatives of one image, in rows of the candidates; ``already`` positives were chosen before."""
+    """Draws positives and negatives of one image, as rows of the candidates, beside ``already`` chosen positives."""
     positive, negative = rows[overlap > positive_iou], rows[overlap <= positive_iou]
-    # With p positives in all, (1 + negatives_per_positive) p = the whole budget.
+    # The budget is (1 + negatives_per_positive) times the number of all positives.
     share = int((room + already) / (1 + negatives_per_positive))
-    positive = _random_rows(positive, max(0, share - already), generator)
-    # An image without objects still offers as many negatives as one positive would bring.
+    positive = _draw_rows(positive, max(0, share - already), generator)
+    # An image without objects still gets the negatives of one positive.
     wanted = int(negatives_per_positive * max(1, len(positive) + already))
-    negative = _random_rows(negative, min(wanted, room - len(positive)), generator)
+    negative = _draw_rows(negative, min(wanted, room - len(positive)), generator)
     return torch.cat([positive, negative])

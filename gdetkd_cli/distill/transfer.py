@@ -1,4 +1,4 @@
-"""What a student's head starts from: the teacher's, where it fits."""
+"""Starts a student's head from the teacher's, if it fits."""
 
 from __future__ import annotations
 
@@ -12,41 +12,41 @@ from gdetkd_cli.errors import PairError
 def transfer_head(student: Detector, teacher: Detector) -> list[str]:
     """Copies the teacher's head into the student's; returns the names of the copied parameters.
 
-    Of two two-stage detectors it is the RoI head, of two RetinaNets or two FCOS the whole head. Rows that belong to
-    classes are put in the student's order.
+    It copies the RoI head between two-stage detectors, and the whole head between two RetinaNets or two FCOS. Class
+    rows are put into the student's order.
 
     Raises:
-        PairError: heads of other kinds, or any shape, anchor or class list that differs; nothing is copied then.
+        PairError: the kind of head, a shape, the anchors or the class lists differ; nothing is copied then.
     """
-    copies = fitting_head(student, teacher)
+    copies = match_head(student, teacher)
     student.module.load_state_dict(copies, strict=False)
     return sorted(name.removeprefix("roi_heads.") for name in copies)
 
 
-def fitting_head(student: Detector, teacher: Detector) -> dict[str, Tensor]:
-    """What ``transfer_head`` copies: names in the student and values; nothing is copied.
+def match_head(student: Detector, teacher: Detector) -> dict[str, Tensor]:
+    """Values for ``transfer_head`` by name in the student; copies nothing.
 
     Raises:
-        PairError: the heads do not fit, as ``transfer_head`` has it.
+        PairError: see ``transfer_head``.
     """
     dense = student.family == teacher.family == "dense"
-    return _dense_head(student, teacher) if dense else _roi_heads(student, teacher)
+    return _match_dense_head(student, teacher) if dense else _match_roi_heads(student, teacher)
 
 
-def _dense_head(student: Detector, teacher: Detector) -> dict[str, Tensor]:
-    """What a dense student's head gets: names in the detector and values."""
+def _match_dense_head(student: Detector, teacher: Detector) -> dict[str, Tensor]:
+    """The teacher's values for a dense student's head, by name."""
     columns = class_map_columns(student, teacher)
     check_anchors(student, teacher)
     copies = {}
-    for name, value in _matching("head", student.module, teacher.module).items():
+    for name, value in _match_part("head", student.module, teacher.module).items():
         if name.startswith("head.classification_head.cls_logits."):  # rows: anchors x (K + 1) classes
             value = value.unflatten(0, (-1, len(columns)))[:, columns.to(value.device)].flatten(0, 1)
         copies[name] = value
     return copies
 
 
-def _roi_heads(student: Detector, teacher: Detector) -> dict[str, Tensor]:
-    """What a two-stage student's RoI heads get: names in the detector and values."""
+def _match_roi_heads(student: Detector, teacher: Detector) -> dict[str, Tensor]:
+    """The teacher's values for a two-stage student's RoI heads, by name."""
     columns = prediction_columns(student, teacher)
     copies: dict[str, Tensor] = {}
     heads = {
@@ -56,19 +56,19 @@ def _roi_heads(student: Detector, teacher: Detector) -> dict[str, Tensor]:
         if name.endswith(".box_head")
     }
     for part in (f"{head}.{layer}" for head in sorted(heads) for layer in ("box_head", "box_predictor")):
-        for name, value in _matching(part, student.module, teacher.module).items():
-            # Rows: K + 1 classes, or K + 1 classes x 4 coordinates; a cascade has four, for any class.
+        for name, value in _match_part(part, student.module, teacher.module).items():
+            # Rows: K + 1 classes, or K + 1 classes x 4 coordinates; a cascade has 4 coordinates for all classes.
             if part.endswith("box_predictor") and (".cls_score." in name or len(value) != 4):
                 value = value.unflatten(0, (len(columns), -1))[columns.to(value.device)].flatten(0, 1)
             copies[name] = value
     return copies
 
 
-def _matching(part: str, student: nn.Module, teacher: nn.Module) -> dict[str, Tensor]:
+def _match_part(part: str, student: nn.Module, teacher: nn.Module) -> dict[str, Tensor]:
     """The teacher's parameters under ``part``, by name.
 
     Raises:
-        PairError: the student's differ in a name or a shape.
+        PairError: the student's have another name or shape.
     """
     source, target = (
         {} if part not in dict(d.named_modules()) else d.get_submodule(part).state_dict() for d in (teacher, student)

@@ -1,4 +1,4 @@
-"""Where a run computes: device, CPU threads, environment."""
+"""The device, CPU threads and environment of a run."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _PACKAGES = (
 
 @dataclass(frozen=True)
 class ComputeSettings:
-    """How a run computes, every choice made.
+    """Resolved settings of where and how a run computes.
 
     Attributes:
         device: ``cpu`` or ``cuda``.
@@ -55,21 +55,21 @@ def available_cores() -> int:
 
 
 def best_thread_count(local_processes: int | None = None) -> int:
-    """The faster of one CPU thread and one per core, measured on a small convolution.
+    """Measures whether one CPU thread or one per core is faster on a small convolution.
 
-    When other programs keep the cores busy, threads that wait for one another are slower than one alone.
+    If other programs use the cores, threads that wait for each other are slower than a single one.
 
     Args:
-        local_processes: how many processes share this machine's cores; None: as many as the launcher started.
+        local_processes: processes that share this machine's cores; None: as many as the launcher started.
     """
     sharing = local_processes or int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     most = max(1, min(16, available_cores() // sharing))
     if most == 1:
         return 1
-    return min((most, 1), key=_seconds_with_threads)
+    return min((most, 1), key=_time_convolution)
 
 
-def _seconds_with_threads(threads: int) -> float:
+def _time_convolution(threads: int) -> float:
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     x, weight = torch.ones(8, 48, 32, 32), torch.ones(48, 48, 3, 3)
@@ -83,32 +83,32 @@ def _seconds_with_threads(threads: int) -> float:
 
 
 def environment(settings: ComputeSettings, seed: int, processes: int) -> dict[str, object]:
-    """What a result depends on beside the recipe."""
+    """Everything except the recipe that a result depends on."""
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "packages": {name: found for name in _PACKAGES if (found := _version(name)) is not None},
+        "packages": {name: number for name in _PACKAGES if (number := _find_version(name)) is not None},
         "device": torch.cuda.get_device_name() if settings.device == "cuda" else platform.processor() or "cpu",
         "precision": settings.precision,
         "threads": settings.threads,
         "workers": settings.workers,
         "processes": processes,
         "seed": seed,
-        "git_revision": _git_revision(),
+        "git_revision": _read_git_revision(),
     }
 
 
-def _version(name: str) -> str | None:
+def _find_version(name: str) -> str | None:
     try:
         return version(name)
     except PackageNotFoundError:
         return None
 
 
-def _git_revision() -> str | None:
-    """The revision of the project that this run was started in, ``-dirty`` when it has uncommitted changes."""
+def _read_git_revision() -> str | None:
+    """The git revision of the current folder, with ``-dirty`` if it has uncommitted changes."""
     try:
-        found = subprocess.run(
+        result = subprocess.run(
             ["git", "describe", "--always", "--dirty", "--abbrev=40"],
             capture_output=True,
             text=True,
@@ -118,11 +118,11 @@ def _git_revision() -> str | None:
         )
     except (OSError, subprocess.SubprocessError):
         return None
-    return found.stdout.strip()
+    return result.stdout.strip()
 
 
 def peak_memory_mb(device: torch.device) -> float:
-    """The most memory held so far: of the device's allocator, or of this process."""
+    """Peak memory so far, of the device's allocator or of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

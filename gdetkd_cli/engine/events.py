@@ -1,4 +1,4 @@
-"""What a run tells its observer while it goes on. Data only; the command line decides how it looks."""
+"""Events of a run for its observer. They hold only data; the command line renders them."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from gdetkd_cli.evaluation.coco_metrics import CocoMetrics
 
 @dataclass(frozen=True)
 class Note:
-    """Something to say once: what was copied, re-initialised, counted, chosen."""
+    """A message to show once, for example what was copied or chosen."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class Phase:
-    """A part of a longer job begins ("teacher", "student alone", "student distilled", "export")."""
+    """The start of a part of a longer job ("teacher", "student alone", "student distilled", "export")."""
 
     title: str
 
@@ -34,7 +34,7 @@ class StepDone:
         parts: unweighted losses by name.
         lr: learning rate.
         images_per_second: over the time since the last log step.
-        eta_seconds: until the last step, evaluations not counted.
+        eta_seconds: until the last step, without evaluations.
     """
 
     step: int
@@ -56,7 +56,7 @@ class Evaluated:
 
 @dataclass(frozen=True)
 class ImagesDone:
-    """So far, ``done`` of ``total`` images went through a detector, to be ``what`` ("evaluated", "labelled")."""
+    """Progress: ``done`` of ``total`` images are ``what`` ("evaluated", "labelled")."""
 
     what: str
     done: int
@@ -65,13 +65,13 @@ class ImagesDone:
 
 @dataclass(frozen=True)
 class TrialDone:
-    """One run of a table is finished.
+    """A trial of a table is finished.
 
     Attributes:
         title: its method, budget and seed.
-        ap: COCO box AP in 0-100; None: its student detects nothing that could be counted.
-        left: runs that are not finished, those at work among them.
-        eta_seconds: until the last of them is; None: nothing tells it yet.
+        ap: COCO box AP in 0-100; None if its student was not evaluated.
+        left: trials that are not finished, running ones included.
+        eta_seconds: until all are finished; None if unknown.
     """
 
     title: str
@@ -85,17 +85,17 @@ Observer = Callable[[Event], None]
 
 
 def silent(event: Event) -> None:
-    """The observer that says nothing."""
+    """An observer that ignores every event."""
 
 
-def counting(observer: Observer, what: str, total: int, *, every: float = 10.0) -> Callable[[int], None]:
-    """A callback for the images done so far; it tells an observer every so many seconds, of a short job nothing."""
-    told = perf_counter()
+def report_every(observer: Observer, what: str, total: int, *, every: float = 10.0) -> Callable[[int], None]:
+    """Builds a callback for the number of images done; it reports to the observer at most ``every`` seconds."""
+    last = perf_counter()
 
-    def tell(done: int) -> None:
-        nonlocal told
-        if perf_counter() - told >= every:
-            told = perf_counter()
+    def report(done: int) -> None:
+        nonlocal last
+        if perf_counter() - last >= every:
+            last = perf_counter()
             observer(ImagesDone(what, done, total))
 
-    return tell
+    return report

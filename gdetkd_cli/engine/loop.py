@@ -1,4 +1,4 @@
-"""The training loop, for plain and distilled students alike."""
+"""The training loop of plain and distilled students."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from gdetkd_cli.distill.distiller import Distiller
 from gdetkd_cli.engine.events import Evaluated, Observer, StepDone
-from gdetkd_cli.engine.readings import Reading, Readings, reads_every
+from gdetkd_cli.engine.readings import Reading, Readings, choose_interval
 from gdetkd_cli.engine.run_folder import RunFolder, write_text
 from gdetkd_cli.errors import NonFiniteLossError, RunFolderError, first_line
 from gdetkd_cli.evaluation.coco_metrics import CocoMetrics
@@ -28,7 +28,7 @@ from gdetkd_cli.structures import Batch, LossReport
 
 @dataclass(frozen=True)
 class LoopOptions:
-    """How long, and how often. All in optimizer steps; ``clip_norm`` is the largest gradient norm, None: no limit."""
+    """Length and intervals in optimizer steps; ``clip_norm`` is the largest gradient norm, None: no limit."""
 
     steps: int
     clip_norm: float | None
@@ -39,7 +39,7 @@ class LoopOptions:
 
 @dataclass
 class _Window:
-    """Means over the steps since the last log line."""
+    """Sums over the steps since the last log line."""
 
     started: float = field(default_factory=perf_counter)
     steps: int = 0
@@ -58,17 +58,17 @@ class _Window:
 
 
 class Loop:
-    """One run's training: steps, logging, evaluation, checkpoints.
+    """The training of one run: steps, logging, evaluation, checkpoints.
 
     Args:
         accelerator: devices, precision, processes and trackers.
-        distiller: prepared by nobody yet; the loop wraps it.
+        distiller: not yet prepared by the accelerator.
         optimizer, schedule: over the distiller's trainable parameters.
         batches: start step -> the batches from there to the end.
-        evaluate: metrics of the student as it is; called on every process, a result on the main one only.
-        folder: where everything goes.
-        options: how long and how often.
-        observer: is told of progress, on the main process only.
+        evaluate: metrics of the current student; called on every process, returns a result on the main one.
+        folder: of the run's files.
+        options: length and intervals.
+        observer: receives events, on the main process only.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class Loop:
         self._options = options
         self._observer = observer
         self._schedule = schedule
-        self._readings = Readings(reads_every(accelerator.device, options.log_every))
+        self._readings = Readings(choose_interval(accelerator.device, options.log_every))
         self._window = _Window()
         self._forward, self._optimizer = accelerator.prepare(distiller, optimizer)
         # The schedule is neither prepared, since accelerate would advance it once per process at every step, nor
@@ -102,21 +102,21 @@ class Loop:
         """Trains to the end; returns the last evaluation (on the main process).
 
         Raises:
-            NonFiniteLossError: a loss or gradient was NaN or infinite. Nothing was written since that step: the last
-                checkpoint is left as it is.
+            NonFiniteLossError: a loss or gradient is NaN or infinite. Nothing is written after that step, so the last
+                checkpoint is sound.
         """
         start = self._restore() if resume else 0
         metrics, spent = None, 0.0
         self._window = _Window()
         self._forward.train()
         for step, batch in enumerate(self._batches(start), start=start):
-            weights = self._guarded_step(step, batch)
+            weights = self.take_step(step, batch)
             done = step + 1
             last = done == self._options.steps
             logs = done % self._options.log_every == 0 or last
             saves = done % self._options.checkpoint_every == 0 and not last
             evaluates = last or bool(self._options.evaluate_every and done % self._options.evaluate_every == 0)
-            if logs or saves or evaluates:  # what is written must not come after a fault
+            if logs or saves or evaluates:  # raises before anything is written after a fault
                 self._read()
             if logs:
                 spent += perf_counter() - self._window.started
@@ -125,19 +125,19 @@ class Loop:
             if saves:
                 self._save(done)
             if evaluates:
-                metrics = self._evaluated(done)
+                metrics = self._evaluate_student(done)
                 self._forward.train()
                 self._window.started = perf_counter()
         return metrics
 
-    def _guarded_step(self, step: int, batch: Batch) -> dict[str, float]:
-        """One step; the weights of its terms."""
+    def take_step(self, step: int, batch: Batch) -> dict[str, float]:
+        """Runs one step; returns the weights of its terms."""
         try:
             return self._step(step, batch)
         except NonFiniteLossError:
             raise
         except Exception:
-            self._read()  # a fault that nobody has read yet is why the steps after it fail
+            self._read()  # an unread fault may be the reason
             raise
 
     def _step(self, step: int, batch: Batch) -> dict[str, float]:
@@ -150,7 +150,7 @@ class Loop:
             images=len(batch),
             loss=report.total,
             norms=clip_apart(self._distiller, self._options.clip_norm),
-            scale=self._scale(report.total),
+            scale=self._get_scale(report.total),
             parts=report.parts,
         )
         if self._readings.due:
@@ -160,14 +160,14 @@ class Loop:
         self._schedule.step()
         return report.weights
 
-    def _scale(self, like: Tensor) -> Tensor:
-        """What half precision multiplies its gradients by, on the device: ``get_scale`` would wait for it."""
+    def _get_scale(self, like: Tensor) -> Tensor:
+        """The scale of half precision's gradients, on the device, since ``get_scale`` would wait for it."""
         one = torch.ones((), device=like.device)
         scaler = self._accelerator.scaler
         return one if scaler is None else scaler.scale(one)
 
     def _read(self) -> None:
-        """Takes the numbers of the steps since the last call into the window.
+        """Adds the numbers of the steps since the last call to the window.
 
         Raises:
             NonFiniteLossError: one of them is NaN or infinite.
@@ -175,10 +175,10 @@ class Loop:
         for reading in self._readings.read():
             fault = reading.fault()
             if fault is not None:
-                raise self._non_finite(*fault, reading)
+                raise self._build_error(*fault, reading)
             self._window.add(reading)
 
-    def _non_finite(self, what: str, value: float, reading: Reading) -> NonFiniteLossError:
+    def _build_error(self, what: str, value: float, reading: Reading) -> NonFiniteLossError:
         parts = ", ".join(f"{name} {part:.4g}" for name, part in reading.parts.items())
         return NonFiniteLossError(
             f"the {what} is {value} at step {reading.step} ({parts}). Try a lower train.optimizer.lr, a longer "
@@ -218,7 +218,7 @@ class Loop:
             )
         )
 
-    def _evaluated(self, done: int) -> CocoMetrics | None:
+    def _evaluate_student(self, done: int) -> CocoMetrics | None:
         metrics = self._evaluate()
         if metrics is not None and self._accelerator.is_main_process:
             self._folder.log({"step": done, "evaluation": metrics.to_json()})
@@ -228,7 +228,7 @@ class Loop:
         return metrics
 
     def _save(self, done: int) -> None:
-        """Writes the resume checkpoint beside the old one, then swaps them."""
+        """Writes the resume checkpoint beside the old one, then replaces the old one."""
         fresh = self._folder.path / "resume.new"
         if self._accelerator.is_main_process:
             shutil.rmtree(fresh, ignore_errors=True)
@@ -255,10 +255,10 @@ class Loop:
 
 
 def clip_apart(distiller: Distiller, limit: float | None) -> tuple[Tensor, Tensor]:
-    """Clips the student's gradients and the added parts' apart: adapters must not slow the student down.
+    """Clips the gradients of the student and of the added parts separately, so that adapters do not slow the student.
 
     Returns:
-        The norm of each gradient before, on the device; 0 where nothing is added.
+        Both norms before clipping, on the device; the second is 0 without added parts.
     """
     most = limit or float("inf")
     student_parts, added_parts = list(distiller.student.parameters()), list(distiller.added_parameters())
@@ -267,5 +267,5 @@ def clip_apart(distiller: Distiller, limit: float | None) -> tuple[Tensor, Tenso
 
 
 def seed_everything(seed: int, rank: int = 0) -> None:
-    """Seeds torch's generators. Each process draws its own numbers; the data order has its own generator."""
+    """Seeds torch's generators, differently on each process; the order of the data has its own generator."""
     torch.manual_seed(seed + 1_000_003 * rank)

@@ -1,7 +1,7 @@
-"""Losses and gradient norms stay on the device until someone needs their numbers.
+"""Keeps losses and gradient norms on the device and reads those of many steps at once.
 
-Reading one number makes the host wait until the device has done all that it was given, and the device then waits for
-the host. So a step's numbers are kept there, and read for many steps at once.
+Reading one number makes the host wait until the device has finished all its work, and then the device waits for the
+host.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_MOST = 1000  # steps kept unread, however seldom the run is logged
+_MOST = 1000  # unread steps, even if the run is logged less often
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Reading:
         images: of this process.
         loss: the total.
         student_norm, added_norm: gradient norms before clipping.
-        scale: of half precision's gradients; 1 where they are not scaled.
+        scale: of half precision's gradients; 1 if they are not scaled.
         parts: unweighted losses by name.
     """
 
@@ -38,10 +38,10 @@ class Reading:
     parts: dict[str, float]
 
     def fault(self) -> tuple[str, float] | None:
-        """What is not finite, and its value.
+        """The name and value of a number that is not finite.
 
-        A gradient that overflows in half precision is no fault while its scale can still be halved: the scaler passes
-        over the step. At 1, what overflows is the gradient itself.
+        A gradient that overflows in half precision is no fault while its scale is above 1: the scaler skips the step
+        and halves the scale. At 1 the gradient itself overflows.
         """
         if not math.isfinite(self.loss):
             return "loss", self.loss
@@ -50,10 +50,10 @@ class Reading:
 
 
 class Readings:
-    """Steps whose numbers nobody has read yet.
+    """Unread numbers of steps.
 
     Args:
-        every: steps after which they should be read. 1 on a CPU, where reading is free: a fault then shows at once.
+        every: steps after which they are due.
     """
 
     def __init__(self, every: int) -> None:
@@ -71,28 +71,28 @@ class Readings:
         scale: Tensor,
         parts: Mapping[str, Tensor],
     ) -> None:
-        """Keeps one step's scalars, without waiting for them."""
+        """Adds one step's scalars without waiting for them."""
         values = [loss, *norms, scale, *parts.values()]
         self._steps.append((step, images, tuple(parts)))
-        own = (value.detach().to(loss.device, torch.float32, non_blocking=True).reshape(()) for value in values)
-        self._values.append(torch.stack(list(own)))
+        scalars = [value.detach().to(loss.device, torch.float32, non_blocking=True).reshape(()) for value in values]
+        self._values.append(torch.stack(scalars))
 
     @property
     def due(self) -> bool:
         return len(self._steps) >= self._every
 
     def read(self) -> list[Reading]:
-        """The steps since the last call, in their order: one wait for the device."""
+        """Reads the steps since the last call, in order; waits for the device once."""
         numbers = iter(torch.cat(self._values).tolist() if self._values else [])
-        found = []
+        readings = []
         for step, images, names in self._steps:
             loss, student_norm, added_norm, scale = (next(numbers) for _ in range(4))
             parts = {name: next(numbers) for name in names}
-            found.append(Reading(step, images, loss, student_norm, added_norm, scale, parts))
+            readings.append(Reading(step, images, loss, student_norm, added_norm, scale, parts))
         self._steps, self._values = [], []
-        return found
+        return readings
 
 
-def reads_every(device: torch.device, log_every: int) -> int:
-    """Steps between two readings."""
+def choose_interval(device: torch.device, log_every: int) -> int:
+    """Steps between two readings: 1 on a CPU, where reading is free and a fault shows at once."""
     return 1 if device.type == "cpu" else log_every

@@ -1,4 +1,4 @@
-"""The folder of one run: what is where, and how it is written without losing anything."""
+"""The folder of one run: its files, and how they are written without loss."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from gdetkd_cli.errors import RunFolderError
 
 try:
     import fcntl
-except ImportError:  # Windows has no such locks: there a folder is not guarded
+except ImportError:  # Windows has no such locks, so folders are not locked there
     fcntl = None  # type: ignore[assignment]
 
 
@@ -27,15 +27,15 @@ class RunFolder:
 
     recipe.yaml        the resolved recipe
     environment.json   versions, seed, device, threads, git revision
-    probe.json         both pyramids as they were measured
-    labels/            train.json, val.json: what the teacher labelled, where it did
+    probe.json         both measured pyramids
+    labels/            train.json, val.json: the teacher's labels, if it labelled the images
     metrics.jsonl      one line per log step and evaluation
     tensorboard/       the same as events
     resume/            the last checkpoint: student, terms, optimizer, random numbers
     student.pt         the trained detector alone
     student/           code that rebuilds it without this package
     metrics.json       the last evaluation
-    images/          validation images with predicted boxes
+    images/            validation images with predicted boxes
     """
 
     def __init__(self, path: Path) -> None:
@@ -52,12 +52,12 @@ class RunFolder:
         self.images = path / "images"
 
     def make(self) -> None:
-        """Makes the folder where it is missing."""
+        """Makes the folder if it is missing."""
         self.path.mkdir(parents=True, exist_ok=True)
 
     @contextmanager
-    def held(self) -> Iterator[None]:
-        """Keeps a second process from writing into the folder, until the block or this process ends.
+    def lock(self) -> Iterator[None]:
+        """Locks the folder against other processes until the block or this process ends.
 
         Raises:
             RunFolderError: another process holds it.
@@ -70,13 +70,13 @@ class RunFolder:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError as error:
                     raise RunFolderError(
-                        f"another process is writing into {self.path}; wait until it has ended, or stop it"
+                        f"another process is writing into {self.path}; wait until it ends, or stop it"
                     ) from error
             yield
         lock.unlink(missing_ok=True)
 
     def progress(self) -> tuple[int, dict[str, Any]]:
-        """Optimizer steps that the resume checkpoint has behind it, and the state of its schedule.
+        """The optimizer steps done at the resume checkpoint, and the state of its schedule.
 
         Raises:
             RunFolderError: there is no checkpoint, or it has another format.
@@ -84,33 +84,35 @@ class RunFolder:
         file = self.resume / "progress.json"
         if not file.exists():
             raise RunFolderError(
-                f"{self.path} has no resume checkpoint; expected the folder of a run that was stopped after its first "
+                f"{self.path} has no resume checkpoint; expected the folder of a run that stopped after its first "
                 "checkpoint (see train.checkpoint_every)"
             )
         try:
             progress = json.loads(file.read_text())
             return int(progress["step"]), dict(progress["schedule"])
         except (ValueError, KeyError, TypeError) as error:
-            raise RunFolderError(f"{file} is not a checkpoint of this version of gdetkd; start the run anew") from error
+            raise RunFolderError(
+                f"{file} is not a checkpoint of this version of gdetkd; start the run again"
+            ) from error
 
     def check_resume(self) -> None:
         """Compares the resume checkpoint with its manifest.
 
         Raises:
-            RunFolderError: a file is missing, damaged, or was added.
+            RunFolderError: a file is missing, damaged or was added.
         """
         manifest = self.resume / MANIFEST
         if not manifest.exists():
-            raise RunFolderError(f"{self.resume} has no {MANIFEST}, so it cannot be checked; start the run anew")
+            raise RunFolderError(f"{self.resume} has no {MANIFEST}, so it cannot be checked; start the run again")
         try:
             expected = json.loads(manifest.read_text())
         except ValueError as error:
-            raise RunFolderError(f"{manifest} is damaged; start the run anew") from error
-        found = _describe_files(self.resume)
-        wrong = sorted(name for name in {*expected, *found} if expected.get(name) != found.get(name))
+            raise RunFolderError(f"{manifest} is damaged; start the run again") from error
+        actual = _describe_files(self.resume)
+        wrong = sorted(name for name in {*expected, *actual} if expected.get(name) != actual.get(name))
         if wrong:
             raise RunFolderError(
-                f"{self.resume} was changed or damaged since it was written ({', '.join(wrong)}); start the run anew"
+                f"{self.resume} was changed or damaged since it was written ({', '.join(wrong)}); start the run again"
             )
 
     def log(self, line: dict[str, Any]) -> None:
@@ -125,12 +127,12 @@ class RunFolder:
                 yield json.loads(line)
 
     def drop_log_after(self, step: int) -> None:
-        """Forgets lines later than ``step``: a resumed run writes them again."""
+        """Removes lines later than ``step``, which a resumed run writes again."""
         kept = [line for line in self.read_log() if line["step"] <= step]
         write_text(self.metrics_log, "".join(json.dumps(line) + "\n" for line in kept))
 
     def replace_resume(self, fresh: Path) -> None:
-        """Makes a folder, written whole, the resume checkpoint. A kill at any moment leaves the old or the new one."""
+        """Makes a complete folder the resume checkpoint. A kill at any time leaves the old or the new one."""
         write_text(fresh / MANIFEST, json.dumps(_describe_files(fresh), indent=2))
         old = self.path / "resume.old"
         shutil.rmtree(old, ignore_errors=True)
@@ -140,14 +142,14 @@ class RunFolder:
         shutil.rmtree(old, ignore_errors=True)
 
     def recover_resume(self) -> None:
-        """Undoes a replacement that was killed half-way."""
+        """Undoes a replacement that was interrupted."""
         old = self.path / "resume.old"
         if old.exists() and not self.resume.exists():
             os.replace(old, self.resume)
 
 
 def _describe_files(folder: Path) -> dict[str, dict[str, Any]]:
-    """By name, size in bytes and SHA-256 of every file of a checkpoint, its manifest left out."""
+    """By name, the size in bytes and the SHA-256 of every file of a checkpoint except its manifest."""
     described = {}
     for path in sorted(folder.iterdir()):
         if path.name != MANIFEST:
@@ -160,14 +162,14 @@ def _describe_files(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def choose(path: Path | None, default_name: str) -> RunFolder:
-    """A new run's folder; it is not made yet, so that a run that cannot start leaves nothing behind.
+    """Chooses a new run's folder but does not make it, so that a run that fails to start leaves nothing behind.
 
     Args:
-        path: where the user wants it; None: ``runs/NAME``, or ``runs/NAME-2``, ... when that exists.
+        path: the user's choice; None: ``runs/NAME``, or ``runs/NAME-2``, ... if that exists.
         default_name: NAME.
 
     Raises:
-        RunFolderError: the folder the user named exists and is not empty.
+        RunFolderError: the user's choice exists and is not an empty folder.
     """
     if path is None:
         path, number = Path("runs") / default_name, 2
@@ -181,20 +183,20 @@ def choose(path: Path | None, default_name: str) -> RunFolder:
 
 
 def open_existing(path: Path) -> RunFolder:
-    """An existing run's folder.
+    """Opens an existing run's folder.
 
     Raises:
-        RunFolderError: it is not one.
+        RunFolderError: it is not a run folder.
     """
     folder = RunFolder(path)
     if not folder.recipe.exists():
-        raise RunFolderError(f"{path} is not a run folder: it has no recipe.yaml")
+        raise RunFolderError(f"{path} is not a run folder, because it has no recipe.yaml")
     folder.recover_resume()
     return folder
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a file whole or not at all."""
+    """Writes a file completely or not at all."""
     fresh = path.with_name(path.name + ".new")
     fresh.write_text(text)
     os.replace(fresh, path)

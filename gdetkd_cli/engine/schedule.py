@@ -16,7 +16,7 @@ def build_optimizer(
     """AdamW or SGD over the trainable parameters; biases and norms are not decayed.
 
     Raises:
-        ValueError: another name.
+        ValueError: the name is unknown.
     """
     decayed: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
@@ -24,7 +24,7 @@ def build_optimizer(
         for parameter in module.parameters():
             if parameter.requires_grad:
                 (decayed if parameter.dim() > 1 else others).append(parameter)
-    # fused: one kernel for all tensors; slim networks have many small ones, which a CPU would update one by one.
+    # fused: one kernel for all tensors, because slim networks have many small ones.
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
     if name == "adamw":
         return torch.optim.AdamW(groups, lr=lr, fused=True)

@@ -1,4 +1,4 @@
-"""Training steps outside a run, for plans and timings."""
+"""Takes training steps outside a run, for plans and timings."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Stepper:
 
     Args:
         distiller: student, teacher and terms.
-        student: the distiller's own, for plain steps.
+        student: the distiller's student, for plain steps.
         optimizer: over the distiller's parameters.
         accelerator: device, precision, processes.
         clip_norm: largest gradient norm; None: no clipping.
@@ -39,7 +39,7 @@ class Stepper:
         self.device = accelerator.device
         self.distiller = distiller
         self._clip_norm = clip_norm
-        self._plain = Distiller(student=student)  # a step of a plain run of the same recipe
+        self._plain = Distiller(student=student)  # for steps of a plain run of the same recipe
         forward, self._optimizer = accelerator.prepare(distiller, optimizer)
         self._forwards: dict[int, torch.nn.Module] = {
             id(distiller): forward,
@@ -48,11 +48,11 @@ class Stepper:
         forward.train()
 
     def distil(self, batch: Batch, seconds: dict[str, float] | None = None) -> LossReport:
-        """One distillation step."""
+        """Takes one distillation step."""
         return self._step(self.distiller, batch, seconds)
 
     def floor(self, batch: Batch) -> None:
-        """The least that a distillation step can cost: the teacher's features and one plain step of the student."""
+        """Runs the minimum of a distillation step: the teacher's features and one plain step of the student."""
         assert self.distiller.teacher is not None
         with torch.no_grad(), self._accelerator.autocast():
             self.distiller.teacher.extract_features(batch)
@@ -63,7 +63,7 @@ class Stepper:
         report: LossReport = self._forwards[id(distiller)](batch)
         parts = {"backward": lambda: self._accelerator.backward(report.total), "optimizer": self._update}
         for name, part in parts.items():
-            spent = timed(part, self.device)
+            spent = measure_seconds(part, self.device)
             if seconds is not None:
                 seconds[name] = spent
         if seconds is not None:
@@ -77,8 +77,8 @@ class Stepper:
         self._optimizer.zero_grad(set_to_none=True)
 
 
-def timed(work: Callable[[], object], device: torch.device) -> float:
-    """Wall seconds of ``work``, until the device is done with it."""
+def measure_seconds(work: Callable[[], object], device: torch.device) -> float:
+    """Wall seconds of ``work``, including its work on the device."""
     synchronize(device)
     start = perf_counter()
     work()

@@ -1,7 +1,7 @@
-"""How much of a difference in AP is due to the choice of images: AP again on images drawn with replacement.
+"""Measures how much of a difference in AP is due to the choice of images, with AP on images drawn with replacement.
 
-Detections are matched once, image by image, as pycocotools does it; drawing images again only counts matches
-again. Shapes: P images, D detections of one class, T = 10 overlaps (0.50:0.95), B drawings.
+Detections are matched once per image, as in pycocotools; each drawing only counts the matches again.
+Shapes: N images, P detections of one class, T = 10 overlaps (0.50:0.95), B drawings, K classes.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from gdetkd_cli.evaluation.coco_metrics import match_images
 from gdetkd_cli.structures import Detections
 
 _RECALLS = np.linspace(0.0, 1.0, 101)
-_MOST = 100  # detections of one image and class that count
+_MOST = 100  # detections per image and class
 
 
 @dataclass(frozen=True)
 class _Class:
-    """One class, its detections by falling score.
+    """One class, with its detections by descending score.
 
     Attributes:
-        image: (D,) which image each is of.
-        hits: T times the places of those that are matched.
-        ignored: (T, D) bool, neither a hit nor a miss since it matched a crowd; None where there is no such.
-        objects: (P,) objects of each image that should be found.
+        image: (P,) image of each detection.
+        hits: by overlap (T), the indices of the matched detections.
+        ignored: (T, P) bool, neither a hit nor a miss since it matched a crowd; None if there are none.
+        objects: (N,) objects of each image, without crowds.
     """
 
     image: NDArray[np.int64]
@@ -41,12 +41,12 @@ class MatchedImages:
     """The detections of a split, matched with the truth.
 
     Args:
-        records: P images and their truth.
-        class_names: K names, label k is ``class_names[k - 1]``.
-        predictions: by image id; a image left out has no detections.
+        records: N images and their truth.
+        class_names: K names; label k is ``class_names[k - 1]``.
+        predictions: by image id; a missing image has no detections.
 
     Raises:
-        DataError: as of ``evaluate_coco``.
+        DataError: see ``evaluate_coco``.
     """
 
     def __init__(
@@ -55,25 +55,25 @@ class MatchedImages:
         evaluation = match_images(records, class_names, predictions)
         order = {record.image_id: place for place, record in enumerate(records)}
         whole = evaluation.params.areaRng[0]
-        found: dict[int, list[dict[str, NDArray[np.generic]]]] = {}
+        by_class: dict[int, list[dict[str, NDArray[np.generic]]]] = {}
         for image in evaluation.evalImgs:
             if image is not None and image["aRng"] == whole:
-                found.setdefault(image["category_id"], []).append(image)
+                by_class.setdefault(image["category_id"], []).append(image)
         self.images = len(records)
-        self._classes = [_gathered(images, order) for _, images in sorted(found.items())]
+        self._classes = [_gather_class(images, order) for _, images in sorted(by_class.items())]
 
     def ap(self, times: NDArray[np.int64]) -> float:
-        """AP in 0-100, each image counted so many ``times`` (P,); NaN where no object is left."""
-        by_class = [ap for one in self._classes if (ap := _ap(one, times)) is not None]
-        return 100 * float(np.mean(by_class)) if by_class else float("nan")
+        """AP in 0-100, with each image counted ``times`` (N,) times; NaN if no object is left."""
+        aps = [ap for matches in self._classes if (ap := _compute_ap(matches, times)) is not None]
+        return 100 * float(np.mean(aps)) if aps else float("nan")
 
-    def drawn(self, drawings: NDArray[np.int64]) -> NDArray[np.float64]:
-        """AP on each drawing (B, P): (B,)."""
+    def compute_aps(self, drawings: NDArray[np.int64]) -> NDArray[np.float64]:
+        """(B,) AP on each drawing (B, N)."""
         return np.array([self.ap(times) for times in drawings])
 
 
 def draw_again(images: int, *, drawings: int = 1000, seed: int = 0) -> NDArray[np.int64]:
-    """How often each image is in each drawing of as many with replacement: (B, P), the same every time."""
+    """(B, N) how often each image is in each drawing of N images with replacement; the same for the same seed."""
     generator = np.random.default_rng(seed)
     drawn = generator.integers(images, size=(drawings, images))
     return np.stack([np.bincount(row, minlength=images) for row in drawn])
@@ -83,14 +83,14 @@ def deviation_of_difference(ours: Sequence[NDArray[np.float64]], theirs: Sequenc
     """The standard deviation, over drawings of the images, of the mean difference in AP between paired runs.
 
     Args:
-        ours, theirs: by run, AP on each drawing (B,); the same drawings for all, the same seed at the same place.
+        ours, theirs: by run, AP on each drawing (B,); runs are paired by seed and share the drawings.
     """
     differences = np.mean(ours, axis=0) - np.mean(theirs, axis=0)
-    return float(np.nanstd(differences, ddof=1))  # NaN: a drawing in which no object is left
+    return float(np.nanstd(differences, ddof=1))  # a drawing without objects gives NaN
 
 
-def _gathered(images: Sequence[Mapping[str, NDArray[np.generic]]], order: Mapping[int, int]) -> _Class:
-    """pycocotools' findings of one class, put together."""
+def _gather_class(images: Sequence[Mapping[str, NDArray[np.generic]]], order: Mapping[int, int]) -> _Class:
+    """Joins pycocotools' matches of one class."""
     objects = np.zeros(len(order), dtype=np.int64)
     places_of, scores, hits, ignored = [], [], [], []
     for image in images:
@@ -107,24 +107,24 @@ def _gathered(images: Sequence[Mapping[str, NDArray[np.generic]]], order: Mappin
     return _Class(np.concatenate(places_of)[ranks], places, ignore if ignore.any() else None, objects)
 
 
-def _ap(one: _Class, times: NDArray[np.int64]) -> float | None:
-    """AP of a class in 0..1; None where there is nothing to find."""
-    wanted = int((one.objects * times).sum())
-    if wanted == 0:
+def _compute_ap(matches: _Class, times: NDArray[np.int64]) -> float | None:
+    """AP of a class in 0..1; None if it has no objects."""
+    objects = int((matches.objects * times).sum())
+    if objects == 0:
         return None
-    if not len(one.image):
+    if not len(matches.image):
         return 0.0
-    weight = times[one.image]
-    ranks = np.cumsum(weight)  # how many detections there are up to each
+    weight = times[matches.image]
+    ranks = np.cumsum(weight)  # detections up to and including each
     total = 0.0
-    for overlap, places in enumerate(one.hits):
-        # Precision matters at hits alone: between two of them it only falls.
-        found = np.cumsum(weight[places])
+    for overlap, places in enumerate(matches.hits):
+        # Precision matters only at hits, since it falls between two of them.
+        hits = np.cumsum(weight[places])
         counted = ranks[places]
-        if one.ignored is not None:
-            counted = counted - np.cumsum(weight * one.ignored[overlap])[places]
-        precision = found / np.maximum(counted, 1)
+        if matches.ignored is not None:
+            counted = counted - np.cumsum(weight * matches.ignored[overlap])[places]
+        precision = hits / np.maximum(counted, 1)
         best = np.maximum.accumulate(precision[::-1])[::-1]
-        at = np.searchsorted(found / wanted, _RECALLS, side="left")
+        at = np.searchsorted(hits / objects, _RECALLS, side="left")
         total += float(best[at[at < len(best)]].sum()) / len(_RECALLS)
-    return total / len(one.hits)
+    return total / len(matches.hits)

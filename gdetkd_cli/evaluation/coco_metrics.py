@@ -1,4 +1,4 @@
-"""COCO box metrics: pycocotools' numbers, through faster-coco-eval, which is its drop-in and several times faster."""
+"""COCO box metrics by faster-coco-eval, a faster drop-in for pycocotools with the same numbers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from gdetkd_cli.errors import DataError
 
-if TYPE_CHECKING:  # torch stays out: the command line imports CocoMetrics and must start at once
+if TYPE_CHECKING:  # the command line imports CocoMetrics and must start without torch
     from pycocotools.cocoeval import COCOeval
 
     from gdetkd_cli.data.split import Record
@@ -19,16 +19,16 @@ if TYPE_CHECKING:  # torch stays out: the command line imports CocoMetrics and m
 
 @dataclass(frozen=True)
 class CocoMetrics:
-    """COCO box metrics, AP and AR in 0-100; None where the split has no such object.
+    """COCO box metrics, AP and AR in 0-100; None if the split has no such object.
 
     Attributes:
-        ap: mean over IoU 0.50:0.95, all areas, 100 detections a image.
+        ap: mean over IoU 0.50:0.95, all areas, 100 detections per image.
         ap50, ap75: at one IoU.
         ap_small, ap_medium, ap_large: by object area in the annotations (32 x 32 and 96 x 96 pixels).
-        ar: average recall with 100 detections a image.
+        ar: average recall with 100 detections per image.
         per_class: AP by class name.
-        images: images evaluated.
-        detections: boxes handed in.
+        images: number of images.
+        detections: number of predicted boxes.
     """
 
     ap: float | None
@@ -43,7 +43,7 @@ class CocoMetrics:
     detections: int
 
     def to_json(self) -> dict[str, object]:
-        """The metrics under the names that tables of detection results use."""
+        """The metrics under their usual names in tables."""
         return {
             "AP": self.ap,
             "AP50": self.ap50,
@@ -61,27 +61,29 @@ class CocoMetrics:
 def evaluate_coco(
     records: Sequence[Record], class_names: Sequence[str], predictions: Mapping[int, Detections]
 ) -> CocoMetrics:
-    """Compares predictions with the truth, as the COCO benchmark does (crowds are neither hits nor misses).
+    """Compares predictions with the truth like the COCO benchmark (crowds are neither hits nor misses).
 
     Args:
         records: the images and their truth.
-        class_names: K names, label k is ``class_names[k - 1]``.
-        predictions: by image id, boxes in pixels of the image as stored; a image left out has no detections.
+        class_names: K names; label k is ``class_names[k - 1]``.
+        predictions: by image id, boxes in pixels of the stored image; a missing image has no detections.
 
     Raises:
-        DataError: predictions for a image that is not among the records, or a label that is not in 1..K.
+        DataError: a prediction's image is not among the records, or its label is not in 1..K.
     """
-    # Here and not above: see TYPE_CHECKING.
+    # Imported here to keep the start fast, see TYPE_CHECKING.
     from faster_coco_eval import COCO, COCOeval_faster
 
-    truth, found = _annotations(records, class_names, predictions)
+    truth, detections = _build_annotations(records, class_names, predictions)
     with contextlib.redirect_stdout(io.StringIO()):
-        evaluation = COCOeval_faster(*(_index(COCO, records, class_names, a) for a in (truth, found)), "bbox")
+        evaluation = COCOeval_faster(
+            *(_build_index(COCO, records, class_names, a) for a in (truth, detections)), "bbox"
+        )
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
-    ap, ap50, ap75, ap_small, ap_medium, ap_large, _, _, ar, *_ = (_percent(value) for value in evaluation.stats)
-    # (IoU, recall, class, area, detections a image): all areas are the first, 100 detections the last.
+    ap, ap50, ap75, ap_small, ap_medium, ap_large, _, _, ar, *_ = (_to_percent(value) for value in evaluation.stats)
+    # (IoU, recall, class, area, detections per image): "all areas" is the first, 100 detections the last.
     precision = evaluation.eval["precision"][:, :, :, 0, -1]
     return CocoMetrics(
         ap=ap,
@@ -91,25 +93,25 @@ def evaluate_coco(
         ap_medium=ap_medium,
         ap_large=ap_large,
         ar=ar,
-        per_class={name: _percent(precision[:, :, k].mean()) for k, name in enumerate(class_names)},
+        per_class={name: _to_percent(precision[:, :, k].mean()) for k, name in enumerate(class_names)},
         images=len(records),
-        detections=len(found),
+        detections=len(detections),
     )
 
 
 def match_images(
     records: Sequence[Record], class_names: Sequence[str], predictions: Mapping[int, Detections]
 ) -> COCOeval:
-    """pycocotools' own evaluation, each image's detections matched but nothing accumulated.
+    """Matches each image's detections with pycocotools, without accumulating.
 
-    Arguments and errors: as of ``evaluate_coco``.
+    Arguments and errors: see ``evaluate_coco``.
     """
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
-    truth, found = _annotations(records, class_names, predictions)
+    truth, detections = _build_annotations(records, class_names, predictions)
     with contextlib.redirect_stdout(io.StringIO()):
-        evaluation = COCOeval(*(_index(COCO, records, class_names, a) for a in (truth, found)), "bbox")
+        evaluation = COCOeval(*(_build_index(COCO, records, class_names, a) for a in (truth, detections)), "bbox")
         evaluation.evaluate()
     return evaluation
 
@@ -117,28 +119,32 @@ def match_images(
 Annotations = list[dict[str, object]]
 
 
-def _annotations(
+def _build_annotations(
     records: Sequence[Record], class_names: Sequence[str], predictions: Mapping[int, Detections]
 ) -> tuple[Annotations, Annotations]:
-    """Truth and detections, as COCO writes them."""
+    """Truth and detections as COCO annotations."""
     strangers = sorted(set(predictions) - {record.image_id for record in records})
     if strangers:
         raise DataError(
             f"Expected predictions for the {len(records)} images of the split, got some for {len(strangers)} others "
-            f"(image id {strangers[0]} first): evaluate on the split that they were made on."
+            f"(image id {strangers[0]} first); evaluate on the split on which they were made"
         )
     classes = len(class_names)
-    detections = [item for image_id, found in predictions.items() for item in _items(image_id, found, classes=classes)]
+    detections = [
+        item for image_id, found in predictions.items() for item in _list_items(image_id, found, classes=classes)
+    ]
     return [{**item, "image_id": record.image_id} for record in records for item in record.truth], detections
 
 
-def _index(kind: type[Any], records: Sequence[Record], class_names: Sequence[str], annotations: Annotations) -> Any:
-    """A COCO object, of either package, of annotations."""
+def _build_index(
+    kind: type[Any], records: Sequence[Record], class_names: Sequence[str], annotations: Annotations
+) -> Any:
+    """Builds the COCO object of either package from annotations."""
     coco = kind()
     coco.dataset = {
         "images": [{"id": record.image_id} for record in records],
         "categories": [{"id": label, "name": name} for label, name in enumerate(class_names, start=1)],
-        # From 1: pycocotools takes a match with annotation 0 for no match.
+        # Ids start at 1, because pycocotools reads a match with annotation 0 as no match.
         "annotations": [{**item, "id": number} for number, item in enumerate(annotations, start=1)],
     }
     with contextlib.redirect_stdout(io.StringIO()):
@@ -146,20 +152,20 @@ def _index(kind: type[Any], records: Sequence[Record], class_names: Sequence[str
     return coco
 
 
-def _items(image_id: int, detections: Detections, *, classes: int) -> Iterator[dict[str, object]]:
+def _list_items(image_id: int, detections: Detections, *, classes: int) -> Iterator[dict[str, object]]:
     """One image's detections as COCO annotations.
 
     Args:
         image_id: the data set's own id.
-        detections: xyxy, pixels of the image as stored.
+        detections: xyxy, pixels of the stored image.
         classes: K.
     """
     rows = zip(detections.boxes.tolist(), detections.scores.tolist(), detections.labels.tolist(), strict=True)
     for (x1, y1, x2, y2), score, label in rows:
         if not 1 <= label <= classes:
             raise DataError(
-                f"Expected labels 1 to {classes}, got {label} for the image with image id {image_id}: "
-                "evaluate with the class list that the detector was trained on."
+                f"Expected labels 1 to {classes}, got {label} for the image with image id {image_id}; "
+                "evaluate with the class list of the detector's training"
             )
         yield {
             "image_id": image_id,
@@ -171,6 +177,6 @@ def _items(image_id: int, detections: Detections, *, classes: int) -> Iterator[d
         }
 
 
-def _percent(value: float) -> float | None:
-    """0..1 to 0-100; pycocotools says -1 where there is nothing to find."""
+def _to_percent(value: float) -> float | None:
+    """Converts 0..1 to 0-100; pycocotools' -1 (no objects) becomes None."""
     return None if value < 0 else 100.0 * float(value)

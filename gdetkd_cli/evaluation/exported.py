@@ -1,4 +1,4 @@
-"""Exported detector files as predictors, and the description that each of them carries."""
+"""Exported detector files as predictors, and the description inside each file."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ INPUT = "image"
 OUTPUTS = ("boxes", "scores", "labels")
 
 _VERSION = "gdetkd"
-_FATAL = 4  # onnxruntime logs errors to stderr as well as raising them; only the latter is wanted
+_FATAL = 4  # onnxruntime also logs to stderr the errors that it raises
 
 
 class NotOursError(ModelError):
-    """A whole file, but not one that gdetkd exported."""
+    """A complete file that gdetkd did not export."""
 
 
 def describe(detector: Detector, architecture: dict[str, Any]) -> dict[str, str]:
-    """What an exported file says of itself: gdetkd's version, the class names and the architecture (both JSON)."""
+    """The description in an exported file: gdetkd's version, class names and architecture (the last two as JSON)."""
     return {
         _VERSION: __version__,
         CLASSES: json.dumps(detector.class_names),
@@ -49,11 +49,11 @@ class OnnxDetector:
 
         Args:
             path: the file.
-            device: ``cpu``, or ``cuda`` to use a GPU where this onnxruntime can.
+            device: ``cpu``, or ``cuda`` to use a GPU if this onnxruntime supports it.
 
         Raises:
             NotOursError: gdetkd did not export it.
-            ModelError: not a whole ONNX file.
+            ModelError: the file is not complete ONNX.
         """
         options = onnxruntime.SessionOptions()
         options.log_severity_level = _FATAL
@@ -62,7 +62,7 @@ class OnnxDetector:
         providers = [name for name in wanted if name in onnxruntime.get_available_providers()]
         try:
             self._session = onnxruntime.InferenceSession(path, options, providers=[*providers, "CPUExecutionProvider"])
-        except Exception as error:  # onnxruntime's errors have no base of their own
+        except Exception as error:  # onnxruntime's errors have no common base
             raise ModelError(f"{path} is not a whole ONNX file ({first_line(error)})") from error
         outputs = tuple(output.name for output in self._session.get_outputs())
         if outputs != OUTPUTS:
@@ -70,15 +70,15 @@ class OnnxDetector:
                 f"{path} was not exported by gdetkd: expected the outputs {', '.join(OUTPUTS)}, "
                 f"got {', '.join(outputs)}"
             )
-        self.class_names = _class_names(path, self._session.get_modelmeta().custom_metadata_map)
+        self.class_names = _read_class_names(path, self._session.get_modelmeta().custom_metadata_map)
 
     def predict(self, images: list[Tensor]) -> list[Detections]:
         """Inference on images (3, H, W) in 0..1, one at a time; boxes in each image's own pixels."""
         return [self._predict(image) for image in images]
 
     def _predict(self, image: Tensor) -> Detections:
-        found = self._session.run(OUTPUTS, {INPUT: image.cpu().contiguous().numpy()})
-        boxes, scores, labels = (torch.from_numpy(array) for array in found)
+        outputs = self._session.run(OUTPUTS, {INPUT: image.cpu().contiguous().numpy()})
+        boxes, scores, labels = (torch.from_numpy(array) for array in outputs)
         return Detections(boxes=boxes, scores=scores, labels=labels)
 
 
@@ -94,11 +94,11 @@ class ScriptedDetector:
 
         Raises:
             NotOursError: gdetkd did not export it.
-            ModelError: not a whole TorchScript file.
+            ModelError: the file is not complete TorchScript.
         """
         files = {DESCRIPTION_FILE: ""}
         self._module = load_torchscript(path, device, files)
-        self.class_names = _class_names(path, json.loads(files[DESCRIPTION_FILE] or "{}"))
+        self.class_names = _read_class_names(path, json.loads(files[DESCRIPTION_FILE] or "{}"))
 
     @torch.no_grad()
     def predict(self, images: list[Tensor]) -> list[Detections]:
@@ -106,7 +106,7 @@ class ScriptedDetector:
         return [Detections(*self._module(image)) for image in images]
 
 
-def _class_names(path: Path, description: dict[str, str]) -> tuple[str, ...]:
+def _read_class_names(path: Path, description: dict[str, str]) -> tuple[str, ...]:
     if CLASSES not in description:
-        raise NotOursError(f"{path} was not exported by gdetkd: it does not name its classes")
+        raise NotOursError(f"{path} was not exported by gdetkd: it has no class names")
     return tuple(json.loads(description[CLASSES]))

@@ -1,6 +1,6 @@
-"""95 % intervals of a mean difference in AP: over seeds and images together, or over folds.
+"""95 % intervals of a mean difference in AP, over seeds and images together or over folds.
 
-Shapes: S paired seeds, P validation images, K folds. AP is in 0-100.
+Counts: S paired seeds, N validation images, F folds. AP is in 0-100.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ _HALVINGS = 100
 def interval_over_seeds_and_images(
     differences: Sequence[float], image_deviation: float, images: int
 ) -> tuple[float, float] | None:
-    """The interval of a mean difference that both the seeds and the validation images make uncertain.
+    """The interval of a mean difference over both the seeds and the validation images.
 
     The variance of the mean is s^2 / S over seeds plus v over images. Student's t has the degrees of freedom of Welch
-    and Satterthwaite: S - 1 for the first part, P - 1 for the second. A percentile bootstrap would not do: three seeds
-    have ten distinct drawings.
+    and Satterthwaite: S - 1 for the first part, N - 1 for the second. A percentile bootstrap is too coarse: three
+    seeds have ten distinct drawings.
 
     Args:
         differences: S of them, AP minus the baseline's AP of the same seed.
         image_deviation: standard deviation of their mean over drawings of the images, sqrt(v).
-        images: P.
+        images: N.
 
     Returns:
-        Low and high; None for fewer than two seeds or images, which cannot show by how much others differ.
+        Low and high; None for fewer than two seeds or images, which show no spread.
     """
     seeds = len(differences)
     if seeds < 2 or images < 2:
@@ -46,16 +46,16 @@ def interval_over_seeds_and_images(
 
 
 def interval_over_folds(difference: float, fold_deviation: float, folds: int) -> tuple[float, float]:
-    """The interval of a difference in pooled AP, from what the folds of a cross-validation say of it.
+    """The interval of a difference in pooled AP, from the folds of a cross-validation.
 
-    A fold's difference has other validation images, another training set and other seeds' noise in it, so their spread
-    covers all three. It is approximate: the training sets of two folds overlap, so the folds are not independent, and
+    Folds differ in validation images, training set and noise of the seeds, so the spread of their differences covers
+    all three. It is approximate: the training sets of two folds overlap, so the folds are not independent, and
     no unbiased estimate of the variance exists (Bengio and Grandvalet, JMLR 2004).
 
     Args:
         difference: of the AP pooled over the folds, mean over seeds.
-        fold_deviation: standard deviation of K differences, each of one fold alone, mean over seeds.
-        folds: K, at least 2.
+        fold_deviation: standard deviation of F differences, each of one fold, mean over seeds.
+        folds: F, at least 2.
     """
     half = t_quantile(0.975, folds - 1) * fold_deviation / math.sqrt(folds)
     return difference - half, difference + half
@@ -66,27 +66,27 @@ def t_quantile(probability: float, degrees: float) -> float:
 
     Args:
         probability: from 0.5 up to, but not including, 1.
-        degrees: of freedom, at least 1; need not be whole.
+        degrees: of freedom, at least 1, possibly fractional.
 
     Raises:
         ValueError: an argument is out of range.
     """
     if not 0.5 <= probability < 1.0 or degrees < 1.0:
         raise ValueError(f"expected 0.5 <= probability < 1 and degrees >= 1, got {probability} and {degrees}")
-    low, high = 0.0, math.pi / 2  # of the angle atan(t / sqrt(degrees)): a bounded search for every quantile
+    low, high = 0.0, math.pi / 2  # of the angle atan(t / sqrt(degrees)), which bounds the search
     for _ in range(_HALVINGS):
         middle = (low + high) / 2
-        if _share_below(middle, degrees) < probability:
+        if _integrate(middle, degrees) < probability:
             low = middle
         else:
             high = middle
     return math.sqrt(degrees) * math.tan(low)
 
 
-def _share_below(angle: float, degrees: float) -> float:
-    """The share of Student's t below t = sqrt(degrees) * tan(angle): its density is cos(angle)^(degrees - 1) there."""
+def _integrate(angle: float, degrees: float) -> float:
+    """Integrates Student's t up to t = sqrt(degrees) * tan(angle), with density cos(angle)^(degrees - 1)."""
     power = degrees - 1.0
-    # Many degrees of freedom put everything near 0: beyond a density of 1e-20 there is nothing to sample.
+    # With many degrees of freedom all mass lies near 0, so sampling stops at a density of 1e-20.
     reach = min(angle, math.acos(1e-20 ** (1.0 / power))) if power else angle
     angles = reach / 2 * (_NODES + 1.0)
     area = reach / 2 * float(_WEIGHTS @ np.cos(angles) ** power)

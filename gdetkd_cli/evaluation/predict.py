@@ -1,4 +1,4 @@
-"""Running a detector over a split."""
+"""Runs a detector over a split."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from gdetkd_cli.structures import Batch, Detections
 
 
 class Predictor(Protocol):
-    """Anything that detects: a Detector, or an exported file."""
+    """A Detector or an exported file."""
 
     def predict(self, images: list[Tensor]) -> list[Detections]: ...
 
@@ -23,21 +23,21 @@ def predict_split(
     device: torch.device | str,
     progress: Callable[[int], None] | None = None,
 ) -> dict[int, Detections]:
-    """Detections by image id, on the CPU, of the batches of this process; ``progress`` hears how many there are."""
-    found: dict[int, Detections] = {}
+    """Predicts this process's batches: by image id, on the CPU. ``progress`` gets the number of images done."""
+    predictions: dict[int, Detections] = {}
     for batch in batches:
         detections = predictor.predict([image.to(device) for image in batch.images])
-        for image_id, one in zip(batch.image_ids.tolist(), detections, strict=True):
-            found[image_id] = Detections(boxes=one.boxes.cpu(), scores=one.scores.cpu(), labels=one.labels.cpu())
+        for image_id, d in zip(batch.image_ids.tolist(), detections, strict=True):
+            predictions[image_id] = Detections(boxes=d.boxes.cpu(), scores=d.scores.cpu(), labels=d.labels.cpu())
         if progress is not None:
-            progress(len(found))
-    return found
+            progress(len(predictions))
+    return predictions
 
 
 def gather_predictions(own: dict[int, Detections]) -> dict[int, Detections]:
-    """The detections of every process; each image was predicted by one of them."""
+    """Gathers the detections of all processes, each of which predicted its own images."""
     if not (distributed.is_available() and distributed.is_initialized()):
         return own
     everyone: list[dict[int, Detections] | None] = [None] * distributed.get_world_size()
     distributed.all_gather_object(everyone, own)
-    return {image_id: one for part in everyone if part is not None for image_id, one in part.items()}
+    return {image_id: detections for part in everyone if part for image_id, detections in part.items()}

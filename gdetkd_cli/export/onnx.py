@@ -1,7 +1,7 @@
 """A detector as an ONNX file.
 
-torchvision's detectors go through torch.onnx's TorchScript exporter. The newer one starts from torch.export, which does
-not get through their data-dependent sizes (tried on torch 2.14).
+torchvision's detectors need torch.onnx's TorchScript exporter. The newer exporter uses torch.export, which fails on
+their data-dependent sizes (as of torch 2.14).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from gdetkd_cli.errors import ExportError, first_line
 from gdetkd_cli.evaluation.exported import INPUT, OUTPUTS, describe
 from gdetkd_cli.export.single_image import SingleImage, example_image
 
-OPSET = 17  # 16 brought the RoiAlign that torchvision's is; onnxruntime reads 17 since 1.12
+OPSET = 17  # RoiAlign equals torchvision's since 16; onnxruntime reads 17 since 1.12
 
 
 def export_onnx(detector: Detector, path: Path, *, architecture: dict[str, Any]) -> str:
@@ -29,20 +29,20 @@ def export_onnx(detector: Detector, path: Path, *, architecture: dict[str, Any])
     Args:
         detector: a torchvision detector.
         path: the file to write.
-        architecture: the description that rebuilds the detector; it is kept in the file, with the class names.
+        architecture: the description that rebuilds the detector, stored in the file with the class names.
 
     Returns:
-        The exporter that was used.
+        The name of the exporter.
 
     Raises:
-        ExportError: the exporter gave up, or what it wrote is not valid ONNX.
+        ExportError: the exporter failed, or its file is not valid ONNX.
     """
     image = SingleImage(detector)
     heads: Any = getattr(image.detector, "roi_heads", None)
     if heads is not None:
         heads.box_coder = _SingleImageCoder(heads.box_coder.weights, heads.box_coder.bbox_xform_clip)
     try:
-        # The tracer warns of everything that it might take for a constant; whether it did shows in the parity check.
+        # The tracer warns of every possible constant; the parity check finds the real ones.
         with warnings.catch_warnings(action="ignore"):
             torch.onnx.export(
                 image,
@@ -74,7 +74,7 @@ def export_onnx(detector: Detector, path: Path, *, architecture: dict[str, Any])
 class _SingleImageCoder(BoxCoder):
     """The RoI head's box coder, for one image.
 
-    torchvision's own reshapes to (proposals, -1), which ONNX cannot do where there are no proposals.
+    torchvision's own reshapes to (proposals, -1), which ONNX cannot do without proposals.
     """
 
     def decode(self, rel_codes: Tensor, boxes: list[Tensor]) -> Tensor:

@@ -1,6 +1,6 @@
-"""Does an exported file find what the detector finds?
+"""Checks that an exported file gives the detector's detections.
 
-Shapes: D detections; boxes xyxy, pixels of the image as it was given.
+Boxes are xyxy in pixels of the input image.
 """
 
 from __future__ import annotations
@@ -20,17 +20,18 @@ from gdetkd_cli.structures import Detections
 
 BOX_TOLERANCE = 0.05  # pixels
 SCORE_TOLERANCE = 1e-3
-_SAME_OBJECT_IOU = 0.5  # boxes of one class that overlap less are two objects, not one that moved
+_SAME_OBJECT_IOU = 0.5  # boxes of one class with less overlap belong to two objects
 _SHADES = (0.0, 0.5, 1.0)
 
 
 @dataclass(frozen=True)
 class Parity:
-    """An exported file against the eager detector.
+    """Result of comparing an exported file with the eager detector.
 
     Attributes:
-        images: images compared, of different sizes. empty: how many of them had no detection.
-        detections: boxes compared in all.
+        images: number of images.
+        empty: images without a detection.
+        detections: compared boxes of all images.
         max_box_error: largest difference of a box coordinate, pixels.
         max_score_error: largest difference of a score.
         passed: within tolerance, same number of boxes and same labels on every image.
@@ -48,11 +49,11 @@ class Parity:
 
 @dataclass(frozen=True)
 class Cut:
-    """Which detections a detector leaves out.
+    """The limits of a detector's output.
 
     Attributes:
-        score: it reports scores above this one.
-        count: it reports this many per image at most, those of the highest scores.
+        score: only detections with a higher score are reported.
+        count: at most this many per image are reported, those with the highest scores.
     """
 
     score: float
@@ -60,15 +61,16 @@ class Cut:
 
     @classmethod
     def of(cls, module: nn.Module) -> Cut:
-        """That of a torchvision detector; of another one it is not known, so that nothing may be missing."""
+        """The limits of a torchvision detector; none for another one, so that nothing may be missing."""
         head: Any = getattr(module, "roi_heads", module)
         if not hasattr(head, "score_thresh"):
             return cls(score=-math.inf, count=sys.maxsize)
         return cls(score=head.score_thresh, count=head.detections_per_img)
 
-    def of_image(self, found: Detections) -> float:
-        """The score at which one image's detections were cut off."""
-        return float(found.scores.min()) if len(found.scores) >= self.count else self.score
+    def find_limit(self, detections: Detections) -> float:
+        """The score below which one image's detections were cut off."""
+        scores = detections.scores
+        return float(scores.min()) if len(scores) >= self.count else self.score
 
 
 def check_parity(
@@ -78,40 +80,37 @@ def check_parity(
     *,
     cut: Cut,
     box_tolerance: float = BOX_TOLERANCE,
-    score_tolerance: float = SCORE_TOLERANCE,
 ) -> Parity:
     """Compares detections, image by image.
 
-    Each box has to have a counterpart of its class on the other side, whatever its place in the order of scores. The
-    exception are boxes whose score is within tolerance of the one where the detector cuts off: rounding decides
-    whether those are reported, so they may be missing from one side.
+    Each box needs a counterpart of its class on the other side, at any rank. Boxes with a score within tolerance of the
+    cut may be missing on one side, because rounding decides whether they are reported.
 
     Args:
         reference: the detector.
-        exported: the file made of it.
+        exported: the exported file.
         images: images (3, H, W) in 0..1.
-        cut: where the detector cuts off.
-        box_tolerance: pixels that a box coordinate may differ by.
-        score_tolerance: what a score may differ by.
+        cut: the detector's limits.
+        box_tolerance: largest allowed difference of a box coordinate, pixels.
     """
     empty, detections, unmatched, found = 0, 0, 0, 0
     box_errors, score_errors = [torch.zeros(1)], [torch.zeros(1)]
     for image in images:
         (expected,), (got,) = reference.predict([image]), exported.predict([image])
-        rows, columns = _pairs(expected, got, box_tolerance)
-        # Of near-equal scores at the cut each side may keep other boxes: what is paired there by overlap is no pair.
+        rows, columns = _pair_detections(expected, got, box_tolerance)
+        # At the cut each side may keep other boxes of near-equal scores, so overlap there does not make a pair.
         moved = (expected.boxes[rows] - got.boxes[columns]).abs().amax(dim=1) > box_tolerance
-        at_cut = (expected.scores[rows] - cut.of_image(got) <= score_tolerance) & (
-            got.scores[columns] - cut.of_image(expected) <= score_tolerance
+        at_cut = (expected.scores[rows] - cut.find_limit(got) <= SCORE_TOLERANCE) & (
+            got.scores[columns] - cut.find_limit(expected) <= SCORE_TOLERANCE
         )
         rows, columns = rows[~(moved & at_cut)], columns[~(moved & at_cut)]
-        # How far a score without a counterpart is above the one where the other side cuts off.
-        missing = _without(expected.scores, rows) - cut.of_image(got)
-        surplus = _without(got.scores, columns) - cut.of_image(expected)
+        # How far a score without a counterpart is above the other side's cut.
+        missing = _drop_rows(expected.scores, rows) - cut.find_limit(got)
+        surplus = _drop_rows(got.scores, columns) - cut.find_limit(expected)
         empty += len(expected.scores) == 0
         detections += len(rows)
         found += len(expected.scores) + len(got.scores)
-        unmatched += int((~(torch.cat([missing, surplus]) <= score_tolerance)).sum())  # NaN is not within tolerance
+        unmatched += int((~(torch.cat([missing, surplus]) <= SCORE_TOLERANCE)).sum())  # NaN is not within tolerance
         box_errors.append((expected.boxes[rows] - got.boxes[columns]).abs().flatten())
         score_errors.append((expected.scores[rows] - got.scores[columns]).abs())
     box_error, score_error = float(torch.cat(box_errors).max()), float(torch.cat(score_errors).max())
@@ -121,32 +120,32 @@ def check_parity(
         detections=detections,
         max_box_error=box_error,
         max_score_error=score_error,
-        # Where everything lies at the cut nothing was compared, and nothing is proved.
+        # If all detections lie at the cut, nothing was compared.
         passed=unmatched == 0
         and box_error <= box_tolerance
-        and score_error <= score_tolerance
+        and score_error <= SCORE_TOLERANCE
         and (detections > 0 or found == 0),
         unmatched=unmatched,
     )
 
 
 def image_without_detections(detector: Predictor, size: tuple[int, int]) -> Tensor:
-    """A image (3, height, width) in which the detector finds nothing.
+    """An image (3, height, width) without detections.
 
-    One of a single shade where the detector is silent on that; else one of NaN, from which no score passes a threshold.
+    It has a single shade without detections, else NaN, since no NaN score passes a threshold.
     """
     for shade in _SHADES:
         image = torch.full((3, *size), shade)
-        (found,) = detector.predict([image])
-        if len(found.scores) == 0:
+        (detections,) = detector.predict([image])
+        if len(detections.scores) == 0:
             return image
     return torch.full((3, *size), math.nan)
 
 
-def _pairs(expected: Detections, got: Detections, box_tolerance: float) -> tuple[Tensor, Tensor]:
-    """Rows of both sides that are the same detection: of one class, and near each other.
+def _pair_detections(expected: Detections, got: Detections, box_tolerance: float) -> tuple[Tensor, Tensor]:
+    """Rows of both sides with the same detection: of one class, and near each other.
 
-    Scores do not take part, for near-equal ones may swap places.
+    Scores are not used, since near-equal ones may swap ranks.
     """
     distance = (expected.boxes[:, None] - got.boxes[None]).abs().amax(dim=2)
     near = (box_iou(expected.boxes, got.boxes) >= _SAME_OBJECT_IOU) | (distance <= box_tolerance)
@@ -161,8 +160,8 @@ def _pairs(expected: Detections, got: Detections, box_tolerance: float) -> tuple
     return torch.tensor(rows, dtype=torch.int64), torch.tensor(columns, dtype=torch.int64)
 
 
-def _without(values: Tensor, rows: Tensor) -> Tensor:
-    """The values of the other rows."""
+def _drop_rows(values: Tensor, rows: Tensor) -> Tensor:
+    """The values outside ``rows``."""
     others = torch.ones(len(values), dtype=torch.bool)
     others[rows] = False
     return values[others]

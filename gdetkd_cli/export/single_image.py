@@ -1,6 +1,6 @@
-"""What an exported file computes: one image in, its detections out.
+"""The module of an exported file: one image in, its detections out.
 
-Shapes: H x W pixels, D detections; boxes xyxy, pixels of the image as it was given.
+Shapes: H x W pixels, D detections; boxes xyxy, pixels of the input image.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ class SingleImage(nn.Module):
     def __init__(self, detector: Detector) -> None:
         super().__init__()
         module: Any = copy.deepcopy(detector.module).cpu().requires_grad_(False).eval()
-        module([example_image()])  # torchvision settles the scales of its RoI pooling at the first call
+        module([example_image()])  # torchvision sets the scales of its RoI pooling at the first call
         if isinstance(getattr(module, "transform", None), GeneralizedRCNNTransform):
             module.transform = _ExactTransform(module.transform)
-        module._has_warned = True  # else a scripted detector tells its user that it returns a pair
+        module._has_warned = True  # else a scripted detector warns that it returns a pair
         self.detector = module
         self.eval()
 
@@ -38,24 +38,24 @@ class SingleImage(nn.Module):
         else:
             found = self.detector([image])
         boxes, scores, labels = found[0]["boxes"], found[0]["scores"], found[0]["labels"]
-        objects = labels > 0  # as Detector.predict: 0 is background
+        objects = labels > 0  # like Detector.predict: 0 is background
         return boxes[objects], scores[objects], labels[objects]
 
 
 def example_image() -> Tensor:
-    """(3, H, W): what an exporter runs the detector on.
+    """(3, H, W): the image on which an exporter runs the detector.
 
-    It is square. torchvision takes the stride of a level from the height of a image and the cells of its padded
-    form; of a low, wide image that gives the wrong one.
+    It is square, because torchvision computes a level's stride from the height of the image and the cells of the padded
+    one, which is wrong for a low, wide image.
     """
     return torch.rand(3, _EXAMPLE_SIDE, _EXAMPLE_SIDE, generator=torch.Generator().manual_seed(0))
 
 
 class _ExactTransform(GeneralizedRCNNTransform):
-    """Resizes a image to the same size as torchvision does it in eager mode.
+    """Resizes an image to the same size as torchvision in eager mode.
 
-    torchvision computes that size in double precision when it runs eagerly, but in single precision when it is traced
-    or scripted: for one image size in seven, or in two, the result is a pixel off. Here it is double everywhere.
+    torchvision computes the size in double precision in eager mode, but in single precision when traced or scripted, so
+    for one image size in seven, or in two, it is a pixel off. This transform always uses double precision.
     """
 
     def __init__(self, original: GeneralizedRCNNTransform) -> None:
@@ -74,15 +74,15 @@ class _ExactTransform(GeneralizedRCNNTransform):
         else:
             given = torch._shape_as_tensor(image)[-2:].to(torch.float64)
             limits = torch.tensor([self.min_size[-1], self.max_size], dtype=torch.float64)
-            # torch.div: a number divided by a tensor is rounded twice.
+            # torch.div, because a number divided by a tensor is rounded twice.
             scale = torch.div(limits, torch.stack([given.min(), given.max()])).min()
             size = torch.floor(given * scale).to(torch.int64)
-        sides = [int(size[0]), int(size[1])] if is_scripting() else _traceable(size)
+        sides = [int(size[0]), int(size[1])] if is_scripting() else _to_traceable(size)
         resized = nn.functional.interpolate(image[None], size=sides, mode="bilinear", align_corners=False)
         return resized[0], target
 
 
 @torch.jit.unused
-def _traceable(size: Tensor) -> list[int]:
-    """The two numbers as tensors, though the type says otherwise: the tracer would take ints for constants."""
+def _to_traceable(size: Tensor) -> list[int]:
+    """The two numbers as tensors despite the type, since the tracer makes constants of ints."""
     return cast(list[int], list(size))

@@ -22,17 +22,17 @@ def export_torchscript(detector: Detector, path: Path, *, architecture: dict[str
     Args:
         detector: a torchvision detector.
         path: the file to write.
-        architecture: the description that rebuilds the detector; it is kept in the file, with the class names.
+        architecture: the description that rebuilds the detector, stored in the file with the class names.
 
     Returns:
-        The exporter that was used.
+        The name of the exporter.
 
     Raises:
         ExportError: the detector cannot be scripted.
     """
     image = SingleImage(detector)
     try:
-        with warnings.catch_warnings(action="ignore"):  # torch.jit is deprecated, and says so in each of its functions
+        with warnings.catch_warnings(action="ignore"):  # every function of torch.jit warns that it is deprecated
             scripted = torch.jit.script(image)
             description = json.dumps(describe(detector, architecture))
             torch.jit.save(scripted, path, _extra_files={DESCRIPTION_FILE: description})

@@ -1,4 +1,4 @@
-"""Every distillation method: one file each with its equation, its term, and its requirements on the pair."""
+"""Distillation methods, one file each: equation, term, and requirements on the pair."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import nn
 from gdetkd_cli.methods import ckd, prediction, sgfi
 from gdetkd_cli.methods.baselines import cwd, fgd, fitnet, gt_mask, logit, pkd, roi_imitation
 
-# A term by the name of its block in the recipe. It is built from the pair and the block's settings, without its weight.
+# By the name of its block in the recipe, the function that builds a term from the pair and the block's settings.
 BUILDERS: Mapping[str, Callable[..., nn.Module]] = {
     "sgfi": sgfi.build,
     "ckd": ckd.build,

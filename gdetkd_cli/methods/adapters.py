@@ -1,7 +1,6 @@
-"""What several methods add beside the student: adapters, and the running normalizer of the teacher's features. None of
-them is ever exported.
+"""Adapters and the running normalizer of the teacher's features, which several methods train beside the student.
 
-Shapes: R regions, C_s and C_t channels of student and teacher."""
+They are never exported. Shapes: R regions, C channels, C_s and C_t those of student and teacher, h x w cells."""
 
 from __future__ import annotations
 
@@ -9,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 
-def new_adapter(student_channels: int, teacher_channels: int, identity: bool) -> nn.Conv2d:
-    """A fresh f_adapt, 1x1; the identity where the channels are the same space."""
+def build_adapter(student_channels: int, teacher_channels: int, identity: bool) -> nn.Conv2d:
+    """Builds f_adapt, a 1x1 convolution; ``identity`` starts it as the identity, for equal channels."""
     adapter = nn.Conv2d(student_channels, teacher_channels, 1)
     if identity:
         assert adapter.bias is not None
@@ -19,8 +18,8 @@ def new_adapter(student_channels: int, teacher_channels: int, identity: bool) ->
     return adapter
 
 
-def folded(adapter: nn.Module, affine: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
-    """Weight (C_t, C_s, 1, 1) and bias (C_t,) of the adapter after ``affine``."""
+def fold_affine(adapter: nn.Module, affine: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+    """Folds ``affine``, applied first, into the adapter: weight (C_t, C_s, 1, 1) and bias (C_t,)."""
     assert isinstance(adapter, nn.Conv2d) and adapter.bias is not None
     if affine is None:
         return adapter.weight, adapter.bias
@@ -29,14 +28,14 @@ def folded(adapter: nn.Module, affine: tuple[Tensor, Tensor] | None) -> tuple[Te
 
 
 class RunningNormalizer(nn.Module):
-    """Brings teacher features to mean 0 and standard deviation 1, with statistics that are learnt while running.
+    """Standardises teacher features to mean 0 and standard deviation 1, with running statistics.
 
-    The scale of features differs by orders of magnitude between teachers; standardised, one default weight fits all.
-    The statistics average every batch alike at first, and move slowly later; they are saved with the run.
+    The scale of features differs by orders of magnitude between teachers; after this, one default weight fits all.
+    The statistics average all batches equally at first and move slowly later; they are saved with the run.
 
     Args:
         channels: C_t.
-        per_channel: one mean and deviation for each channel, or one for all.
+        per_channel: one mean and deviation per channel, or one for all channels.
     """
 
     mean: Tensor
@@ -49,20 +48,20 @@ class RunningNormalizer(nn.Module):
         self.per_channel = per_channel
         self.register_buffer("mean", torch.zeros(size))
         self.register_buffer("square", torch.ones(size))  # mean of the squares
-        # Updates of each, since a batch may have nothing of a channel.
+        # Counted per channel, since a batch may have no values of a channel.
         self.register_buffer("updates", torch.zeros(size, dtype=torch.int64))
 
     @torch.no_grad()
     def update(self, features: Tensor, channels: Tensor | None = None, inside: Tensor | None = None) -> None:
-        """Takes (R, C, h, w) into the statistics; what the batch has nothing of (everything, for R = 0) stays.
+        """Adds (R, C, h, w) to the statistics; channels without values in the batch (all, for R = 0) do not change.
 
         Args:
             features: (R, C, h, w).
             channels: (R,) how many of the C channels a region has; the others are padded with zeros. None: all.
-            inside: (R, h, w) bool, the cells that count. None: all.
+            inside: (R, h, w) bool, the cells to use. None: all.
         """
         values, cells = features.float(), features.shape[2] * features.shape[3]
-        present = _present(features, channels)
+        present = _mask_padding(features, channels)
         count = present.sum(dim=0) * cells  # (C,)
         if inside is not None:
             values = values * inside[:, None]
@@ -70,29 +69,29 @@ class RunningNormalizer(nn.Module):
         total, squares = values.sum(dim=(0, 2, 3)), values.square().sum(dim=(0, 2, 3))  # (C,): padding adds nothing
         if not self.per_channel:
             count, total, squares = count.sum(0, True), total.sum(0, True), squares.sum(0, True)
-        seen = count > 0
-        self.updates += seen
-        rate = seen * (1.0 / self.updates.clamp(min=1)).clamp(min=0.002)
+        updated = count > 0
+        self.updates += updated
+        rate = updated * (1.0 / self.updates.clamp(min=1)).clamp(min=0.002)
         self.mean.lerp_(total / count.clamp(min=1), rate)
         self.square.lerp_(squares / count.clamp(min=1), rate)
 
     def forward(self, features: Tensor, channels: Tensor | None = None) -> Tensor:
-        """(R, C, h, w) -> the same, standardised; padded ``channels`` stay 0."""
+        """Standardises (R, C, h, w); padded ``channels`` stay 0."""
         scale, shift = self.affine()
         standardised = torch.addcmul(shift[:, None, None], features, scale[:, None, None])
-        return standardised if channels is None else standardised * _present(features, channels)[:, :, None, None]
+        return standardised if channels is None else standardised * _mask_padding(features, channels)[:, :, None, None]
 
     def affine(self) -> tuple[Tensor, Tensor]:
         """Scale and shift, (C,) or (1,): standardised = features * scale + shift."""
         deviation = (self.square - self.mean.square()).clamp(min=0).sqrt()
-        # A channel that is silent in this teacher carries nothing; dividing by its deviation would amplify noise.
+        # A constant channel carries no information; division by its deviation would amplify noise.
         floor = 1e-3 * self.square.mean().sqrt() + 1e-12
         scale = 1 / deviation.clamp(min=floor)
         return scale, -self.mean * scale
 
 
-def _present(features: Tensor, channels: Tensor | None) -> Tensor:
-    """(R, C) bool: the channels that a region has, and that are not padding."""
+def _mask_padding(features: Tensor, channels: Tensor | None) -> Tensor:
+    """(R, C) bool: True for a region's own channels, False for padding."""
     if channels is None:
         return torch.ones(features.shape[:2], dtype=torch.bool, device=features.device)
     return torch.arange(features.shape[1], device=features.device) < channels[:, None]

@@ -1,6 +1,4 @@
-"""What every method shares: the observed pair, the interface of a term, and what is known of a pair when it is built.
-
-Shapes: R regions, L levels, C channels, K classes."""
+"""Shared by all methods: the observed pair, the interface of a term, and the pair from which terms are built."""
 
 from __future__ import annotations
 
@@ -16,14 +14,14 @@ from gdetkd_cli.structures import Batch, Regions
 
 @dataclass(frozen=True)
 class ObservedPair:
-    """One step as both detectors saw it.
+    """One step's outputs of both detectors.
 
     Attributes:
         regions: R regions.
         image_ids: (R,) the data set's id of each region's image.
-        batch: the images and their truth.
-        student_seen, teacher_seen: the forward of each; the teacher's without gradient.
-        student_view, teacher_view: what each says of the regions; the teacher's without gradient.
+        batch: the images and their ground truth.
+        student_seen, teacher_seen: each detector's forward; the teacher's without gradient.
+        student_view, teacher_view: each detector's outputs for the regions; the teacher's without gradient.
     """
 
     regions: Regions
@@ -39,7 +37,7 @@ class Term(Protocol):
     """One distillation loss. Implementations are nn.Modules.
 
     Attributes:
-        student_needs, teacher_needs: what must be read of each region for it.
+        student_needs, teacher_needs: the region outputs that it reads.
     """
 
     student_needs: frozenset[View]
@@ -50,11 +48,11 @@ class Term(Protocol):
 
 @dataclass(frozen=True)
 class Detectors:
-    """A pair when its terms are built.
+    """The pair from which terms are built.
 
     Attributes:
-        same_space: the student got the teacher's head, so its features have to become the teacher's own, not a linear
-            map of them.
+        same_space: the student has the teacher's head, so its features must equal the teacher's, not a linear map of
+            them.
     """
 
     student: Detector
@@ -72,8 +70,8 @@ class Detectors:
         return [level.channels for level in self.teacher.levels]
 
 
-def needs_of(terms: Sequence[Term]) -> tuple[frozenset[View], frozenset[View]]:
-    """What the terms together need of the student and of the teacher."""
+def collect_needs(terms: Sequence[Term]) -> tuple[frozenset[View], frozenset[View]]:
+    """The region outputs of student and teacher that any of the terms reads."""
     student: frozenset[View] = frozenset().union(*(term.student_needs for term in terms))
     teacher: frozenset[View] = frozenset().union(*(term.teacher_needs for term in terms))
     return student, teacher

@@ -1,6 +1,7 @@
 """Contrastive distillation over regions (CKD; G-DetKD, arXiv 2108.07482).
 
-Shapes: R regions of this process's batch, Q remembered regions, D channels of an embedding or of the common space."""
+Shapes: R regions of this process's batch, Q remembered rows, D channels of a region embedding or of the
+common space."""
 
 from __future__ import annotations
 
@@ -25,7 +26,7 @@ def contrastive_loss(
 ) -> Tensor:
     """L_ckd = mean_i -log exp g(s_i, t_i) / sum over j in {i} and the negatives of exp g(s_i, t_j), g = cos / gamma.
 
-    The positive always stays in the denominator: the loss is >= 0, and 0 at a perfect match with far negatives.
+    The positive stays in the denominator, so the loss is >= 0; it is 0 for a perfect match and far negatives.
 
     Args:
         student: (R, D) projected student embeddings.
@@ -37,7 +38,7 @@ def contrastive_loss(
     """
     if not len(student):
         return student.sum() * 0.0 + teacher.sum() * 0.0
-    # exp(1 / 0.07) overflows half precision; everything from here on is float32.
+    # exp(1 / 0.07) overflows half precision, so the rest is float32.
     with torch.autocast(student.device.type, enabled=False):
         s = normalize(student.float(), dim=1)
         candidates = teacher.float() if memory is None else torch.cat([teacher.float(), memory.float()])
@@ -51,12 +52,12 @@ def contrastive_loss(
 
 
 def overlap_negatives(iou: Tensor, image_index: Tensor, threshold: float) -> Tensor:
-    """(R, R) bool: region j is a negative of region i unless it is i, or overlaps it in the same image.
+    """(R, R) bool: region j is a negative of region i unless it is i or overlaps i in the same image.
 
     Args:
-        iou: (R, R) intersection over union, whatever the images.
+        iou: (R, R) intersection over union, also across images.
         image_index: (R,) image of each region.
-        threshold: regions of one image that overlap more are the same thing, not negatives.
+        threshold: regions of one image with a larger overlap show the same object and are not negatives.
     """
     same_image = image_index[:, None] == image_index[None, :]
     negatives = ~(same_image & (iou > threshold))
@@ -66,14 +67,14 @@ def overlap_negatives(iou: Tensor, image_index: Tensor, threshold: float) -> Ten
 class CKDTerm(nn.Module):
     """Contrastive distillation over regions.
 
-    f_s and f_t are one linear layer each into the common space: embeddings of unequal width cannot share one.
+    f_s and f_t are one linear layer each into the common space, since the embeddings may differ in width.
 
     Args:
         student_channels, teacher_channels: D of the two region embeddings.
         project_channels: channels of the common space.
         gamma: temperature.
-        negative_iou: regions of one image that overlap more are not negatives.
-        queue: teacher embeddings remembered.
+        negative_iou: regions of one image with a larger overlap are not negatives.
+        queue: number of remembered teacher embeddings.
     """
 
     student_needs: frozenset[View] = frozenset({"embedding"})
@@ -107,8 +108,8 @@ class CKDTerm(nn.Module):
             gamma=self.gamma,
             negatives=overlap_negatives(box_iou(regions.boxes, regions.boxes), regions.image_index, self.negative_iou),
             memory=self.project_teacher(remembered),
-            # A image seen before was flipped or resized differently, so its boxes cannot be compared with this
-            # step's: nothing of the same image is a negative.
+            # An earlier step may have flipped or resized the image differently, so its boxes cannot be compared with
+            # this step's: regions of the same image are never negatives.
             memory_negatives=pair.image_ids[:, None] != remembered_ids[None, :],
         )
         self.queue.add(teacher, pair.image_ids)
@@ -116,7 +117,7 @@ class CKDTerm(nn.Module):
 
 
 def build(pair: Detectors, *, gamma: float, negative_iou: float, queue: int, project_channels: int) -> CKDTerm:
-    """The term of a pair; any pair has one."""
+    """Builds the term; any pair allows it."""
     return CKDTerm(
         student_channels=pair.student.embedding_channels,
         teacher_channels=pair.teacher.embedding_channels,

@@ -35,11 +35,11 @@ def class_loss(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
 def box_loss(student_deltas: Tensor, teacher_deltas: Tensor, teacher_logits: Tensor) -> Tensor:
     """L_reg = 1/R sum_i |sum_c p_t^c (reg_t^c - reg_s^c)|: class-aware localisation.
 
-    The background column carries no box and is left out (its deltas are never trained). The absolute value is taken
-    per coordinate and summed over the four.
+    The background column is left out, since its deltas are never trained. The absolute value is taken per coordinate
+    and summed over the four.
 
     Args:
-        student_deltas: (R, K + 1, 4) in the box coding that both heads share.
+        student_deltas: (R, K + 1, 4) in the box coding of both heads.
         teacher_deltas: (R, K + 1, 4).
         teacher_logits: (R, K + 1).
     """
@@ -51,11 +51,11 @@ def box_loss(student_deltas: Tensor, teacher_deltas: Tensor, teacher_logits: Ten
 
 
 class _PredictionTerm(nn.Module):
-    """What the two prediction terms share.
+    """Base of the two prediction terms.
 
     Args:
         columns: (K + 1,) int64, the teacher's column for each of the student's.
-        stage_weights: of the later stages of two cascades; empty for other pairs.
+        stage_weights: loss weights of the later stages of two cascades; empty for other pairs.
     """
 
     student_needs: frozenset[View] = frozenset({"predictions"})
@@ -67,52 +67,52 @@ class _PredictionTerm(nn.Module):
         self.register_buffer("columns", columns)
         self.stage_weights = tuple(stage_weights)
 
-    def _over_stages(self, pair: ObservedPair, compare: Callable[[StageView, StageView], Tensor]) -> Tensor:
-        """The first stage's loss, and those of a cascade's later stages by their weights in its own loss."""
-        ours, theirs = (_first_stage(pair.regions, view) for view in (pair.student_view, pair.teacher_view))
-        loss = compare(ours, self._in_order(theirs))
+    def _sum_stages(self, pair: ObservedPair, compare: Callable[[StageView, StageView], Tensor]) -> Tensor:
+        """Sums the loss of the first stage and the weighted losses of a cascade's later stages."""
+        ours, theirs = (_get_first_stage(pair.regions, view) for view in (pair.student_view, pair.teacher_view))
+        loss = compare(ours, self._reorder_classes(theirs))
         if self.stage_weights:
             stages = zip(self.stage_weights, pair.student_view.later, pair.teacher_view.later, strict=True)
             for weight, ours, theirs in stages:
-                loss = loss + weight * compare(ours, self._in_order(theirs))
+                loss = loss + weight * compare(ours, self._reorder_classes(theirs))
         return loss
 
-    def _in_order(self, stage: StageView) -> StageView:
-        """What a stage of the teacher says, its classes in the student's order."""
+    def _reorder_classes(self, stage: StageView) -> StageView:
+        """Puts the classes of a teacher's stage into the student's order."""
         logits, deltas = stage.class_logits[:, self.columns], stage.box_deltas[:, self.columns]
         return StageView(boxes=stage.boxes, class_logits=logits, box_deltas=deltas)
 
 
 class ClassTerm(_PredictionTerm):
-    """L_cls: the teacher's class distribution on each region."""
+    """L_cls: imitates the teacher's class distribution of each region."""
 
     def forward(self, pair: ObservedPair) -> Tensor:
-        return self._over_stages(pair, lambda ours, theirs: class_loss(ours.class_logits, theirs.class_logits))
+        return self._sum_stages(pair, lambda ours, theirs: class_loss(ours.class_logits, theirs.class_logits))
 
 
 class BoxTerm(_PredictionTerm):
-    """L_reg: the teacher's boxes on each region, class by class."""
+    """L_reg: imitates the teacher's boxes of each region, class by class."""
 
     def forward(self, pair: ObservedPair) -> Tensor:
-        return self._over_stages(
+        return self._sum_stages(
             pair, lambda ours, theirs: box_loss(ours.box_deltas, theirs.box_deltas, theirs.class_logits)
         )
 
 
-def _first_stage(regions: Regions, view: RegionView) -> StageView:
+def _get_first_stage(regions: Regions, view: RegionView) -> StageView:
     assert view.class_logits is not None and view.box_deltas is not None
     return StageView(boxes=regions.boxes, class_logits=view.class_logits, box_deltas=view.box_deltas)
 
 
 def build_class_term(pair: Detectors) -> ClassTerm:
-    """Raises a PairError if the two detectors have no RoI heads that can be compared."""
+    """Builds the term; raises a PairError if the detectors have no RoI heads that can be compared."""
     return ClassTerm(
         columns=prediction_columns(pair.student, pair.teacher), stage_weights=stage_weights(pair.student, pair.teacher)
     )
 
 
 def build_box_term(pair: Detectors) -> BoxTerm:
-    """Raises a PairError if the two detectors have no RoI heads that can be compared."""
+    """Builds the term; raises a PairError if the detectors have no RoI heads that can be compared."""
     return BoxTerm(
         columns=prediction_columns(pair.student, pair.teacher), stage_weights=stage_weights(pair.student, pair.teacher)
     )

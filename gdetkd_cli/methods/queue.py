@@ -1,4 +1,6 @@
-"""The memory of CKD: teacher embeddings of earlier regions, from every process."""
+"""CKD's memory: teacher embeddings of earlier regions, from every process.
+
+Shapes: R regions of one process's batch, Q remembered rows, D embedding channels."""
 
 from __future__ import annotations
 
@@ -11,10 +13,10 @@ from torch.nn.functional import pad
 
 
 class RegionQueue(nn.Module):
-    """The last ``size`` teacher embeddings and the images they come from, in registered buffers.
+    """The last ``size`` teacher embeddings and the ids of their images, in registered buffers.
 
-    The embeddings are kept as the teacher made them and projected when they are used, so that they never go stale.
-    Every process adds the same rows, so the buffers are equal without being broadcast.
+    It stores the teacher's own embeddings, which are projected at use and so never go stale. Every process adds the
+    same rows, so the buffers are equal without a broadcast.
 
     Args:
         size: rows kept, 0 for none.
@@ -31,66 +33,66 @@ class RegionQueue(nn.Module):
         self.register_buffer("embeddings", torch.zeros(size, channels))
         self.register_buffer("image_ids", torch.zeros(size, dtype=torch.int64))
         self.register_buffer("written", torch.zeros((), dtype=torch.int64))  # rows ever written
-        # The same number on the host, where it is known without waiting for the device; None: read it.
+        # The same number on the host, so that reading it does not wait for the device; None: read the buffer.
         self._count: int | None = 0
         self.register_load_state_dict_post_hook(_forget_count)  # type: ignore[no-untyped-call]  # torch's
 
     def rows(self) -> tuple[Tensor, Tensor]:
         """A copy of the filled rows: embeddings (Q, D) and image ids (Q,).
 
-        A copy, because a step's graph keeps them until its backward, and ``add`` writes before that.
+        It is a copy because a step's graph needs the rows until its backward, and ``add`` overwrites them before.
         """
-        filled = min(self._written(), self.size)
+        filled = min(self._count_written(), self.size)
         return self.embeddings[:filled].clone(), self.image_ids[:filled].clone()
 
     @torch.no_grad()
     def add(self, embeddings: Tensor, image_ids: Tensor) -> None:
-        """Remembers (R, D) embeddings of regions of (R,) images, and those of every other process.
+        """Adds (R, D) embeddings of regions with their (R,) image ids, from all processes.
 
-        Every process must call this at every step, with any number of rows (0 too): the processes exchange how many
-        rows each has before the rows themselves.
+        Every process must call this at every step, even with 0 rows: the processes exchange their numbers of rows, then
+        the rows.
         """
         if not self.size:
             return
         counts = gather_counts(len(embeddings), embeddings.device)
         embeddings = gather_rows(embeddings.detach().float(), counts)[-self.size :]
         image_ids = gather_rows(image_ids, counts)[-self.size :]
-        written = self._written()
+        written = self._count_written()
         position = (written % self.size + torch.arange(len(embeddings), device=embeddings.device)) % self.size
         self.embeddings[position] = embeddings
         self.image_ids[position] = image_ids
         self.written += len(embeddings)
         self._count = written + len(embeddings)
 
-    def _written(self) -> int:
+    def _count_written(self) -> int:
         if self._count is None:
             self._count = int(self.written)
         return self._count
 
 
 def _forget_count(queue: nn.Module, _: Any) -> None:
-    """A checkpoint was loaded: the buffer has another number than the host."""
+    """Forgets the host's count after a checkpoint replaced the buffer."""
     assert isinstance(queue, RegionQueue)
     queue._count = None
 
 
 def gather_counts(count: int, device: torch.device) -> list[int]:
-    """``count`` of every process, in the order of their ranks; one wait for the device where there are several."""
-    if _processes() == 1:
+    """Gathers ``count`` of every process in rank order; several processes wait for the device once."""
+    if _count_processes() == 1:
         return [count]
-    counts = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(_processes())]
+    counts = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(_count_processes())]
     distributed.all_gather(counts, torch.full((1,), count, dtype=torch.int64, device=device))
     return torch.cat(counts).tolist()
 
 
 def gather_rows(rows: Tensor, counts: Sequence[int] | None = None) -> Tensor:
-    """The rows of every process, in the order of their ranks. (R_p, ...) -> (sum of R_p, ...).
+    """Gathers the rows of every process in rank order: (R_p, ...) -> (sum of R_p, ...).
 
     Args:
         rows: this process's.
-        counts: R_p by process, as ``gather_counts`` gives them; None: the processes are asked.
+        counts: R_p by process, from ``gather_counts``; None: gather them.
     """
-    if _processes() == 1:
+    if _count_processes() == 1:
         return rows
     counts = gather_counts(len(rows), rows.device) if counts is None else counts
     padded = pad(rows, (0, 0) * (rows.dim() - 1) + (0, max(counts) - len(rows)))
@@ -99,6 +101,6 @@ def gather_rows(rows: Tensor, counts: Sequence[int] | None = None) -> Tensor:
     return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
 
 
-def _processes() -> int:
+def _count_processes() -> int:
     joined = distributed.is_available() and distributed.is_initialized()
     return distributed.get_world_size() if joined else 1

@@ -1,9 +1,9 @@
 """Semantic-guided feature imitation (SGFI; G-DetKD, arXiv 2108.07482).
 
-A region's teacher feature is compared with a weighted sum of the student's features from every level. The weights come
-from matching embeddings.
+A region's teacher feature is compared with a weighted sum of the student's features from every level. Matching
+embeddings gives the weights.
 
-Shapes: R regions, L levels, C_s and C_t channels of student and teacher, E embedding channels."""
+Shapes: R regions, L levels, C_s and C_t channels of student and teacher, E channels of the matching embedding."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from torch.nn.functional import conv2d, mse_loss, normalize
 from gdetkd_cli.detectors.pooling import pool_all_levels
 from gdetkd_cli.detectors.protocol import View
 from gdetkd_cli.host import beside
-from gdetkd_cli.methods.adapters import RunningNormalizer, folded, new_adapter
+from gdetkd_cli.methods.adapters import RunningNormalizer, build_adapter, fold_affine
 from gdetkd_cli.methods.base import Detectors, ObservedPair
 from gdetkd_cli.structures import Pyramid
 
-_LEAST_NORM = 1e-3  # of an embedding: the gradient of a shorter one's direction would explode
+_LEAST_NORM = 1e-3  # of an embedding; the gradient of the direction of a shorter one would explode
 
 
 # ------------------------------------------------------------------------------------------------------ equations
@@ -33,10 +33,10 @@ def level_attention(keys: Tensor, queries: Tensor, tau: Tensor, prior: Tensor | 
     """a_i = softmax over levels of <k_il, q_i> / tau + prior_il.
 
     Args:
-        keys: (R, L, D) embeddings of the student's region features on each level.
-        queries: (R, D) embeddings of the teacher's region features.
+        keys: (R, L, E) embeddings of the student's region features on each level.
+        queries: (R, E) embeddings of the teacher's region features.
         tau: positive scalar.
-        prior: (R, L) logits that the match starts from; None: none, as in the paper.
+        prior: (R, L) logits added to the match; None: no prior, as in the paper.
 
     Returns:
         (R, L); the weights of a region sum to 1.
@@ -46,17 +46,17 @@ def level_attention(keys: Tensor, queries: Tensor, tau: Tensor, prior: Tensor | 
 
 
 def unit(embedding: Tensor) -> Tensor:
-    """(..., D) at length 1, so that <k_il, q_i> is the cosine between them."""
+    """Scales (..., E) to length 1, so that <k_il, q_i> is the cosine between them."""
     return normalize(embedding, dim=-1, eps=_LEAST_NORM)
 
 
 def level_prior(octaves: Tensor, centre: Tensor, strength: float) -> Tensor:
-    """prior_il = -strength (octaves_il - centre_i)^2: a level loses by the octaves that it lies away.
+    """prior_il = -strength (octaves_il - centre_i)^2: penalises a level by its distance in octaves.
 
     Args:
         octaves: (R, L) log2 of the stride of each student level, in pixels of the region's image.
-        centre: (R,) log2 of the stride that the match of each region starts from.
-        strength: 0 favours none.
+        centre: (R,) log2 of the stride that the prior favours for each region.
+        strength: 0 favours no level.
 
     Returns:
         (R, L) logits.
@@ -65,13 +65,13 @@ def level_prior(octaves: Tensor, centre: Tensor, strength: float) -> Tensor:
 
 
 def imitation_loss(imitation: Tensor, target: Tensor, channels: Tensor | None = None) -> Tensor:
-    """L_sgfi = mean_i MSE(sum_l a_il A_il, T_i), 0 with a gradient path where there is no region.
+    """L_sgfi = mean_i MSE(sum_l a_il A_il, T_i); 0 with a gradient path if there are no regions.
 
     Args:
-        imitation: (R, C, 7, 7) the student's aggregate.
-        target: (R, C, 7, 7) the teacher's features.
-        channels: (R,) how many of the C channels a region's target has (a pyramid whose levels differ in channels is
-            padded with zeros); None: all.
+        imitation: (R, C_t, 7, 7) the student's aggregate.
+        target: (R, C_t, 7, 7) the teacher's features.
+        channels: (R,) how many of the C_t channels a region's target has, if levels differ in channels and are padded
+            with zeros; None: all.
     """
     if channels is None:
         return mse_loss(imitation, target.detach()) if len(imitation) else imitation.sum() * 0.0
@@ -86,20 +86,19 @@ def imitation_loss(imitation: Tensor, target: Tensor, channels: Tensor | None = 
 
 
 class LevelMatcher(nn.Module):
-    """f_adapt, f_embed and tau of SGFI: aggregates a student's levels into what the teacher's feature should be.
+    """f_adapt, f_embed and tau of SGFI: aggregates a student's levels to imitate the teacher's feature.
 
-    f_adapt is linear and 1x1, so it commutes with the weighted sum over levels (whose weights sum to 1) and folds into
-    the embedding's first convolution: it runs once per region, not once per level, and that convolution reads C_s
-    channels. The result is the same as adapting every level first.
+    f_adapt is linear and 1x1, so it commutes with the weighted sum over levels (the weights sum to 1) and folds into
+    the embedding's first convolution. It runs once per region instead of once per level, and that convolution reads
+    C_s channels. The result equals adapting every level first.
 
     Args:
-        student_channels: C_s of each level; levels with equal channels share one adapter.
+        student_channels: C_s of each level; if all are equal, the levels share one adapter.
         teacher_channels: C_t.
         embed_channels: E.
-        identity: start f_adapt as the identity (all channels must be equal): for a student that got the teacher's
-            head, whose features have to become the teacher's own, not a linear map of them.
+        identity: start f_adapt as the identity (all channels must be equal); see ``Detectors.same_space``.
         initial_tau: temperature of the match at the start.
-        cosine: match by the angle between embeddings, not by their product, whose size nothing limits.
+        cosine: match by the angle between embeddings, not by their product, which is unbounded.
     """
 
     def __init__(
@@ -116,7 +115,7 @@ class LevelMatcher(nn.Module):
         self.cosine = cosine
         self.shared = len(set(student_channels)) == 1
         adapters = [student_channels[0]] if self.shared else list(student_channels)
-        self.adapters = nn.ModuleList(new_adapter(channels, teacher_channels, identity) for channels in adapters)
+        self.adapters = nn.ModuleList(build_adapter(channels, teacher_channels, identity) for channels in adapters)
         self.embed_in = nn.Conv2d(teacher_channels, embed_channels, 3, stride=2)  # 7 -> 3
         self.embed_out = nn.Conv2d(embed_channels, embed_channels, 3, stride=2)  # 3 -> 1
         # Learnt as its logarithm, so that tau stays positive.
@@ -134,18 +133,18 @@ class LevelMatcher(nn.Module):
         Args:
             levels: L tensors (R, C_s, 7, 7), the student's features of each region on every level.
             target: (R, C_t, 7, 7), the teacher's.
-            affine: scale and shift, (C_s,) or (1,), that the levels get first; they fold into the adapters.
-            prior: (R, L) logits that the match starts from, or none.
+            affine: scale and shift, (C_s,) or (1,), applied to the levels first; they fold into the adapters.
+            prior: (R, L) logits added to the match, or None.
 
         Returns:
             The aggregate (R, C_t, 7, 7) and the weights of the levels (R, L).
         """
         query = self.embed_out(self.embed_in(target).relu()).flatten(1)  # (R, E)
-        adapters = [folded(adapter, affine) for adapter in self.adapters]
-        convolutions = [self._first_of_keys(*adapter) for adapter in adapters]
+        adapters = [fold_affine(adapter, affine) for adapter in self.adapters]
+        convolutions = [self._fold_adapter(*adapter) for adapter in adapters]
         if self.shared:
             adapters, convolutions = adapters * len(levels), convolutions * len(levels)
-        # Level by level: together they leave a CPU's cache, which costs more than the few calls saved.
+        # Level by level, because all levels together do not fit into a CPU's cache.
         hidden = torch.stack(
             [conv2d(level, *composed, stride=2) for level, composed in zip(levels, convolutions, strict=True)], dim=1
         )
@@ -154,18 +153,18 @@ class LevelMatcher(nn.Module):
             keys, query = unit(keys), unit(query)
         weights = level_attention(keys, query, self.log_tau.exp(), prior)
         if self.shared:
-            return conv2d(_weighted_sum(levels, weights), *adapters[0]), weights
+            return conv2d(_sum_levels(levels, weights), *adapters[0]), weights
         adapted = [conv2d(level, *adapter) for level, adapter in zip(levels, adapters, strict=True)]
-        return _weighted_sum(adapted, weights), weights
+        return _sum_levels(adapted, weights), weights
 
-    def _first_of_keys(self, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-        """The embedding's first convolution after the adapter, as one: weight (E, C_s, 3, 3) and bias (E,)."""
+    def _fold_adapter(self, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        """Folds an adapter into the embedding's first convolution: weight (E, C_s, 3, 3) and bias (E,)."""
         assert self.embed_in.bias is not None
         kernel = torch.einsum("etij,ts->esij", self.embed_in.weight, weight[:, :, 0, 0])
         return kernel, self.embed_in.bias + torch.einsum("etij,t->e", self.embed_in.weight, bias)
 
 
-def _weighted_sum(levels: Sequence[Tensor], weights: Tensor) -> Tensor:
+def _sum_levels(levels: Sequence[Tensor], weights: Tensor) -> Tensor:
     """L maps (R, C, 7, 7) and weights (R, L) -> (R, C, 7, 7)."""
     first, *others = weights[:, :, None, None, None].unbind(1)
     total = levels[0] * first
@@ -179,17 +178,15 @@ class SGFITerm(nn.Module):
 
     Args:
         student_channels: channels of each student level.
-        teacher_channels: C of the teacher's pooled features.
-        embed_channels: channels of the embedding that levels are matched in.
+        teacher_channels: C_t of the teacher's pooled features.
+        embed_channels: E.
         initial_tau: temperature of the match at the start.
-        cosine: levels are matched by the angle between embeddings; or by their product (the paper).
-        normalize: standardise the target ``channel`` by channel, as one ``scalar``, or not at all (``none``).
+        cosine: match levels by the angle between embeddings, or by their product (the paper).
+        normalize: standardise the target per ``channel``, as one ``scalar``, or not (``none``).
         prior: how much the match favours the student levels near ``centre``; 0: not at all (the paper).
-        centre: the stride of the level that the student assigns a region to, or of the one that the teacher pools it
-            from.
+        centre: whose assigned level of a region gives the favoured stride.
         sampling_ratio: RoIAlign samples per bin and axis on the student's levels.
-        same_space: the student got the teacher's head, so its features have to become the teacher's own, not a linear
-            map of them: they are standardised with the teacher's statistics and f_adapt starts as the identity.
+        same_space: see ``Detectors``; the levels get the teacher's statistics and f_adapt starts as the identity.
     """
 
     student_needs: frozenset[View]
@@ -240,29 +237,29 @@ class SGFITerm(nn.Module):
             target = self.normalizer(target.float(), channels)
         pyramid = pair.student_seen.pyramid
         levels = pool_all_levels(pyramid, pair.regions, size=target.shape[-1], sampling_ratio=self.sampling_ratio)
-        prior = self._prior(pair)
+        prior = self._compute_prior(pair)
         affine = self.normalizer.affine() if self.same_space and self.normalizer is not None else None
-        # Standardisation is folded into the adapters' weights: half precision would lose a small deviation around a
+        # The adapters' weights include the standardisation, and half precision would lose a small deviation around a
         # large mean.
         with torch.autocast(target.device.type, enabled=False):
             imitation, _ = self.matcher(levels, target.float(), affine, prior)
         return imitation_loss(imitation.float(), target.float(), channels)
 
-    def _prior(self, pair: ObservedPair) -> Tensor | None:
-        """(R, L) logits that the match of each region starts from; None where it favours no level."""
+    def _compute_prior(self, pair: ObservedPair) -> Tensor | None:
+        """(R, L) logits added to the match of each region; None if the prior favours no level."""
         if self.prior == 0:
             return None
         index = pair.regions.image_index
-        octaves = _octaves(pair.student_seen.pyramid, index)
+        octaves = _compute_octaves(pair.student_seen.pyramid, index)
         view, theirs = pair.student_view, octaves
         if self.centre == "teacher":
-            view, theirs = pair.teacher_view, _octaves(pair.teacher_seen.pyramid, index)
+            view, theirs = pair.teacher_view, _compute_octaves(pair.teacher_seen.pyramid, index)
         assert view.level is not None
         return level_prior(octaves, theirs.gather(1, view.level[:, None]).squeeze(1), self.prior)
 
 
-def _octaves(pyramid: Pyramid, image_index: Tensor) -> Tensor:
-    """(R, L) log2 of the stride of each level, in pixels of each region's image: the mean of both axes."""
+def _compute_octaves(pyramid: Pyramid, image_index: Tensor) -> Tensor:
+    """(R, L) log2 of the stride of each level in pixels of each region's image, the mean of both axes."""
     scale = pyramid.frame.scale
     strides = beside([log2(level.stride[0] * level.stride[1]) / 2 for level in pyramid.levels], scale)
     return strides - scale[image_index].log2().mean(dim=1, keepdim=True)
@@ -282,7 +279,7 @@ def build(
     normalize: Literal["channel", "scalar", "none"],
     sampling_ratio: int,
 ) -> SGFITerm:
-    """The term of a pair; any pair has one."""
+    """Builds the term; any pair allows it."""
     return SGFITerm(
         student_channels=pair.student_channels,
         teacher_channels=max(pair.teacher_channels),

@@ -1,15 +1,15 @@
-"""Detectors as plain torchvision modules, from a plain description.
+"""Builds detectors as plain torchvision modules from a description.
 
-This package imports torch and torchvision only, and itself by relative names. A run folder gets a copy of it, called
-``student``, next to ``student.pt``: a trained student can be rebuilt where gdetkd is not installed.
+This package imports only torch, torchvision and itself (by relative names). A run folder contains a copy, ``student``,
+next to ``student.pt``, so that a trained student can be rebuilt without gdetkd.
 
-A description is a dictionary that JSON can hold:
+A description is a dictionary that JSON can store:
 
     {"kind": "torchvision", "name": "retinanet_resnet50_fpn", "arguments": {...}, "norm": "batch"}
     {"kind": "composed", "backbone": "resnet18", "width": 64, "blocks": [2, 2, 2, 2], "head": "fcos",
      "pyramid_channels": 256, "pyramid_levels": [3, 7], "image_size": [800, 1333], "arguments": {...}, "norm": "batch"}
 
-A torchvision description may hold "norm_eps", the epsilon of frozen normalisation."""
+A torchvision description may contain "norm_eps", the epsilon of frozen normalisation."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from torchvision.models import detection
 
-from .arguments import CLASSES, arguments_of, check_arguments, check_sizes
+from .arguments import CLASSES, check_arguments, check_sizes, list_arguments
 from .bodies import MOBILENETS, RESNETS, build_backbone
 from .heads import DEFAULT_LEVELS, HEAD_ARGUMENTS, HEADS
 from .named import TORCHVISION_DETECTORS, build_named
@@ -32,24 +32,24 @@ def build(description: dict[str, Any], num_classes: int) -> nn.Module:
 
     Args:
         description: see the module's docstring.
-        num_classes: K, without background. The module has K + 1 outputs, as torchvision counts them.
+        num_classes: K, without background. The module has K + 1 outputs.
 
     Raises:
-        ValueError: the description names something that torchvision does not have, or arguments it does not take.
+        ValueError: torchvision does not have a named part, or does not take an argument.
     """
     kind = description["kind"]
     if kind not in _KINDS:
         raise ValueError(f"unknown architecture kind {kind!r}; expected {' or '.join(map(repr, _KINDS))}")
     module = _KINDS[kind](description, num_classes)
     if isinstance(module, detection.FCOS):
-        # Distances come out of a rectifier that torchvision starts at 0, where it can die for good. A level's boxes
-        # reach 4 to 8 strides: from there every distance has a gradient.
+        # Distances pass a ReLU that torchvision starts at 0, where it can die for good. A level's boxes reach 4 to 8
+        # strides, and from there every distance has a gradient.
         nn.init.constant_(module.head.regression_head.bbox_reg.bias, 4.0)
     return module
 
 
 def load(path: str) -> nn.Module:
-    """Rebuilds the detector of a ``student.pt`` and loads its weights; ready for inference."""
+    """Rebuilds the detector of a ``student.pt`` with its weights, in evaluation mode."""
     saved = torch.load(path, map_location="cpu", weights_only=True)
     module = build(saved["architecture"], len(saved["classes"]))
     module.load_state_dict(saved["model"])
@@ -64,7 +64,7 @@ def build_composed(description: dict[str, Any], num_classes: int) -> nn.Module:
     arguments.setdefault("max_size", long)
     if head not in HEADS:
         raise ValueError(f"unknown head {head!r}; known: {', '.join(HEADS)}")
-    check_arguments(f"head {head!r}", arguments, HEAD_ARGUMENTS[head] | arguments_of(CLASSES[head.replace("-", "")]))
+    check_arguments(f"head {head!r}", arguments, HEAD_ARGUMENTS[head] | list_arguments(CLASSES[head.replace("-", "")]))
     first, last = description.get("pyramid_levels") or DEFAULT_LEVELS[head]
     check_sizes(head, arguments, 1 + last - first)
     backbone = build_backbone(description, channels, first, last)

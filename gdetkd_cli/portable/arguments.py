@@ -1,4 +1,4 @@
-"""Which arguments a detector takes, and which values make sense."""
+"""Checks the names and values of a detector's arguments."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ CLASSES = {
 }
 
 
-def arguments_of(function: Callable[..., Any]) -> set[str]:
+def list_arguments(function: Callable[..., Any]) -> set[str]:
     return {p.name for p in inspect.signature(function).parameters.values() if p.kind is not p.VAR_KEYWORD}
 
 
 def check_arguments(what: str, arguments: dict[str, Any], known: set[str]) -> None:
-    """Finds misspelt arguments: torchvision's detectors take any keyword, and ignore those that they do not know."""
-    known = known | arguments_of(GeneralizedRCNNTransform)  # they hand theirs on to it
+    """Rejects unknown arguments, because torchvision's detectors ignore unknown keywords."""
+    known = known | list_arguments(GeneralizedRCNNTransform)  # the detectors pass their keywords on to it
     unknown = sorted(set(arguments) - known)
     if unknown:
         raise ValueError(
@@ -36,11 +36,11 @@ def check_arguments(what: str, arguments: dict[str, Any], known: set[str]) -> No
 
 
 def check_sizes(head: str, arguments: dict[str, Any], levels: int) -> None:
-    """That what the heads take here are sizes: torchvision would fail later, and say less."""
+    """Rejects bad sizes, for which torchvision fails later with a worse message."""
     for name in ("representation_size", "canonical_scale", "head_convs"):
         value = arguments.get(name, 1)
         if not isinstance(value, int) or value < 1:
-            raise ValueError(f"head {head!r}: {name} must be a whole number from 1 on, got {value!r}")
+            raise ValueError(f"head {head!r}: {name} must be a whole number of at least 1, got {value!r}")
     anchors = arguments.get("anchor_sizes")
     if anchors is None:
         return
@@ -51,4 +51,4 @@ def check_sizes(head: str, arguments: dict[str, Any], levels: int) -> None:
             f"...], got {anchors!r}"
         )
     if len({len(own) for own in anchors}) > 1:
-        raise ValueError(f"head {head!r}: every level must have as many anchor_sizes as the others, got {anchors!r}")
+        raise ValueError(f"head {head!r}: every level must have the same number of anchor_sizes, got {anchors!r}")

@@ -1,4 +1,4 @@
-"""Bodies with a feature pyramid: any torchvision ResNet, ResNeXt or MobileNet, of any width and depth."""
+"""Bodies with a feature pyramid: torchvision's ResNets, ResNeXts and MobileNets of any width and depth."""
 
 from __future__ import annotations
 
@@ -29,23 +29,23 @@ MOBILENETS = ("mobilenet_v2", "mobilenet_v3_small", "mobilenet_v3_large")
 
 
 def build_backbone(description: dict[str, Any], channels: int, first: int, last: int) -> BackboneWithFPN:
-    """Body and FPN with levels ``first`` to ``last``; level l has stride 2**l.
+    """Builds the body and an FPN with levels ``first`` to ``last``; level l has stride 2**l.
 
-    Levels up to 5 are the body's stages; level 6 is a max pool of level 5 (as in Faster R-CNN) or, where there is
-    a level 7 too, both are convolutions (as in RetinaNet and FCOS).
+    Levels up to 5 are the body's stages. Level 6 is a max pool of level 5 (as in Faster R-CNN); with a level 7, both
+    are convolutions (as in RetinaNet and FCOS).
     """
-    name, norm = description["backbone"], norm_layer(description.get("norm", "batch"))
+    name, norm = description["backbone"], choose_norm_layer(description.get("norm", "batch"))
     stride_levels = range(first, min(last, 5) + 1)
     if name in RESNETS:
-        body = _resnet(name, description.get("width"), description.get("blocks"), norm)
+        body = _build_resnet(name, description.get("width"), description.get("blocks"), norm)
         stages = [f"layer{level - 1}" for level in stride_levels]
-        widths = [_out_channels(getattr(body, stage)[-1]) for stage in stages]
+        widths = [_get_out_channels(getattr(body, stage)[-1]) for stage in stages]
     elif name in MOBILENETS:
         if description.get("blocks"):
             raise ValueError(f"'blocks' applies to ResNets only, not to {name}")
         multiplier = float(description.get("width") or 1.0)
         body = getattr(mobilenet, name)(weights=None, width_mult=multiplier, norm_layer=norm).features
-        stages, widths = _mobilenet_stages(body, [2**level for level in stride_levels])
+        stages, widths = _find_stages(body, [2**level for level in stride_levels])
     else:
         raise ValueError(f"unknown backbone {name!r}; known: {', '.join(RESNETS + MOBILENETS)}")
     extra = {5: NoExtraLevel, 6: LastLevelMaxPool, 7: partial(LastLevelP6P7, channels, channels)}[last]()
@@ -53,12 +53,14 @@ def build_backbone(description: dict[str, Any], channels: int, first: int, last:
     return BackboneWithFPN(body, returned, widths, channels, extra_blocks=extra)
 
 
-def norm_layer(norm: str) -> Callable[..., nn.Module]:
+def choose_norm_layer(norm: str) -> Callable[..., nn.Module]:
     return {"batch": nn.BatchNorm2d, "frozen": FrozenBatchNorm2d}[norm]
 
 
-def _resnet(name: str, width: int | None, blocks: list[int] | None, norm: Callable[..., nn.Module]) -> resnet.ResNet:
-    """torchvision's ResNet, optionally slimmer (``width`` channels after the stem, 64 in the original) or shallower."""
+def _build_resnet(
+    name: str, width: int | None, blocks: list[int] | None, norm: Callable[..., nn.Module]
+) -> resnet.ResNet:
+    """Builds torchvision's ResNet, with ``width`` channels after the stem (64 in the original) and any depth."""
     body: resnet.ResNet = getattr(resnet, name)(weights=None, norm_layer=norm)
     if width is None and blocks is None:
         return body
@@ -72,23 +74,23 @@ def _resnet(name: str, width: int | None, blocks: list[int] | None, norm: Callab
     body.conv1 = nn.Conv2d(3, stem, kernel_size=7, stride=2, padding=3, bias=False)
     body.bn1 = norm(stem)
     for i, count in enumerate(depth):
-        # ResNet's own stage builder; it reads and advances body.inplanes.
+        # ResNet's own stage builder, which reads and advances body.inplanes.
         stage = body._make_layer(block, stem * 2**i, count, stride=1 if i == 0 else 2)
         setattr(body, f"layer{i + 1}", stage)
-    for module in body.modules():  # as ResNet.__init__ does
+    for module in body.modules():  # like ResNet.__init__
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
     return body
 
 
-def _out_channels(block: Any) -> int:
+def _get_out_channels(block: Any) -> int:
     """Channels after a ResNet block: BasicBlock ends in conv2, Bottleneck in conv3."""
     last = block.conv3 if hasattr(block, "conv3") else block.conv2
     return int(last.out_channels)
 
 
-def _mobilenet_stages(body: nn.Sequential, strides: list[int]) -> tuple[list[str], list[int]]:
-    """The last module at each stride, and its channels: found by running the body."""
+def _find_stages(body: nn.Sequential, strides: list[int]) -> tuple[list[str], list[int]]:
+    """Runs the body to find the last module at each stride, and its channels."""
     size = 64
     sizes: list[int] = []
     widths: list[int] = []
@@ -107,7 +109,7 @@ def _mobilenet_stages(body: nn.Sequential, strides: list[int]) -> tuple[list[str
 
 
 class NoExtraLevel(ExtraFPNBlock):
-    """Keeps the pyramid as it is; BackboneWithFPN adds a max-pooled level when it is given nothing."""
+    """Adds no level, whereas BackboneWithFPN adds a max-pooled one by default."""
 
     def forward(
         self, results: list[torch.Tensor], x: list[torch.Tensor], names: list[str]

@@ -13,7 +13,7 @@ from torchvision.ops import clip_boxes_to_image
 
 
 class CascadePredictor(nn.Module):
-    """Class scores, and one box for all classes, told once for each of them as other heads tell theirs."""
+    """Class scores and one box for all classes, repeated per class to match the form of other heads."""
 
     def __init__(self, channels: int, outputs: int) -> None:
         super().__init__()
@@ -26,12 +26,12 @@ class CascadePredictor(nn.Module):
 
 
 class CascadeStage(RoIHeads):
-    """A later stage of a cascade: the parts of a RoI head."""
+    """A later stage of a cascade, with the parts of a RoI head."""
 
-    def labelled(
+    def label_boxes(
         self, proposals: list[torch.Tensor], targets: list[dict[str, torch.Tensor]]
     ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """Each box's class, and the deltas to its object, by its own overlap and coder; of all, not a sample."""
+        """Labels all boxes, without sampling: classes and deltas to their objects, by the stage's own coder."""
         truth = [t["boxes"].to(proposals[0].dtype) for t in targets]
         matched, labels = self.assign_targets_to_proposals(proposals, truth, [t["labels"] for t in targets])
         padded = [b if b.numel() > 0 else torch.zeros((1, 4), dtype=b.dtype, device=b.device) for b in truth]
@@ -41,8 +41,8 @@ class CascadeStage(RoIHeads):
 class CascadeHeads(RoIHeads):
     """Three RoI heads in a row (Cai and Vasconcelos, "Cascade R-CNN", CVPR 2018).
 
-    Each gets the boxes that the one before it has refined, and learns from closer ones; their probabilities are
-    averaged. The first stands where a Faster R-CNN has its own; ``later`` are the others.
+    Each refines the boxes of the one before it and is trained with a higher overlap; probabilities are averaged. The
+    first is the usual head of a Faster R-CNN; ``later`` are the others.
     """
 
     _LATER = ((0.6, (20.0, 20.0, 10.0, 10.0), 0.5), (0.7, (30.0, 30.0, 15.0, 15.0), 0.25))  # IoU, coder, loss weight
@@ -61,7 +61,7 @@ class CascadeHeads(RoIHeads):
             later.append(CascadeStage(copy.deepcopy(plain.box_roi_pool), *parts, iou, iou, *sampling, coder, *kept))
         self.later: Any = nn.ModuleList(later)
         self.later_weights = [weight for _, _, weight in self._LATER]
-        # The last boxes are read by the first head's coder.
+        # Postprocessing decodes the last boxes with the first head's coder.
         self.last_to_first = plain.box_coder.weights[0] / self._LATER[-1][1][0]
 
     def forward(
@@ -73,13 +73,15 @@ class CascadeHeads(RoIHeads):
     ) -> tuple[list[dict[str, torch.Tensor]], dict[str, torch.Tensor]]:
         losses: dict[str, torch.Tensor] = {}
         labels: list[torch.Tensor] = []
-        wanted: list[torch.Tensor] = []
+        regression_targets: list[torch.Tensor] = []
         if self.training:
-            proposals, _, labels, wanted = self.select_training_samples(proposals, targets)
+            proposals, _, labels, regression_targets = self.select_training_samples(proposals, targets)
         logits, deltas = self.box_predictor(self.box_head(self.box_roi_pool(features, proposals, image_shapes)))
         probability = logits.softmax(dim=-1)
         if self.training:
-            losses["loss_classifier"], losses["loss_box_reg"] = fastrcnn_loss(logits, deltas, labels, wanted)
+            losses["loss_classifier"], losses["loss_box_reg"] = fastrcnn_loss(
+                logits, deltas, labels, regression_targets
+            )
         boxes = self.box_coder.decode_single(deltas[:, :4], torch.cat(proposals))
         for number, stage in enumerate(self.later):
             counts = [p.shape[0] for p in proposals]
@@ -89,17 +91,17 @@ class CascadeHeads(RoIHeads):
             logits, deltas = stage.box_predictor(stage.box_head(pooled))
             probability = probability + logits.softmax(dim=-1)
             if self.training and targets is not None:
-                labels, wanted = stage.labelled(proposals, targets)
-                scores, sides = fastrcnn_loss(logits, deltas, labels, wanted)
+                labels, regression_targets = stage.label_boxes(proposals, targets)
+                scores, sides = fastrcnn_loss(logits, deltas, labels, regression_targets)
                 losses[f"loss_classifier_{number + 2}"] = self.later_weights[number] * scores
                 losses[f"loss_box_reg_{number + 2}"] = self.later_weights[number] * sides
             boxes = stage.box_coder.decode_single(deltas[:, :4], torch.cat(proposals))
-        found: list[dict[str, torch.Tensor]] = []
+        detections: list[dict[str, torch.Tensor]] = []
         if not self.training:
             mean = (probability / (1 + len(self.later))).log()
             all_boxes, all_scores, all_labels = self.postprocess_detections(
                 mean, deltas * self.last_to_first, proposals, image_shapes
             )
             for i in range(len(all_boxes)):
-                found.append({"boxes": all_boxes[i], "labels": all_labels[i], "scores": all_scores[i]})
-        return found, losses
+                detections.append({"boxes": all_boxes[i], "labels": all_labels[i], "scores": all_scores[i]})
+        return detections, losses

@@ -16,7 +16,7 @@ from torchvision.ops import MultiScaleRoIAlign
 from .cascade import CascadeHeads
 
 DEFAULT_LEVELS = {"faster-rcnn": (2, 6), "cascade-rcnn": (2, 6), "retinanet": (3, 7), "fcos": (3, 7)}
-# What the heads take here, beside what torchvision's classes take.
+# Arguments of the heads in addition to those of torchvision's classes.
 HEAD_ARGUMENTS = {
     "faster-rcnn": {"anchor_sizes", "representation_size", "canonical_scale"},
     "cascade-rcnn": {"anchor_sizes", "representation_size", "canonical_scale"},
@@ -25,13 +25,15 @@ HEAD_ARGUMENTS = {
 }
 
 
-def _anchors(arguments: dict[str, Any], default: list[tuple[int, ...]], ratios: tuple[float, ...]) -> AnchorGenerator:
+def _build_anchors(
+    arguments: dict[str, Any], default: list[tuple[int, ...]], ratios: tuple[float, ...]
+) -> AnchorGenerator:
     """``anchor_sizes`` of the arguments (pixels, one list per level), or the default."""
     sizes = tuple(tuple(sizes) for sizes in arguments.pop("anchor_sizes", None) or default)
     return AnchorGenerator(sizes, (ratios,) * len(sizes))
 
 
-def _faster_rcnn(
+def _build_faster_rcnn(
     backbone: nn.Module, num_classes: int, channels: int, strides: list[int], arguments: dict[str, Any]
 ) -> detection.FasterRCNN:
     hidden = int(arguments.pop("representation_size", 1024))
@@ -44,7 +46,7 @@ def _faster_rcnn(
     return detection.FasterRCNN(
         backbone,
         num_classes=None,
-        rpn_anchor_generator=_anchors(arguments, [(8 * stride,) for stride in strides], (0.5, 1.0, 2.0)),
+        rpn_anchor_generator=_build_anchors(arguments, [(8 * stride,) for stride in strides], (0.5, 1.0, 2.0)),
         box_roi_pool=pool,
         box_head=TwoMLPHead(channels * 7**2, hidden),
         box_predictor=detection.faster_rcnn.FastRCNNPredictor(hidden, num_classes + 1),
@@ -52,21 +54,21 @@ def _faster_rcnn(
     )
 
 
-def _cascade_rcnn(
+def _build_cascade_rcnn(
     backbone: nn.Module, num_classes: int, channels: int, strides: list[int], arguments: dict[str, Any]
 ) -> detection.FasterRCNN:
     hidden = int(arguments.get("representation_size", 1024))
-    module = _faster_rcnn(backbone, num_classes, channels, strides, arguments)
+    module = _build_faster_rcnn(backbone, num_classes, channels, strides, arguments)
     module.roi_heads = CascadeHeads(module.roi_heads, channels, hidden, num_classes)
     return module
 
 
-def _retinanet(
+def _build_retinanet(
     backbone: nn.Module, num_classes: int, channels: int, strides: list[int], arguments: dict[str, Any]
 ) -> nn.Module:
     octaves = [tuple(int(4 * stride * 2 ** (i / 3)) for i in range(3)) for stride in strides]
-    anchors = _anchors(arguments, octaves, (0.5, 1.0, 2.0))
-    norm = partial(nn.GroupNorm, _groups(channels)) if arguments.pop("head_norm", False) else None
+    anchors = _build_anchors(arguments, octaves, (0.5, 1.0, 2.0))
+    norm = partial(nn.GroupNorm, _count_groups(channels)) if arguments.pop("head_norm", False) else None
     return detection.RetinaNet(
         backbone,
         num_classes=num_classes + 1,
@@ -76,29 +78,34 @@ def _retinanet(
     )
 
 
-def _fcos(
+def _build_fcos(
     backbone: nn.Module, num_classes: int, channels: int, strides: list[int], arguments: dict[str, Any]
 ) -> nn.Module:
-    norm, convolutions = partial(nn.GroupNorm, _groups(channels)), int(arguments.pop("head_convs", 4))
-    # FCOSHead itself insists on 32 groups; its two branches do not.
+    norm, convolutions = partial(nn.GroupNorm, _count_groups(channels)), int(arguments.pop("head_convs", 4))
+    # FCOSHead requires 32 groups; its two branches do not.
     head = FCOSHead(32, 1, num_classes + 1, num_convs=1)
     head.classification_head = FCOSClassificationHead(channels, 1, num_classes + 1, convolutions, norm_layer=norm)
     head.regression_head = FCOSRegressionHead(channels, 1, convolutions, norm_layer=norm)
     return detection.FCOS(
         backbone,
         num_classes=num_classes + 1,
-        anchor_generator=_anchors(arguments, [(stride,) for stride in strides], (1.0,)),
+        anchor_generator=_build_anchors(arguments, [(stride,) for stride in strides], (1.0,)),
         head=head,
         **arguments,
     )
 
 
-def _groups(channels: int) -> int:
-    """GroupNorm's usual 32 groups, or fewer where the pyramid is slim (at least 8 channels a group)."""
+def _count_groups(channels: int) -> int:
+    """GroupNorm's usual 32 groups, or fewer in a slim pyramid (at least 8 channels per group)."""
     groups = min(32, max(1, channels // 8))
     while channels % groups:
         groups -= 1
     return groups
 
 
-HEADS = {"faster-rcnn": _faster_rcnn, "cascade-rcnn": _cascade_rcnn, "retinanet": _retinanet, "fcos": _fcos}
+HEADS = {
+    "faster-rcnn": _build_faster_rcnn,
+    "cascade-rcnn": _build_cascade_rcnn,
+    "retinanet": _build_retinanet,
+    "fcos": _build_fcos,
+}

@@ -8,7 +8,7 @@ from torch import nn
 from torchvision.models import detection
 from torchvision.ops.misc import FrozenBatchNorm2d
 
-from .arguments import CLASSES, arguments_of, check_arguments
+from .arguments import CLASSES, check_arguments, list_arguments
 
 TORCHVISION_DETECTORS = (
     "fasterrcnn_resnet50_fpn",
@@ -30,12 +30,12 @@ def build_named(description: dict[str, Any], num_classes: int) -> nn.Module:
     if name not in TORCHVISION_DETECTORS:
         raise ValueError(f"unknown torchvision detector {name!r}; known: {', '.join(TORCHVISION_DETECTORS)}")
     builder = getattr(detection, name)
-    check_arguments(name, arguments, arguments_of(builder) | arguments_of(CLASSES[name.partition("_")[0]]))
+    check_arguments(name, arguments, list_arguments(builder) | list_arguments(CLASSES[name.partition("_")[0]]))
     try:
         module: nn.Module = builder(weights=None, weights_backbone=None, num_classes=num_classes + 1, **arguments)
     except TypeError as error:
         raise ValueError(f"{name} does not take these arguments: {error}") from error
-    if name.startswith("maskrcnn"):  # used as a box detector: without its mask branch it is a Faster R-CNN
+    if name.startswith("maskrcnn"):  # without its mask branch it is a Faster R-CNN
         for part in ("mask_roi_pool", "mask_head", "mask_predictor"):
             setattr(module.roi_heads, part, None)
     if description.get("norm", "batch") == "frozen":
@@ -44,7 +44,7 @@ def build_named(description: dict[str, Any], num_classes: int) -> nn.Module:
 
 
 def _freeze_norms(module: nn.Module, eps: float | None) -> nn.Module:
-    """Replaces every BatchNorm2d by torchvision's FrozenBatchNorm2d, in place; ``eps`` None: each layer's own."""
+    """Replaces every BatchNorm2d by torchvision's FrozenBatchNorm2d, in place; ``eps`` None: keep each layer's."""
     for name, child in module.named_children():
         if isinstance(child, nn.BatchNorm2d):
             setattr(module, name, FrozenBatchNorm2d(child.num_features, eps=child.eps if eps is None else eps))

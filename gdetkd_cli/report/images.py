@@ -1,4 +1,4 @@
-"""Images of what detectors see."""
+"""Draws detections on images."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ def draw_predictions(
     Args:
         split: the first ``count`` images are drawn.
         predictors: by title, left to right after the truth.
-        folder: made where it is missing.
-        count: images.
-        device: where the predictors want their input.
+        folder: made if it is missing.
+        count: number of images.
+        device: of the predictors' input.
     """
     folder.mkdir(parents=True, exist_ok=True)
     written = []
@@ -42,7 +42,7 @@ def draw_predictions(
 def draw_grid(
     *, split: Split, predictors: Mapping[str, Predictor], path: Path, indices: list[int], device: str
 ) -> None:
-    """One image per row; the truth and each predictor's boxes per column."""
+    """Draws one image per row, with columns for the truth and for each predictor's boxes."""
     columns = 1 + len(predictors)
     figure = Figure(figsize=(3.2 * columns, 3.2 * len(indices)), layout="constrained")
     axes = figure.subplots(len(indices), columns, squeeze=False)

@@ -1,4 +1,4 @@
-"""A image of a pyramid: where each level is active."""
+"""Draws where each level of a pyramid is active."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from gdetkd_cli.report.pyramid import LevelReport
 
 
 def check_drawable(path: Path) -> None:
-    """That a image can be written there, told before it is made.
+    """Checks the suffix before an image is drawn.
 
     Raises:
-        GDetKDError: matplotlib knows no format of that ending.
+        GDetKDError: matplotlib has no such format.
     """
     known = Figure().canvas.get_supported_filetypes()
     if path.suffix.removeprefix(".").lower() not in known:
-        raise GDetKDError(f"{path}: cannot draw a file of that ending; expected one of {', '.join(sorted(known))}")
+        raise GDetKDError(f"{path}: cannot draw a file with this suffix; expected one of {', '.join(sorted(known))}")
 
 
 def draw_levels(image: Tensor, levels: Sequence[LevelReport], maps: Sequence[Tensor], path: Path) -> None:
@@ -28,9 +28,9 @@ def draw_levels(image: Tensor, levels: Sequence[LevelReport], maps: Sequence[Ten
 
     Args:
         image: (3, H, W) in 0..1.
-        levels: their cells lie where these say.
-        maps: (1, C, h, w) each.
-        path: the file to write, PNG by its suffix or any that matplotlib writes.
+        levels: the geometry of each map's cells.
+        maps: (1, C, H_l, W_l) each.
+        path: the file to write; its suffix selects a format of matplotlib.
     """
     height, width = image.shape[-2:]
     figure = Figure(figsize=(3.2 * (1 + len(levels)), 3.2 * height / width + 0.5), layout="constrained")

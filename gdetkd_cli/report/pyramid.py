@@ -1,4 +1,4 @@
-"""A pyramid as people read it: levels, strides and offsets in image pixels, and where the region embedding is read."""
+"""Describes a pyramid for display: levels, strides and offsets in image pixels, and the region embedding."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class LevelReport:
     """One pyramid level.
 
     ``stride`` and ``offset`` are (y, x) in pixels; ``shape`` is (H, W) cells; ``mean`` and ``std`` are of its values on
-    the image that was looked at, None where they are not finite.
+    the image, None if not finite.
     """
 
     name: str
@@ -35,7 +35,7 @@ class LevelReport:
 
 @dataclass(frozen=True)
 class Alternative:
-    """Other maps that might be meant as the levels, by name, and why."""
+    """Names of other maps that may be the levels, and the reason."""
 
     levels: tuple[str, ...]
     reason: str
@@ -43,22 +43,22 @@ class Alternative:
 
 @dataclass(frozen=True)
 class PyramidReport:
-    """What probing found.
+    """A described pyramid.
 
     Attributes:
-        source: what was probed, as the user named it.
+        source: the model, as the user named it.
         format: ``torchvision``, ``torchscript``, ``exported``, ``onnx``, ``factory`` or ``run``.
         call: how the model takes its input.
         family: ``two-stage``, ``dense``, or ``unknown``.
         levels: fine to coarse.
         region_embedding: channels of the region embedding, and where it is read.
-        detections: in which form it returns what it detects; None where that is not known.
+        detections: the form of its detections; None if unknown.
         size: (height, width) pixels of the probe image.
-        classes: class names; empty where they are unknown.
+        classes: class names; empty if unknown.
         parameters: number of parameters.
         reason: why these are the levels.
-        confidence: how often this reason was right, in 0..1, over the detectors in
-            docs/reference/probed-models.md; 1 for a known architecture.
+        confidence: share of the detectors in docs/reference/probed-models.md for which this reason was right, in 0..1;
+            1 for a known architecture.
         alternatives: runners-up.
     """
 
@@ -78,23 +78,21 @@ class PyramidReport:
 
 
 def level_statistics(features: Tensor) -> dict[str, float | None]:
-    """Mean and deviation of a level's values, None where they are not finite."""
+    """Mean and deviation of a level's values, None if not finite."""
     values = features.float()
-    found = {"mean": float(values.mean()), "std": float(values.std(correction=0))}
-    return {name: value if math.isfinite(value) else None for name, value in found.items()}
+    statistics = {"mean": float(values.mean()), "std": float(values.std(correction=0))}
+    return {name: value if math.isfinite(value) else None for name, value in statistics.items()}
 
 
-def describe_pyramid(
-    detector: Detector, *, source: str, format: str, size: tuple[int, int], classes: tuple[str, ...] | None = None
-) -> PyramidReport:
-    """The pyramid of a detector, in pixels of an image of ``size`` (height, width)."""
-    return describe_on_image(detector, probe_image(size), source=source, format=format, classes=classes)[0]
+def describe_pyramid(detector: Detector, *, source: str, format: str, size: tuple[int, int]) -> PyramidReport:
+    """Describes a detector's pyramid in pixels of an image of ``size`` (height, width)."""
+    return describe_on_image(detector, probe_image(size), source=source, format=format, classes=None)[0]
 
 
 def describe_on_image(
     detector: Detector, image: Tensor, *, source: str, format: str, classes: tuple[str, ...] | None
 ) -> tuple[PyramidReport, tuple[Tensor, ...]]:
-    """The pyramid of a detector, in pixels of an image (3, H, W) in 0..1, and its levels' maps of that image."""
+    """Describes a detector's pyramid in pixels of an image (3, H, W) in 0..1; also returns the levels' maps."""
     batch = Batch(images=[image.to(device_of(detector.module))], targets=[], image_ids=torch.zeros(1))
     with torch.no_grad():
         pyramid = detector.extract_features(batch).pyramid
@@ -111,19 +109,19 @@ def describe_on_image(
         )
         for level, features in zip(pyramid.levels, pyramid.maps, strict=True)
     )
-    found = detector.finding
+    finding = detector.finding
     report = PyramidReport(
         source=source,
-        format=found.kind if found else format,
-        call=found.call if found else CALLS[0].name,
+        format=finding.kind if finding else format,
+        call=finding.call if finding else CALLS[0].name,
         family=detector.family,
         levels=levels,
         region_embedding={"channels": detector.embedding_channels, "source": detector.embedding_source},
-        detections=found.detections if found else ROWS.name,
+        detections=finding.detections if finding else ROWS.name,
         size=(image.shape[-2], image.shape[-1]),
         classes=detector.class_names if classes is None else classes,
         parameters=detector.parameter_count,
     )
-    if found:
-        report = replace(report, reason=found.reason, confidence=found.confidence)
+    if finding:
+        report = replace(report, reason=finding.reason, confidence=finding.confidence)
     return report, pyramid.maps

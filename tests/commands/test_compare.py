@@ -346,7 +346,7 @@ def test_a_cell_that_an_orphan_still_trains_is_left_alone(tmp_path: Path) -> Non
         trials.train_trial(trial, toy.recipe(steps=3), trials.Place("cpu"))
     holder.communicate()
     assert (trial.run.path / "recipe.yaml").read_text() == "kept"
-    with trial.run.held():
+    with trial.run.lock():
         pass
 
 

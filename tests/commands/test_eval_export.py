@@ -104,9 +104,7 @@ def test_another_tools_file_is_read_by_the_form_of_its_output(finished: Path, da
     del model.metadata_props[:]
     foreign = tmp_path / "foreign.onnx"
     onnx.save(model, foreign)
-    with pytest.raises(
-        PairError, match=r"the classes that .*foreign\.onnx detects are not known; name them in a recipe"
-    ):
+    with pytest.raises(PairError, match=r"the classes of .*foreign\.onnx are unknown; name them in a recipe"):
         run_eval(str(foreign), data=data)
 
     teacher = CheckpointDetector(arch="checkpoint", path=str(foreign), classes=names)

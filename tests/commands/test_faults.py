@@ -22,7 +22,7 @@ from gdetkd_cli.structures import Batch, LossReport
 
 @pytest.fixture(autouse=True)
 def _read_late(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop, "reads_every", lambda device, log_every: log_every)
+    monkeypatch.setattr(loop, "choose_interval", lambda device, log_every: log_every)
 
 
 def poison(monkeypatch: pytest.MonkeyPatch, at: int, change: Callable[[LossReport], LossReport]) -> None:
@@ -53,7 +53,7 @@ def test_what_is_logged_is_what_an_immediate_reader_logs(tmp_path: Path, monkeyp
     lines = []
     for late in (True, False):
         if not late:
-            monkeypatch.setattr(loop, "reads_every", lambda device, log_every: 1)
+            monkeypatch.setattr(loop, "choose_interval", lambda device, log_every: 1)
         run = run_distill(recipe(steps=7, log_every=3, checkpoint_every=2), output=tmp_path / str(late)).run
         lines.append([{k: v for k, v in x.items() if k != "images_per_second"} for x in RunFolder(run).read_log()])
 

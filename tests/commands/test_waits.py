@@ -21,14 +21,14 @@ from gdetkd_cli.recipe.schema import Recipe
 # Why each stays. Levels are pooled one by one, so it must be known how many regions each has: one read for all levels
 # of one detector. A dense student's candidates are chosen by where they lie and by what they overlap.
 POOLED = {"pooling.py:pool_assigned": 1}
-DENSE_CHOICE = {"dense.py:_candidates": 1, "regions.py:_overlaps": 1}
+DENSE_CHOICE = {"dense.py:_select_candidates": 1, "regions.py:_compute_overlaps": 1}
 READS = "readings.py:read"  # at log steps
 
 
 def steps_counted(recipe: Recipe, folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[Counter[str]]:
     """The waits of each step: the loop's own and all that it calls."""
     found: list[Counter[str]] = []
-    step = Loop._guarded_step
+    step = Loop.take_step
 
     def counting(self: Loop, number: int, batch: Any) -> Any:
         with waits.counted() as own:
@@ -36,7 +36,7 @@ def steps_counted(recipe: Recipe, folder: Path, monkeypatch: pytest.MonkeyPatch)
         found.append(own)
         return done
 
-    monkeypatch.setattr(Loop, "_guarded_step", counting)
+    monkeypatch.setattr(Loop, "take_step", counting)
     with runs_elsewhere():
         run_distill(recipe, output=folder / "run")
     return found

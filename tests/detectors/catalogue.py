@@ -1,4 +1,4 @@
-"""What the catalogue holds, small, and what is known of each."""
+"""Small versions of all catalogue detectors, with their known geometry."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ DENSE = {"score_thresh": 0.0, "topk_candidates": 100, "detections_per_img": 60}
 
 @dataclass(frozen=True)
 class Spec:
-    """A description, and what is known of the pyramid that it builds."""
+    """A description and the known geometry of its pyramid."""
 
     description: dict[str, Any]
     strides: tuple[int, ...]

@@ -17,7 +17,7 @@ from gdetkd_cli.structures import Batch, Target
 def small() -> Iterator[None]:
     """Shallow ResNets and a slim VGG with the real ones' stages, strides and channels.
 
-    The full ResNets that composed ones are cut from get no weights: filling them takes longer than all the rest.
+    The full ResNets from which composed ones are cut get no weights, because initialising them dominates the run time.
     """
 
     def shallow_resnet50(*, norm_layer: Callable[..., nn.Module] | None = None, **_: Any) -> nn.Module:

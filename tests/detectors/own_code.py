@@ -1,4 +1,4 @@
-"""Detectors as a user may write them, called as torchvision's are."""
+"""Detectors as a user may write them, called like torchvision's."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ STRIDES = (8, 16, 32)
 
 
 class Own(nn.Module):
-    """One class score and one box for each cell of three levels; images of a batch have one size."""
+    """One class score and one box per cell of three levels; all images of a batch have one size."""
 
     def __init__(self, classes: int = 9) -> None:
         super().__init__()
@@ -48,13 +48,13 @@ def own(classes: int = 9) -> nn.Module:
 
 
 def fcos(classes: int = 9) -> nn.Module:
-    """torchvision's own class, made by hand."""
+    """torchvision's own class, built directly."""
     backbone = resnet_fpn_backbone(backbone_name="resnet18", weights=None, trainable_layers=5)
     return FCOS(backbone, num_classes=1 + classes, min_size=64, max_size=64)
 
 
 class Bare(nn.Module):
-    """Knows no losses."""
+    """Has no losses."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -66,7 +66,7 @@ class Bare(nn.Module):
 
 
 class ChannelsLast(Bare):
-    """Its neck's maps are normed with their channels last."""
+    """Normalises the neck's maps with their channels last."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Cascade R-CNN: its three stages against a slow version, and how each of them learns."""
+"""Cascade R-CNN: its three stages against a slow version, and the training of each."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def features() -> dict[str, Tensor]:
     return {name: torch.rand(1, 16, *size, generator=generator) for name, size in zip(names, sizes, strict=True)}
 
 
-def moved(box: list[float], deltas: list[float], weights: tuple[float, ...]) -> list[float]:
-    """A box, moved as every R-CNN moves it, in plain numbers."""
+def move_box(box: list[float], deltas: list[float], weights: tuple[float, ...]) -> list[float]:
+    """Applies R-CNN's deltas to a box in plain numbers."""
     x1, y1, x2, y2 = box
     dx, dy, dw, dh = (d / w for d, w in zip(deltas, weights, strict=True))
     cx, cy, width, height = (x1 + x2) / 2 + dx * (x2 - x1), (y1 + y2) / 2 + dy * (y2 - y1), x2 - x1, y2 - y1
@@ -59,7 +59,9 @@ def test_each_stage_refines_and_probabilities_are_averaged(heads: Any, features:
         pooled = heads.box_roi_pool(features, [boxes], [SIZE])
         logits, deltas = stage.box_predictor(stage.box_head(pooled))
         probability += logits.softmax(dim=1) / 3
-        boxes = torch.tensor([moved(b, d[:4], weights) for b, d in zip(boxes.tolist(), deltas.tolist(), strict=True)])
+        boxes = torch.tensor(
+            [move_box(b, d[:4], weights) for b, d in zip(boxes.tolist(), deltas.tolist(), strict=True)]
+        )
     boxes = clip_boxes_to_image(boxes, SIZE)
     rows, labels = (probability[:, 1:] > heads.score_thresh).nonzero().unbind(dim=1)
     scores = probability[rows, labels + 1]
@@ -69,11 +71,11 @@ def test_each_stage_refines_and_probabilities_are_averaged(heads: Any, features:
     assert found[0]["labels"].tolist() == (labels[keep] + 1).tolist()
 
 
-def test_later_stages_want_closer_boxes(heads: Any) -> None:
+def test_later_stages_need_closer_boxes(heads: Any) -> None:
     """A box with an overlap of 0.65 is an object to the second stage (0.6) and background to the third (0.7)."""
     truth = [{"boxes": torch.tensor([[0.0, 0, 100, 10]]), "labels": torch.tensor([2])}]
     near = torch.tensor([[0.0, 0, 65, 10]])
-    second, third = (stage.labelled([near], truth) for stage in heads.later)
+    second, third = (stage.label_boxes([near], truth) for stage in heads.later)
     assert second[0][0].tolist() == [2]
     assert third[0][0].tolist() == [0]
     for (_, wanted), weights in zip((second, third), WEIGHTS[1:], strict=True):
@@ -94,10 +96,10 @@ def test_every_stage_learns(tiny_detector: Callable[..., Detector], batch: Batch
             assert layer.weight.grad.abs().sum() > 0
 
 
-def test_both_cascades_say_the_same_of_the_refined_boxes(
+def test_both_cascades_give_the_same_for_the_refined_boxes(
     tiny_detector: Callable[..., Detector], tiny_batch: Batch
 ) -> None:
-    """A student that is its own teacher: every later stage of the teacher sees the boxes that the student's saw."""
+    """The student is its own teacher: the teacher's later stages get the boxes of the student's."""
     student, teacher = tiny_detector("cascade-rcnn", norm="frozen"), tiny_detector("cascade-rcnn", norm="frozen")
     for detector in (student, teacher):
         for number, stage in enumerate((detector.module.roi_heads, *detector.module.roi_heads.later)):

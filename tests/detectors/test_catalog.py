@@ -1,4 +1,4 @@
-"""Descriptions: their classes, and what is wrong with them."""
+"""Descriptions: their classes and their errors."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_classes_of_weights_by_the_data_and_of_other_weights() -> None:
             {"arguments": {"colour": 1}},
             "head 'fcos' does not take these arguments: colour; it takes anchor_generator, anchor_sizes",
         ),
-        ({"arguments": {"head_convs": 0}}, "head 'fcos': head_convs must be a whole number from 1 on, got 0"),
+        ({"arguments": {"head_convs": 0}}, "head 'fcos': head_convs must be a whole number of at least 1, got 0"),
         (
             {"arguments": {"anchor_sizes": [[8], [16]]}},
             r"anchor_sizes must be one list of pixels for each of the 5 levels, as .*, got \[\[8\], \[16\]\]",
@@ -68,7 +68,7 @@ def test_classes_of_weights_by_the_data_and_of_other_weights() -> None:
         ({"arguments": {"anchor_sizes": "hello"}}, "anchor_sizes must be one list of pixels for each"),
         (
             {"arguments": {"anchor_sizes": [[8, 9], [16], [32], [64], [128]]}},
-            "every level must have as many anchor_sizes as the others",
+            "every level must have the same number of anchor_sizes",
         ),
         ({"width": 0.001}, "resnet18: width must be at least 1 channel, got 0.001"),
         ({"backbone": "mobilenet_v2"}, "'blocks' applies to ResNets only, not to mobilenet_v2"),
@@ -93,7 +93,7 @@ def test_arguments_that_the_transform_takes(tiny_description: Callable[..., dict
 
 
 def test_a_module_of_no_family() -> None:
-    with pytest.raises(ModelError, match="Linear is not a detector that gdetkd knows; expected torchvision's"):
+    with pytest.raises(ModelError, match="Linear is not a supported detector; expected torchvision's"):
         catalog.wrap(nn.Linear(2, 2), CLASSES)
 
 

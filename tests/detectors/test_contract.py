@@ -1,4 +1,4 @@
-"""One contract for every detector of the catalogue: what is declared is what is observed."""
+"""One contract for every detector of the catalogue: observed values equal the declared ones."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def observed(case: Case, batch: Batch) -> Observation:
 
 
 @pytest.fixture(scope="module")
-def looked(case: Case, batch: Batch) -> Observation:
+def extracted(case: Case, batch: Batch) -> Observation:
     return case.detector.extract_features(batch)
 
 
@@ -67,7 +67,7 @@ def assert_same_detections(first: list[Detections], second: list[Detections]) ->
 # --------------------------------------------------------------------------------------------------------- contract
 
 
-def test_declared_levels_are_the_observed_ones(case: Case, looked: Observation) -> None:
+def test_declared_levels_are_the_observed_ones(case: Case, extracted: Observation) -> None:
     levels = case.detector.levels
     assert tuple(level.stride for level in levels) == tuple((float(s), float(s)) for s in case.spec.strides)
     assert tuple(level.channels for level in levels) == case.spec.channels
@@ -77,7 +77,7 @@ def test_declared_levels_are_the_observed_ones(case: Case, looked: Observation) 
         # A 2 x 2 pool moves the centre by half a cell, a convolution without padding by its margin.
         assert [level.offset[0] for level in levels] == [4, 8, 8, 8, 72, 136]
 
-    pyramid = looked.pyramid
+    pyramid = extracted.pyramid
     assert pyramid.levels == levels
     expected = [tuple(math.ceil(side / stride) for side in pyramid.frame.size) for stride in case.spec.strides]
     if case.spec.description.get("name") == "ssd300_vgg16":
@@ -88,7 +88,7 @@ def test_declared_levels_are_the_observed_ones(case: Case, looked: Observation) 
 
 
 def test_observing_changes_nothing(case: Case, batch: Batch) -> None:
-    """The same losses as the module's own, to the last bit; and no hook stays."""
+    """The losses equal the module's own to the last bit, and no hook stays."""
     case.module.train()
     torch.manual_seed(1)
     expected = case.module(batch.images, [{"boxes": t.boxes, "labels": t.labels} for t in batch.targets])
@@ -141,7 +141,7 @@ def test_candidates_lie_in_their_images(case: Case, batch: Batch, observed: Obse
         assert (boxes[:, 2:].amax(dim=0) > limit / 2).all()  # image pixels, not smaller ones
 
 
-@pytest.mark.parametrize("which", ["observed", "looked"])
+@pytest.mark.parametrize("which", ["observed", "extracted"])
 def test_views_have_their_shapes(case: Case, which: str, request: pytest.FixtureRequest) -> None:
     seen: Observation = request.getfixturevalue(which)
     boxes = torch.tensor([[4.0, 6, 30, 38], [-3, 5, 20, 70], [8, 8, 9, 9], [0, 0, 40, 60], [2, 2, 38, 20]])
@@ -180,24 +180,24 @@ def test_views_have_their_shapes(case: Case, which: str, request: pytest.Fixture
                     assert (features[channels:] == 0).all()
 
 
-def test_a_two_stage_regions_level_is_the_one_it_is_pooled_from(case: Case, looked: Observation) -> None:
+def test_a_two_stage_regions_level_is_the_one_it_is_pooled_from(case: Case, extracted: Observation) -> None:
     if case.detector.family != "two-stage":
         return
     sides = 2 ** torch.linspace(1.3, 5.4, 40)
     boxes = torch.stack([torch.zeros(40), torch.zeros(40), sides, sides], dim=1)
     regions = Regions(boxes, torch.zeros(40, dtype=torch.int64), torch.full((40,), -1))
-    level = case.detector.region_outputs(looked, regions, frozenset({"level"})).level
-    case.detector.region_outputs(looked, regions, frozenset({"pooled"}))  # sets torchvision's mapper up
+    level = case.detector.region_outputs(extracted, regions, frozenset({"level"})).level
+    case.detector.region_outputs(extracted, regions, frozenset({"pooled"}))  # sets torchvision's mapper up
     pool = case.module.roi_heads.box_roi_pool
     if len(pool.featmap_names) == 1:
         expected = torch.zeros(40, dtype=torch.int64)
     else:
-        expected = pool.map_levels([looked.pyramid.frame.to_model(boxes, regions.image_index)])
+        expected = pool.map_levels([extracted.pyramid.frame.to_model(boxes, regions.image_index)])
     assert level is not None and torch.equal(level, expected)
 
 
-def test_candidates_look_as_their_head_saw_them(case: Case, observed: Observation) -> None:
-    """A two-stage head ran on its candidates already: reading the same boxes from the pyramid anew gives the same."""
+def test_candidates_equal_their_heads_outputs(case: Case, observed: Observation) -> None:
+    """A two-stage head already ran on its candidates; reading the same boxes from the pyramid gives the same."""
     assert observed.candidates is not None
     case.module.train()
     two_stage = case.detector.family == "two-stage"

@@ -1,4 +1,4 @@
-"""A dense detector's region embedding."""
+"""Region embeddings of a dense detector."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_class_logits_of_every_cell(head: str, tiny_detector: Callable[..., Dete
 
 
 def test_every_distance_of_a_fresh_fcos_learns(tiny_detector: Callable[..., Detector], batch: Batch) -> None:
-    """Behind the rectifier: a distance at 0 has no gradient, and may never get one again."""
+    """A distance at 0 behind the ReLU has no gradient and may never get one again."""
     module: Any = tiny_detector("fcos", classes=CLASSES).module
     images, _ = module.transform(batch.images, None)
     distances, _ = module.head.regression_head(list(module.backbone(images.tensors).values()))

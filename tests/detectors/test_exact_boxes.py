@@ -1,4 +1,4 @@
-"""Half precision never touches a coordinate: every family, above 1,000 pixels, where bfloat16 resolves 4 to 8.
+"""Half precision never touches a coordinate, in every family, above 1,000 pixels, where bfloat16 resolves 4 to 8.
 
 Each test fails if ``exact_boxes`` does nothing.
 """
@@ -101,7 +101,7 @@ def test_anchors_are_those_of_float32(detector: Detector, large_batch: Batch, dt
 
 
 def fix_outputs(head: nn.Module, outputs: Any, dtype: torch.dtype) -> None:
-    """Makes a head give ``outputs`` whatever it sees: in half precision under autocast, as it would by itself."""
+    """Makes a head return ``outputs`` for any input, in half precision under autocast like a real head."""
     inner = head.forward
 
     def forward(features: Any) -> Any:
@@ -121,8 +121,8 @@ def _each(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
     return type(value)(_each(one, function) for one in value)
 
 
-def fixed_heads(detector: Detector, images: list[Tensor], dtype: torch.dtype) -> None:
-    """Gives every part whose outputs are boxes or scores fixed ones, random and exact in half precision."""
+def fix_heads(detector: Detector, images: list[Tensor], dtype: torch.dtype) -> None:
+    """Fixes the outputs of every head to random numbers that are exact in half precision."""
     parents = [
         (parent, name)
         for parent in detector.module.modules()
@@ -143,8 +143,8 @@ def fixed_heads(detector: Detector, images: list[Tensor], dtype: torch.dtype) ->
 
 @pytest.mark.parametrize("dtype", HALVES)
 def test_decoding_and_nms_are_those_of_float32(detector: Detector, large_batch: Batch, dtype: torch.dtype) -> None:
-    """With the same numbers from the heads, the same detections to the last bit."""
-    fixed_heads(detector, large_batch.images, dtype)
+    """The same head outputs give the same detections to the last bit."""
+    fix_heads(detector, large_batch.images, dtype)
     (exact,) = detector.predict(large_batch.images)
     with half(dtype):
         (halved,) = detector.predict(large_batch.images)
@@ -156,9 +156,9 @@ def test_decoding_and_nms_are_those_of_float32(detector: Detector, large_batch: 
     assert torch.equal(exact.scores, halved.scores)
 
 
-def observed_both(detector: Detector, batch: Batch, dtype: torch.dtype) -> list[Observation]:
-    """Training forwards with fixed heads, the same samples drawn: in float32, then in half precision."""
-    fixed_heads(detector, batch.images, dtype)
+def observe_both(detector: Detector, batch: Batch, dtype: torch.dtype) -> list[Observation]:
+    """Training forwards with fixed heads and samples, in float32 and in half precision."""
+    fix_heads(detector, batch.images, dtype)
     seen = []
     for kind in (None, dtype):
         torch.manual_seed(4)
@@ -169,8 +169,8 @@ def observed_both(detector: Detector, batch: Batch, dtype: torch.dtype) -> list[
 
 @pytest.mark.parametrize("dtype", HALVES)
 def test_candidates_are_those_of_float32(detector: Detector, large_batch: Batch, dtype: torch.dtype) -> None:
-    """The boxes that a student offers as regions."""
-    found = [seen.candidates for seen in observed_both(detector, large_batch, dtype)]
+    """A student's candidates."""
+    found = [seen.candidates for seen in observe_both(detector, large_batch, dtype)]
 
     assert found[0] is not None and found[1] is not None
     assert found[1].boxes.dtype == torch.float32
@@ -179,8 +179,8 @@ def test_candidates_are_those_of_float32(detector: Detector, large_batch: Batch,
 
 @pytest.mark.parametrize("dtype", HALVES)
 def test_box_losses_are_those_of_float32(detector: Detector, large_batch: Batch, dtype: torch.dtype) -> None:
-    """Matching, targets and losses of the same numbers from the heads."""
-    losses = [seen.losses for seen in observed_both(detector, large_batch, dtype)]
+    """Matching, targets and losses of the same head outputs."""
+    losses = [seen.losses for seen in observe_both(detector, large_batch, dtype)]
 
     for name, value in losses[0].items():
         assert torch.isclose(losses[1][name].float(), value, rtol=1e-5), name
@@ -191,7 +191,7 @@ def test_box_losses_are_those_of_float32(detector: Detector, large_batch: Batch,
 def test_regression_targets(
     head: str, dtype: torch.dtype, large_batch: Batch, tiny_detector: Callable[..., Detector], monkeypatch: Any
 ) -> None:
-    """What the RoI head regresses to is the box coding of the true box from the proposal, in float64 to 1e-3."""
+    """Regression targets equal the box coding of the true box from the proposal in float64, to 1e-3."""
     detector = tiny_detector(head, classes=CLASSES)
     detector.module.transform.min_size, detector.module.transform.max_size = (SIZE[0],), SIZE[1]
     recorded: list[tuple[Tensor, Tensor]] = []
@@ -220,7 +220,7 @@ def test_regression_targets(
 
 
 def test_the_shipped_teacher_far_from_the_corner() -> None:
-    """AP on scenes that lie at (1060, 600) of a large image is float32's within 0.3; it was 30 less."""
+    """AP on scenes at (1060, 600) of a large image equals float32's within 0.3; bfloat16 boxes lose 30."""
     detector = catalog.load(catalog.locate("builtin:shapes-teacher")).detector
     detector.module.transform.min_size, detector.module.transform.max_size = (SIZE[0],), SIZE[1]
     split = synthetic_split(split="val", images=12, size=128, seed=0)

@@ -1,4 +1,4 @@
-"""Exported programs are read, or refused, without executing what they hold."""
+"""Exported programs are read or refused without executing their content."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from gdetkd_cli.probing.formats.exported import load_exported
 
 
 class Touches:
-    """Makes a file when it is unpickled."""
+    """Makes a file when unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -38,7 +38,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def rewritten(program: Path, path: Path, change: Callable[[str, bytes], bytes]) -> Path:
+def rewrite_program(program: Path, path: Path, change: Callable[[str, bytes], bytes]) -> Path:
     with zipfile.ZipFile(program) as source, zipfile.ZipFile(path, "w") as target:
         for name in source.namelist():
             target.writestr(name, change(name, source.read(name)))
@@ -67,7 +67,7 @@ def test_pickled_code_is_refused(program: Path, member: str, tmp_path: Path) -> 
             return content
         return json.dumps(config).encode() if name.endswith(".json") else pickle.dumps(Touches(touched))
 
-    bad = rewritten(program, tmp_path / "bad.pt2", change)
+    bad = rewrite_program(program, tmp_path / "bad.pt2", change)
     with pytest.raises(ModelError, match=r"bad\.pt2 cannot be read without executing code from it"):
         load_exported(bad)
     assert not touched.exists()
@@ -96,7 +96,7 @@ def test_more_than_operators_is_refused(
         changed += count
         return text.encode()
 
-    bad = rewritten(program, tmp_path / "bad.pt2", change)
+    bad = rewrite_program(program, tmp_path / "bad.pt2", change)
     assert changed
     with pytest.raises(ModelError, match=re.escape(reason)):
         load_exported(bad)
@@ -107,7 +107,9 @@ def test_what_is_not_whole(program: Path, tmp_path: Path) -> None:
     cut.write_bytes(program.read_bytes()[:-100])
     with pytest.raises(ModelError, match=r"cut\.pt2"):
         load_exported(cut)
-    bad = rewritten(program, tmp_path / "bad.pt2", lambda name, data: b"{}" if name.endswith("model.json") else data)
+    bad = rewrite_program(
+        program, tmp_path / "bad.pt2", lambda name, data: b"{}" if name.endswith("model.json") else data
+    )
     with pytest.raises(ModelError, match=r"cannot read the program in .*bad\.pt2"):
         load_exported(bad)
 

@@ -1,4 +1,4 @@
-"""Measured strides and offsets against networks whose geometry is known."""
+"""Measured strides and offsets of networks with known geometry."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from gdetkd_cli.structures import LevelSpec
 
 
 class Stages(nn.Module):
-    """Stages in a row; each gives a level."""
+    """A sequence of stages; each returns a level."""
 
     def __init__(self, *stages: nn.Module) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ def geometry(levels: Sequence[LevelSpec]) -> list[tuple[tuple[float, float], tup
 
 @pytest.fixture(params=[0, 1, 2], autouse=True)
 def _weights(request: pytest.FixtureRequest) -> None:
-    """Measuring must not hang on lucky weights."""
+    """Repeats the tests with other weights."""
     torch.manual_seed(request.param)
 
 
@@ -108,7 +108,7 @@ def test_measuring_leaves_the_network_and_the_random_numbers_alone() -> None:
 
 
 class Blind(nn.Module):
-    """Gives a map of the right size that says nothing of the image."""
+    """Returns a map of the right size that does not depend on the image."""
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.ones(x.shape[0], 2, x.shape[2] // 2, x.shape[3] // 2)
@@ -135,14 +135,14 @@ def test_a_level_that_overflows() -> None:
 
 
 class Pooled(nn.Module):
-    """A level that is a max pool of the one before it, as torchvision's two-stage pyramids end in."""
+    """A level that max-pools the one before it, like the last of torchvision's two-stage pyramids."""
 
     def forward(self, x: Tensor) -> Tensor:
         return nn.functional.max_pool2d(x, 1, 2)
 
 
 def test_a_level_that_only_subsamples_the_one_before_is_found() -> None:
-    """By its values: strides and offsets of a convolution with the same step are the same."""
+    """Values decide, because a convolution with the same step has the same stride and offset."""
     levels = measure(stem(), Pooled(), conv(16, 16, 3, 2, 1), nn.MaxPool2d(2))
     assert [level.subsampled for level in levels] == [False, True, False, True]
 

@@ -1,4 +1,4 @@
-"""Region features by measured geometry: RoIAlign's numbers, at the right place of the right level."""
+"""Region features by measured geometry: RoIAlign's numbers at the right place of the right level."""
 
 from __future__ import annotations
 
@@ -111,20 +111,20 @@ def test_both_ways_of_pooling_a_level_agree(monkeypatch: pytest.MonkeyPatch) -> 
     pyramid = make_pyramid([draw(2, 3, H, W)], [(4.0, 5.0)], [(0.5, 2.0)], scale=(1.5, 2.0))
     regions = make_regions([[1.0, 2, 20, 15], [-5, 3, 30, 40], [4, 4, 4, 4]], [0, 1, 1])
     separable = pool_level(pyramid, 0, regions, size=7, sampling_ratio=2)
-    monkeypatch.setattr(pooling, "_SEPARABLE_CELLS", 0)
+    monkeypatch.setattr(pooling, "SEPARABLE_CELLS", 0)
 
     torch.testing.assert_close(pool_level(pyramid, 0, regions, size=7, sampling_ratio=2), separable, rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize("limit", [0, 10**6], ids=["general", "separable"])
 def test_float32_under_autocast(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pooling, "_SEPARABLE_CELLS", limit)
+    monkeypatch.setattr(pooling, "SEPARABLE_CELLS", limit)
     pyramid = make_pyramid([draw(1, 3, H, W), draw(1, 3, H, W)], [(4.0, 4.0), (8.0, 8.0)], [(0.5, 0.5)] * 2)
     regions = make_regions([[1.0, 2, 20, 15], [3, 4, 50, 40]], [0, 0])
-    outside = pool_assigned(pyramid, regions, torch.tensor([0, 1]), size=7, sampling_ratio=2)
+    outside = pool_assigned(pyramid, regions, torch.tensor([0, 1]))
     with torch.autocast("cpu", torch.bfloat16):
         level = pool_level(pyramid, 0, regions, size=7, sampling_ratio=2)
-        inside = pool_assigned(pyramid, regions, torch.tensor([0, 1]), size=7, sampling_ratio=2)
+        inside = pool_assigned(pyramid, regions, torch.tensor([0, 1]))
 
     assert level.dtype == inside.dtype == torch.float32
     assert torch.equal(inside, outside)
@@ -153,7 +153,7 @@ GEOMETRIES = [
 def test_a_box_over_a_cell_reads_that_cell(
     stride: tuple[float, float], offset: tuple[float, float], cell: tuple[int, int]
 ) -> None:
-    """One hot cell on the second level; a box over just this cell, given in pixels of the image before resizing."""
+    """One hot cell on the second level, and a box over this cell in pixels of the image before resizing."""
     hot = torch.zeros(1, 1, 8, 8)
     hot[0, 0, cell[0], cell[1]] = 1.0
     scale, shift = (2.0, 0.5), (3.0, -1.0)  # x, y
@@ -174,7 +174,7 @@ def test_a_box_over_a_cell_reads_that_cell(
 
 
 def test_pooling_reads_the_same_place_on_every_level() -> None:
-    """Maps that hold their own cells' x and y in pixels: every level, whatever its geometry, gives the box's centre."""
+    """Maps contain their cells' x and y in pixels, so every level returns the box's centre."""
     maps, strides, offsets = [], [], []
     for (stride, offset), size in zip(GEOMETRIES, (32, 32, 32, 16), strict=True):
         y = offset[0] + stride[0] * torch.arange(size)
@@ -210,7 +210,7 @@ def test_assignment_by_hand() -> None:
 
 
 def test_assignment_is_torchvisions_rule() -> None:
-    """floor(4 + log2(side / 224)) on levels 2 to 5: the same as the nearest octave to 14 sqrt(2) cells."""
+    """floor(4 + log2(side / 224)) on levels 2 to 5 equals the nearest octave to 14 sqrt(2) cells."""
     corners = 100 * draw(500, 2, seed=3).abs()
     sides = 2 ** (3 + 8 * torch.rand(500, 2, generator=torch.Generator().manual_seed(4)))
     boxes = torch.cat([corners, corners + sides], dim=1)
@@ -244,7 +244,7 @@ def test_assignment_of_boxes_without_area_and_of_none() -> None:
 def test_pool_assigned_takes_each_region_from_its_level() -> None:
     pyramid = pyramid_of_strides(4, 8, 16)
     regions = make_regions([[10.0, 10, 50, 50], [20, 20, 90, 80], [10, 10, 60, 60]], [0, 0, 1])
-    pooled = pool_assigned(pyramid, regions, torch.tensor([2, 0, 1]), size=7, sampling_ratio=2)
+    pooled = pool_assigned(pyramid, regions, torch.tensor([2, 0, 1]))
 
     assert pooled.shape == (3, 2, 7, 7)
     torch.testing.assert_close(pooled.mean(dim=(1, 2, 3)), torch.tensor([16.0, 4.0, 8.0]))
@@ -254,7 +254,7 @@ def test_pool_assigned_pads_narrow_levels() -> None:
     maps = [torch.ones(1, 5, 16, 16, requires_grad=True), torch.ones(1, 3, 8, 8, requires_grad=True)]
     pyramid = make_pyramid(maps, [(4.0, 4.0), (8.0, 8.0)], [(0.5, 0.5)] * 2)
     regions = make_regions([[10.0, 10, 50, 50], [20, 20, 44, 44]], [0, 0])
-    pooled = pool_assigned(pyramid, regions, torch.tensor([1, 0]), size=7, sampling_ratio=2)
+    pooled = pool_assigned(pyramid, regions, torch.tensor([1, 0]))
     pooled.sum().backward()
 
     assert pooled.shape == (2, 5, 7, 7)
@@ -268,8 +268,6 @@ def test_pool_assigned_pads_narrow_levels() -> None:
 
 def test_pool_assigned_of_no_regions() -> None:
     nothing = make_regions([], [])
-    pooled = pool_assigned(
-        pyramid_of_strides(4, 8), nothing, torch.zeros(0, dtype=torch.int64), size=7, sampling_ratio=2
-    )
+    pooled = pool_assigned(pyramid_of_strides(4, 8), nothing, torch.zeros(0, dtype=torch.int64))
 
     assert pooled.shape == (0, 2, 7, 7)

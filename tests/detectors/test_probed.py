@@ -1,4 +1,4 @@
-"""A model of unknown code as a teacher: what is read of it is what it computes."""
+"""A teacher of unknown code: the maps that are read equal the model's own."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ LEVELS = {
 
 
 class TakesList(nn.Module):
-    """Resizes each image to half its size, as a detector's own transform may."""
+    """Resizes each image to half its size, like a detector's own transform."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -47,12 +47,12 @@ class TakesList(nn.Module):
         )
 
 
-def built(twin: Callable[[], nn.Module]) -> nn.Module:
+def build_twin(twin: Callable[[], nn.Module]) -> nn.Module:
     torch.manual_seed(0)
     return twin().eval()
 
 
-def traced(network: nn.Module) -> nn.Module:
+def trace(network: nn.Module) -> nn.Module:
     with warnings.catch_warnings(action="ignore"):
         return torch.jit.trace(network, torch.rand(1, 3, *SIZE))
 
@@ -74,7 +74,7 @@ def batch(*sizes: tuple[int, int]) -> Batch:
 
 
 def outputs(network: nn.Module, names: tuple[str, ...], images: Tensor) -> list[Tensor]:
-    """What submodules give, read by hooks."""
+    """Outputs of submodules, read by hooks."""
     kept: dict[str, Tensor] = {}
     hooks = [
         network.get_submodule(name).register_forward_hook(
@@ -91,8 +91,8 @@ def outputs(network: nn.Module, names: tuple[str, ...], images: Tensor) -> list[
 
 @pytest.mark.parametrize("twin", LEVELS, ids=lambda twin: twin.__name__)
 def test_the_maps_are_those_of_the_model(twin: type[nn.Module]) -> None:
-    network, images = built(twin), batch(SIZE, SIZE)
-    seen = detector(traced(network)).extract_features(images)
+    network, images = build_twin(twin), batch(SIZE, SIZE)
+    seen = detector(trace(network)).extract_features(images)
 
     expected = outputs(network, LEVELS[twin], torch.stack(images.images))
     for ours, theirs in zip(seen.pyramid.maps, expected, strict=True):
@@ -100,8 +100,8 @@ def test_the_maps_are_those_of_the_model(twin: type[nn.Module]) -> None:
 
 
 def test_images_of_unlike_sizes_are_read_one_by_one() -> None:
-    network, images = built(NoNeck), batch((64, 96), (96, 64))
-    seen = detector(traced(network)).extract_features(images)
+    network, images = build_twin(NoNeck), batch((64, 96), (96, 64))
+    seen = detector(trace(network)).extract_features(images)
 
     alone = [outputs(network, LEVELS[NoNeck], image[None]) for image in images.images]
     for level, ours in enumerate(seen.pyramid.maps):
@@ -112,7 +112,7 @@ def test_images_of_unlike_sizes_are_read_one_by_one() -> None:
 
 
 def test_regions_lie_where_they_do_in_the_image_through_the_models_own_resize() -> None:
-    network, images = built(NoNeck), batch((128, 192))
+    network, images = build_twin(NoNeck), batch((128, 192))
     probed = detector(TakesList(network).eval())
     assert probed.probed.call.takes == "any"
     seen = probed.extract_features(images)
@@ -137,10 +137,10 @@ def test_regions_lie_where_they_do_in_the_image_through_the_models_own_resize() 
 
 
 def test_the_model_gets_what_it_wants() -> None:
-    network = built(SharedHead)
+    network = build_twin(SharedHead)
     wants = ModelInput(scale=255.0, mean=(100.0, 110.0, 120.0), std=(50.0, 60.0, 70.0))
     images = batch(SIZE)
-    seen = detector(traced(network), wants).extract_features(images)
+    seen = detector(trace(network), wants).extract_features(images)
 
     mean, std = (torch.tensor(values)[:, None, None] for values in (wants.mean, wants.std))
     expected = outputs(network, LEVELS[SharedHead], ((images.images[0] * 255 - mean) / std)[None])
@@ -148,15 +148,15 @@ def test_the_model_gets_what_it_wants() -> None:
         torch.testing.assert_close(ours, theirs)
 
 
-def written(form: str, path: Path, size: tuple[int, int] = SIZE) -> Path:
-    """A file of a two-way pyramid under own heads."""
-    network, example = built(TwoWay), torch.rand(1, 3, *size)
+def write_model(form: str, path: Path, size: tuple[int, int] = SIZE) -> Path:
+    """Writes a file of a two-way pyramid with its own heads."""
+    network, example = build_twin(TwoWay), torch.rand(1, 3, *size)
     with warnings.catch_warnings(action="ignore"):
         match form:
             case "traced":
-                torch.jit.save(traced(network), path)
+                torch.jit.save(trace(network), path)
             case "frozen":
-                torch.jit.save(torch.jit.freeze(traced(network)), path)
+                torch.jit.save(torch.jit.freeze(trace(network)), path)
             case "exported":
                 torch.export.save(torch.export.export(network, (example,)), path)
             case "exported, any size":
@@ -185,7 +185,7 @@ FORMS = {
 
 @pytest.mark.parametrize("form", FORMS)
 def test_a_files_maps_are_those_of_the_model(form: str, tmp_path: Path) -> None:
-    path = written(form, tmp_path / "teacher")
+    path = write_model(form, tmp_path / "teacher")
     kind = kind_of(path)
     assert kind == FORMS[form]
     runner = open_runner(path, kind)
@@ -193,18 +193,20 @@ def test_a_files_maps_are_those_of_the_model(form: str, tmp_path: Path) -> None:
     images = batch(SIZE, SIZE)
     seen = teacher.extract_features(images)
 
-    expected = outputs(built(TwoWay), LEVELS[TwoWay], torch.stack(images.images))
+    expected = outputs(build_twin(TwoWay), LEVELS[TwoWay], torch.stack(images.images))
     for ours, theirs in zip(seen.pyramid.maps, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
     assert seen.pyramid.frame.size == SIZE
     torch.testing.assert_close(seen.pyramid.frame.scale, torch.ones(2, 2), rtol=1e-3, atol=0)
     if form != "frozen":  # whose weights are constants of its graph
-        assert teacher.parameter_count == pytest.approx(sum(p.numel() for p in built(TwoWay).parameters()), rel=0.05)
+        assert teacher.parameter_count == pytest.approx(
+            sum(p.numel() for p in build_twin(TwoWay).parameters()), rel=0.05
+        )
 
 
 @pytest.mark.parametrize("form", ["exported", "onnx"])
 def test_images_are_fitted_into_a_fixed_size(form: str, tmp_path: Path) -> None:
-    path = written(form, tmp_path / "teacher")
+    path = write_model(form, tmp_path / "teacher")
     runner = open_runner(path, kind_of(path))
     assert runner.size == SIZE
     teacher = ProbedDetector(runner=runner, source="t", kind=form, model_input=ModelInput(fit=SIZE), size=SIZE)
@@ -222,7 +224,7 @@ def test_images_are_fitted_into_a_fixed_size(form: str, tmp_path: Path) -> None:
     [*((form, "faster-rcnn") for form in FORMS), ("traced", "fcos"), ("exported", "retinanet"), ("onnx", "retinanet")],
 )
 def test_a_file_distils(form: str, student: str, tmp_path: Path) -> None:
-    path = written(form, tmp_path / "teacher")
+    path = write_model(form, tmp_path / "teacher")
     recipe = toy.recipe(steps=2, student=student)
     teacher = CheckpointDetector.model_validate({"arch": "checkpoint", "path": str(path), "input": {"size": SIZE}})
     run = run_distill(recipe.model_copy(update={"teacher": teacher}), output=tmp_path / "run").run
@@ -236,7 +238,7 @@ def test_a_file_distils(form: str, student: str, tmp_path: Path) -> None:
 
 
 def test_without_a_region_embedding_there_is_no_contrast_unless_asked_for() -> None:
-    teacher, student = detector(traced(built(TwoWay))), detector(built(SharedHead))
+    teacher, student = detector(trace(build_twin(TwoWay))), detector(build_twin(SharedHead))
     for ckd, names in (("auto", {"sgfi"}), ({}, {"sgfi", "ckd"}), (None, {"sgfi"})):
         config = Distill.model_validate({"ckd": ckd, "head_transfer": False})
         pair = build_pair(config, student, teacher, seed=0)
@@ -249,8 +251,8 @@ def test_without_a_region_embedding_there_is_no_contrast_unless_asked_for() -> N
 def test_a_torchscript_file_cannot_be_the_student(tmp_path: Path) -> None:
     path = tmp_path / "student.pt"
     with warnings.catch_warnings(action="ignore"):
-        torch.jit.save(traced(built(NoNeck)), path)
+        torch.jit.save(trace(build_twin(NoNeck)), path)
     recipe = toy.recipe(steps=1)
     recipe = recipe.model_copy(update={"student": CheckpointDetector(arch="checkpoint", path=str(path))})
-    with pytest.raises(ModelError, match="can teach but not be trained here"):
+    with pytest.raises(ModelError, match="can teach but cannot be trained"):
         run_distill(recipe, output=tmp_path / "run")

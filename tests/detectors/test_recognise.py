@@ -1,4 +1,4 @@
-"""A state_dict names its detector: every torchvision family, whatever the number of classes."""
+"""A state_dict identifies its detector, for every torchvision family and number of classes."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from gdetkd_cli.detectors.recognise import recognise
 from gdetkd_cli.errors import ModelError
 
 
-def torchvisions(name: str, num_classes: int = 6, **arguments: Any) -> nn.Module:
-    """What torchvision itself builds, as shapes alone; ``num_classes`` counts the background."""
+def build_torchvision(name: str, num_classes: int = 6, **arguments: Any) -> nn.Module:
+    """Builds torchvision's detector with shapes only; ``num_classes`` includes background."""
     with torch.device("meta"):
         builder = getattr(detection, name)
         module: nn.Module = builder(weights=None, weights_backbone=None, num_classes=num_classes, **arguments)
@@ -26,7 +26,7 @@ def torchvisions(name: str, num_classes: int = 6, **arguments: Any) -> nn.Module
 
 @pytest.mark.parametrize("name", portable.TORCHVISION_DETECTORS)
 def test_every_torchvision_detector(name: str) -> None:
-    state = torchvisions(name).state_dict()
+    state = build_torchvision(name).state_dict()
     found = recognise(state, "weights.pth")
 
     twin = "fasterrcnn_mobilenet_v3_large_320_fpn"
@@ -37,7 +37,7 @@ def test_every_torchvision_detector(name: str) -> None:
 
 
 def test_frozen_weights_are_frozen_and_torchvisions_own_files_have_no_epsilon() -> None:
-    state = torchvisions("retinanet_resnet50_fpn", 91).state_dict()
+    state = build_torchvision("retinanet_resnet50_fpn", 91).state_dict()
     state = {name: value for name, value in state.items() if not name.endswith("num_batches_tracked")}
 
     assert recognise(state, "weights.pth").description["norm"] == "frozen"
@@ -62,7 +62,7 @@ def test_frozen_weights_are_frozen_and_torchvisions_own_files_have_no_epsilon() 
     ids=["a tensor missing", "another shape", "a tensor too many"],
 )
 def test_what_almost_fits_is_refused_with_the_nearest(change: Any, message: str) -> None:
-    state = dict(torchvisions("fcos_resnet50_fpn").state_dict())
+    state = dict(build_torchvision("fcos_resnet50_fpn").state_dict())
     change(state)
     with pytest.raises(ModelError, match=message):
         recognise(state, "weights.pth")

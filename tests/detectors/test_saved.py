@@ -51,7 +51,7 @@ except ImportError:
 
 
 def test_a_saved_detector_can_be_rebuilt_without_this_package(batch: Batch, tmp_path: Path) -> None:
-    """``portable`` alone is enough, and nothing in the file needs pickled code."""
+    """``portable`` is enough, and the file needs no pickled code."""
     shutil.copytree(Path(portable.__file__).parent, tmp_path / "student")
     torch.save(batch.images, tmp_path / "images.pt")
     expected = {}
@@ -124,7 +124,7 @@ def test_a_newer_file_says_so(saved: Path) -> None:
 
 def test_weights_that_do_not_fit_their_architecture(saved: Path) -> None:
     rewrite(saved, lambda content: content["architecture"].update(pyramid_channels=24))
-    with pytest.raises(ModelError, match="weights do not fit the architecture it names"):
+    with pytest.raises(ModelError, match="the weights do not fit the file's own architecture"):
         catalog.load(saved)
 
 
@@ -132,9 +132,9 @@ def test_locate(saved: Path, tmp_path: Path) -> None:
     assert catalog.locate(str(saved)) == saved
     assert catalog.locate(str(tmp_path)) == saved  # a run folder
     saved.unlink()
-    with pytest.raises(ModelError, match=r"holds no student\.pt; expected the folder of a finished run"):
+    with pytest.raises(ModelError, match=r"has no student\.pt; expected the folder of a finished run"):
         catalog.locate(str(tmp_path))
     with pytest.raises(ModelError, match="does not exist; expected a run folder"):
         catalog.locate(str(saved))
-    with pytest.raises(ModelError, match="no built-in detector 'builtin:nothing'; there are: "):
+    with pytest.raises(ModelError, match="no built-in detector 'builtin:nothing'; expected one of: "):
         catalog.locate("builtin:nothing")

@@ -1,4 +1,4 @@
-"""TorchScript files as students: rebuilt from their weights, where that detects the same."""
+"""TorchScript files as students, rebuilt from their weights if the detections are equal."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from gdetkd_cli.recipe.schema import CheckpointDetector
 NAMES = tuple("abcdefghi")  # as many as the built-in scenes have
 
 
-def scripted(module: nn.Module, path: Path) -> Path:
+def script_module(module: nn.Module, path: Path) -> Path:
     with warnings.catch_warnings(action="ignore"):
         torch.jit.script(module.eval()).save(path)
     return path
@@ -39,8 +39,8 @@ def student(path: Path) -> CheckpointDetector:
     return CheckpointDetector(arch="checkpoint", path=str(path))
 
 
-def exported(folder: Path) -> tuple[Path, Path]:
-    """A run, and its student as TorchScript."""
+def export_student(folder: Path) -> tuple[Path, Path]:
+    """Exports a run's student as TorchScript; returns both files."""
     run = run_distill(toy.recipe(steps=1), output=folder / "first").run
     path = folder / "exported.ts"
     run_export(str(run), onnx=False, torchscript=True, output=path)
@@ -48,7 +48,7 @@ def exported(folder: Path) -> tuple[Path, Path]:
 
 
 def test_a_scripted_torchvision_detector_trains(tmp_path: Path) -> None:
-    path = scripted(faster_rcnn(), tmp_path / "student.pt")
+    path = script_module(faster_rcnn(), tmp_path / "student.pt")
     loaded = load_scripted(path, NAMES)
     assert loaded.description["name"] == "fasterrcnn_mobilenet_v3_large_fpn"
     assert loaded.description["arguments"] == {"min_size": [64], "max_size": 96}
@@ -61,7 +61,7 @@ def test_a_scripted_torchvision_detector_trains(tmp_path: Path) -> None:
 
 
 def test_a_scripted_torchvision_detector_teaches_a_dense_student(tmp_path: Path) -> None:
-    path = scripted(faster_rcnn(), tmp_path / "teacher.pt")
+    path = script_module(faster_rcnn(), tmp_path / "teacher.pt")
     recipe = toy.recipe(steps=1, student="retinanet").model_copy(update={"teacher": student(path)})
     run = run_distill(recipe, output=tmp_path / "run").run
     lines = (run / "metrics.jsonl").read_text()
@@ -72,7 +72,7 @@ def test_a_scripted_torchvision_detector_teaches_a_dense_student(tmp_path: Path)
 
 
 def test_settings_that_are_not_torchvisions_teach_by_their_features(tmp_path: Path) -> None:
-    path = scripted(faster_rcnn(box_detections_per_img=7), tmp_path / "odd.pt")
+    path = script_module(faster_rcnn(box_detections_per_img=7), tmp_path / "odd.pt")
     told: list[str] = []
     recipe = toy.recipe(steps=1, student="retinanet").model_copy(update={"teacher": student(path)})
     run = run_distill(recipe, output=tmp_path / "run", observer=lambda event: told.append(str(event))).run
@@ -83,18 +83,18 @@ def test_settings_that_are_not_torchvisions_teach_by_their_features(tmp_path: Pa
 def test_an_ssd(tmp_path: Path) -> None:
     torch.manual_seed(0)
     ssd = ssdlite320_mobilenet_v3_large(weights=None, weights_backbone=None, num_classes=10)
-    path = scripted(ssd, tmp_path / "ssd.pt")
+    path = script_module(ssd, tmp_path / "ssd.pt")
     assert load_scripted(path, NAMES).description["name"] == "ssdlite320_mobilenet_v3_large"
 
 
 def test_other_settings_are_not_taken_for_torchvisions(tmp_path: Path) -> None:
-    path = scripted(faster_rcnn(box_detections_per_img=7), tmp_path / "odd.pt")
-    with pytest.raises(ModelError, match=r"but other settings, since that detects otherwise; name the architecture"):
+    path = script_module(faster_rcnn(box_detections_per_img=7), tmp_path / "odd.pt")
+    with pytest.raises(ModelError, match=r"but other settings, because the rebuilt detector gives other"):
         load_scripted(path, NAMES)
 
 
 def test_what_gdetkd_exported_trains_again(tmp_path: Path) -> None:
-    run, path = exported(tmp_path)
+    run, path = export_student(tmp_path)
     recipe = toy.recipe(steps=1).model_copy(update={"student": student(path)})
     again = run_distill(recipe, output=tmp_path / "second").run
     first, second = (torch.load(r / "student.pt", weights_only=True) for r in (run, again))
@@ -103,7 +103,7 @@ def test_what_gdetkd_exported_trains_again(tmp_path: Path) -> None:
 
 
 def test_what_gdetkd_exported_teaches_by_its_head_as_well(tmp_path: Path) -> None:
-    _, path = exported(tmp_path)
+    _, path = export_student(tmp_path)
     recipe = toy.recipe(steps=1).model_copy(update={"teacher": student(path)})
     again = run_distill(recipe, output=tmp_path / "second").run
     lines = (again / "metrics.jsonl").read_text()
@@ -117,7 +117,7 @@ def test_frozen_and_foreign_files_cannot_be_trained(tmp_path: Path) -> None:
         traced = torch.jit.trace(network, torch.rand(1, 3, 64, 64))
         traced.save(tmp_path / "traced.pt")
         torch.jit.freeze(traced).save(tmp_path / "frozen.pt")
-    with pytest.raises(ModelError, match=r"traced\.pt can teach but not be trained here: it is neither"):
+    with pytest.raises(ModelError, match=r"traced\.pt can teach but cannot be trained: it is neither"):
         load_scripted(tmp_path / "traced.pt", NAMES)
-    with pytest.raises(ModelError, match=r"frozen\.pt can teach .* it is frozen TorchScript without parameters"):
+    with pytest.raises(ModelError, match=r"frozen\.pt can teach .* it is frozen TorchScript and has no parameters"):
         load_scripted(tmp_path / "frozen.pt", NAMES)

@@ -1,4 +1,4 @@
-"""Reading intermediate tensors: what is recorded, and that nothing is left behind."""
+"""Reading intermediate tensors: records are right, and no hook stays."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from gdetkd_cli.errors import TapError
 
 
 class Toy(nn.Module):
-    """Runs ``body`` once, ``head`` on two levels, ``idle`` never."""
+    """Runs ``body`` once, ``head`` on two levels and ``idle`` never."""
 
     def __init__(self) -> None:
         super().__init__()

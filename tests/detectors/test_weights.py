@@ -1,4 +1,4 @@
-"""Weights from files and by name: what is read, what is left out, and what is refused."""
+"""Weights from files and by name: read, left out or refused."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def path(tmp_path: Path) -> Path:
 
 
 def test_a_reference_scripts_checkpoint(path: Path) -> None:
-    """torchvision's own scripts save the state under 'model', beside the optimizer and the command line."""
+    """torchvision's own scripts save the state as 'model', with the optimizer and the command line."""
     state = {"a.weight": torch.ones(2), "a.bias": torch.zeros(1)}
     torch.save(
         {"model": state, "optimizer": {"state": {}}, "epoch": 25, "args": argparse.Namespace(lr=0.02, name="x")}, path
@@ -76,7 +76,7 @@ def test_files_without_a_state(saved: object) -> None:
 
 
 class Malicious:
-    """Makes a folder when it is unpickled the usual way."""
+    """Makes a folder when unpickled."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -108,7 +108,7 @@ def test_a_bare_pickle_is_refused_and_not_executed(path: Path, tmp_path: Path) -
 def test_a_pickled_module_is_refused(path: Path) -> None:
     torch.save(nn.Linear(2, 2), path)
     with pytest.raises(
-        ModelError, match=r"\(torch\.nn\.modules\.linear\.Linear\).*expected weights alone, as torch\.sa"
+        ModelError, match=r"\(torch\.nn\.modules\.linear\.Linear\).*expected only weights, as written by"
     ):
         read_torch_file(path)
 
@@ -143,7 +143,7 @@ def test_a_file_that_was_cut_short(kept: float, zipped: bool, path: Path) -> Non
 )
 def test_a_file_of_another_kind(content: bytes, path: Path) -> None:
     path.write_bytes(content)
-    with pytest.raises(ModelError, match=r"is not a (whole )?file written by torch\.save"):
+    with pytest.raises(ModelError, match=r"is not a (complete )?file written by torch\.save"):
         read_torch_file(path)
 
 
@@ -170,7 +170,7 @@ def state_of(detector: Detector) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in detector.module.state_dict().items()}
 
 
-def differing(detector: Detector, state: dict[str, Tensor]) -> set[str]:
+def find_differing(detector: Detector, state: dict[str, Tensor]) -> set[str]:
     return {name for name, value in detector.module.state_dict().items() if not torch.equal(value, state[name])}
 
 
@@ -179,7 +179,7 @@ def test_weights_that_fit(head: str, tiny_detector: TinyDetector) -> None:
     detector, state = tiny_detector(head), state_of(tiny_detector(head, seed=1))
 
     assert load_state(detector.module, state, "x.pth") == []
-    assert not differing(detector, state)
+    assert not find_differing(detector, state)
 
 
 @pytest.mark.parametrize(
@@ -206,7 +206,7 @@ def test_another_number_of_classes_gets_a_fresh_head(head: str, layers: set[str]
     fresh = state_of(detector)
     (note,) = load_state(detector.module, state := state_of(tiny_detector(head, seed=1, classes=("a", "b"))), "x.pth")
 
-    assert note.startswith("x.pth: made for another number of classes; these layers start fresh: ")
+    assert note.startswith("x.pth: trained for another number of classes; these layers start fresh: ")
     assert set(note.rpartition(": ")[2].split(", ")) == layers
     loaded = detector.module.state_dict()
     for name, value in loaded.items():
@@ -218,7 +218,7 @@ def test_a_mask_branch_is_left_out(tiny_detector: TinyDetector) -> None:
     masks = {f"roi_heads.mask_{part}.weight": torch.ones(2) for part in ("head.mask_fcn1", "predictor.conv5_mask")}
 
     assert load_state(detector.module, state | masks, "x.pth") == ["x.pth: the mask branch (2 tensors) is not used"]
-    assert not differing(detector, state)
+    assert not find_differing(detector, state)
 
 
 def test_frozen_norms_count_no_batches(tiny_detector: TinyDetector) -> None:
@@ -248,7 +248,7 @@ def test_weights_that_do_not_fit_change_nothing(tiny_detector: TinyDetector) -> 
         load_state(detector.module, state | {"extra.weight": torch.ones(1)}, "x.pth")
     with pytest.raises(ModelError, match=r"tensors are missing .*are unknown"):
         load_state(detector.module, state_of(tiny_detector("fcos")) | {"x": torch.ones(1)}, "x.pth")
-    assert not differing(detector, before)
+    assert not find_differing(detector, before)
 
 
 # ---------------------------------------------------------------------------------------------- torchvision's names
@@ -276,7 +276,7 @@ def test_names_that_are_unknown_list_the_known_ones() -> None:
 
 @pytest.mark.parametrize("name", ["COCO_V1", "ResNet18_Weights.BEST", "NoNet_Weights.DEFAULT", "weights.ckpt", ""])
 def test_names_of_nothing(name: str) -> None:
-    with pytest.raises(ModelError, match=f"no file and no torchvision weights named '{name}'$"):
+    with pytest.raises(ModelError, match=f"there are no torchvision weights named '{name}'$"):
         torchvision_weights(name, None)
 
 

@@ -1,4 +1,4 @@
-"""Small pairs of detectors under distillation, for the tests."""
+"""Small pairs of detectors for the tests of distillation."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def forward(distiller: Distiller, batch: Batch, *, seed: int = 3) -> LossReport:
 
 
 def train(distiller: Distiller, batch: Batch, *, steps: int = 3) -> list[LossReport]:
-    """The loop's step, three times: a fresh optimizer, gradients of the student and the rest clipped apart."""
+    """Runs the loop's step with a fresh optimizer; gradients of student and added parts are clipped separately."""
     optimizer = build_optimizer(name="adamw", modules=[distiller], lr=1e-3, weight_decay=0.05, momentum=0.0)
     reports = []
     for step in range(steps):

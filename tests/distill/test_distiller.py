@@ -1,4 +1,4 @@
-"""The rules that hold for every term (METHOD, section 5)."""
+"""Rules for every term."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from gdetkd_cli.structures import Batch, Target
 def test_weights_of_0_are_plain_training(
     teacher: str, student: str, tiny_detector: TinyDetector, tiny_batch: Batch
 ) -> None:
-    """The same losses and the same student, to the last bit, after three optimizer steps."""
+    """Losses and student are the same to the last bit after three optimizer steps."""
     plain, distilled = tiny_detector(student), tiny_detector(student)
     expected = train(Distiller(student=plain).train(), tiny_batch)
     names = terms_of(teacher, student)
@@ -87,7 +87,7 @@ def test_without_the_task_loss_the_terms_are_all(
 def test_each_term_reaches_the_whole_student(
     teacher: str, student: str, name: str, tiny_detector: TinyDetector, tiny_batch: Batch
 ) -> None:
-    """Alone, it changes the gradient of the backbone's first layer, and gives one to all of its own parameters."""
+    """A term alone changes the gradient of the backbone's first layer and reaches all of its own parameters."""
     learner, frozen = tiny_detector(student), tiny_detector(teacher, seed=1)
     first = first_layer(learner)
     _, task = task_gradient(Distiller(student=learner).train(), first, tiny_batch)
@@ -123,7 +123,7 @@ def test_all_terms_together(
 
 
 def test_ssd_teacher_and_student(tiny_batch: Batch) -> None:
-    """Every level has channels of its own, on both sides, and there is no tower to read embeddings from."""
+    """Levels differ in channels on both sides, and there is no tower to read embeddings from."""
     torch.manual_seed(0)
     teacher = catalog.build({"kind": "torchvision", "name": "ssdlite320_mobilenet_v3_large"}, ("circle", "square"))
     batch = Batch(
@@ -167,7 +167,7 @@ def test_mixed_precision(teacher: str, student: str, tiny_detector: TinyDetector
 
 
 def test_the_pair_is_learnt(tiny_detector: TinyDetector, tiny_batch: Batch) -> None:
-    """What the terms measure falls while the student trains on one batch."""
+    """The terms' losses fall while the student trains on one batch."""
     student, teacher = tiny_detector("retinanet"), tiny_detector("faster-rcnn", seed=1)
     distiller = make_distiller(student, teacher, FEATURE_TERMS)
     optimizer = build_optimizer(name="adamw", modules=[distiller], lr=3e-3, weight_decay=0.0, momentum=0.0)
@@ -210,7 +210,7 @@ def test_warmup_follows_the_step(tiny_detector: TinyDetector, tiny_batch: Batch)
 
 
 class Forgetful(nn.Module):
-    """A term whose value does not depend on anything that learns."""
+    """A term that does not depend on any parameter."""
 
     student_needs: frozenset[str] = frozenset()
     teacher_needs: frozenset[str] = frozenset()
@@ -235,7 +235,7 @@ def test_a_term_without_gradient_is_an_error(tiny_detector: TinyDetector, tiny_b
 
 
 def test_what_distillation_adds_is_saved(tiny_detector: TinyDetector, tiny_batch: Batch) -> None:
-    """Adapters, projections, tau, statistics and the memory: a restored run goes on as the old one would have."""
+    """A restored run continues like the old one: adapters, projections, tau, statistics and memory."""
     teacher = tiny_detector("faster-rcnn", seed=1)
     old = make_distiller(tiny_detector("faster-rcnn"), teacher, ALL_TERMS)
     train(old, tiny_batch)

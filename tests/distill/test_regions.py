@@ -1,4 +1,4 @@
-"""Which boxes student and teacher are compared on (METHOD, section 1)."""
+"""The boxes on which student and teacher are compared."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ def choose(candidates: Candidates, batch: Batch, *, seed: int = 0, **changes: An
 
 
 def boxes_at(x: float, count: int, *, step: float = 0.01) -> Tensor:
-    """``count`` unlike boxes (x, 0, x + 10, 10), each a little further right."""
+    """``count`` different boxes (x, 0, x + 10, 10), each a little further right."""
     left = x + step * torch.arange(count)
     return torch.stack([left, torch.zeros(count), left + 10, torch.full((count,), 10.0)], dim=1)
 
 
 def check(regions: Regions, candidates: Candidates, batch: Batch) -> None:
-    """What holds for every choice."""
+    """Checks the rules of every choice."""
     assert not regions.boxes.requires_grad
     assert (regions.image_index.diff() >= 0).all()
     own = regions.candidate >= 0
@@ -132,7 +132,7 @@ def test_positives_overlap_by_more_than_the_threshold() -> None:
 
 
 def test_a_positive_of_one_image_is_none_of_another() -> None:
-    """The overlap is with the candidate's own image's truth."""
+    """A candidate's overlap is with the truth of its own image."""
     candidates = make_candidates(boxes_at(0, 20), boxes_at(0, 20), sampled=False)
     batch = make_batch(OBJECT, OBJECT + 50)
     regions = choose(candidates, batch)
@@ -190,7 +190,7 @@ def test_the_cap_holds(per_image: int) -> None:
 
 
 def test_candidates_of_no_image() -> None:
-    """A student whose boxes all lie outside offers none; the truth is left, and an empty image gives nothing."""
+    """Without candidates only the truth remains, and an image without objects has no regions."""
     candidates = make_candidates(NOTHING, NOTHING, sampled=False)
     batch = make_batch(NOTHING, OBJECT)
     regions = choose(candidates, batch)

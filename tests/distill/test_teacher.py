@@ -1,4 +1,4 @@
-"""What distillation asks of the teacher, and what it leaves alone (METHOD, section 5)."""
+"""Which parts of the teacher run, and that it does not change."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_the_teacher_is_outside(tiny_detector: TinyDetector) -> None:
 
 @pytest.mark.parametrize(("teacher", "student"), PAIRS)
 def test_the_teacher_stays_as_it_is(teacher: str, student: str, tiny_detector: TinyDetector, tiny_batch: Batch) -> None:
-    """Weights and running statistics to the last bit, evaluation mode, and no gradient."""
+    """Weights and running statistics stay the same to the last bit, in evaluation mode without gradients."""
     frozen = tiny_detector(teacher, seed=1)
     distiller = make_distiller(tiny_detector(student), frozen, terms_of(teacher, student))
     before = state_of(frozen.module)
@@ -92,7 +92,7 @@ def test_only_what_is_needed_of_a_two_stage_teacher_runs(
 def test_a_match_on_the_own_level_alone_is_roi_imitation(
     teacher: str, student: str, tiny_detector: TinyDetector, tiny_batch: Batch
 ) -> None:
-    """Both pool a region where the cells of either detector lie, not where a head of its own would read them."""
+    """Both pool a region by the measured geometry, not like the detector's own head."""
     pupil, frozen = tiny_detector(student), tiny_detector(teacher, seed=1)
     soft = make_term("sgfi", pupil, frozen, centre="student")
     soft.prior = 1e6
@@ -128,7 +128,7 @@ def test_only_what_is_needed_of_a_dense_teacher_runs(
 def test_the_teacher_suppresses_nothing(
     teacher: str, student: str, tiny_detector: TinyDetector, tiny_batch: Batch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """NMS runs for a two-stage student's own proposals, once for each image, and never for the teacher's."""
+    """NMS runs once per image for a two-stage student's own proposals and never for the teacher."""
     calls = Counter[str]()
     original = torch.ops.torchvision.nms
     monkeypatch.setattr("torchvision.ops.boxes.nms", lambda *a: (calls.update(["nms"]), original(*a))[1])

@@ -1,4 +1,4 @@
-"""Head transfer (METHOD, section 4)."""
+"""Head transfer."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ def weights_of(detector: Detector) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in detector.module.state_dict().items()}
 
 
-def changed(detector: Detector, before: dict[str, Tensor]) -> set[str]:
+def find_changed(detector: Detector, before: dict[str, Tensor]) -> set[str]:
     return {name for name, value in detector.module.state_dict().items() if not torch.equal(value, before[name])}
 
 
 def set_anchors(detector: Detector, cells: Sequence[float]) -> None:
-    """By level: a square of so many cells."""
+    """Sets one square anchor per level, in cells."""
     module: Any = detector.module
     module.anchor_generator.cell_anchors = [
         torch.tensor([[-side, -side, side, side]]) * level.stride[0] / 2
@@ -50,11 +50,11 @@ def test_transfer_copies_the_whole_head(tiny_detector: TinyDetector) -> None:
     assert copied == sorted(copied)
     parts = ("box_head.fc6", "box_head.fc7", "box_predictor.cls_score", "box_predictor.bbox_pred")
     assert set(copied) == {f"{part}.{kind}" for part in parts for kind in ("weight", "bias")}
-    assert {name.removeprefix("roi_heads.") for name in changed(student, before)} == set(copied)
+    assert {name.removeprefix("roi_heads.") for name in find_changed(student, before)} == set(copied)
     pooled = torch.rand(5, 16, 7, 7)
     ours, theirs = (head.box_predictor(head.box_head(pooled)) for head in (head_of(student), head_of(teacher)))
     assert all(map(torch.equal, ours, theirs))
-    assert not changed(teacher, of_teacher)
+    assert not find_changed(teacher, of_teacher)
 
 
 def test_transfer_is_a_copy(tiny_detector: TinyDetector) -> None:
@@ -65,7 +65,7 @@ def test_transfer_is_a_copy(tiny_detector: TinyDetector) -> None:
         for parameter in student.module.parameters():
             parameter.add_(1)
 
-    assert not changed(teacher, of_teacher)
+    assert not find_changed(teacher, of_teacher)
 
 
 def test_transfer_puts_rows_in_the_students_order(tiny_detector: TinyDetector) -> None:
@@ -114,7 +114,7 @@ def test_nothing_is_copied_where_a_shape_differs(
     with pytest.raises(PairError, match=message):
         transfer_head(student, teacher)
 
-    assert not changed(student, before)
+    assert not find_changed(student, before)
 
 
 def test_nothing_is_copied_where_classes_differ(tiny_detector: TinyDetector) -> None:
@@ -123,7 +123,7 @@ def test_nothing_is_copied_where_classes_differ(tiny_detector: TinyDetector) -> 
     with pytest.raises(PairError, match="the class lists differ"):
         transfer_head(student, tiny_detector("faster-rcnn", seed=1, classes=("circle", "square", "star")))
 
-    assert not changed(student, before)
+    assert not find_changed(student, before)
 
 
 @pytest.mark.parametrize("family", ["retinanet", "fcos"])
@@ -132,7 +132,7 @@ def test_a_dense_head_is_copied_whole(family: str, tiny_detector: TinyDetector) 
     teacher = tiny_detector(family, classes=TEACHER, seed=1)
     before = weights_of(student)
     copied = set(transfer_head(student, teacher))
-    assert changed(student, before) <= copied  # a norm's weights are ones in both
+    assert find_changed(student, before) <= copied  # a norm's weights are ones in both
     assert copied == {name for name in before if name.startswith("head.")}
 
     maps = [torch.rand(2, 16, size, size) for size in (8, 4)]
@@ -149,11 +149,11 @@ def test_a_dense_head_of_another_shape_is_not_copied(tiny_detector: TinyDetector
         PairError, match=r"head.classification_head.cls_logits.weight is \(4, 24, 3, 3\) in the teacher"
     ):
         transfer_head(student, teacher)
-    assert not changed(student, before)
+    assert not find_changed(student, before)
 
 
 def test_a_dense_head_meets_the_anchors_that_it_learnt(tiny_detector: TinyDetector) -> None:
-    """Anchors that differ from level to level, as at unequal strides; the student's levels are the other way round."""
+    """Anchors differ between levels, and the student's levels have them in the opposite order."""
     student, teacher = tiny_detector("retinanet"), tiny_detector("retinanet", seed=1)
     upwards = [3.0 + level for level in range(len(student.levels))]
     set_anchors(student, upwards)

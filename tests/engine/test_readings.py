@@ -1,4 +1,4 @@
-"""Numbers of steps that are read together: their order, their faults."""
+"""Numbers of several steps, read together: their order and their faults."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gdetkd_cli.engine.readings import Reading, Readings, reads_every
+from gdetkd_cli.engine.readings import Reading, Readings, choose_interval
 
 
 def add(
@@ -61,5 +61,5 @@ def test_faults() -> None:
 
 
 def test_a_cpu_is_read_at_every_step() -> None:
-    assert reads_every(torch.device("cpu"), 50) == 1
-    assert reads_every(torch.device("cuda"), 50) == 50
+    assert choose_interval(torch.device("cpu"), 50) == 1
+    assert choose_interval(torch.device("cuda"), 50) == 50

@@ -1,4 +1,4 @@
-"""Run folders: never overwritten, swapped whole, resumed without repeating lines."""
+"""Run folders are never overwritten, replaced as a whole, and resumed without repeated lines."""
 
 from __future__ import annotations
 

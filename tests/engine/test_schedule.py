@@ -1,4 +1,4 @@
-"""Learning-rate factors by hand, and which parameters are decayed."""
+"""Learning-rate factors by hand, and the parameters that decay."""
 
 from __future__ import annotations
 

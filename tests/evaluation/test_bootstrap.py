@@ -1,4 +1,4 @@
-"""AP on images drawn again: against pycocotools on data in which the images stand as often as they were drawn."""
+"""AP on drawn images against pycocotools on data that repeat each image as often as it was drawn."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CLASSES = ("cat", "dog", "bird")
 
 
 def scenes(images: int = 12, quality: float = 6.0) -> tuple[list[Record], dict[int, Detections]]:
-    """ImageFiles with a few objects, one of them a crowd, and detections that are off by some pixels, or made up."""
+    """Images with a few objects, one of them a crowd, and detections that are shifted or made up."""
     generator = torch.Generator().manual_seed(0)
     records, predictions = [], {}
     for image_id in range(10, 10 + images):
@@ -93,7 +93,7 @@ def test_fewer_images_say_less() -> None:
         records, _ = scenes(images=images)
         drawings = draw_again(images, drawings=200)
         matched = (MatchedImages(records, CLASSES, scenes(images=images, quality=q)[1]) for q in (2.0, 10.0))
-        good, bad = ([one.drawn(drawings)] for one in matched)
+        good, bad = ([one.compute_aps(drawings)] for one in matched)
         deviations.append(deviation_of_difference(good, bad))
     assert deviations[0] > deviations[1] > 0
 

@@ -1,4 +1,4 @@
-"""COCO metrics against cases that can be worked out by hand."""
+"""COCO metrics by hand."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CAT: Box = (10, 10, 60, 60)  # 50 x 50 pixels: medium
 
 
 def record(image_id: int, *objects: tuple[Box, int], crowd: bool = False) -> Record:
-    """A image and its truth; training boxes play no part in evaluation."""
+    """An image and its truth; evaluation does not use training boxes."""
     truth: list[dict[str, object]] = [
         {
             "bbox": [x1, y1, x2 - x1, y2 - y1],
@@ -172,14 +172,14 @@ def test_to_json() -> None:
 
 
 def test_real_metrics_are_plain_numbers() -> None:
-    """numpy's numbers would not go into JSON."""
+    """JSON cannot store numpy's numbers."""
     metrics = evaluate_coco([record(1, (CAT, 1))], CLASSES, {1: found((CAT, 0.9, 1))})
 
     assert json.loads(json.dumps(metrics.to_json()))["AP"] == pytest.approx(100)
 
 
 def test_import_is_light() -> None:
-    """The command line imports CocoMetrics before it knows whether torch is needed."""
+    """The command line imports CocoMetrics and must not import torch."""
     heavy = "{'torch', 'pycocotools', 'faster_coco_eval'}"
     code = f"import sys, gdetkd_cli.evaluation.coco_metrics; print(sorted({heavy} & set(sys.modules)))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -188,7 +188,7 @@ def test_import_is_light() -> None:
 
 
 def test_the_numbers_are_pycocotools_own() -> None:
-    """ImageFiles with crowds, misses, doubles and made-up boxes of all sizes."""
+    """Images with crowds, misses, doubles and made-up boxes of all sizes."""
     generator = torch.Generator().manual_seed(0)
     records, predictions = [], {}
     for image_id in range(1, 31):

@@ -1,4 +1,4 @@
-"""Exported files as predictors, and files that are none."""
+"""Exported files as predictors, and other files."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_predicts_what_the_detector_predicts(
 
 
 def _graph(path: Path, outputs: tuple[str, ...]) -> None:
-    """A valid ONNX file: its outputs are its input."""
+    """Writes a valid ONNX file that returns its input."""
     values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [3]) for name in ("image", *outputs)]
     nodes = [helper.make_node("Identity", ["image"], [name]) for name in outputs]
     graph = helper.make_graph(nodes, "graph", values[:1], values[1:])
@@ -89,7 +89,7 @@ def _part(files: dict[type, Path], reader: type) -> bytes:
         ),
         pytest.param(
             lambda path, files: _graph(path, ("boxes", "scores", "labels")),
-            "does not name its classes",
+            "it has no class names",
             id="no classes",
         ),
     ],
@@ -124,7 +124,7 @@ def test_onnx_files_that_are_no_detector(
         pytest.param(
             lambda path, files: torch.save({"a": 1}, path), "is not a whole TorchScript file", id="a checkpoint"
         ),
-        pytest.param(lambda path, files: _script(path), "does not name its classes", id="another network"),
+        pytest.param(lambda path, files: _script(path), "it has no class names", id="another network"),
     ],
 )
 def test_torchscript_files_that_are_no_detector(

@@ -1,4 +1,4 @@
-"""Intervals over seeds and images, and over folds: tables, hand-made numbers, a slow version, and their coverage."""
+"""Intervals over seeds and images, and over folds: tables, by hand, against a slow version, and coverage."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_no_interval_from_one_seed_or_one_image() -> None:
 
 
 def test_against_a_slow_version() -> None:
-    """The t quantile by counting 2,000,000 draws of a normal over the root of a mean of chi squares."""
+    """The t quantile of 2,000,000 draws of a normal over the root of a mean chi square."""
     differences, image_deviation, images = [1.2, -0.4, 2.9, 0.3], 0.6, 41
     parts = np.var(differences, ddof=1) / 4, image_deviation**2
     degrees = sum(parts) ** 2 / sum(part**2 / d for part, d in zip(parts, (3, 40), strict=True))
@@ -75,7 +75,7 @@ def test_against_a_slow_version() -> None:
 
 @pytest.mark.parametrize("of_seeds", [0.3, 1.0, 3.0])
 def test_coverage_with_three_seeds(of_seeds: float) -> None:
-    """Each image adds its own difference, each seed its own: 1,000 data sets whose true difference is 2."""
+    """1,000 data sets with a true difference of 2; each image and each seed adds noise."""
     generator = np.random.default_rng(0)
     truth, seeds, images, repeats, drawings = 2.0, 3, 60, 1000, 200
     covered, covered_by_images_alone = 0, 0

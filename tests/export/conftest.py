@@ -1,4 +1,4 @@
-"""Detectors that find something, and images for them."""
+"""Detectors with detections, and images for them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SSDLITE = {
 
 @pytest.fixture(scope="session")
 def images() -> list[Tensor]:
-    """Noise of different sizes; at some of them torchvision's own resize is a pixel off when traced or scripted."""
+    """Noise of different sizes; for some, torchvision's traced or scripted resize is a pixel off."""
     generator = torch.Generator().manual_seed(1)
     return [torch.rand(3, height, width, generator=generator) for height, width in SIZES]
 
@@ -32,7 +32,7 @@ def images() -> list[Tensor]:
 def lively(
     tiny_description: Callable[..., dict[str, Any]], images: list[Tensor]
 ) -> Callable[..., tuple[Detector, dict[str, Any]]]:
-    """(family, arguments) -> a detector that finds something in the images, and its description."""
+    """(family, arguments) -> a detector with detections in the images, and its description."""
 
     def make(family: str, **arguments: Any) -> tuple[Detector, dict[str, Any]]:
         described = SSDLITE if family == "ssdlite" else tiny_description(family, arguments=arguments)
@@ -47,7 +47,7 @@ def lively(
 
 @torch.no_grad()
 def _enliven(module: Any, images: list[Tensor]) -> None:
-    """Draws weights that tell places apart; fresh ones say the same everywhere, and rounding decides the order."""
+    """Draws weights that give different scores at each place; fresh ones do not, so rounding decides the order."""
     for name, layer in module.named_modules():
         if name.startswith(("head.", "roi_heads.", "rpn.")) and isinstance(layer, nn.Conv2d | nn.Linear):
             nn.init.kaiming_normal_(layer.weight)

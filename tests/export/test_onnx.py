@@ -1,4 +1,4 @@
-"""ONNX files: what they compute, for every family, and what they carry."""
+"""ONNX files of every family: their detections and their description."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""When an exported file counts as equal to its detector: hand-made detections."""
+"""Parity of an exported file and its detector, with hand-made detections."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ C: Row = (40, 20, 55, 38, 0.3, 1)
 
 
 class Answers:
-    """Says the same of every image."""
+    """Returns the same detections for every image."""
 
     def __init__(self, *rows: Row) -> None:
         table = torch.tensor(rows, dtype=torch.float32).reshape(-1, 6)
@@ -34,7 +34,7 @@ class Answers:
 
 
 class Blind:
-    """Finds something wherever ``sees`` says so."""
+    """Has a detection if ``sees`` is true."""
 
     def __init__(self, sees: Callable[[Tensor], bool]) -> None:
         self._sees = sees
@@ -47,11 +47,11 @@ def compare(expected: list[Row], got: list[Row]) -> Parity:
     return check_parity(Answers(*expected), Answers(*got), [IMAGE], cut=CUT)
 
 
-def moved(row: Row, by: float) -> Row:
+def move(row: Row, by: float) -> Row:
     return (row[0] + by, *row[1:])
 
 
-def scored(row: Row, score: float) -> Row:
+def set_score(row: Row, score: float) -> Row:
     return (*row[:4], score, row[5])
 
 
@@ -66,7 +66,7 @@ def test_images_without_detections_are_counted() -> None:
 
 
 def test_errors_are_measured() -> None:
-    parity = compare([A, B], [moved(A, 0.02), scored(B, 0.6004)])
+    parity = compare([A, B], [move(A, 0.02), set_score(B, 0.6004)])
     assert parity.passed
     assert parity.max_box_error == pytest.approx(0.02, abs=1e-5)
     assert parity.max_score_error == pytest.approx(4e-4, abs=1e-6)
@@ -75,18 +75,18 @@ def test_errors_are_measured() -> None:
 @pytest.mark.parametrize(
     ("expected", "got", "unmatched"),
     [
-        pytest.param([A, B], [moved(A, 0.5), B], 0, id="a box has moved"),
-        pytest.param([A, B], [A, scored(B, 0.61)], 0, id="a score differs"),
+        pytest.param([A, B], [move(A, 0.5), B], 0, id="a box has moved"),
+        pytest.param([A, B], [A, set_score(B, 0.61)], 0, id="a score differs"),
         pytest.param([A, B, C], [A, B], 1, id="a box is missing"),
         pytest.param([A, B], [A, B, C], 1, id="a box too many"),
         pytest.param([], [C], 1, id="a box where there is none"),
         pytest.param([A, B], [], 2, id="nothing is found"),
         pytest.param([A], [(*A[:5], 2)], 2, id="another class"),
-        pytest.param([A], [moved(A, 9)], 2, id="another place"),
+        pytest.param([A], [move(A, 9)], 2, id="another place"),
         pytest.param([A, A], [A], 1, id="one box for two"),
-        pytest.param([A], [scored(A, math.nan)], 0, id="the score is NaN"),
-        pytest.param([A], [moved(A, math.nan)], 2, id="the box is NaN"),
-        pytest.param([A], [A, scored(C, math.nan)], 1, id="a box too many with a score of NaN"),
+        pytest.param([A], [set_score(A, math.nan)], 0, id="the score is NaN"),
+        pytest.param([A], [move(A, math.nan)], 2, id="the box is NaN"),
+        pytest.param([A], [A, set_score(C, math.nan)], 1, id="a box too many with a score of NaN"),
     ],
 )
 def test_differences_fail(expected: list[Row], got: list[Row], unmatched: int) -> None:
@@ -97,12 +97,12 @@ def test_differences_fail(expected: list[Row], got: list[Row], unmatched: int) -
 
 
 def test_near_equal_scores_may_swap_places() -> None:
-    near = scored(C, 0.60001)
+    near = set_score(C, 0.60001)
     assert compare([A, B, near], [A, near, B]).passed
 
 
 def test_what_is_cut_off_by_rounding_may_differ() -> None:
-    at_threshold, above = scored(C, 0.0505), scored(C, 0.06)
+    at_threshold, above = set_score(C, 0.0505), set_score(C, 0.06)
     assert compare([A, at_threshold], [A]).passed
     assert compare([A], [A, at_threshold]).passed
     assert not compare([A, above], [A]).passed
@@ -110,22 +110,22 @@ def test_what_is_cut_off_by_rounding_may_differ() -> None:
 
 def test_the_last_of_a_full_image_may_differ() -> None:
     full = [A, B, (0, 30, 8, 38, 0.5, 3), (10, 30, 18, 38, 0.4, 3)]
-    last, rival = scored(C, 0.3), (30.0, 1.0, 38.0, 9.0, 0.3002, 3)
+    last, rival = set_score(C, 0.3), (30.0, 1.0, 38.0, 9.0, 0.3002, 3)
     assert compare([*full, last], [*full, rival]).passed
     assert not compare([*full[1:], last], [*full[1:], rival]).passed, "four boxes are not full: both should be there"
-    assert not compare([*full, last], [*full, scored(rival, 0.35)]).passed
+    assert not compare([*full, last], [*full, set_score(rival, 0.35)]).passed
 
 
 def test_at_the_cut_each_side_may_keep_another_of_two_boxes() -> None:
-    full = [A, B, C, moved(A, 30), scored(C, 0.2001)]  # as many as are reported
-    other = [*full[:4], scored(moved(C, 4), 0.2)]
+    full = [A, B, C, move(A, 30), set_score(C, 0.2001)]  # as many as are reported
+    other = [*full[:4], set_score(move(C, 4), 0.2)]
     assert compare(full, other).passed
-    assert not compare(full, [*full[:4], scored(moved(C, 4), 0.3)]).passed  # not at the cut
-    assert not compare([*full[1:], moved(A, 4)], full).passed  # nor is this one: it moved
+    assert not compare(full, [*full[:4], set_score(move(C, 4), 0.3)]).passed  # not at the cut
+    assert not compare([*full[1:], move(A, 4)], full).passed  # nor is this one: it moved
 
 
 def test_where_everything_lies_at_the_cut_nothing_is_proved() -> None:
-    parity = compare([scored(A, 0.0505)], [scored(moved(A, 3), 0.0505)])
+    parity = compare([set_score(A, 0.0505)], [set_score(move(A, 3), 0.0505)])
     assert (parity.detections, parity.unmatched, parity.passed) == (0, 0, False)
 
 

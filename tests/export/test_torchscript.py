@@ -1,4 +1,4 @@
-"""TorchScript files: exactly the detector, without this package."""
+"""TorchScript files equal the detector and need no gdetkd."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The teacher's maps at the student's cells: by hand, and against a slow version for unlike geometries."""
+"""Teacher maps at the student's cells: by hand, and against a slow version for other geometries."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_half_a_cell_is_another_place() -> None:
     torch.testing.assert_close(found.teacher[0, 0, 0, :5], maps[0][0, 0, 0, :5] + 4)
 
 
-def test_levels_meet_by_stride_in_the_image_and_not_by_index() -> None:
+def test_levels_are_paired_by_stride_in_the_image_and_not_by_index() -> None:
     """The teacher sees the image at twice the size: its stride 16 is 8 pixels of the image."""
     student = pyramid([torch.zeros(1, 1, 8, 8), torch.zeros(1, 1, 4, 4)], [8, 16])
     teacher = pyramid([torch.zeros(1, 1, n, n) for n in (32, 16, 8, 4)], [4, 8, 16, 32], scale=2.0)
@@ -58,7 +58,7 @@ def test_levels_meet_by_stride_in_the_image_and_not_by_index() -> None:
 
 
 def test_places_are_kept_through_unlike_strides_scales_and_shifts() -> None:
-    """The teacher's map holds its own model-pixel coordinates: a student's cell must find its own place there."""
+    """The teacher's map contains its model-pixel coordinates, so a student's cell must read its own place."""
     student = pyramid([torch.zeros(1, 1, 6, 8)], [8], shift=4.0)
     teacher = pyramid([ramp(10, (9, 12))], [10], scale=1.5, shift=2.0)
     (found,) = align(student, teacher, [(44, 60)])

@@ -1,4 +1,4 @@
-"""Other methods' equations: by hand-made numbers, and against slow versions written from the papers."""
+"""Equations of other methods, by hand and against slow versions from the papers."""
 
 from __future__ import annotations
 
@@ -25,7 +25,6 @@ from gdetkd_cli.methods.baselines.fitnet import map_imitation_loss
 from gdetkd_cli.methods.baselines.gt_mask import inside_box_masks, near_object_masks
 from gdetkd_cli.methods.baselines.logit import class_map_loss
 from gdetkd_cli.methods.baselines.pkd import pearson_loss
-from gdetkd_cli.methods.baselines.roi_imitation import region_imitation_loss
 
 
 def row(*values: float) -> Tensor:
@@ -42,7 +41,7 @@ def random_maps(seed: int, n: int = 2, c: int = 3, h: int = 4, w: int = 5) -> Te
 
 
 def some(maps: Tensor) -> Tensor:
-    """A mask that leaves out a column of one image and a row of the other."""
+    """A mask without one column of one image and one row of the other."""
     inside = everywhere(maps)
     inside[0, :, -1] = False
     inside[1, 0] = False
@@ -70,11 +69,6 @@ def test_no_cell_gives_zero_with_a_gradient() -> None:
     ):
         assert float(loss.detach()) == 0
         assert loss.requires_grad
-
-
-def test_regions_by_hand() -> None:
-    adapted, target = torch.tensor([[[[1.0]]], [[[5.0]]]]), torch.tensor([[[[0.0]]], [[[2.0]]]])
-    assert float(region_imitation_loss(adapted, target)) == pytest.approx((1 + 9) / 2)
 
 
 # --------------------------------------------------------------------------------------------------------- gt_mask
@@ -207,7 +201,7 @@ def test_channel_divergence_against_a_slow_version() -> None:
 
 
 def test_object_masks_by_hand() -> None:
-    """Cells that a box touches weigh one over their number; where two boxes meet, the smaller one's weight counts."""
+    """Cells that a box touches weigh 1 / their number; the smaller of two overlapping boxes decides."""
     boxes = [torch.tensor([[0.2, 0, 2.5, 1], [2.0, 0, 3, 2]]), torch.zeros(0, 4)]
     objects, background = object_masks(boxes, (2, 4))
     third, half = 1 / 3, 1 / 2
@@ -281,7 +275,7 @@ def test_published_sizes_need_no_scale() -> None:
 
 
 def all_parts(student: Tensor, teacher: Tensor, box: tuple[float, float, float, float], scale: Scale) -> list[float]:
-    """Objects, background, attention and global loss, where a box covers the same cells of both images."""
+    """Objects, background, attention and global loss; a box covers the same cells of both images."""
     shape = (student.shape[-2], student.shape[-1])
     masks = object_masks([torch.tensor([box])] * len(student), shape)
     blocks = (ContextBlock(student.shape[1]), ContextBlock(student.shape[1]))  # fresh: they add nothing
@@ -296,7 +290,7 @@ def scale_of(maps: Tensor) -> Scale:
 
 @pytest.mark.parametrize("what", ["channels", "cells"])
 def test_scaled_parts_do_not_depend_on_the_size(what: str) -> None:
-    """Every channel or every cell twice: the scaled losses stay, of the published ones the sums double."""
+    """With every channel or cell twice, scaled losses do not change and published sums double."""
     student, teacher, box = random_maps(0), random_maps(1), (1.0, 1.0, 3.0, 3.0)
     one = all_parts(student, teacher, box, scale_of(student))
     if what == "channels":

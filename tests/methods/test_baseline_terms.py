@@ -38,7 +38,7 @@ TERMS: dict[type[nn.Module], dict[str, Any]] = {
 }
 
 
-def seen(channels: list[int], strides: list[int], seed: int, *, grad: bool = False) -> Observation:
+def make_observation(channels: list[int], strides: list[int], seed: int, *, grad: bool = False) -> Observation:
     """Two images of 64 x 64 pixels."""
     generator = torch.Generator().manual_seed(seed)
     maps = [torch.randn(2, c, 64 // s, 64 // s, generator=generator) for c, s in zip(channels, strides, strict=True)]
@@ -50,28 +50,28 @@ def seen(channels: list[int], strides: list[int], seed: int, *, grad: bool = Fal
     return Observation(losses={}, pyramid=Pyramid(made, tuple(levels), frame), candidates=None)
 
 
-def pair(**views: RegionView) -> ObservedPair:
+def make_pair(**views: RegionView) -> ObservedPair:
     targets = [Target(boxes, torch.ones(len(boxes), dtype=torch.int64)) for boxes in BOXES]
     index = torch.tensor([0, 0, 1])
     return ObservedPair(
         regions=Regions(torch.tensor([[0.0, 0, 9, 9]] * 3), index, torch.full((3,), -1)),
         image_ids=index,
         batch=Batch([torch.zeros(3, 64, 64)] * 2, targets, torch.tensor([1, 2])),
-        student_seen=seen(STUDENT, [4, 8], 0, grad=True),
-        teacher_seen=seen(TEACHER, [4, 8, 16], 1),
+        student_seen=make_observation(STUDENT, [4, 8], 0, grad=True),
+        teacher_seen=make_observation(TEACHER, [4, 8, 16], 1),
         student_view=views.get("student", RegionView()),
         teacher_view=views.get("teacher", RegionView()),
     )
 
 
-def make(term: type[nn.Module]) -> nn.Module:
+def make_term(term: type[nn.Module]) -> nn.Module:
     torch.manual_seed(0)
     return term(student_channels=STUDENT, teacher_channels=TEACHER, **TERMS[term])
 
 
 @pytest.mark.parametrize("term", TERMS, ids=lambda term: term.__name__)
 def test_every_level_gets_a_gradient_and_the_term_can_be_learnt(term: type[nn.Module]) -> None:
-    observed, module = pair(), make(term)
+    observed, module = make_pair(), make_term(term)
     maps = observed.student_seen.pyramid.maps
     first = module(observed)
     assert first.shape == ()
@@ -79,7 +79,7 @@ def test_every_level_gets_a_gradient_and_the_term_can_be_learnt(term: type[nn.Mo
         assert gradient.isfinite().all()
         assert gradient.abs().sum() > 0
     free = [m.detach().clone().requires_grad_() for m in maps]
-    held = ObservedPair(**(vars(observed) | {"student_seen": _with(observed.student_seen, free)}))
+    held = ObservedPair(**(vars(observed) | {"student_seen": replace_maps(observed.student_seen, free)}))
     optimizer = torch.optim.Adam([*free, *module.parameters()], lr=0.05)
     for _ in range(60):
         optimizer.zero_grad()
@@ -89,14 +89,14 @@ def test_every_level_gets_a_gradient_and_the_term_can_be_learnt(term: type[nn.Mo
     assert float(loss.detach()) < 0.6 * float(first.detach())
 
 
-def _with(observation: Observation, maps: list[Tensor]) -> Observation:
+def replace_maps(observation: Observation, maps: list[Tensor]) -> Observation:
     pyramid = observation.pyramid
     return Observation(losses={}, pyramid=Pyramid(tuple(maps), pyramid.levels, pyramid.frame), candidates=None)
 
 
 def test_near_objects_only_their_cells_get_a_gradient() -> None:
-    observed = pair()
-    fine, _ = torch.autograd.grad(make(GTMaskTerm)(observed), observed.student_seen.pyramid.maps)
+    observed = make_pair()
+    fine, _ = torch.autograd.grad(make_term(GTMaskTerm)(observed), observed.student_seen.pyramid.maps)
     moved = fine.abs().sum(dim=1) > 0
     assert moved[0].any()
     assert not moved[0].all()
@@ -105,11 +105,11 @@ def test_near_objects_only_their_cells_get_a_gradient() -> None:
 
 @pytest.mark.parametrize("term", [t for t in TERMS if t is not PKDTerm], ids=lambda term: term.__name__)
 def test_with_the_teachers_head_nothing_stands_between_the_features(term: type[nn.Module]) -> None:
-    """Equal features cost nothing, however far from 0; with a fresh adapter, or none and other statistics, they do."""
+    """Equal features give loss 0 at any distance from 0, but not with a fresh adapter or other statistics."""
     torch.manual_seed(0)
-    both = seen([6, 6], [4, 8], 3)
-    far = _with(both, [100 + 7 * m for m in both.pyramid.maps])
-    observed = ObservedPair(**(vars(pair()) | {"student_seen": far, "teacher_seen": far}))
+    both = make_observation([6, 6], [4, 8], 3)
+    far = replace_maps(both, [100 + 7 * m for m in both.pyramid.maps])
+    observed = ObservedPair(**(vars(make_pair()) | {"student_seen": far, "teacher_seen": far}))
     losses = [
         float(term(student_channels=[6, 6], teacher_channels=[6, 6], same_space=same, **TERMS[term])(observed).detach())
         for same in (True, False)
@@ -119,8 +119,8 @@ def test_with_the_teachers_head_nothing_stands_between_the_features(term: type[n
 
 
 def test_inside_boxes_only_their_cells_get_a_gradient() -> None:
-    """Of the first image's objects the small one lies on the fine level, the large one on the coarse."""
-    observed = pair()
+    """The first image has a small object on the fine level and a large one on the coarse level."""
+    observed = make_pair()
     asked = []
 
     def assign(seen: Observation, regions: Regions) -> Tensor:
@@ -140,10 +140,10 @@ def test_inside_boxes_only_their_cells_get_a_gradient() -> None:
 
 @pytest.mark.parametrize("term", TERMS, ids=lambda term: term.__name__)
 def test_levels_that_do_not_count_are_left_out(term: type[nn.Module]) -> None:
-    """They get no gradient and have no weights, for whose gradients several processes would wait."""
+    """They have no gradient and no weights, for which several processes would wait."""
     torch.manual_seed(0)
     alone = term(student_channels=STUDENT, teacher_channels=TEACHER, counted=[True, False], **TERMS[term])
-    observed = pair()
+    observed = make_pair()
     fine, coarse = observed.student_seen.pyramid.maps
     alone(observed).backward()
     assert fine.grad is not None
@@ -161,7 +161,7 @@ def test_objects_of_a_level_that_does_not_count_belong_to_the_one_before() -> No
         assign=lambda seen, regions: torch.tensor([1, 1]),
         counted=[True, False],
     )
-    masks = term._masks(pair())
+    masks = term.build_masks(make_pair())
     assert list(masks) == [0]
     assert masks[0][0].sum() == 16 * 16  # the large object's box covers the image
     assert not masks[0][1].any()
@@ -169,9 +169,9 @@ def test_objects_of_a_level_that_does_not_count_belong_to_the_one_before() -> No
 
 @pytest.mark.parametrize(("scaled", "standardized"), [(True, True), (False, True), (True, False), (False, False)])
 def test_fgd_against_its_equations(scaled: bool, standardized: bool) -> None:
-    """Equal channels: nothing is adapted, and fresh context blocks add nothing."""
+    """With equal channels there is no adapter, and fresh context blocks add 0."""
     settings = {"temperature": 0.5, "objects": 2.0, "background": 3.0, "attention": 5.0, "relation": 7.0}
-    observed = ObservedPair(**(vars(pair()) | {"student_seen": seen([6, 6], [4, 8], 0)}))
+    observed = ObservedPair(**(vars(make_pair()) | {"student_seen": make_observation([6, 6], [4, 8], 0)}))
     term = FGDTerm(
         student_channels=[6, 6],
         teacher_channels=TEACHER,
@@ -194,13 +194,13 @@ def test_fgd_against_its_equations(scaled: bool, standardized: bool) -> None:
 
 def test_equal_channels_are_correlated_as_they_are() -> None:
     assert not list(PKDTerm(student_channels=[6, 6], teacher_channels=[6, 6]).parameters())
-    assert list(make(PKDTerm).parameters())
+    assert list(make_term(PKDTerm).parameters())
 
 
 def test_teachers_levels_may_differ_in_channels() -> None:
     term = FitNetTerm(student_channels=STUDENT, teacher_channels=[6, 4, 6])
-    observed = pair()
-    narrow = ObservedPair(**(vars(observed) | {"teacher_seen": seen([6, 4, 6], [4, 8, 16], 1)}))
+    observed = make_pair()
+    narrow = ObservedPair(**(vars(observed) | {"teacher_seen": make_observation([6, 4, 6], [4, 8, 16], 1)}))
     assert term(narrow).isfinite()
 
 
@@ -208,7 +208,7 @@ def test_regions_are_imitated_from_the_level_that_each_detector_assigns() -> Non
     torch.manual_seed(0)
     student, teacher = torch.randn(3, 5, 7, 7, requires_grad=True), torch.randn(3, 6, 7, 7)
     term = RoIImitationTerm(student_channels=5, teacher_channels=6)
-    loss = term(pair(student=RegionView(pooled=student), teacher=RegionView(pooled=teacher)))
+    loss = term(make_pair(student=RegionView(pooled=student), teacher=RegionView(pooled=teacher)))
     target = (teacher - teacher.mean(dim=(0, 2, 3), keepdim=True)) / teacher.std(
         dim=(0, 2, 3), unbiased=False, keepdim=True
     )
@@ -218,10 +218,10 @@ def test_regions_are_imitated_from_the_level_that_each_detector_assigns() -> Non
 
 
 def test_regions_of_a_student_with_the_teachers_head_become_the_teachers_own() -> None:
-    """Equal features cost nothing from the first step on; with a fresh adapter they do."""
+    """Equal features give loss 0 from the first step on, but not with a fresh adapter."""
     torch.manual_seed(0)
     features = 100 + 7 * torch.randn(3, 6, 7, 7)
-    same = pair(student=RegionView(pooled=features), teacher=RegionView(pooled=features))
+    same = make_pair(student=RegionView(pooled=features), teacher=RegionView(pooled=features))
     losses = [
         float(RoIImitationTerm(student_channels=6, teacher_channels=6, same_space=same_space)(same).detach())
         for same_space in (True, False)
@@ -231,24 +231,24 @@ def test_regions_of_a_student_with_the_teachers_head_become_the_teachers_own() -
 
 
 def test_logits_of_other_anchors_are_refused() -> None:
-    """The student's second level lies on the teacher's second, but its anchors are those of the third."""
+    """The student's second level corresponds to the teacher's second but has the anchors of the third."""
     maps = tuple(torch.randn(2, 3, 64 // s, 64 // s) for s in (4, 8, 16))
     term = LogitTerm(columns=torch.tensor([0, 1, 2]), agree=torch.tensor([[True, False, False], [False, False, True]]))
-    with pytest.raises(PairError, match="level 2 of the student lies on the teacher's 2, which has other anchors"):
-        term(pair(student=RegionView(class_maps=maps[:2]), teacher=RegionView(class_maps=maps)))
+    with pytest.raises(PairError, match="level 2 of the student corresponds to the teacher's level 2"):
+        term(make_pair(student=RegionView(class_maps=maps[:2]), teacher=RegionView(class_maps=maps)))
 
 
 def test_logits_are_compared_by_class_name_and_stride() -> None:
-    """Two anchors of three columns each; the teacher has a level more, and its classes in another order."""
+    """Two anchors of three columns each; the teacher has one more level and another order of classes."""
     columns = torch.tensor([0, 2, 1])
     generator = torch.Generator().manual_seed(0)
     maps = tuple(torch.randn(2, 6, 64 // s, 64 // s, generator=generator) for s in (4, 8, 16))
     ordered = tuple(m[:, [0, 2, 1, 3, 5, 4]] for m in maps)
     term = LogitTerm(columns=columns, agree=torch.ones(2, 3, dtype=torch.bool))
-    same = pair(student=RegionView(class_maps=ordered[:2]), teacher=RegionView(class_maps=maps))
+    same = make_pair(student=RegionView(class_maps=ordered[:2]), teacher=RegionView(class_maps=maps))
     assert float(term(same)) == pytest.approx(0, abs=1e-5)
     student = tuple(m.clone().requires_grad_() for m in maps[:2])
-    loss = term(pair(student=RegionView(class_maps=student), teacher=RegionView(class_maps=maps)))
+    loss = term(make_pair(student=RegionView(class_maps=student), teacher=RegionView(class_maps=maps)))
     assert float(loss.detach()) > 0.01
     for gradient in torch.autograd.grad(loss, student):
         assert gradient[:, [1, 2, 4, 5]].abs().sum() > 0

@@ -1,4 +1,4 @@
-"""CKD's equations, by hand and against plain loops (METHOD, section 3)."""
+"""CKD's equations, by hand and against plain loops."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
 def slow_contrastive(
     student: Tensor, teacher: Tensor, gamma: float, negatives: Tensor, memory: Tensor, memory_negatives: Tensor
 ) -> float:
-    """The equation as it is written, in Python's doubles."""
+    """The equation in Python's doubles."""
 
     def g(a: list[float], b: list[float]) -> float:
         dot = sum(x * y for x, y in zip(a, b, strict=True))
@@ -109,7 +109,7 @@ def test_goes_to_zero_at_a_perfect_match_with_far_negatives() -> None:
 
 @pytest.mark.parametrize("regions", [1, 4])
 def test_the_positive_stays_without_negatives(regions: int) -> None:
-    """One region, or regions that all overlap: the fraction is 1, the loss 0, the gradient 0 and finite."""
+    """For one region, or overlapping regions, the fraction is 1, and loss and gradient are 0."""
     student = draw(regions, 3).requires_grad_()
     loss = contrastive_loss(
         student, draw(regions, 3, seed=1), gamma=0.07, negatives=torch.zeros(regions, regions, dtype=torch.bool)
@@ -213,7 +213,7 @@ def test_overlap_of_no_regions() -> None:
 
 
 def test_boxes_without_area_are_negatives() -> None:
-    """Their IoU is 0 / 0; it must not reach the loss as NaN."""
+    """Their IoU is 0 / 0, which must not make the loss NaN."""
     negatives = overlap_negatives(torch.full((2, 2), float("nan")), torch.tensor([0, 0]), 0.5)
 
     assert negatives.tolist() == [[False, True], [True, False]]

@@ -1,4 +1,4 @@
-"""The parts that distillation adds: level matching is exactly the naive version, and the target is standardised."""
+"""Level matching equals the naive version, and the target is standardised."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def make_matcher(student_channels: list[int], *, cosine: bool = True) -> LevelMa
 
 
 def naive(matcher: LevelMatcher, levels: list[Tensor], target: Tensor) -> tuple[Tensor, Tensor]:
-    """METHOD, section 2, line by line: every level is adapted, each adapted level embedded, then matched and summed."""
+    """Adapts every level, embeds each adapted level, then matches and sums them (docs/method.md)."""
     likeness = cosine_similarity if matcher.cosine else lambda key, query: (key * query).sum(dim=1)
 
     def embed(features: Tensor) -> Tensor:
@@ -111,7 +111,7 @@ def test_tau_is_positive_whatever_its_parameter(log_tau: float) -> None:
 
 @pytest.mark.parametrize("scale", [0.0, 1e-6, 1.0, 1e4])
 def test_no_features_move_the_match_further_than_tau_lets_them(scale: float) -> None:
-    """Features of any size: two levels' logits are 2 / tau apart at most, and gradients are finite."""
+    """For features of any size, two levels' logits differ by at most 2 / tau and gradients are finite."""
     matcher = make_matcher([5, 5])
     levels = [scale * draw(4, 5, 7, 7, seed=seed) for seed in range(2)]
     for level in levels:
@@ -156,7 +156,7 @@ def test_matcher_without_regions(student_channels: list[int]) -> None:
 
 
 def make_features(*, regions: int = 40, seed: int = 0) -> Tensor:
-    """(R, 3, 7, 7) whose channels lie orders of magnitude apart."""
+    """(R, 3, 7, 7) with channels orders of magnitude apart."""
     scale, shift = torch.tensor([0.01, 1.0, 300.0]), torch.tensor([5.0, 0.0, -100.0])
     return draw(regions, 3, 7, 7, seed=seed).float() * scale[:, None, None] + shift[:, None, None]
 
@@ -234,7 +234,7 @@ def test_no_regions_change_nothing() -> None:
 
 
 def test_channels_that_a_region_lacks_do_not_count() -> None:
-    """Levels of 3 and 1 channels: the missing two are padded with zeros, which are no features."""
+    """On levels of 3 and 1 channels, the zeros that pad the missing two do not count."""
     features = make_features(regions=20)
     channels = torch.tensor([3, 1]).repeat(10)
     padded = features * (torch.arange(3) < channels[:, None])[:, :, None, None]

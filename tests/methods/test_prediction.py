@@ -1,4 +1,4 @@
-"""The prediction terms' equations, by hand and against plain loops (METHOD, section 4)."""
+"""The prediction terms' equations, by hand and against plain loops."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""CKD's memory: a ring in registered buffers, filled by every process alike."""
+"""CKD's memory: a ring in registered buffers with the same rows on every process."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def add(queue: RegionQueue, *values: int) -> None:
     queue.add(rows[:, None].repeat(1, 2), 10 * torch.tensor(values, dtype=torch.int64))
 
 
-def held(queue: RegionQueue) -> list[float]:
+def list_values(queue: RegionQueue) -> list[float]:
     """The values of the filled rows, in the order of the buffer."""
     embeddings, image_ids = queue.rows()
     assert embeddings.shape == (len(image_ids), 2)
@@ -38,22 +38,22 @@ def held(queue: RegionQueue) -> list[float]:
 
 def test_fills_up_then_overwrites_the_oldest() -> None:
     queue = RegionQueue(size=4, channels=2)
-    assert held(queue) == []
+    assert list_values(queue) == []
     add(queue, 1, 2, 3)
-    assert held(queue) == [1, 2, 3]
+    assert list_values(queue) == [1, 2, 3]
     add(queue, 4, 5, 6)  # 4 fills the ring, 5 and 6 take the places of 1 and 2
-    assert held(queue) == [5, 6, 3, 4]
+    assert list_values(queue) == [5, 6, 3, 4]
     add(queue, 7, 8, 9)
-    assert held(queue) == [9, 6, 7, 8]
+    assert list_values(queue) == [9, 6, 7, 8]
 
 
 def test_more_rows_than_there_is_room_for() -> None:
     queue = RegionQueue(size=3, channels=2)
     add(queue, 1)
     add(queue, 2, 3, 4, 5, 6)
-    assert sorted(held(queue)) == [4, 5, 6]  # the last ones
+    assert sorted(list_values(queue)) == [4, 5, 6]  # the last ones
     add(queue, 7)
-    assert sorted(held(queue)) == [5, 6, 7]
+    assert sorted(list_values(queue)) == [5, 6, 7]
 
 
 def test_every_row_count_keeps_the_latest() -> None:
@@ -64,28 +64,28 @@ def test_every_row_count_keeps_the_latest() -> None:
             values = list(range(start, start + count))
             add(queue, *values)
             latest = (latest + values)[-5:]
-            assert sorted(held(queue)) == sorted(latest)
+            assert sorted(list_values(queue)) == sorted(latest)
 
 
 def test_no_rows() -> None:
     queue = RegionQueue(size=3, channels=2)
     add(queue)
-    assert held(queue) == []
+    assert list_values(queue) == []
     add(queue, 1, 2)
     add(queue)
-    assert held(queue) == [1, 2]
+    assert list_values(queue) == [1, 2]
 
 
 def test_size_0_remembers_nothing() -> None:
     queue = RegionQueue(size=0, channels=2)
     add(queue, 1, 2)
 
-    assert held(queue) == []
+    assert list_values(queue) == []
     assert queue.rows()[0].shape == (0, 2)
 
 
 def test_rows_is_a_copy() -> None:
-    """A step's graph reads the rows in its backward, after ``add`` has written."""
+    """A step's graph reads the rows in its backward, after ``add`` overwrote them."""
     queue = RegionQueue(size=2, channels=2)
     add(queue, 1, 2)
     embeddings, image_ids = queue.rows()
@@ -110,18 +110,18 @@ def test_is_saved_with_the_run() -> None:
     add(queue, 1, 2, 3)
     add(queue, 4, 5)
     restored.load_state_dict(queue.state_dict())
-    assert held(restored) == held(queue)
+    assert list_values(restored) == list_values(queue)
 
     add(queue, 6)
     add(restored, 6)
-    assert held(restored) == held(queue) == [5, 6, 3, 4]
+    assert list_values(restored) == list_values(queue) == [5, 6, 3, 4]
 
 
 # ------------------------------------------------------------------------------------------------------- processes
 
 
-def in_two_processes(work: Callable[[int], tuple[Tensor, Tensor]], folder: Path) -> list[tuple[Tensor, Tensor]]:
-    """What ``work(rank)`` gives in each of two processes that are joined by gloo; a hang is an error."""
+def run_in_two_processes(work: Callable[[int], tuple[Tensor, Tensor]], folder: Path) -> list[tuple[Tensor, Tensor]]:
+    """Runs ``work(rank)`` in two processes joined by gloo; a hang is an error."""
 
     def enter(rank: int) -> None:
         distributed.init_process_group(
@@ -152,7 +152,7 @@ def test_gather_rows_of_unequal_processes(counts: tuple[int, int], tmp_path: Pat
         return gather_rows(rows), gather_rows(rows[:, None].float().repeat(1, 2))
 
     expected = [*range(counts[0]), *range(10, 10 + counts[1])]
-    for numbers, rows in in_two_processes(work, tmp_path):
+    for numbers, rows in run_in_two_processes(work, tmp_path):
         assert numbers.dtype == torch.int64
         assert numbers.tolist() == expected
         assert rows.tolist() == [[value, value] for value in expected]
@@ -165,24 +165,24 @@ def test_every_process_remembers_the_same(tmp_path: Path) -> None:
         add(queue, *([4] if rank == 0 else [5]))
         return queue.rows()
 
-    for embeddings, image_ids in in_two_processes(work, tmp_path):
+    for embeddings, image_ids in run_in_two_processes(work, tmp_path):
         assert embeddings[:, 0].tolist() == [5, 2, 3, 4]
         assert image_ids.tolist() == [50, 20, 30, 40]
 
 
 def test_the_count_comes_from_the_checkpoint() -> None:
-    """The host keeps its own count of the rows; a loaded queue's is the file's, whatever this one held before."""
+    """The host has its own count of rows; loading a queue must replace it by the file's."""
     full, other = RegionQueue(size=3, channels=2), nn.ModuleDict({"queue": RegionQueue(size=3, channels=2)})
     add(full, 1, 2, 3, 4)
     add(other["queue"], 9)
     other.load_state_dict({f"queue.{name}": value for name, value in full.state_dict().items()})
     add(other["queue"], 5)
 
-    assert held(other["queue"]) == [5, 3, 4]
+    assert list_values(other["queue"]) == [5, 3, 4]
 
 
 def test_ddp_leaves_the_queue_alone_and_broadcasts_statistics(tmp_path: Path) -> None:
-    """The processes are made to differ, to see what is broadcast: statistics are, the queue is not."""
+    """The processes start with different values: DDP broadcasts statistics but not the queue."""
 
     class Detector:
         module = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
@@ -205,7 +205,7 @@ def test_ddp_leaves_the_queue_alone_and_broadcasts_statistics(tmp_path: Path) ->
         before = Detector.module[1].running_mean  # both saw the same rows since
         return memory.queue.embeddings, torch.stack([memory.normalizer.mean, before])  # type: ignore[list-item]
 
-    (queue0, statistics0), (queue1, statistics1) = in_two_processes(work, tmp_path)
+    (queue0, statistics0), (queue1, statistics1) = run_in_two_processes(work, tmp_path)
     assert torch.equal(queue0, torch.zeros(4, 2))
     assert torch.equal(queue1, torch.ones(4, 2))
     assert torch.equal(statistics0, statistics1)

@@ -1,4 +1,4 @@
-"""SGFI's equations, by hand and against plain loops (METHOD, section 2)."""
+"""SGFI's equations, by hand and against plain loops."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_attention_with_a_prior() -> None:
 
 
 def test_the_prior_by_hand() -> None:
-    """Levels of stride 4, 8 and 32 in pixels of one image, of stride 2, 4 and 16 in those of another."""
+    """Levels have strides 4, 8 and 32 in pixels of one image, and 2, 4 and 16 in those of another."""
     octaves = torch.tensor([[2.0, 3, 5], [2, 3, 5], [1, 2, 4]])
     prior = level_prior(octaves, torch.tensor([2.0, 5, 3]), 2.0)
     assert prior.tolist() == [[0, -2, -18], [-18, -8, 0], [-8, -2, -2]]

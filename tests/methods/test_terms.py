@@ -1,4 +1,4 @@
-"""The terms: what they make of an observed pair, beyond the equations that tests/losses holds."""
+"""Terms on an observed pair; other files test the equations."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from gdetkd_cli.detectors.pooling import pool_all_levels
 from gdetkd_cli.detectors.protocol import Observation, RegionView, StageView
-from gdetkd_cli.methods.base import ObservedPair, Term, needs_of
+from gdetkd_cli.methods.base import ObservedPair, Term, collect_needs
 from gdetkd_cli.methods.ckd import CKDTerm, contrastive_loss
 from gdetkd_cli.methods.prediction import BoxTerm, ClassTerm, class_loss
 from gdetkd_cli.methods.sgfi import SGFITerm, imitation_loss
@@ -41,7 +41,7 @@ def make_pair(
     teacher: RegionView | None = None,
     maps: tuple[Tensor, ...] = (),
 ) -> ObservedPair:
-    """Regions on two 32-pixel images, and what the two detectors say of them; level l has stride 2 ** (l + 1)."""
+    """Regions on two 32-pixel images with the outputs of two detectors; level l has stride 2 ** (l + 1)."""
     regions = make_regions(boxes, list(image_index))
     frame = Frame(scale=torch.ones(2, 2), shift=torch.zeros(2, 2), size=(32, 32))
     levels = tuple(
@@ -102,7 +102,7 @@ def test_sgfi_imitates_the_target(normalize: str) -> None:
 
 
 def test_sgfi_starts_from_the_students_own_level() -> None:
-    """A prior that leaves nothing to the other levels: as if each region had its own alone."""
+    """With a strong prior, the result equals using only each region's own level."""
     own = torch.tensor([0, 1, 0])
     target = draw(3, 6, 7, 7)
     pair = make_pair(maps=MAPS, student=RegionView(level=own), teacher=RegionView(pooled=target))
@@ -115,7 +115,7 @@ def test_sgfi_starts_from_the_students_own_level() -> None:
 
 @pytest.mark.parametrize(("level", "nearest"), [(0, 0), (1, 1), (2, 1)])
 def test_sgfi_starts_from_the_stride_that_the_teacher_pools_from(level: int, nearest: int) -> None:
-    """Teacher strides of 2, 4 and 32, student strides of 2 and 4: whatever level the student would assign."""
+    """With teacher strides 2, 4 and 32 and student strides 2 and 4, the student's own assignment has no effect."""
     target = draw(3, 6, 7, 7)
     view = RegionView(pooled=target, level=torch.full((3,), level))
     pair = make_pair(maps=MAPS, teacher=view)
@@ -131,7 +131,7 @@ def test_sgfi_starts_from_the_stride_that_the_teacher_pools_from(level: int, nea
 
 
 def test_the_prior_is_measured_in_pixels_of_the_image() -> None:
-    """A teacher that sees the image at half the size: its stride of 2 is 4 pixels of the image."""
+    """The teacher gets the image at half the size, so its stride of 2 is 4 pixels of the image."""
     target = draw(3, 6, 7, 7)
     pair = make_pair(maps=MAPS, teacher=RegionView(pooled=target, level=torch.zeros(3, dtype=torch.int64)))
     frame = pair.teacher_seen.pyramid.frame
@@ -144,7 +144,7 @@ def test_the_prior_is_measured_in_pixels_of_the_image() -> None:
 
 
 def test_sgfi_of_any_teachers_scale_is_alike() -> None:
-    """The reason to standardise: raw, the loss follows the square of the teacher's scale."""
+    """Without standardisation, the loss grows with the square of the teacher's scale."""
     target = draw(3, 6, 7, 7)
     raw = [make_sgfi()(make_pair(maps=MAPS, teacher=RegionView(pooled=s * target))).item() for s in (1, 100)]
     even = [
@@ -158,7 +158,7 @@ def test_sgfi_of_any_teachers_scale_is_alike() -> None:
 
 @pytest.mark.parametrize("normalize", ["none", "channel", "scalar"])
 def test_sgfi_ignores_padded_channels(normalize: str) -> None:
-    """A teacher of 6 channels on one level and 2 on another: as if regions of the latter had 2 channels only."""
+    """With 6 channels on one teacher level and 2 on another, regions of the latter use 2 channels."""
     channels = torch.tensor([6, 2, 6])
     target = (draw(3, 6, 7, 7) + 3) * (torch.arange(6) < channels[:, None])[:, :, None, None]
     term = make_sgfi(normalize=normalize)
@@ -182,7 +182,7 @@ def test_sgfi_ignores_padded_channels(normalize: str) -> None:
 
 @pytest.mark.parametrize("normalize", ["none", "channel", "scalar"])
 def test_sgfi_in_the_teachers_own_space(normalize: str) -> None:
-    """A student with the teacher's head starts at 0 where its features are the teacher's own."""
+    """A student with the teacher's head starts at loss 0 if its features equal the teacher's."""
     features = 30 * draw(2, 6, 16, 16, seed=3) - 4
     pair = make_pair(maps=(features,))
     (target,) = pool_all_levels(pair.student_seen.pyramid, pair.regions, size=7, sampling_ratio=2)
@@ -216,7 +216,7 @@ def make_ckd(*, queue: int = 8, gamma: float = 0.2) -> CKDTerm:
 
 
 def views(regions: int = 3, seed: int = 0) -> dict[str, Any]:
-    """Embeddings of both, as ``make_pair`` takes them."""
+    """Embeddings of both, as arguments of ``make_pair``."""
     return {
         "student": RegionView(embedding=draw(regions, 5, seed=seed)),
         "teacher": RegionView(embedding=draw(regions, 6, seed=seed + 100)),
@@ -269,7 +269,7 @@ def test_ckd_remembers_earlier_steps_but_not_the_same_image() -> None:
 
 
 def test_ckd_own_regions_are_not_yet_in_the_memory() -> None:
-    """A single region of a single image has no negatives at all: its loss is 0, at every step."""
+    """A single region of a single image has no negatives, so its loss is 0 at every step."""
     term = make_ckd()
     for seed in range(3):
         pair = make_pair(boxes=APART[:1], image_index=(0,), **views(1, seed=seed))
@@ -277,7 +277,7 @@ def test_ckd_own_regions_are_not_yet_in_the_memory() -> None:
 
 
 def test_ckd_backward_after_the_memory_has_moved_on() -> None:
-    """Two steps' graphs, as in gradient accumulation: the memory that they read is theirs."""
+    """Two steps' graphs, as in gradient accumulation, each keep the memory that they read."""
     term = make_ckd(queue=3)
     losses = [term(make_pair(ids=(i, 10 + i), **views(seed=i))) for i in range(3)]
     torch.stack(losses).sum().backward()
@@ -378,5 +378,5 @@ def test_needs_are_those_of_all_terms() -> None:
         ([ckd, classes], {"embedding", "predictions"}, {"embedding", "predictions"}),
     ]
     for terms, student, teacher in cases:
-        of_student, of_teacher = needs_of(terms)
+        of_student, of_teacher = collect_needs(terms)
         assert (set(of_student), set(of_teacher)) == (student, teacher)

@@ -1,4 +1,4 @@
-"""What torchvision's detectors share: how they take their input, their pyramid, and their predictions."""
+"""Shared by all torchvision detectors: input, pyramid and predictions."""
 
 from __future__ import annotations
 
@@ -16,43 +16,43 @@ from gdetkd_cli.structures import Batch, Detections, Frame, LevelSpec
 
 
 def features_by_name(features: Tensor | dict[str, Tensor]) -> dict[str, Tensor]:
-    """A backbone's output as torchvision's detectors read it: one map counts as a pyramid of one level."""
+    """A backbone's output by name; a single map is a pyramid of one level, as in torchvision's detectors."""
     return {"0": features} if isinstance(features, Tensor) else dict(features)
 
 
 def measure_backbone(module: Any) -> tuple[LevelSpec, ...]:
-    """Measures the pyramid of a torchvision detector; the levels are named ``backbone.KEY``."""
+    """Measures the pyramid of a torchvision detector; its levels are named ``backbone.KEY``."""
     backbone = module.backbone
     device = next(backbone.parameters()).device
 
     def forward(images: Tensor) -> dict[str, Tensor]:
         return {f"backbone.{key}": features for key, features in features_by_name(backbone(images)).items()}
 
-    with evaluating(backbone):
+    with use_eval_mode(backbone):
         return measure_levels(forward, device=device)
 
 
 def extract_features(module: Any, images: list[Tensor]) -> tuple[Any, dict[str, Tensor]]:
-    """The transform's ImageList and the backbone's features by key, in evaluation mode; no heads.
+    """Runs the transform and the backbone in evaluation mode: its ImageList, and features by key.
 
-    Where the loader sets the size of images (``_skip_resize``, see ``build.runtime``), they are not resized.
+    Images are not resized if the loader sets their size (``_skip_resize``, see ``assembly.runtime``).
     """
-    with evaluating(module):
-        module.transform.train(module.transform._skip_resize)  # which heeds that in training mode alone
+    with use_eval_mode(module):
+        module.transform.train(module.transform._skip_resize)  # which it reads only in training mode
         resized, _ = module.transform(images)
         return resized, features_by_name(module.backbone(resized.tensors))
 
 
 def targets_for(batch: Batch) -> list[dict[str, Tensor]]:
-    """The batch's truth as torchvision's detectors take it."""
+    """The batch's ground truth in torchvision's form."""
     return [{"boxes": t.boxes, "labels": t.labels} for t in batch.targets]
 
 
 def frame_of(images: Sequence[Tensor], resized: Any) -> Frame:
-    """How GeneralizedRCNNTransform mapped the images: resized from the corner, then padded on the far sides.
+    """The frame of GeneralizedRCNNTransform, which resizes from the corner and pads the far sides.
 
     Args:
-        images: N tensors (3, H_i, W_i) as they were given.
+        images: N tensors (3, H_i, W_i) before the transform.
         resized: the transform's ImageList.
     """
     before = torch.tensor([[i.shape[-1], i.shape[-2]] for i in images], dtype=torch.float32)
@@ -70,14 +70,14 @@ def anchors_in_cells(generator: Any, levels: Sequence[LevelSpec]) -> tuple[Tenso
 
 
 def device_of(module: nn.Module) -> torch.device:
-    """Where a module's tensors are; the CPU where it has none, as a frozen TorchScript model."""
+    """The device of a module's tensors; the CPU if it has none, like a frozen TorchScript model."""
     tensors = chain(module.parameters(), module.buffers())
     return next((tensor.device for tensor in tensors), torch.device("cpu"))
 
 
 @contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside, the module's former mode after."""
+def use_eval_mode(module: nn.Module) -> Iterator[None]:
+    """Puts the module into evaluation mode inside the block, and back into its former mode after it."""
     training = module.training
     module.eval()
     try:
@@ -88,9 +88,9 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def predict(module: nn.Module, images: list[Tensor]) -> list[Detections]:
-    """Runs a torchvision detector; boxes in each image's own pixels, by falling score."""
-    with evaluating(module), exact_boxes(module):
+    """Runs a torchvision detector; boxes in each image's own pixels, by descending score."""
+    with use_eval_mode(module), exact_boxes(module):
         outputs = module(images)
-    # RetinaNet and FCOS have an output for background, which is silent only once they are trained.
-    found = [(o, o["labels"] > 0) for o in outputs]
-    return [Detections(boxes=o["boxes"][k], scores=o["scores"][k], labels=o["labels"][k]) for o, k in found]
+    # RetinaNet and FCOS have an output for background, which an untrained one may report.
+    kept = [(o, o["labels"] > 0) for o in outputs]
+    return [Detections(boxes=o["boxes"][k], scores=o["scores"][k], labels=o["labels"][k]) for o, k in kept]

@@ -1,6 +1,6 @@
 """torchvision's dense detectors: RetinaNet, FCOS, SSD and SSDlite.
 
-Shapes: N images, L levels, A anchors per cell, R regions, C channels; boxes xyxy.
+Shapes: N images, L levels, A anchors per cell, R regions, C channels, K classes, P candidates; boxes xyxy.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ _CANDIDATES_PER_IMAGE = 1000
 
 @dataclass(frozen=True)
 class DenseObservation(Observation):
-    """Adds what a region embedding is read from.
+    """Adds the tensors from which region embeddings and class maps are read.
 
     Attributes:
-        tower: L maps (N, C, H_l, W_l), the classification branch's last features; None where it has none (SSD) or
-            where the detector was only looked at.
-        cell: (K, 3) int64, the (level, y, x) that predicted each candidate; None where there are no candidates.
-        class_logits: (N, HWA, K + 1), the head's; None when it was only looked at.
+        tower: L maps (N, C, H_l, W_l), the last features of the classification branch; None without such a branch (SSD)
+            or after ``extract_features``.
+        cell: (P, 3) int64, the (level, y, x) that predicted each candidate; None without candidates.
+        class_logits: (N, HWA, K + 1), the head's; None after ``extract_features``.
     """
 
     tower: tuple[Tensor, ...] | None
@@ -60,7 +60,7 @@ class DenseDetector(Detector):
 
     @property
     def embedding_channels(self) -> int:
-        # Without a tower the embedding is the region's mean over every level, side by side.
+        # Without a tower, the embedding concatenates the region's mean on every level.
         return self.levels[0].channels if self._has_tower else sum(level.channels for level in self.levels)
 
     @property
@@ -76,13 +76,13 @@ class DenseDetector(Detector):
         pyramid = Pyramid(
             maps=tuple(features.values()), levels=self.levels, frame=common.frame_of(batch.images, images)
         )
-        offered, cell = None, None
+        boxes, cell = None, None
         if candidates:
-            offered, cell = self._candidates(tap.output("head"), tap.output("anchor_generator"), pyramid, images)
+            boxes, cell = self._select_candidates(tap.output("head"), tap.output("anchor_generator"), pyramid, images)
         return DenseObservation(
             losses=losses,
             pyramid=pyramid,
-            candidates=offered,
+            candidates=boxes,
             tower=tuple(tap.outputs(_TOWER)) if self._has_tower else None,
             cell=cell,
             class_logits=tap.output("head")["cls_logits"],
@@ -100,10 +100,10 @@ class DenseDetector(Detector):
         assignment = assign_levels(seen.pyramid, regions, cells_per_side=DENSE_CELLS)
         pooled, pooled_channels = None, None
         if "pooled" in needs:
-            pooled = pool_assigned(seen.pyramid, regions, assignment, size=7, sampling_ratio=2)
+            pooled = pool_assigned(seen.pyramid, regions, assignment)
             pooled_channels = channels_of(self.levels, assignment)
         embedding = self._embed(seen, regions, assignment) if "embedding" in needs else None
-        class_maps = self._class_maps(seen) if "class_maps" in needs else None
+        class_maps = self._read_class_maps(seen) if "class_maps" in needs else None
         return RegionView(
             pooled=pooled,
             pooled_channels=pooled_channels,
@@ -123,16 +123,18 @@ class DenseDetector(Detector):
 
     @property
     def anchors(self) -> tuple[Tensor, ...] | None:
-        """By level (A, 4) xyxy, the anchors of a cell around its centre, in cells; None for SSD, whose classes exclude
-        each other."""
+        """By level (A, 4) xyxy, the anchors of a cell around its centre, in cells; None for SSD.
+
+        SSD's classes exclude each other, so its scores cannot be compared with the others'.
+        """
         if isinstance(self.module, SSD):
             return None
         return common.anchors_in_cells(self.module.anchor_generator, self.levels)
 
-    def _class_maps(self, seen: DenseObservation) -> tuple[Tensor, ...]:
+    def _read_class_maps(self, seen: DenseObservation) -> tuple[Tensor, ...]:
         logits = seen.class_logits
         if logits is None:
-            with common.evaluating(self.module):
+            with common.use_eval_mode(self.module):
                 logits = self.module.head.classification_head(list(seen.pyramid.maps))
         per_cell = self.module.anchor_generator.num_anchors_per_location()
         sizes = [(m.shape[-2], m.shape[-1], a) for m, a in zip(seen.pyramid.maps, per_cell, strict=True)]
@@ -145,7 +147,7 @@ class DenseDetector(Detector):
         if not self._has_tower:
             levels = pool_all_levels(seen.pyramid, regions, size=1, sampling_ratio=2)
             return torch.cat([level.flatten(1) for level in levels], dim=1)
-        cell = self._central_cells(seen.pyramid, regions, assignment)
+        cell = self._find_central_cells(seen.pyramid, regions, assignment)
         if seen.cell is not None:
             own = regions.candidate >= 0
             cell = (
@@ -153,36 +155,36 @@ class DenseDetector(Detector):
             )
         tower = seen.tower
         if tower is None:
-            with common.evaluating(self.module):
+            with common.use_eval_mode(self.module):
                 tower = tuple(self.module.head.classification_head.conv(m) for m in seen.pyramid.maps)
         embedding = tower[0].new_zeros(len(regions), tower[0].shape[1])
         own, y, x = cell.unbind(dim=1)
-        # Every region on every level, and then its own: a few rows more cost less than asking for each level's.
+        # Every region is read on every level: a few more rows cost less than waiting for the rows of each level.
         for level, features in enumerate(tower):
             height, width = features.shape[-2:]
             read = features[regions.image_index, :, y.clamp(max=height - 1), x.clamp(max=width - 1)]
             embedding = torch.where((own == level)[:, None], read, embedding)
         return embedding
 
-    def _central_cells(self, pyramid: Pyramid, regions: Regions, assignment: Tensor) -> Tensor:
-        """(R, 3) int64: each region's level, and the cell of it that the region's centre falls into."""
+    def _find_central_cells(self, pyramid: Pyramid, regions: Regions, assignment: Tensor) -> Tensor:
+        """(R, 3) int64: each region's level, and the cell (y, x) that contains the region's centre."""
         pixels = pyramid.frame.to_model(regions.boxes, regions.image_index)
         stride, offset = (  # (R, 2) each, x and y
             beside(values, pixels)[assignment].flip(1)
             for values in ([level.stride for level in pyramid.levels], [level.offset for level in pyramid.levels])
         )
         last = beside([(m.shape[-2] - 1, m.shape[-1] - 1) for m in pyramid.maps], assignment)[assignment]
-        low, high = ((corner - offset) / stride + 0.5 for corner in pixels.split(2, dim=1))  # as ``cells``
+        low, high = ((corner - offset) / stride + 0.5 for corner in pixels.split(2, dim=1))  # like ``cells``
         cell = ((low + high) / 2).floor().long().flip(1).clamp(min=0).minimum(last)  # (R, 2), y and x
         return torch.cat([assignment[:, None], cell], dim=1)
 
     @torch.no_grad()
-    def _candidates(
+    def _select_candidates(
         self, head: dict[str, Tensor], anchors: list[Tensor], pyramid: Pyramid, images: Any
     ) -> tuple[Candidates, Tensor]:
-        """Each image's best-scored predictions before NMS, and the cells that made them."""
-        scores = self._scores(head).float()  # (N, HWA)
-        cell_of = self._cell_of_prediction(pyramid, scores.shape[1])
+        """Each image's predictions with the best scores, before NMS, and their cells."""
+        scores = self._compute_scores(head).float()  # (N, HWA)
+        cell_of = self._list_cells(pyramid, scores.shape[1])
         count = min(_CANDIDATES_PER_IMAGE, scores.shape[1])
         best = scores.topk(count, dim=1).indices  # (N, count)
         boxes, image_index = [], []
@@ -192,20 +194,20 @@ class DenseDetector(Detector):
             image_index.append(torch.full((count,), i, device=rows.device))
         index = torch.cat(image_index)
         all_boxes = torch.cat(boxes)
-        # A clipped box without an inside cannot be pooled from.
+        # A clipped box may be empty, and an empty box cannot be pooled.
         inside = ((all_boxes[:, 2:] - all_boxes[:, :2]) >= 1).all(dim=1) & torch.isfinite(all_boxes).all(dim=1)
-        kept = inside.cpu()  # the one wait, for the counts as well
+        kept = inside.cpu()  # the only wait; the counts need it too
         rows = sent(kept.nonzero().squeeze(1), inside)
         index, all_boxes, cell = index[rows], all_boxes[rows], cell_of[best.flatten()[rows]]
-        offered = Candidates(
+        candidates = Candidates(
             boxes=pyramid.frame.to_image(all_boxes, index),
             image_index=index,
             sampled=False,
             counts=tuple(kept.view(-1, count).sum(dim=1).tolist()),
         )
-        return offered, cell
+        return candidates, cell
 
-    def _scores(self, head: dict[str, Tensor]) -> Tensor:
+    def _compute_scores(self, head: dict[str, Tensor]) -> Tensor:
         logits = head["cls_logits"]
         if isinstance(self.module, SSD):
             return logits.softmax(dim=-1)[..., 1:].amax(dim=-1)
@@ -220,7 +222,7 @@ class DenseDetector(Detector):
         decoded: Tensor = self.module.box_coder.decode_single(deltas, anchors)
         return decoded
 
-    def _cell_of_prediction(self, pyramid: Pyramid, predictions: int) -> Tensor:
+    def _list_cells(self, pyramid: Pyramid, predictions: int) -> Tensor:
         """(HWA, 3) int64: (level, y, x) of each prediction, in the heads' order (level, y, x, anchor)."""
         per_cell = self.module.anchor_generator.num_anchors_per_location()
         parts = []

@@ -2,9 +2,8 @@
 
 torchvision's detectors give anchors the dtype of the features, decode boxes in the dtype of the head's outputs, and
 cast the ground truth to the dtype of the proposals. bfloat16 has 8 significant bits: from 512 pixels on it rounds a
-coordinate to 4 pixels, from 1,024 on to 8. ``exact_boxes`` keeps half precision on the network's side of these
-borders, so that anchors, proposals, decoding, matching, targets, NMS and losses are computed in float32, in every
-family.
+coordinate to 4 pixels, from 1,024 on to 8. ``exact_boxes`` confines half precision to the network: anchors, proposals,
+decoding, matching, targets, NMS and losses are computed in float32 in every family.
 """
 
 from __future__ import annotations
@@ -26,9 +25,9 @@ from torchvision.models.detection.ssd import SSD
 
 @contextmanager
 def exact_boxes(module: nn.Module) -> Iterator[None]:
-    """Inside, every torchvision part of ``module`` computes coordinates in float32, whatever autocast is active.
+    """Computes the coordinates of all torchvision parts of ``module`` in float32 inside the block, despite autocast.
 
-    Without autocast nothing changes. No hook remains after the ``with``.
+    Without autocast it has no effect. All hooks are removed after the block.
     """
     if not _autocast_is_active():
         yield
@@ -36,10 +35,10 @@ def exact_boxes(module: nn.Module) -> Iterator[None]:
     with ExitStack() as hooks:
         for part in module.modules():
             if isinstance(part, AnchorGenerator | DefaultBoxGenerator):
-                hooks.callback(part.register_forward_pre_hook(_anchors_in_float32).remove)
-            head = _predicting_head(part)
+                hooks.callback(part.register_forward_pre_hook(_cast_anchors).remove)
+            head = _get_predicting_head(part)
             if head is not None:
-                hooks.callback(head.register_forward_hook(_outputs_in_float32).remove)
+                hooks.callback(head.register_forward_hook(_cast_outputs).remove)
         yield
 
 
@@ -47,18 +46,18 @@ def _autocast_is_active() -> bool:
     return any(torch.is_autocast_enabled(device) for device in ("cpu", "cuda"))
 
 
-def _predicting_head(part: Any) -> nn.Module | None:
-    """The submodule whose outputs are box deltas and scores; None where ``part`` has none of its own."""
+def _get_predicting_head(part: Any) -> nn.Module | None:
+    """The submodule whose outputs are box deltas and scores; None if ``part`` has none of its own."""
     if isinstance(part, RegionProposalNetwork | RetinaNet | FCOS | SSD):
         return part.head
     return part.box_predictor if isinstance(part, RoIHeads) else None
 
 
-def _anchors_in_float32(_: nn.Module, arguments: tuple[Any, list[Tensor]]) -> tuple[Any, list[Tensor]]:
-    """Generators read the shape, dtype and device of the features, never their values."""
+def _cast_anchors(_: nn.Module, arguments: tuple[Any, list[Tensor]]) -> tuple[Any, list[Tensor]]:
+    """Replaces the features by empty ones: generators read only their shape, dtype and device."""
     images, features = arguments
     return images, [torch.empty((), dtype=torch.float32, device=m.device).expand(m.shape) for m in features]
 
 
-def _outputs_in_float32(_: nn.Module, __: Any, outputs: Any) -> Any:
+def _cast_outputs(_: nn.Module, __: Any, outputs: Any) -> Any:
     return convert_to_fp32(outputs)

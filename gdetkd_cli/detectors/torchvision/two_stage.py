@@ -24,12 +24,12 @@ _POOL, _HEAD, _PREDICTOR = "roi_heads.box_roi_pool", "roi_heads.box_head", "roi_
 
 @dataclass(frozen=True)
 class TwoStageObservation(Observation):
-    """Adds what the RoI head reads, and what it said of its own training proposals (the candidates).
+    """Adds the inputs of the RoI head, and its outputs for its own training proposals (the candidates).
 
     Attributes:
         features: the backbone's output by key.
         image_sizes: N (height, width) model pixels without padding.
-        sampled: the head's view of the candidates, row by row; None when the detector was only looked at.
+        sampled: the head's outputs for the candidates, row by row; None after ``extract_features``.
     """
 
     features: dict[str, Tensor]
@@ -64,17 +64,14 @@ class TwoStageDetector(Detector):
 
     @property
     def box_weights(self) -> tuple[float, ...]:
-        """Weights of the box coder: two heads' deltas compare only when these agree."""
         return tuple(self.module.roi_heads.box_coder.weights)
 
     @property
     def later_weights(self) -> tuple[float, ...]:
-        """Of a cascade's later stages, the weight of each in its own loss; none for a plain RoI head."""
         return tuple(getattr(self.module.roi_heads, "later_weights", ()))
 
     @property
     def later_box_weights(self) -> tuple[tuple[float, ...], ...]:
-        """Of a cascade's later stages, the weights of each one's box coder."""
         return tuple(tuple(stage.box_coder.weights) for stage in getattr(self.module.roi_heads, "later", ()))
 
     @property
@@ -112,7 +109,8 @@ class TwoStageDetector(Detector):
                 class_logits=class_logits,
                 box_deltas=box_deltas.unflatten(1, (-1, 4)),
                 later=tuple(
-                    _stage(own, tap.output(f"{stage}.box_predictor")) for own, stage in zip(refined, later, strict=True)
+                    _build_stage(boxes, tap.output(f"{stage}.box_predictor"))
+                    for boxes, stage in zip(refined, later, strict=True)
                 ),
             ),
         )
@@ -135,26 +133,26 @@ class TwoStageDetector(Detector):
         level = self._assign(seen.pyramid, regions) if needs & {"level", "pooled"} else None
         pooled = None
         if "pooled" in needs:
-            # Where the cells lie, as any detector is compared. The head's own pooling below reads every cell from
-            # where its stride alone would put it, a fraction of a cell away.
+            # Pooling by measured geometry, as for every detector. The head's own pooling ignores the measured offset,
+            # so it reads a fraction of a cell away.
             assert level is not None
-            pooled = pool_assigned(seen.pyramid, regions, level, size=7, sampling_ratio=2)
-        said = RegionView()
+            pooled = pool_assigned(seen.pyramid, regions, level)
+        view = RegionView()
         if needs & {"embedding", "predictions"}:
-            said = self._said_by_head(seen, regions, predictions="predictions" in needs)
-        return replace(said, pooled=pooled, level=level)
+            view = self._run_head(seen, regions, predictions="predictions" in needs)
+        return replace(view, pooled=pooled, level=level)
 
-    def _said_by_head(self, seen: TwoStageObservation, regions: Regions, *, predictions: bool) -> RegionView:
-        """The RoI head's embeddings, and its predictions where they are wanted."""
+    def _run_head(self, seen: TwoStageObservation, regions: Regions, *, predictions: bool) -> RegionView:
+        """The RoI head's embeddings and, on request, its predictions."""
         if seen.sampled is not None and regions.are_candidates():
             rows = regions.candidate  # the head ran on these boxes already
             return RegionView(
-                embedding=_rows(seen.sampled.embedding, rows),
-                class_logits=_rows(seen.sampled.class_logits, rows),
-                box_deltas=_rows(seen.sampled.box_deltas, rows),
+                embedding=_select_rows(seen.sampled.embedding, rows),
+                class_logits=_select_rows(seen.sampled.class_logits, rows),
+                box_deltas=_select_rows(seen.sampled.box_deltas, rows),
                 later=tuple(
-                    StageView(one.boxes[rows], one.class_logits[rows], one.box_deltas[rows])
-                    for one in seen.sampled.later
+                    StageView(stage.boxes[rows], stage.class_logits[rows], stage.box_deltas[rows])
+                    for stage in seen.sampled.later
                 ),
             )
         heads = self.module.roi_heads
@@ -163,9 +161,9 @@ class TwoStageDetector(Detector):
             return RegionView(embedding=embedding)
         with exact_boxes(heads):
             class_logits, box_deltas = heads.box_predictor(embedding)
-            # Later stages judge the boxes that the student's own stages have made of the regions.
+            # Later stages take the boxes as the student's own stages refined them.
             later = tuple(
-                _stage(boxes, stage.box_predictor(self._embed(stage, seen, regions, boxes)))
+                _build_stage(boxes, stage.box_predictor(self._embed(stage, seen, regions, boxes)))
                 for boxes, stage in zip(regions.refined, getattr(heads, "later", ()), strict=False)
             )
         return RegionView(
@@ -173,14 +171,14 @@ class TwoStageDetector(Detector):
         )
 
     def _embed(self, heads: Any, seen: TwoStageObservation, regions: Regions, boxes: Tensor) -> Tensor:
-        """(R, D) what a RoI head, or a stage of a cascade, makes of boxes (R, 4) in batch-image pixels."""
+        """(R, D) embeddings by a RoI head, or a stage of a cascade, of boxes (R, 4) in batch-image pixels."""
         boxes = seen.pyramid.frame.to_model(boxes, regions.image_index)
         per_image = list(boxes.split(regions.count_by_image(len(seen.image_sizes))))
         embedding: Tensor = heads.box_head(heads.box_roi_pool(seen.features, per_image, seen.image_sizes))
         return embedding
 
     def _assign(self, pyramid: Pyramid, regions: Regions) -> Tensor:
-        """(R,) the level that the RoI head pools a region from: sides of one octave up from its canonical scale."""
+        """(R,) the level that the RoI head pools a region from; a level's octave begins at the canonical scale."""
         pool = self.module.roi_heads.box_roi_pool
         cells_per_side = pool.canonical_scale / 2**pool.canonical_level * 2**0.5
         return assign_levels(pyramid, regions, cells_per_side=cells_per_side, among=len(pool.featmap_names))
@@ -189,10 +187,10 @@ class TwoStageDetector(Detector):
         return common.predict(self.module, images)
 
 
-def _stage(boxes: Tensor, predictions: tuple[Tensor, Tensor]) -> StageView:
+def _build_stage(boxes: Tensor, predictions: tuple[Tensor, Tensor]) -> StageView:
     class_logits, box_deltas = predictions
     return StageView(boxes=boxes, class_logits=class_logits, box_deltas=box_deltas.unflatten(1, (-1, 4)))
 
 
-def _rows(values: Tensor | None, rows: Tensor) -> Tensor | None:
+def _select_rows(values: Tensor | None, rows: Tensor) -> Tensor | None:
     return None if values is None else values[rows]

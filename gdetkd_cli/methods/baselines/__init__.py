@@ -1,1 +1,1 @@
-"""Other methods, to compare with. Each file has the equation, the term, and its requirements on the pair."""
+"""Methods to compare with, one file each: equation, term, and requirements on the pair."""

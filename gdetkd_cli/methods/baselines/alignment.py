@@ -1,7 +1,7 @@
-"""Teacher maps brought to the cells of the student's maps, for terms that compare whole pyramids level by level.
+"""Resamples teacher maps to the cells of the student's maps, for terms that compare whole pyramids.
 
-A student level meets the teacher level whose stride, in pixels of the image, is nearest; never the one of the same
-index. Shapes: N images, C channels, H x W cells of the student's level.
+A student level is compared with the teacher level of the nearest stride in pixels of the image, whatever its index.
+Shapes: N images, C_s and C_t channels of student and teacher, H x W cells of the student's level.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from torch.nn.functional import avg_pool2d, grid_sample
 from gdetkd_cli.host import sent
 from gdetkd_cli.structures import LevelSpec, Pyramid
 
-_SAME = 1e-3  # cells: nearer than this, two centres are one
+_SAME = 1e-3  # cells; nearer centres count as equal
 
 
 @dataclass(frozen=True)
 class AlignedLevel:
-    """One level of the student and what the teacher has at its cells.
+    """One student level and the teacher's features at its cells.
 
     Attributes:
         student: (N, C_s, H, W).
         teacher: (N, C_t, H, W), float32, without gradient.
-        inside: (N, H, W) bool, cells whose centre lies in the image and on the teacher's map.
+        inside: (N, H, W) bool, cells with their centre in the image and on the teacher's map.
         teacher_level: index of the teacher's level.
     """
 
@@ -38,49 +38,50 @@ class AlignedLevel:
 
 
 def align(student: Pyramid, teacher: Pyramid, sizes: Sequence[tuple[int, int]]) -> list[AlignedLevel]:
-    """Every level of the student with the teacher's level of the nearest stride, resampled to its cells.
+    """Pairs every student level with the teacher level of the nearest stride, resampled to its cells.
 
     Args:
-        student: its pyramid.
-        teacher: the teacher's, of the same batch.
+        student, teacher: pyramids of the same batch.
         sizes: (height, width) of each batch image, in pixels.
     """
-    ours, theirs = (_strides(pyramid) for pyramid in (student, teacher))
+    ours, theirs = (_measure_strides(pyramid) for pyramid in (student, teacher))
     aligned = []
     for level, stride in enumerate(ours):
         nearest = min(range(len(theirs)), key=lambda i: abs(log(stride / theirs[i])))
-        aligned.append(_aligned(student, level, teacher, nearest, max(1, round(stride / theirs[nearest])), sizes))
+        aligned.append(_align_level(student, level, teacher, nearest, max(1, round(stride / theirs[nearest])), sizes))
     return aligned
 
 
-def _strides(pyramid: Pyramid) -> list[float]:
-    """By level, the geometric mean of its strides over images and axes, in pixels of the image."""
+def _measure_strides(pyramid: Pyramid) -> list[float]:
+    """By level, the geometric mean of the strides over images and axes, in pixels of the image."""
     scale = float(pyramid.frame.on_host().scale.log().mean().exp())
     return [(level.stride[0] * level.stride[1]) ** 0.5 / scale for level in pyramid.levels]
 
 
-def _aligned(
+def _align_level(
     student: Pyramid, level: int, teacher: Pyramid, nearest: int, samples: int, sizes: Sequence[tuple[int, int]]
 ) -> AlignedLevel:
-    """``samples`` per axis and cell: a finer map is averaged over the cell, not picked from."""
+    """Resamples one teacher level with ``samples`` per axis and cell, so that a finer map is averaged over the cell."""
     ours, theirs = student.maps[level], teacher.maps[nearest].detach().float()
     axes, insides, same = [], [], ours.shape[2:] == theirs.shape[2:] and samples == 1
-    frames = [pyramid.frame.on_host() for pyramid in (student, teacher)]  # a few numbers; asking a device would wait
+    frames = [
+        pyramid.frame.on_host() for pyramid in (student, teacher)
+    ]  # reading a few numbers from a device would wait
     for axis in (0, 1):  # x, y
         count = ours.shape[3 - axis]
         at = (torch.arange(count * samples, dtype=torch.float32) + 0.5) / samples - 0.5  # of cells
-        stride, offset = _of_axis(student.levels[level], axis)
+        stride, offset = _get_axis(student.levels[level], axis)
         image = ((at * stride + offset)[None] - frames[0].shift[:, axis, None]) / frames[0].scale[:, axis, None]
         model = image * frames[1].scale[:, axis, None] + frames[1].shift[:, axis, None]
-        stride, offset = _of_axis(teacher.levels[nearest], axis)
+        stride, offset = _get_axis(teacher.levels[nearest], axis)
         cells, length = (model - offset) / stride + 0.5, theirs.shape[3 - axis]
-        axes.append(2 * cells / length - 1)  # as grid_sample counts
+        axes.append(2 * cells / length - 1)  # grid_sample's coordinates
         same = same and bool((cells - 0.5 - torch.arange(count)).abs().max() < _SAME)
         end = image.new_tensor([size[1 - axis] for size in sizes])[:, None]
         centre = (image >= 0) & (image <= end) & (cells >= 0) & (cells <= length)
         insides.append(centre.unflatten(1, (count, samples)).float().mean(dim=2) >= 0.5)
     inside = sent(insides[1][:, :, None] & insides[0][:, None, :], ours)
-    if same:  # the usual pair of one family: nothing to resample
+    if same:  # usual for two detectors of one family
         return AlignedLevel(student=ours, teacher=theirs, inside=inside, teacher_level=nearest)
     x, y = (sent(axis, ours) for axis in axes)
     grid = torch.stack([x[:, None, :].expand(-1, y.shape[1], -1), y[:, :, None].expand(-1, -1, x.shape[1])], dim=3)
@@ -94,6 +95,6 @@ def _aligned(
     )
 
 
-def _of_axis(level: LevelSpec, axis: int) -> tuple[float, float]:
+def _get_axis(level: LevelSpec, axis: int) -> tuple[float, float]:
     """Stride and offset along x (0) or y (1)."""
     return level.stride[1 - axis], level.offset[1 - axis]

@@ -19,10 +19,10 @@ def channel_divergence(student: Tensor, teacher: Tensor, inside: Tensor, tau: fl
 
     Args:
         student, teacher: (N, C, H, W).
-        inside: (N, H, W) bool, the cells that count; an image without any adds 0.
+        inside: (N, H, W) bool, the cells to compare; an image without any adds 0.
         tau: temperature.
     """
-    # Where no cell of an image counts, both are uniform: it adds 0, without being asked for.
+    # If an image has no cell to compare, both distributions are uniform and it adds 0.
     outside = ~inside.flatten(1)[:, None]
     ours, theirs = (
         (maps.flatten(2).float() / tau).masked_fill(outside, -1e4).log_softmax(dim=2)
@@ -33,7 +33,7 @@ def channel_divergence(student: Tensor, teacher: Tensor, inside: Tensor, tau: fl
 
 
 class CWDTerm(MapTerm):
-    """Every channel of every level looks where the teacher's does; sum over levels, as published.
+    """Each channel imitates where the teacher's channel is active; sum over levels, as published.
 
     Args:
         tau: temperature of the softmax over cells.
@@ -65,5 +65,5 @@ class CWDTerm(MapTerm):
 
 
 def build(pair: Detectors, *, tau: float, pooled_levels: bool) -> CWDTerm:
-    """The term of a pair; any pair has one."""
+    """Builds the term; any pair allows it."""
     return CWDTerm(**map_settings(pair, pooled_levels=pooled_levels), tau=tau, same_space=pair.same_space)

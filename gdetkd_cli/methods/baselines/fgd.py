@@ -1,23 +1,22 @@
 """Focal and global distillation (FGD; Yang et al., CVPR 2022), on one level of a pyramid.
 
-Focal: the teacher's attention over cells and channels weighs the imitation, objects and background apart (equations 4
-to 8), and the student's attention follows it (9). Global: what each map says of its whole, through a context block,
-is imitated as well (10 to 12). Sums over channels and cells, means over images, as published.
+Focal: the teacher's attention over cells and channels weights the imitation, separately for objects and background
+(equations 4 to 8), and the student's attention imitates it (9). Global: the student also imitates each map's global
+context (10 to 12). Sums over channels and cells, means over images, as published.
 
-The published weights belong to 256 channels and to images of 800 pixels: a sum grows with what it runs over. ``Scale``
-brings each sum to the size that it has there. Write e for the mean squared difference of the features:
+The published weights fit sums over 256 channels and images of 800 pixels. ``Scale`` brings other sums to that size.
+With e the mean squared difference of the features:
 
-- Attention over cells sums to H W and attention over channels to C, so each has mean 1 and adds no size of its own.
-- Objects: the cells of a box weigh 1 / (cells of the box), so their sum is a mean over the box; the sum over channels
-  remains. It grows as C e for each object, and not with H W.
-- Background: weights sum to 1 over the cells of the background. It grows as C e.
-- Attention: |A_s - A_t| summed over cells grows as H W, summed over channels as C. The two are scaled apart.
+- Attention over cells sums to H W, attention over channels to C. Each has mean 1 and does not change the size.
+- Objects: the cells of a box weigh 1 / (cells of the box), so the sum over them is a mean. It grows as C e per object.
+- Background: the weights of its cells sum to 1. It grows as C e.
+- Attention: |A_s - A_t| summed over cells grows as H W, summed over channels as C. Each has its own factor.
 - Global: the squared difference summed over channels and cells grows as C H W e.
 
-So sums over channels get the factor 256 / C. Sums over cells get the cells of the published levels over the cells of
-all levels that are compared, one factor for all levels: at the published strides this is the ratio of the images'
-areas, and a pyramid that begins finer or coarser adds up to the same. Both factors are 1 at the published size. The
-features' own scale, e, stays: see ``FGDTerm``.
+Sums over channels get the factor 256 / C. Sums over cells get the cells of the published levels over the cells of all
+compared levels, one factor for all levels. At the published strides this is the ratio of the images' areas, and a
+pyramid that begins finer or coarser gives the same sum. Both factors are 1 at the published size. e is not scaled, see
+``FGDTerm``.
 
 Shapes: N images, C channels, H x W cells, M boxes."""
 
@@ -39,28 +38,26 @@ from gdetkd_cli.methods.baselines.maps import MapTerm, boxes_in_cells, map_setti
 PUBLISHED_CHANNELS = 256
 
 
-# Cells of the levels that the published settings compare, in an image of 4 to 3, COCO's most frequent form, resized to
-# 800 pixels on its short side and padded to multiples of 32: 800 x 1088. Strides 4 to 32, and 8 to 128.
+# Cells of the levels in the published settings, for a 4:3 image (most frequent in COCO) resized to 800 pixels on its
+# short side and padded to multiples of 32: 800 x 1088. Strides 4 to 32, and 8 to 128.
 TWO_STAGE_CELLS = 200 * 272 + 100 * 136 + 50 * 68 + 25 * 34
-
-
 DENSE_CELLS = 100 * 136 + 50 * 68 + 25 * 34 + 13 * 17 + 7 * 9
 
 
 @dataclass(frozen=True)
 class Scale:
-    """Factors that sums over channels and sums over cells get; 1 and 1 are the published loss."""
+    """Factors for sums over channels and sums over cells; 1 and 1 give the published loss."""
 
     channels: float = 1.0
     cells: float = 1.0
 
 
 def published_scale(channels: int, cells: int, published_cells: int) -> Scale:
-    """The factors under which published weights mean what they mean at the published size.
+    """The factors that bring sums to the published size, so that the published weights apply.
 
     Args:
-        channels: C of the maps that are compared.
-        cells: H W of all levels that are compared, together.
+        channels: C of the compared maps.
+        cells: H W of all compared levels together.
         published_cells: ``TWO_STAGE_CELLS`` or ``DENSE_CELLS``.
     """
     return Scale(channels=PUBLISHED_CHANNELS / channels, cells=published_cells / cells)
@@ -77,8 +74,8 @@ def attention(maps: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
 def object_masks(boxes: Sequence[Tensor], shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """Weights (N, H, W) of objects and of background.
 
-    A cell of an object weighs one over its box's cells, of several boxes the smallest's; one of the background weighs
-    one over the image's background cells.
+    A cell in a box weighs 1 / (cells of the box), in several boxes that of the smallest; a background cell weighs
+    1 / (background cells of the image).
 
     Args:
         boxes: by image, (M, 4) xyxy in cells of the level.
@@ -86,18 +83,18 @@ def object_masks(boxes: Sequence[Tensor], shape: tuple[int, int]) -> tuple[Tenso
     """
     height, width = shape
     objects = torch.zeros(len(boxes), height, width, device=boxes[0].device)
-    for mask, found in zip(objects, boxes, strict=True):
-        if len(found):
-            columns = _touched(found[:, 0], found[:, 2], width)[:, None, :]
-            rows = _touched(found[:, 1], found[:, 3], height)[:, :, None]
+    for mask, corners in zip(objects, boxes, strict=True):
+        if len(corners):
+            columns = _mark_touched(corners[:, 0], corners[:, 2], width)[:, None, :]
+            rows = _mark_touched(corners[:, 1], corners[:, 3], height)[:, :, None]
             sizes = columns.sum(dim=(1, 2)) * rows.sum(dim=(1, 2))
             mask.copy_(((rows & columns) / sizes[:, None, None]).amax(dim=0))
     background = (objects == 0).float()
     return objects, background / background.sum(dim=(1, 2), keepdim=True).clamp(min=1)
 
 
-def _touched(low: Tensor, high: Tensor, length: int) -> Tensor:
-    """(M, length) bool: the cells of an axis that an interval touches; one at least."""
+def _mark_touched(low: Tensor, high: Tensor, length: int) -> Tensor:
+    """(M, length) bool: the cells along an axis that an interval touches; at least one."""
     first = low.floor().clamp(0, length - 1)
     end = torch.maximum(high.ceil(), first + 1)
     index = torch.arange(length, device=low.device)
@@ -112,26 +109,26 @@ def focal_losses(
     temperature: float,
     scale: Scale = Scale(),
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Imitation of objects, imitation of background, and of the attentions.
+    """Losses of objects, background and attention.
 
     Args:
         student, teacher: (N, C, H, W).
-        objects, background: (N, H, W) weights, as ``object_masks`` gives them.
+        objects, background: (N, H, W) weights, see ``object_masks``.
         temperature: of the attentions.
-        scale: of sums over channels and over cells.
+        scale: of the sums.
     """
     teacher = teacher.detach()
     (cells_s, channels_s), (cells_t, channels_t) = (attention(maps, temperature) for maps in (student, teacher))
     error = ((student - teacher).square() * channels_t[:, :, None, None]).sum(dim=1) * cells_t  # (N, H, W)
     error = scale.channels * error
     images = len(student)
-    follow = scale.cells * l1_loss(cells_s, cells_t, reduction="sum")
-    follow = follow + scale.channels * l1_loss(channels_s, channels_t, reduction="sum")
-    return (error * objects).sum() / images, (error * background).sum() / images, follow / images
+    attention_loss = scale.cells * l1_loss(cells_s, cells_t, reduction="sum")
+    attention_loss = attention_loss + scale.channels * l1_loss(channels_s, channels_t, reduction="sum")
+    return (error * objects).sum() / images, (error * background).sum() / images, attention_loss / images
 
 
 class ContextBlock(nn.Module):
-    """GCNet's global context, added to a map: (N, C, H, W) -> the same."""
+    """Adds GCNet's global context to a map (N, C, H, W)."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -142,7 +139,7 @@ class ContextBlock(nn.Module):
         )
         last = self.transform[-1]
         assert isinstance(last, nn.Linear)
-        nn.init.zeros_(last.weight)  # as published: at the start the block adds nothing
+        nn.init.zeros_(last.weight)  # as published: the block adds 0 at the start
         nn.init.zeros_(last.bias)
 
     def forward(self, maps: Tensor) -> Tensor:
@@ -158,14 +155,14 @@ def global_loss(
     teacher_block: ContextBlock,
     scale: Scale = Scale(),
 ) -> Tensor:
-    """The squared difference of both maps through their own context blocks, summed; mean over images."""
+    """Sum of the squared differences of both maps after their own context blocks; mean over images."""
     total = mse_loss(student_block(student), teacher_block(teacher.detach()), reduction="sum")
     return scale.channels * scale.cells * total / len(student)
 
 
 @dataclass(frozen=True)
 class FGDWeights:
-    """What FGD publishes for a family of detectors: the temperature of its attentions and the weights of its parts."""
+    """FGD's published temperature and weights of the four parts for a family of detectors."""
 
     temperature: float
     objects: float
@@ -177,11 +174,7 @@ class FGDWeights:
 # github.com/yzd-v/FGD, configs/distillers/fgd: one set for Faster and Mask R-CNN, one for RetinaNet, GFL and SOLO, one
 # for FCOS. RepPoints has FCOS's weights at temperature 0.5.
 FGD_TWO_STAGE = FGDWeights(temperature=0.5, objects=5e-5, background=2.5e-5, attention=5e-5, relation=5e-7)
-
-
 FGD_DENSE = FGDWeights(temperature=0.5, objects=1e-3, background=5e-4, attention=5e-4, relation=5e-6)
-
-
 FGD_FCOS = FGDWeights(temperature=0.8, objects=1.6e-3, background=8e-4, attention=8e-4, relation=8e-6)
 
 
@@ -195,16 +188,16 @@ def published_weights(student: Detector) -> FGDWeights:
 class FGDTerm(MapTerm):
     """Focal and global distillation; sum over levels, as published.
 
-    The published weights are for features as they are. Squared differences grow with the square of the teacher's
-    deviation, which no weight here can follow: it differs by orders of magnitude between teachers. Standardised, the
-    parts are what the published ones are for a teacher whose levels have deviation 1.
+    The published weights belong to raw features. Squared differences grow with the square of the teacher's deviation,
+    which differs by orders of magnitude between teachers. With standardised features, the parts equal the published
+    ones for a teacher with deviation 1 on each level.
 
     Args:
         temperature: of the attentions.
         objects, background, attention, relation: weights of the four parts.
-        published_cells: sums over channels and cells are brought to 256 channels and to so many cells of all levels
-            together (see ``losses.fgd``); None: they are left as they are.
-        standardized: each of the teacher's levels has mean 0 and deviation 1; or its features are as they are.
+        published_cells: scale sums to 256 channels and to this number of cells of all levels together (see the module);
+            None: do not scale.
+        standardized: standardise each of the teacher's levels to mean 0 and deviation 1.
     """
 
     def __init__(
@@ -253,7 +246,7 @@ class FGDTerm(MapTerm):
                 [image[level.number] for image in boxes], (level.target.shape[-2], level.target.shape[-1])
             )
             inside = level.inside.float()
-            # Beyond the images both are 0: neither the attentions nor the context are taught what padding looks like.
+            # Both are 0 outside the images, so that padding affects neither attention nor context.
             ours, theirs = (maps * inside[:, None] for maps in (level.adapted, level.target))
             parts = focal_losses(ours, theirs, objects * inside, background * inside, self.temperature, scale)
             blocks = (self.student_blocks[level.number], self.teacher_blocks[level.number])
@@ -274,7 +267,7 @@ def build(
     standardize: bool,
     pooled_levels: bool,
 ) -> FGDTerm:
-    """The term of a pair.
+    """Builds the term.
 
     Raises:
         PairError: the teacher's levels differ in channels.
@@ -282,7 +275,7 @@ def build(
     theirs = pair.teacher_channels
     if len(set(theirs)) > 1:
         raise PairError(
-            f"distill.fgd: FGD needs a teacher whose levels have the same channels, but these have {theirs}; "
+            f"distill.fgd: FGD needs a teacher with the same channels on all levels, but its levels have {theirs}; "
             "leave the term out"
         )
     own = {

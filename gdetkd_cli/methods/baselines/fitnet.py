@@ -1,4 +1,4 @@
-"""Whole-map imitation, as FitNets does it (Romero et al., ICLR 2015, equation 3), on one level of a pyramid.
+"""Whole-map imitation (FitNets; Romero et al., ICLR 2015, equation 3), on one level of a pyramid.
 
 Shapes: N images, C channels, H x W cells."""
 
@@ -12,12 +12,12 @@ from gdetkd_cli.methods.baselines.maps import MapTerm, map_settings
 
 
 def map_imitation_loss(adapted: Tensor, target: Tensor, weight: Tensor) -> Tensor:
-    """Mean over channels and cells of (S - T)^2, cells by their weight; 0 with a gradient path where all weigh nothing.
+    """Weighted mean over cells of (S - T)^2, mean over channels; 0 with a gradient path if all weights are 0.
 
     Args:
         adapted: (N, C, H, W) the student's map in the teacher's channels.
         target: (N, C, H, W).
-        weight: (N, H, W), not negative; whether a cell counts, or how much.
+        weight: (N, H, W), bool or not negative.
     """
     error = (adapted - target.detach()).square().mean(dim=1)
     weight = weight.to(error)
@@ -33,5 +33,5 @@ class FitNetTerm(MapTerm):
 
 
 def build(pair: Detectors, *, pooled_levels: bool) -> FitNetTerm:
-    """The term of a pair; any pair has one."""
+    """Builds the term; any pair allows it."""
     return FitNetTerm(**map_settings(pair, pooled_levels=pooled_levels), same_space=pair.same_space)

@@ -1,4 +1,4 @@
-"""Class predictions of dense heads: binary distillation of every cell (Yang et al., "Bridging Cross-task Protocol
+"""Class predictions of dense heads: binary distillation in every cell (Yang et al., "Bridging Cross-task Protocol
 Inconsistency for Distillation in Dense Object Detection", ICCV 2023, arXiv 2308.14286; its classification part).
 
 Shapes: N images, C channels (anchors x classes), H x W cells."""
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from gdetkd_cli.detectors.compatibility import agreeing_anchors, class_map_columns
+from gdetkd_cli.detectors.compatibility import class_map_columns, compare_anchors
 from gdetkd_cli.detectors.protocol import View
 from gdetkd_cli.errors import PairError
 from gdetkd_cli.methods.base import Detectors, ObservedPair
@@ -19,35 +19,35 @@ from gdetkd_cli.structures import Pyramid
 
 
 def class_map_loss(student: Tensor, teacher: Tensor, inside: Tensor) -> tuple[Tensor, Tensor]:
-    """Sum over cells and channels of |sigmoid(t) - sigmoid(s)| BCE(s, sigmoid(t)), and what to divide it by.
+    """Sum over cells and channels of |sigmoid(t) - sigmoid(s)| BCE(s, sigmoid(t)), and its normaliser.
 
-    The factor in front keeps the many cells on which both agree that there is nothing from drowning the rest; it is
-    back-propagated through, as a focal loss' is.
+    The factor keeps the many background cells on which both agree from dominating. The gradient passes through it, as
+    in a focal loss.
 
     Args:
         student: (N, C, H, W) logits.
         teacher: (N, C, H, W) logits.
-        inside: (N, H, W) bool, cells that count.
+        inside: (N, H, W) bool, the cells to compare.
 
     Returns:
-        The sum, and how many objects' worth of cells the teacher sees: the sum over cells of its greatest probability.
+        The sum of the losses, and the sum over cells of the teacher's greatest probability.
     """
     student, wanted = student.float(), teacher.detach().float().sigmoid()
     loss = binary_cross_entropy_with_logits(student, wanted, reduction="none") * (wanted - student.sigmoid()).abs()
     return (loss.sum(dim=1) * inside).sum(), (wanted.amax(dim=1) * inside).sum()
 
 
-def _over(pyramid: Pyramid, maps: tuple[Tensor, ...]) -> Pyramid:
-    """Other maps on the same cells."""
+def _replace_maps(pyramid: Pyramid, maps: tuple[Tensor, ...]) -> Pyramid:
+    """A pyramid of other maps with the same cells."""
     return Pyramid(maps=maps, levels=pyramid.levels, frame=pyramid.frame)
 
 
 class LogitTerm(nn.Module):
-    """Every cell's class logits imitate the teacher's; over all of them by what the teacher sees.
+    """Every cell's class logits imitate the teacher's; the sum is divided by the teacher's probabilities.
 
     Args:
         columns: (K + 1,) int64, the teacher's column for each of the student's.
-        agree: (L_student, L_teacher) bool, which levels have the same anchors.
+        agree: (L_student, L_teacher) bool: whether two levels have the same anchors.
     """
 
     student_needs: frozenset[View] = frozenset({"class_maps"})
@@ -64,26 +64,29 @@ class LogitTerm(nn.Module):
         assert student is not None and teacher is not None
         ordered = tuple(m.unflatten(1, (-1, len(self.columns)))[:, :, self.columns].flatten(1, 2) for m in teacher)
         aligned = align(
-            _over(pair.student_seen.pyramid, student), _over(pair.teacher_seen.pyramid, ordered), image_sizes(pair)
+            _replace_maps(pair.student_seen.pyramid, student),
+            _replace_maps(pair.teacher_seen.pyramid, ordered),
+            image_sizes(pair),
         )
         for level, x in enumerate(aligned):
             if not self.agree[level][x.teacher_level]:
                 raise PairError(
-                    f"distill.logit: level {level + 1} of the student lies on the teacher's {x.teacher_level + 1}, "
-                    "which has other anchors; give both detectors one image size, or leave the term out"
+                    f"distill.logit: level {level + 1} of the student corresponds to the teacher's level "
+                    f"{x.teacher_level + 1}, which has other anchors; give both detectors the same image size, or "
+                    "leave the term out"
                 )
-        sums, seen = zip(*(class_map_loss(x.student, x.teacher, x.inside) for x in aligned), strict=True)
-        return torch.stack(sums).sum() / torch.stack(seen).sum().clamp(min=1)
+        sums, normalisers = zip(*(class_map_loss(x.student, x.teacher, x.inside) for x in aligned), strict=True)
+        return torch.stack(sums).sum() / torch.stack(normalisers).sum().clamp(min=1)
 
 
 def build(pair: Detectors) -> LogitTerm:
-    """The term of a pair.
+    """Builds the term.
 
     Raises:
-        PairError: the two are not two RetinaNets or two FCOS with the same anchors and classes.
+        PairError: the pair is not two RetinaNets or two FCOS with the same anchors and classes.
     """
     try:
         columns = class_map_columns(pair.student, pair.teacher)
     except PairError as error:
         raise PairError(f"distill.logit: {error}; leave the term out") from error
-    return LogitTerm(columns=columns, agree=agreeing_anchors(pair.student, pair.teacher))
+    return LogitTerm(columns=columns, agree=compare_anchors(pair.student, pair.teacher))

@@ -1,9 +1,9 @@
-"""What baselines over whole maps share.
+"""Shared by the baselines over whole maps.
 
-They get the teacher standardised as SGFI does, so that none fails for its features' scale alone: by channel, and for
-FGD, which attends to some channels more than to others, as a whole. Maps are compared on the student's cells
-(``alignment``). Levels of the student that only subsample another are left out: they have no weights of their own, so
-what they are taught is taught to the level before, a second time. Shapes: N images, C channels, H x W cells."""
+The teacher is standardised as in SGFI, so that no baseline fails because of the scale of its features: per channel, and
+as a whole for FGD, which weights channels by their size. Maps are compared on the student's cells (``alignment``).
+Student levels that only subsample another are left out: they have no weights of their own and would train the level
+before a second time. Shapes: N images, M boxes, C channels, H x W cells."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from gdetkd_cli.methods.baselines.alignment import align
 
 @dataclass(frozen=True)
 class ComparedLevel:
-    """One level of the student beside the teacher's, both (N, C, H, W); ``inside``: (N, H, W) bool, cells of images."""
+    """A student level and the teacher's, both (N, C, H, W); ``inside``: (N, H, W) bool, the cells to compare."""
 
     number: int
     adapted: Tensor
@@ -32,14 +32,14 @@ class ComparedLevel:
 
 
 class MapTerm(nn.Module):
-    """What terms over whole maps share.
+    """Base of the terms over whole maps.
 
     Args:
         student_channels, teacher_channels: channels of each level of both.
         counted: by student level, whether it is compared; None: all are.
-        adapt: a 1 x 1 convolution on every student level, or only where channels differ.
-        standardize: the teacher's levels, per ``channel``, as a ``whole``, or not.
-        same_space: as in SGFITerm: the student got the teacher's head, so nothing may stand between their features.
+        adapt: use a 1 x 1 convolution on every student level; False: only if channels differ.
+        standardize: the teacher's levels per ``channel``, as a ``whole``, or (None) not.
+        same_space: see ``Detectors``; there is no adapter between equal channels then.
     """
 
     student_needs: frozenset[View] = frozenset()
@@ -61,7 +61,7 @@ class MapTerm(nn.Module):
         most = max(teacher_channels)
         same = set(teacher_channels) == {most}
         self.counted = tuple(counted) if counted is not None else (True,) * len(student_channels)
-        # A level that is not compared has no weights: DistributedDataParallel would wait for their gradients.
+        # A level that is not compared has no weights, since DistributedDataParallel would wait for their gradients.
         self.adapters = nn.ModuleList(
             nn.Conv2d(c, most, 1) if counts and (adapt or c != most or not same) else nn.Identity()
             for c, counts in zip(student_channels, self.counted, strict=True)
@@ -72,7 +72,7 @@ class MapTerm(nn.Module):
         )
 
     def levels(self, pair: ObservedPair) -> Iterator[ComparedLevel]:
-        """The pair's levels that are compared, aligned, adapted and standardised."""
+        """Yields the compared levels, aligned, adapted and standardised."""
         aligned = align(pair.student_seen.pyramid, pair.teacher_seen.pyramid, image_sizes(pair))
         for number, (level, adapter) in enumerate(zip(aligned, self.adapters, strict=True)):
             if not self.counted[number]:
@@ -87,11 +87,11 @@ class MapTerm(nn.Module):
 
 
 def map_settings(pair: Detectors, *, pooled_levels: bool) -> dict[str, Any]:
-    """The channels of both pyramids, and which student levels are compared.
+    """Arguments of ``MapTerm`` from the pair: the channels of both pyramids, and which student levels are compared.
 
     Args:
         pair: the detectors.
-        pooled_levels: compare also student levels that only subsample the one before.
+        pooled_levels: also compare student levels that only subsample the one before.
     """
     return {
         "student_channels": pair.student_channels,
@@ -106,11 +106,11 @@ def image_sizes(pair: ObservedPair) -> list[tuple[int, int]]:
 
 
 def boxes_in_cells(pair: ObservedPair) -> list[list[Tensor]]:
-    """By image and student level, its objects (M, 4) xyxy in cells."""
+    """By image and student level, the image's objects (M, 4) xyxy in cells."""
     pyramid = pair.student_seen.pyramid
-    found = []
+    boxes = []
     for image, target in enumerate(pair.batch.targets):
         index = torch.full((len(target.boxes),), image, device=target.boxes.device)
         pixels = pyramid.frame.to_model(target.boxes, index)
-        found.append([cells(pixels, level) for level in pyramid.levels])
-    return found
+        boxes.append([cells(pixels, level) for level in pyramid.levels])
+    return boxes

@@ -14,28 +14,29 @@ from gdetkd_cli.methods.baselines.maps import MapTerm, map_settings
 
 
 def pearson_loss(student: Tensor, teacher: Tensor, inside: Tensor) -> Tensor:
-    """Mean over channels of 1 - r, the correlation of both over all cells of the batch: half the mean squared
-    difference of the standardised maps. 0 with a gradient path where no cell counts.
+    """Mean over channels of 1 - r, with r the correlation over all cells of the batch; 0 with a gradient path if none.
+
+    This equals half the mean squared difference of the standardised maps.
 
     Args:
         student, teacher: (N, C, H, W).
-        inside: (N, H, W) bool, the cells that count.
+        inside: (N, H, W) bool, the cells to compare.
     """
     weight = inside[:, None].float()
     count = weight.sum().clamp(min=1)
-    ours, theirs = (_standardised(x.float(), weight, count) for x in (student, teacher.detach()))
+    ours, theirs = (_standardise(x.float(), weight, count) for x in (student, teacher.detach()))
     return 0.5 * ((ours - theirs).square() * weight).sum() / (count * student.shape[1])
 
 
-def _standardised(maps: Tensor, weight: Tensor, count: Tensor) -> Tensor:
-    """(N, C, H, W) -> each channel with mean 0 and deviation 1 over the cells that count, ``weight`` (N, 1, H, W)."""
+def _standardise(maps: Tensor, weight: Tensor, count: Tensor) -> Tensor:
+    """Standardises (N, C, H, W) per channel over the cells with ``weight`` (N, 1, H, W) 1."""
     centred = maps - (maps * weight).sum(dim=(0, 2, 3), keepdim=True) / count
     variance = (centred.square() * weight).sum(dim=(0, 2, 3), keepdim=True) / count
     return centred / (variance + 1e-12).sqrt()
 
 
 class PKDTerm(MapTerm):
-    """Every level correlates with the teacher's, channel by channel; sum over levels, as published."""
+    """Every level imitates the teacher's by correlation, channel by channel; sum over levels, as published."""
 
     def __init__(
         self,
@@ -58,5 +59,5 @@ class PKDTerm(MapTerm):
 
 
 def build(pair: Detectors, *, pooled_levels: bool) -> PKDTerm:
-    """The term of a pair; any pair has one."""
+    """Builds the term; any pair allows it."""
     return PKDTerm(**map_settings(pair, pooled_levels=pooled_levels))
