@@ -62,6 +62,7 @@ def load_scripted(path: Path, class_names: tuple[str, ...]) -> catalog.Loaded:
         state = {name.removeprefix("detector."): value for name, value in state.items()}
         detector = catalog.build(description, names)
         load_state(detector.module, state, str(path))
+        detector.module.eval()
         return catalog.Loaded(detector, description, "run", (f"{path}: rebuilt as the detector that was exported",))
     if not state:
         raise NotRebuiltError(path, "it is frozen TorchScript and has no parameters")

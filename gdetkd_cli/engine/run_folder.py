@@ -72,8 +72,10 @@ class RunFolder:
                     raise RunFolderError(
                         f"another process is writing into {self.path}; wait until it ends, or stop it"
                     ) from error
-            yield
-        lock.unlink(missing_ok=True)
+            try:
+                yield
+            finally:
+                lock.unlink(missing_ok=True)
 
     def progress(self) -> tuple[int, dict[str, Any]]:
         """The optimizer steps done at the resume checkpoint, and the state of its schedule.
