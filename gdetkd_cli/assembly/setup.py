@@ -31,8 +31,8 @@ from gdetkd_cli.engine.device import ComputeSettings
 from gdetkd_cli.engine.events import Observer, silent
 from gdetkd_cli.engine.schedule import build_optimizer, build_schedule
 from gdetkd_cli.errors import PairError
-from gdetkd_cli.recipe.checks import has_task_loss, typed_recipe, untrained_teacher
-from gdetkd_cli.recipe.scaling import changes, scaled_to_batch
+from gdetkd_cli.recipe.checks import describe_untrained_teacher, has_task_loss, narrow_recipe
+from gdetkd_cli.recipe.scaling import describe_scaling, scale_to_batch
 from gdetkd_cli.recipe.schema import CocoData, DistillationRecipe, FolderData, Recipe
 from gdetkd_cli.structures import Batch
 
@@ -94,7 +94,7 @@ def start_compute(recipe: Recipe) -> tuple[Compute, Recipe]:
     settings = resolve_runtime(recipe.runtime)
     torch.set_num_threads(settings.threads)
     accelerator = build_accelerator(settings, recipe)
-    return Compute(settings, accelerator), scaled_to_batch(recipe, accelerator.num_processes)
+    return Compute(settings, accelerator), scale_to_batch(recipe, accelerator.num_processes)
 
 
 def build_accelerator(settings: ComputeSettings, recipe: Recipe) -> Accelerator:
@@ -132,7 +132,7 @@ def build_setup(
     Raises:
         GDetKDError: anything the recipe names that cannot be used.
     """
-    recipe = typed_recipe(recipe)
+    recipe = narrow_recipe(recipe)
     accelerator = compute.accelerator
     device = accelerator.device
     splits, unlabelled = _read_splits(recipe, labels)
@@ -173,8 +173,8 @@ def build_setup(
     distiller = pair.distiller if pair else Distiller(student=student.detector)
     apply_runtime(compute.settings, recipe, student.detector, pair, device)
     optimizer, schedule = _build_optimizer(recipe, distiller)
-    notes = changes(given or recipe, recipe)
-    notes += [untrained] if (untrained := untrained_teacher(recipe)) else []
+    notes = describe_scaling(given or recipe, recipe)
+    notes += [untrained] if (untrained := describe_untrained_teacher(recipe)) else []
     notes += [f"{split.name}: {note}" for split in (train, val) for note in split.notes]
     notes += [describe_labels(one) for one in labelled.values()]
     notes += [f"student: {note}" for note in student.notes]

@@ -37,13 +37,13 @@ def init_recipe(
     path: Annotated[Path, typer.Argument(metavar="PATH", help="Recipe to write.")] = Path("recipe.yaml"),
 ) -> None:
     """Write a commented recipe for you to edit."""
-    from gdetkd_cli.recipe.starter import starter_recipe
+    from gdetkd_cli.recipe.starter import format_starter
 
     if path.exists():
         raise options.UsageError(f"{path} already exists; choose another file: gdetkd recipe init PATH")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(starter_recipe(str(path)), encoding="utf-8")
+        path.write_text(format_starter(str(path)), encoding="utf-8")
     except OSError as error:
         raise options.UsageError(f"cannot write {path}: {error.strerror}") from error
     typer.echo(path)

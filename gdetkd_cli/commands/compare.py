@@ -34,8 +34,8 @@ from gdetkd_cli.engine.run_folder import write_text
 from gdetkd_cli.errors import GDetKDError, PairError, RecipeError, RunFolderError
 from gdetkd_cli.recipe.checks import require_distillation, require_trained_teacher
 from gdetkd_cli.recipe.load import dump_recipe, load_recipe
-from gdetkd_cli.recipe.methods import NONE, default_methods, recipe_of
-from gdetkd_cli.recipe.scaling import scaled_to_batch
+from gdetkd_cli.recipe.methods import NONE, list_default_methods, select_method
+from gdetkd_cli.recipe.scaling import scale_to_batch
 from gdetkd_cli.recipe.schema import DistillationRecipe, Fold, Recipe
 
 # What a budget or a seed replaces, and what changes no number.
@@ -65,7 +65,7 @@ def run_compare(
 
     Args:
         recipe: the pair, the data and the settings of the terms.
-        methods: see ``recipe_of``; none: ``default_methods``, which adds the teacher's head where ``gdetkd`` has it.
+        methods: see ``select_method``; none: ``list_default_methods``, which adds the teacher's head where ``gdetkd`` has it.
         steps: budgets; default: the recipe's.
         seeds: from the recipe's on.
         folds: of a cross-validation over training and validation images together; None: the splits as they are.
@@ -83,15 +83,15 @@ def run_compare(
     recipe = require_distillation(recipe)
     require_trained_teacher(recipe)
     # Trials are processes of their own: their recipes have the rule behind them, so that a budget is what is run.
-    recipe = scaled_to_batch(recipe, processes=1)
+    recipe = scale_to_batch(recipe, processes=1)
     head = transfers_head(recipe)
     parts: list[Fold] = [] if folds is None else folds_of(recipe, folds)
     budgets = tuple(dict.fromkeys(steps)) or (recipe.train.steps,)
-    names = tuple(dict.fromkeys(methods)) or default_methods(head=head)
+    names = tuple(dict.fromkeys(methods)) or list_default_methods(head=head)
     numbers = range(recipe.seed, recipe.seed + seeds)
     folder = output or Path("runs") / f"compare-{recipe.name}"
     recipes = {  # all of them first: a mistake in the last is told before the first runs
-        trial_of(folder, method, budget, seed, fold): recipe_of(recipe, method, steps=budget, seed=seed)
+        trial_of(folder, method, budget, seed, fold): select_method(recipe, method, steps=budget, seed=seed)
         for budget in budgets
         for seed in numbers
         for fold in parts or (None,)

@@ -20,7 +20,7 @@ from gdetkd_cli.detectors.factory import is_reference
 from gdetkd_cli.engine.events import Observer, silent
 from gdetkd_cli.errors import ModelError, RecipeError
 from gdetkd_cli.recipe.checks import require_distillation
-from gdetkd_cli.recipe.scaling import epochs
+from gdetkd_cli.recipe.scaling import count_epochs
 from gdetkd_cli.recipe.schema import Recipe
 from gdetkd_cli.report.pyramid import PyramidReport
 
@@ -69,7 +69,7 @@ def run_init(teacher: str, student: str, data: Path, *, output: Path, observer: 
     }
     valid = require_distillation(Recipe.model_validate(recipe))
     checked = check_pair(valid, str(output), train, (student, teacher), (short, long), observer)
-    _write(output, _text(recipe, checked, epochs(valid, len(train))), recipe)
+    _write(output, _text(recipe, checked, count_epochs(valid, len(train))), recipe)
     return checked
 
 

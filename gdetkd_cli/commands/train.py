@@ -28,7 +28,7 @@ from gdetkd_cli.engine.run_folder import RunFolder
 from gdetkd_cli.errors import RecipeError
 from gdetkd_cli.evaluation.coco_metrics import CocoMetrics, evaluate_coco
 from gdetkd_cli.evaluation.predict import gather_predictions, predict_split
-from gdetkd_cli.recipe.checks import plain_recipe, require_distillation, require_trained_teacher
+from gdetkd_cli.recipe.checks import remove_teacher, require_distillation, require_trained_teacher
 from gdetkd_cli.recipe.load import dump_recipe, load_recipe
 from gdetkd_cli.recipe.schema import CheckpointDetector, Recipe
 from gdetkd_cli.report.images import draw_predictions
@@ -75,7 +75,7 @@ def run_train(
         raise RecipeError(f"the recipe {recipe.name!r} has no {detector}; add a `{detector}:` block")
     if detector == "teacher" and (isinstance(spec, CheckpointDetector) or spec.weights is not None):
         observer(Note("the teacher has weights already, and this training goes on from them"))
-    return _run(plain_recipe(recipe, student=spec), output=output, resume=resume, observer=observer)
+    return _run(remove_teacher(recipe, student=spec), output=output, resume=resume, observer=observer)
 
 
 def run_distill(

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from gdetkd_cli import assembly
 from gdetkd_cli.data.split import Split
 from gdetkd_cli.engine.events import Note, Observer, silent
-from gdetkd_cli.recipe.checks import require_distillation, untrained_teacher
+from gdetkd_cli.recipe.checks import describe_untrained_teacher, require_distillation
 from gdetkd_cli.recipe.schema import DistillationRecipe, Recipe
 from gdetkd_cli.report.pyramid import PyramidReport, describe_pyramid
 
@@ -73,7 +73,7 @@ def check_pair(
     student, teacher = pair.student, pair.teacher
     if assembly.needs_labels(recipe.data, "train"):
         teacher.detector.check_detects()
-    untrained = untrained_teacher(recipe)
+    untrained = describe_untrained_teacher(recipe)
     for note in (*((untrained,) if untrained else ()), *student.notes, *teacher.notes):
         observer(Note(note))
     student_report, teacher_report = (

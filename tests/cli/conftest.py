@@ -231,7 +231,7 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     shipped = tmp_path / "shipped" / "shapes"
     shipped.mkdir(parents=True)
     (shipped / "tiny.yaml").write_text(RECIPE)
-    monkeypatch.setattr(builtin, "recipes_folder", lambda: shipped.parent)
+    monkeypatch.setattr(builtin, "find_recipes_folder", lambda: shipped.parent)
     return "tiny.yaml"
 
 

@@ -45,7 +45,7 @@ def test_bench(runs: Any, recipe: str) -> None:
     shown = done("bench", recipe, "--steps", "7", "--set", "seed=2")
     assert runs.call == ("profile_distill", (load_recipe(recipe, ["seed=2"]),), {"steps": 7})
     assert "20.0 images/s; the loader alone: 312.5 images/s (2 processes); peak memory 812 MB" in shown.stdout
-    assert "the recipe's 900 steps would take 6 min 00 s, evaluations not counted" in shown.stdout
+    assert "the recipe's 900 steps would take 6 min 00 s without evaluations" in shown.stdout
 
 
 def test_compare(runs: Any, recipe: str) -> None:
@@ -306,4 +306,4 @@ def test_python_dash_m() -> None:
     command = [sys.executable, "-m", "gdetkd_cli", "recipe", "show", "nowhere"]
     shown = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert (shown.returncode, shown.stdout) == (2, "")
-    assert shown.stderr.startswith("Error: there is no recipe file nowhere")
+    assert shown.stderr.startswith("Error: no recipe file or built-in recipe is named nowhere")

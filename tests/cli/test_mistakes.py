@@ -37,8 +37,8 @@ NO_START = "no recipe given; add --recipe RECIPE to start a run, or --resume RUN
         (
             ["train", "--recipe", "nowhere.yaml"],
             (
-                "there is no recipe file nowhere.yaml, and no built-in recipe of that name; "
-                "to see the built-in ones: gdetkd recipe list"
+                "no recipe file or built-in recipe is named nowhere.yaml; "
+                "to list the built-in recipes, run: gdetkd recipe list"
             ),
         ),
         (

@@ -136,7 +136,8 @@ def test_an_export_shows_parity_and_never_breaks_a_path(runs: Any, passed: bool,
     )
     assert f"{path}  onnx, 4.9 MB, by torch.onnx, opset 17" in shown
     assert (
-        f"  parity {word}: 57 detections on 8 images (1 without detections), boxes within 0.0004 pixels, scores within 2e-06"
+        f"  parity {word}: 57 detections on 8 images (1 without detections), boxes within 0.0004 pixels, "
+        "scores within 2e-06"
     ) in shown
 
 

@@ -27,7 +27,7 @@ from gdetkd_cli.evaluation.coco_metrics import evaluate_coco
 from gdetkd_cli.evaluation.intervals import interval_over_seeds_and_images
 from gdetkd_cli.recipe.checks import require_distillation
 from gdetkd_cli.recipe.distillation import SGFI, FitNet, GTMask
-from gdetkd_cli.recipe.methods import DEFAULT, TERMS, default_methods, recipe_of
+from gdetkd_cli.recipe.methods import DEFAULT, TERMS, list_default_methods, select_method
 from gdetkd_cli.recipe.schema import CheckpointDetector, CocoData, FolderData, Recipe
 from gdetkd_cli.structures import Detections
 
@@ -41,7 +41,7 @@ def terms_of(recipe: Recipe) -> set[str]:
 
 def test_every_method_is_the_recipe_with_other_terms() -> None:
     recipe = toy.recipe()
-    made = {method: recipe_of(recipe, method, steps=9, seed=4) for method in DEFAULT}
+    made = {method: select_method(recipe, method, steps=9, seed=4) for method in DEFAULT}
     for method, one in made.items():
         assert (one.train.steps, one.seed, one.student, one.data) == (9, 4, recipe.student, recipe.data)
         if method not in ("none", "gdetkd"):
@@ -57,7 +57,7 @@ def test_terms_are_joined_and_keep_the_recipes_settings() -> None:
     recipe = toy.recipe()
     assert recipe.distill is not None
     own = recipe.distill.model_copy(update={"sgfi": SGFI(weight=3.0), "ckd": None})
-    one = recipe_of(recipe.model_copy(update={"distill": own}), "sgfi+ckd+head", steps=1, seed=0)
+    one = select_method(recipe.model_copy(update={"distill": own}), "sgfi+ckd+head", steps=1, seed=0)
     assert terms_of(one) == {"sgfi", "ckd"}
     assert one.distill is not None
     assert one.distill.sgfi == SGFI(weight=3.0)
@@ -68,7 +68,9 @@ def test_squared_errors_weigh_as_sgfi_does() -> None:
     recipe = toy.recipe()
     assert recipe.distill is not None
     block = recipe.distill.model_copy(update={"sgfi": SGFI(weight=3.0), "fitnet": FitNet(weight=7.0)})
-    made = recipe_of(recipe.model_copy(update={"distill": block}), "roi_imitation+fitnet+pkd", steps=1, seed=0).distill
+    made = select_method(
+        recipe.model_copy(update={"distill": block}), "roi_imitation+fitnet+pkd", steps=1, seed=0
+    ).distill
     assert made is not None and made.roi_imitation and made.fitnet and made.pkd
     assert (made.roi_imitation.weight, made.fitnet.weight, made.pkd.weight) == (3.0, 7.0, "auto")
 
@@ -77,7 +79,7 @@ def test_squared_errors_warm_up_as_sgfi_does() -> None:
     recipe = toy.recipe()
     assert recipe.distill is not None
     block = recipe.distill.model_copy(update={"sgfi": SGFI(warmup_steps=7)})
-    made = recipe_of(recipe.model_copy(update={"distill": block}), "gt_box+pkd", steps=1, seed=0).distill
+    made = select_method(recipe.model_copy(update={"distill": block}), "gt_box+pkd", steps=1, seed=0).distill
     assert made is not None and made.gt_mask and made.pkd
     assert (made.gt_mask.warmup_steps, made.pkd.warmup_steps) == (7, 0)
 
@@ -89,19 +91,19 @@ def test_the_box_mask_is_a_method_of_its_own() -> None:
     recipe = recipe.model_copy(update={"distill": own})
     masks = {}
     for method in ("gt_mask", "gt_box+head"):
-        made = recipe_of(recipe, method, steps=1, seed=0).distill
+        made = select_method(recipe, method, steps=1, seed=0).distill
         assert made is not None and made.gt_mask
         masks[method] = (made.gt_mask.mask, made.gt_mask.weight, made.head_transfer)
     assert masks == {"gt_mask": ("anchors", 3.0, False), "gt_box+head": ("boxes", 3.0, True)}
     with pytest.raises(
         RecipeError, match=r"'gt_mask\+gt_box' has the term gt_mask twice; name gt_box or the other one"
     ):
-        recipe_of(recipe, "gt_mask+gt_box", steps=1, seed=0)
+        select_method(recipe, "gt_mask+gt_box", steps=1, seed=0)
 
 
 def test_methods_of_a_table_that_names_none() -> None:
-    assert default_methods(head=False) == DEFAULT
-    with_head = default_methods(head=True)
+    assert list_default_methods(head=False) == DEFAULT
+    with_head = list_default_methods(head=True)
     assert [name for name in with_head if not name.endswith("+head")] == list(DEFAULT)
     assert {name.removesuffix("+head") for name in with_head if name.endswith("+head")} == {*DEFAULT[1:-1]}
 
@@ -124,8 +126,8 @@ def test_a_table_has_heads_where_gdetkd_has_one(student: str, head_transfer: Any
 
 @pytest.mark.parametrize("method", ["pdk", "sgfi+", "head", ""])
 def test_methods_that_there_are_not(method: str) -> None:
-    with pytest.raises(RecipeError, match=r"there is no method .*; expected none, gdetkd, or terms joined by '\+'"):
-        recipe_of(toy.recipe(), method, steps=1, seed=0)
+    with pytest.raises(RecipeError, match=r"unknown method .*; expected none, gdetkd, or terms joined by '\+'"):
+        select_method(toy.recipe(), method, steps=1, seed=0)
 
 
 def test_a_recipe_without_a_teacher() -> None:
