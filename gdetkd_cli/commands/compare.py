@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from gdetkd_cli import assembly
-from gdetkd_cli.assembly.labels import with_labels
+from gdetkd_cli.assembly.labels import label_data
 from gdetkd_cli.commands.evaluate import run_eval, teacher_metrics
 from gdetkd_cli.compare.folds import fold_teachers, folds_of, pooled_teacher_ap, recipe_for, with_fold
 from gdetkd_cli.compare.plot import draw_comparison
@@ -101,8 +101,8 @@ def run_compare(
     _check_folds(folder, folds)
     recipe, settings = _claim(folder, recipe, jobs)
     torch.set_num_threads(settings.threads)
-    data = with_labels(recipe, folder / "labels", settings.device, observer)
-    split = assembly.all_folds(with_fold(data, parts[0])) if parts else assembly.build_split(data, "val")
+    data = label_data(recipe, folder / "labels", settings.device, observer)
+    split = assembly.build_all_folds(with_fold(data, parts[0])) if parts else assembly.build_split(data, "val")
     teachers = _teachers(recipe, folder, parts, observer)
     failures = _run_teachers(teachers, settings, jobs, observer)
     shared = {"runtime": recipe.runtime, "data": data}
@@ -183,7 +183,7 @@ def transfers_head(recipe: DistillationRecipe) -> bool:
         return False
     if pair.student.detector.features_only:
         raise RecipeError(
-            f"{assembly.title_of(recipe.student)} takes images and no targets, so it has no detections to compare; use "
+            f"{assembly.format_title(recipe.student)} takes images and no targets, so it has no detections to compare; use "
             "`gdetkd distill`"
         )
     return pair.built.transferred
@@ -212,7 +212,7 @@ def _teachers(recipe: Recipe, folder: Path, folds: list[Fold], observer: Observe
     """See ``fold_teachers``; says so where one teacher serves all folds."""
     teachers = fold_teachers(recipe, folder, folds) if folds else {}
     if folds and not teachers and recipe.teacher is not None:
-        title = assembly.title_of(recipe.teacher)
+        title = assembly.format_title(recipe.teacher)
         observer(
             Note(
                 f"the teacher {title} serves every fold as it is: it is assumed not to have been trained on these "

@@ -79,8 +79,8 @@ def plan_distill(recipe: Recipe, *, observer: Observer = silent) -> Plan:
     return Plan(
         recipe=recipe.name,
         pair=f"{pair.kind}, {teacher.family} -> {student.family}",
-        student=describe_pyramid(student, source=assembly.title_of(recipe.student), format="run", size=size),
-        teacher=describe_pyramid(teacher, source=assembly.title_of(recipe.teacher), format="run", size=size),
+        student=describe_pyramid(student, source=assembly.format_title(recipe.student), format="run", size=size),
+        teacher=describe_pyramid(teacher, source=assembly.format_title(recipe.teacher), format="run", size=size),
         terms=pair.terms,
         head_transfer=pair.head_transfer,
         losses={name: float(value) for name, value in reports[0].parts.items()},
@@ -105,7 +105,7 @@ def prepare_steps(recipe: Recipe, observer: Observer = silent) -> tuple[assembly
         GDetKDError: anything that a real run would refuse too.
     """
     compute, scaled = assembly.start_compute(recipe)
-    setup = assembly.build_setup(scaled, compute, given=recipe, most_labelled=_LABELLED, observer=observer)
+    setup = assembly.build_setup(scaled, compute, unscaled=recipe, most_labelled=_LABELLED, observer=observer)
     for note in setup.notes:
         observer(Note(note))
     seed_everything(recipe.seed)

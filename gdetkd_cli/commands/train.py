@@ -108,7 +108,7 @@ def _run(recipe: Recipe, *, output: Path | None, resume: Path | None, observer: 
     folder = _choose_folder(scaled, output, resume, compute.accelerator)
     if not main:
         observer = silent
-    setup = assembly.build_setup(scaled, compute, given=recipe, labels=folder.labels, observer=observer)
+    setup = assembly.build_setup(scaled, compute, unscaled=recipe, labels=folder.labels, observer=observer)
     _announce(setup, observer)
     with folder.held() if main else nullcontext():
         if main:

@@ -55,7 +55,7 @@ def check_recipe(
         for note in split.notes:
             observer(Note(f"{split.name}: {note}"))
     train = splits[0]
-    titles = (assembly.title_of(recipe.student), assembly.title_of(recipe.teacher))
+    titles = (assembly.format_title(recipe.student), assembly.format_title(recipe.teacher))
     checked = check_pair(recipe, source, train, titles, train.records[0].size, observer)
     return replace(checked, changes=tuple(changes))
 

@@ -46,7 +46,7 @@ def folds_of(recipe: Recipe, folds: int) -> list[Fold]:
         raise RecipeError("the recipe names one fold already; leave out data.fold, or compare without --folds")
     if _seen(recipe.student, data) != "nothing":
         raise RecipeError(
-            f"the student starts from {assembly.title_of(recipe.student)}, which was trained on these images, the "
+            f"the student starts from {assembly.format_title(recipe.student)}, which was trained on these images, the "
             "held-out ones among them; start it from other weights, or compare without --folds"
         )
     return [Fold(number=number, of=folds) for number in range(1, folds + 1)]
@@ -78,7 +78,7 @@ def fold_teachers(recipe: Recipe, folder: Path, folds: list[Fold]) -> dict[Fold,
         return {}
     own = _run_of(recipe.teacher)
     assert own is not None
-    title = assembly.title_of(recipe.teacher)
+    title = assembly.format_title(recipe.teacher)
     if not _is_run(recipe.teacher):
         raise RecipeError(
             f"the teacher {title} belongs to a run on these images; name the run's folder as the teacher (`teacher: "
@@ -121,7 +121,7 @@ def pooled_teacher_ap(teachers: Mapping[Fold, tuple[Trial, Recipe]]) -> float | 
         if not trial.detections.exists():
             raise RunFolderError(f"{trial.folder} has no finished teacher")
         found |= trial.read_detections()
-    split = assembly.all_folds(next(recipe.data for _, recipe in teachers.values()))
+    split = assembly.build_all_folds(next(recipe.data for _, recipe in teachers.values()))
     return evaluate_coco(split.records, split.class_names, found).ap
 
 

@@ -42,7 +42,8 @@ def describe_untrained_teacher(recipe: Recipe) -> str | None:
         return None
     return (
         f"the teacher of the recipe {recipe.name!r} has no trained weights; train it with `gdetkd train --recipe "
-        "RECIPE --detector teacher --output RUN`, then use the run as the teacher: `teacher: {arch: checkpoint, path: RUN}`"
+        "RECIPE --detector teacher --output RUN`, then use the run as the teacher: "
+        "`teacher: {arch: checkpoint, path: RUN}`"
     )
 
 

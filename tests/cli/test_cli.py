@@ -227,7 +227,7 @@ def test_recipe_validate_lists_every_problem(recipe: str) -> None:
     shown = gdetkd("recipe", "validate", recipe)
     assert (shown.exit_code, shown.stdout) == (2, "")
     assert shown.stderr.splitlines() == [
-        "Error: tiny.yaml:6: train.steps: missing; this field is required",
+        "Error: tiny.yaml:6: train.steps: this field is required",
         "tiny.yaml:6: train.step: unknown field; did you mean steps?",
     ]
 

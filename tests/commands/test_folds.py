@@ -39,7 +39,7 @@ def taught_by(path: Path | str, **options: Any) -> Recipe:
 
 
 def every_image(recipe: Recipe) -> Split:
-    return assembly.all_folds(with_fold(recipe.data, Fold(number=1, of=FOLDS)))
+    return assembly.build_all_folds(with_fold(recipe.data, Fold(number=1, of=FOLDS)))
 
 
 def ids(recipe: Recipe, which: assembly.Which) -> set[int]:

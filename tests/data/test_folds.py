@@ -59,7 +59,7 @@ def test_every_image_is_held_out_once_and_never_trained_on(tmp_path: Path, of: i
         assert 10 // of <= len(val) <= -(-10 // of)
         held_out |= val
     assert held_out == every
-    assert shades(assembly.all_folds(data.model_copy(update={"fold": Fold(number=1, of=of)}))) == every
+    assert shades(assembly.build_all_folds(data.model_copy(update={"fold": Fold(number=1, of=of)}))) == every
 
 
 def test_a_fold_is_the_same_again_and_mixes_both_splits(tmp_path: Path) -> None:
@@ -89,7 +89,7 @@ def test_labels_are_counted_in_one_class_list(tmp_path: Path) -> None:
     tables = json.loads((tmp_path / "val.json").read_text())
     tables["categories"] = [{"id": 1, "name": "dog"}, {"id": 2, "name": "cat"}]
     (tmp_path / "val.json").write_text(json.dumps(tables))
-    whole = assembly.all_folds(data.model_copy(update={"fold": Fold(number=1, of=2)}))
+    whole = assembly.build_all_folds(data.model_copy(update={"fold": Fold(number=1, of=2)}))
     assert whole.class_names == NAMES
     # Number 1 of each file has its file's second category: dog for training, cat for validation.
     assert [int(whole.records[i].labels[0]) for i in (0, 7)] == [2, 1]
