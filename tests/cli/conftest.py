@@ -157,7 +157,7 @@ COMPARED = Comparison(
         ),
         MethodRow("pkd", 500, {}),
     ),
-    notes=("plain training gains +0.4 AP from 250 to 500 steps: its plateau",),
+    notes=("plain training gains +0.4 AP from 250 to 500 steps: on its plateau",),
     failures=(),
     trials=Path("out/trials.csv"),
     table=Path("out/table.csv"),

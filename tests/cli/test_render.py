@@ -173,7 +173,7 @@ def test_a_table_of_methods(runs: Any) -> None:
     assert has_row(shown, "sgfi+ckd", "500", "36.0 / 37.0", "36.5 ± 0.7", "-", "-", "-", *numbers)
     assert has_row(shown, "pkd", "500", "not run")
     assert "teacher: AP 52.8" in shown
-    assert "plain training gains +0.4 AP from 250 to 500 steps: its plateau" in shown
+    assert "plain training gains +0.4 AP from 250 to 500 steps: on its plateau" in shown
     assert "out/table.csv  out/trials.csv  out/comparison.png" in shown
 
 
