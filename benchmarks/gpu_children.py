@@ -19,7 +19,7 @@ from torch import distributed
 from gdetkd_cli.commands.plan import endless_batches, prepare_steps
 from gdetkd_cli.engine.device import peak_memory_mb
 from gdetkd_cli.engine.loop import seed_everything
-from gdetkd_cli.recipe.checks import plain_recipe
+from gdetkd_cli.recipe.checks import remove_teacher
 from gdetkd_cli.recipe.load import load_recipe
 
 _MEMORY_STEPS = 4
@@ -29,7 +29,7 @@ def measure_memory(options: dict[str, Any]) -> dict[str, Any]:
     """Measures the peak memory of a few training steps, with or without distillation."""
     recipe = load_recipe("paper/coco-frcnn-r50-x101", options["overrides"])
     if options.get("plain"):
-        recipe = plain_recipe(recipe)
+        recipe = remove_teacher(recipe)
     setup, stepper = prepare_steps(recipe)
     batches = endless_batches(setup)
     for _ in range(2 if options["small"] else _MEMORY_STEPS):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from gdetkd_cli.commands.plan import endless_batches, prepare_steps
 from gdetkd_cli.recipe.load import load_recipe
-from gdetkd_cli.recipe.methods import recipe_of
+from gdetkd_cli.recipe.methods import select_method
 
 EVERY = 10
 
@@ -27,7 +27,7 @@ def main() -> None:
     parser.add_argument("--set", nargs="*", default=[], metavar="FIELD=VALUE")
     options = parser.parse_args()
     recipe = load_recipe(options.recipe, ("runtime.threads=1", *options.set))
-    recipe = recipe_of(recipe, "sgfi", steps=recipe.train.steps, seed=recipe.seed)
+    recipe = select_method(recipe, "sgfi", steps=recipe.train.steps, seed=recipe.seed)
     setup, stepper = prepare_steps(recipe)
 
     of_own_level: list[float] = []

@@ -26,7 +26,7 @@ from gdetkd_cli.commands.plan import endless_batches, prepare_steps
 from gdetkd_cli.engine.stepper import measure_seconds
 from gdetkd_cli.recipe.checks import require_distillation
 from gdetkd_cli.recipe.load import load_recipe
-from gdetkd_cli.recipe.methods import recipe_of
+from gdetkd_cli.recipe.methods import select_method
 from gdetkd_cli.recipe.schema import Recipe
 from gdetkd_cli.structures import Batch
 
@@ -110,7 +110,7 @@ def main() -> None:
 
     steps: dict[str, Callable[[Batch], object]] = {}
     for name in ("fitnet", "gdetkd"):
-        setup, stepper = prepare_steps(recipe_of(recipe, name, steps=recipe.train.steps, seed=recipe.seed))
+        setup, stepper = prepare_steps(select_method(recipe, name, steps=recipe.train.steps, seed=recipe.seed))
         steps[f"gdetkd, {'feature imitation' if name == 'fitnet' else 'unchanged recipe'}"] = stepper.distil
     for whole in (True, False):
         assert setup.distiller.teacher is not None

@@ -36,5 +36,5 @@ def test_a_recipe_with_mistakes() -> None:
     fields["train"]["steps"] = "many"
     with pytest.raises(RecipeError, match=r"^train\.steps: "):
         api.distill(fields)
-    with pytest.raises(RecipeError, match="there is no recipe file nowhere"):
+    with pytest.raises(RecipeError, match="no recipe file or built-in recipe is named nowhere"):
         api.distill("nowhere")

@@ -1,17 +1,17 @@
-"""From a recipe to objects: the only place where configuration meets code."""
+"""Builds objects from a recipe. No other package turns configuration into objects."""
 
 from gdetkd_cli.assembly.data import (
     SPLITS,
     Which,
-    all_folds,
+    build_all_folds,
     build_batches,
     build_split,
     needs_labels,
     read_split,
+    read_unlabelled_split,
     relabel,
-    unlabelled_split,
 )
-from gdetkd_cli.assembly.detector import BuiltDetector, build_detector, title_of
+from gdetkd_cli.assembly.detector import BuiltDetector, build_detector, format_title
 from gdetkd_cli.assembly.distillation import BuiltPair, TermPlan, build_pair
 from gdetkd_cli.assembly.runtime import apply_runtime, resolve_runtime
 from gdetkd_cli.assembly.setup import (
@@ -31,20 +31,20 @@ __all__ = [
     "TermPlan",
     "TrainingSetup",
     "Which",
-    "all_folds",
     "apply_runtime",
     "build_accelerator",
+    "build_all_folds",
     "build_batches",
     "build_detector",
     "build_pair",
     "build_recipe_pair",
     "build_setup",
     "build_split",
+    "format_title",
     "needs_labels",
     "read_split",
+    "read_unlabelled_split",
     "relabel",
     "resolve_runtime",
     "start_compute",
-    "title_of",
-    "unlabelled_split",
 ]

@@ -28,20 +28,20 @@ SPLITS: tuple[Which, ...] = ("train", "val")
 
 
 def build_split(data: Data, which: Which, labels: Path | None = None, *, outlines: bool = False) -> Split:
-    """The ``train`` or ``val`` split.
+    """Builds the ``train`` or ``val`` split.
 
     Args:
-        data: the recipe's block; with a ``fold``, ``val`` is that fold of both splits' images, ``train`` all others.
-        which: of the two.
-        labels: folder of what the teacher's labels were written to in a run.
-        outlines: keep the objects' outlines, where the annotations have any.
+        data: the recipe's block; with a ``fold``, ``val`` is that fold of both splits' images, ``train`` the rest.
+        which: the split to build.
+        labels: a run's folder of teacher labels.
+        outlines: keep the objects' outlines, if the annotations have any.
 
     Raises:
-        DataError: it cannot be read, or it has no truth but what a teacher would say.
+        DataError: the data cannot be read, or the teacher has not labelled them yet.
     """
     fold = None if isinstance(data, FolderData) else data.fold
     if fold is not None:
-        return _fold(data, fold, which, outlines=outlines)
+        return _build_fold(data, fold, which, outlines=outlines)
     if isinstance(data, SyntheticData):
         images = data.train_images if which == "train" else data.val_images
         return synthetic_split(split=which, images=images, size=data.size, seed=data.seed, smallest=data.smallest)
@@ -51,8 +51,8 @@ def build_split(data: Data, which: Which, labels: Path | None = None, *, outline
     if needs_labels(data, which):
         if labels is None:
             raise DataError(
-                f"the {which} images in {data.root / data.train_images} are to be labelled by a teacher, which "
-                "`gdetkd distill` does; a run keeps the labels as COCO files, in its folder `labels`"
+                f"the {which} images in {data.root / data.train_images} have no annotations; run `gdetkd distill`, "
+                "whose teacher labels them and stores COCO files in the run's folder `labels`"
             )
         return read_coco(annotations=labels / f"{which}.json", images=data.root / data.train_images)
     if not isinstance(data, FolderData) and which == "train":
@@ -66,45 +66,43 @@ def build_split(data: Data, which: Which, labels: Path | None = None, *, outline
     return read_coco(annotations=annotations, images=folder, classes=data.classes, outlines=outlines)
 
 
-def all_folds(data: Data, *, outlines: bool = False) -> Split:
-    """The images of both splits, with the ids that they have in each fold.
+def build_all_folds(data: Data) -> Split:
+    """Builds a split of the images of both splits, with the ids that they have in each fold.
 
     Args:
         data: the recipe's block, with a ``fold``.
-        outlines: as of ``build_split``.
 
     Raises:
-        DataError: as of ``build_split``.
+        DataError: the data cannot be read.
     """
     assert not isinstance(data, FolderData) and data.fold is not None
-    return _fold(data, data.fold, "all", outlines=outlines)
+    return _build_fold(data, data.fold, "all")
 
 
-def _fold(data: Data, fold: Fold, which: Literal["train", "val", "all"], *, outlines: bool) -> Split:
-    """What a fold makes of the two splits."""
+def _build_fold(data: Data, fold: Fold, which: Literal["train", "val", "all"], *, outlines: bool = False) -> Split:
     whole = data.model_copy(update={"fold": None})
     train, val = (build_split(whole, part, outlines=outlines) for part in SPLITS)
     return build_fold(train, val, number=fold.number, of=fold.of, which=which)
 
 
 def needs_labels(data: Data, which: Which) -> TypeGuard[CocoData | FolderData]:
-    """Whether the teacher labels the split."""
+    """Whether the teacher has to label the split."""
     if isinstance(data, FolderData):
         return which == "train" or data.val is None
     return isinstance(data, CocoData) and which == "train" and data.labels != "annotations"
 
 
 def read_split(data: Data, which: Which) -> Split:
-    """The split's images, with their truth where it is annotated; for a look at the data before anything is labelled.
+    """Reads a split's images, and their annotations if they have any; needs no teacher labels.
 
     Raises:
-        DataError: it cannot be read.
+        DataError: the data cannot be read.
     """
-    return unlabelled_split(data, which) if needs_labels(data, which) else build_split(data, which)
+    return read_unlabelled_split(data, which) if needs_labels(data, which) else build_split(data, which)
 
 
-def unlabelled_split(data: CocoData | FolderData, which: Which) -> Split:
-    """The images that the teacher is to label; without classes where those are to be the teacher's."""
+def read_unlabelled_split(data: CocoData | FolderData, which: Which) -> Split:
+    """Reads the images for the teacher to label; the split has no classes if it takes the teacher's."""
     folder = data.root / data.train_images
     if isinstance(data, FolderData):
         split = read_folder(folder, "all" if data.val is not None else which)
@@ -113,14 +111,14 @@ def unlabelled_split(data: CocoData | FolderData, which: Which) -> Split:
 
 
 def relabel(split: Split, detector: Detector) -> Split:
-    """The split with its labels counted in the detector's class list."""
+    """Returns the split with labels that index the detector's class list."""
     return split if split.class_names == detector.class_names else align_classes(split, detector.class_names)
 
 
 def build_batches(
     recipe: Recipe, split: Split, settings: ComputeSettings, *, rank: int, world_size: int
 ) -> Callable[[int], Iterator[Batch]]:
-    """A function: start step -> the training batches from there to the recipe's last step."""
+    """Returns a function from a start step to the training batches from there to the recipe's last step."""
     augment = recipe.augment
     dataset = DetectionDataset(
         split=split,

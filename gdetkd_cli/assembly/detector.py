@@ -1,4 +1,4 @@
-"""Detectors and their weights from a recipe's student and teacher blocks."""
+"""Builds detectors from a recipe's student and teacher blocks, and loads their weights."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ DetectorSpec = TorchvisionDetector | ComposedDetector | CheckpointDetector | Fac
 
 @dataclass(frozen=True)
 class BuiltDetector:
-    """A detector, the description that rebuilds it, and what there was to say while building it.
+    """A detector, the description that rebuilds it, and notes for the user.
 
     Attributes:
-        trained_head: its head has weights that were made for these classes.
+        trained_head: whether the head's weights were trained for these classes.
     """
 
     detector: Detector
@@ -53,55 +53,33 @@ class BuiltDetector:
 def build_detector(
     spec: DetectorSpec, class_names: tuple[str, ...], seed: int, *, keep_classes: bool = False
 ) -> BuiltDetector:
-    """A detector with fresh weights drawn from ``seed``, or with those that the recipe names.
+    """Builds a detector with the recipe's weights, or with fresh weights drawn from ``seed``.
 
     Args:
         spec: the recipe's block.
-        class_names: K names of the data.
-        seed: of the fresh weights.
-        keep_classes: a teacher keeps the classes that its weights were made for; a student's head is made anew where
-            they differ from the data's.
+        class_names: the K class names of the data.
+        seed: seed of fresh weights.
+        keep_classes: keep the classes of the weights, as for a teacher; else a head for other classes starts fresh.
 
     Raises:
-        ModelError: it cannot be built, or its weights cannot be read or do not fit.
+        ModelError: the detector cannot be built, or its weights cannot be read or do not fit.
     """
     if isinstance(spec, CheckpointDetector):
-        path = catalog.locate(spec.path)
-        kind = kind_of(path)
-        if kind in ("onnx", "exported"):
-            return _probed(spec, path, kind, teaches=keep_classes)
-        if kind == "checkpoint":
-            loaded = catalog.load(path, class_names)
-        else:
-            try:
-                loaded = load_scripted(path, class_names)
-            except NotRebuiltError as error:
-                if not keep_classes:
-                    raise
-                built = _probed(spec, path, kind, teaches=True)
-                note = f"{path}: only its features can teach, since {error.reason}"
-                return replace(built, notes=(note, *built.notes))
-        if keep_classes or loaded.detector.class_names == class_names:
-            return BuiltDetector(loaded.detector, loaded.description, loaded.notes, trained_head=True)
-        torch.manual_seed(seed)
-        refitted = catalog.build(loaded.description, class_names)
-        refits = load_state(refitted.module, loaded.detector.module.state_dict(), spec.path)
-        return BuiltDetector(refitted, loaded.description, (*loaded.notes, *refits))
-
+        return _build_from_file(spec, class_names, seed, keep_classes=keep_classes)
     if isinstance(spec, FactoryDetector):
-        return _made(spec, class_names, seed)
-    state, source = _weights_of(spec)
+        return _build_custom(spec, class_names, seed)
+    state, source = _read_weights(spec)
     norm = spec.norm
     if norm == "auto":
         frozen = state is not None and has_frozen_norms(state)
         norm = "frozen" if frozen or spec.backbone_weights else "batch"
-    description = _description(spec, norm)
-    if norm == "frozen" and isinstance(spec, TorchvisionDetector) and spec.weights and not _names_a_file(spec.weights):
+    description = _describe(spec, norm)
+    if norm == "frozen" and isinstance(spec, TorchvisionDetector) and spec.weights and not _is_file(spec.weights):
         eps = torchvision_norm_eps(spec.weights, spec.name)
         if eps is not None:
             description["norm_eps"] = eps
     if keep_classes and state is not None:
-        class_names = catalog.classes_of(state, description, class_names, weights_classes(spec))
+        class_names = catalog.classes_of(state, description, class_names, _read_categories(spec))
     torch.manual_seed(seed)
     detector = catalog.build(description, class_names)
     notes: list[str] = []
@@ -113,14 +91,40 @@ def build_detector(
     return BuiltDetector(detector, description, tuple(notes), trained_head=trained)
 
 
-def _made(spec: FactoryDetector, class_names: tuple[str, ...], seed: int) -> BuiltDetector:
-    """A detector of the user's own code."""
+def _build_from_file(
+    spec: CheckpointDetector, class_names: tuple[str, ...], seed: int, *, keep_classes: bool
+) -> BuiltDetector:
+    path = catalog.locate(spec.path)
+    kind = kind_of(path)
+    if kind in ("onnx", "exported"):
+        return _build_probed(spec, path, kind, is_teacher=keep_classes)
+    if kind == "checkpoint":
+        loaded = catalog.load(path, class_names)
+    else:
+        try:
+            loaded = load_scripted(path, class_names)
+        except NotRebuiltError as error:
+            if not keep_classes:
+                raise
+            built = _build_probed(spec, path, kind, is_teacher=True)
+            note = f"{path}: only its features can teach: {error.reason}"
+            return replace(built, notes=(note, *built.notes))
+    if keep_classes or loaded.detector.class_names == class_names:
+        return BuiltDetector(loaded.detector, loaded.description, loaded.notes, trained_head=True)
+    torch.manual_seed(seed)
+    refitted = catalog.build(loaded.description, class_names)
+    refits = load_state(refitted.module, loaded.detector.module.state_dict(), spec.path)
+    return BuiltDetector(refitted, loaded.description, (*loaded.notes, *refits))
+
+
+def _build_custom(spec: FactoryDetector, class_names: tuple[str, ...], seed: int) -> BuiltDetector:
+    """Builds a detector from the user's own code."""
     options = spec.input
     description = {
         "kind": "factory",
         "factory": spec.factory,
         "arguments": spec.arguments,
-        "input": asdict(_model_input(options)),
+        "input": asdict(_build_input(options)),
         "last": options.layout == "hwc",
         "levels": spec.levels,
         "size": list(options.size),
@@ -136,17 +140,19 @@ def _made(spec: FactoryDetector, class_names: tuple[str, ...], seed: int) -> Bui
     return BuiltDetector(detector, description, tuple(notes), trained_head=trained)
 
 
-def _probed(spec: CheckpointDetector, path: Path, kind: Kind, *, teaches: bool) -> BuiltDetector:
-    """A file of another tool, by what probing finds."""
-    if not teaches:
-        raise ModelError(f"{path} is {_KINDS[kind]}, which can teach but not be trained here; name another student")
+def _build_probed(spec: CheckpointDetector, path: Path, kind: Kind, *, is_teacher: bool) -> BuiltDetector:
+    """Builds a detector from another tool's file by probing it."""
+    if not is_teacher:
+        raise ModelError(
+            f"{path} is {_KINDS[kind]}; gdetkd can use it as a teacher but cannot train it, so choose another student"
+        )
     options = spec.input
     runner = open_runner(path, kind, last=options.layout == "hwc")
     detector = ProbedDetector(
         runner=runner,
         source=str(path),
         kind=kind,
-        model_input=_model_input(options, runner),
+        model_input=_build_input(options, runner),
         size=options.size,
         class_names=tuple(spec.classes or ()),
         levels=tuple(spec.levels or ()),
@@ -155,20 +161,21 @@ def _probed(spec: CheckpointDetector, path: Path, kind: Kind, *, teaches: bool) 
     return BuiltDetector(detector, {}, notes)
 
 
-def _model_input(options: schema.ModelInput, runner: Runner | None = None) -> ModelInput:
-    """What a recipe says that a model wants its images to be, and what its ``runner`` knows of it."""
+def _build_input(options: schema.ModelInput, runner: Runner | None = None) -> ModelInput:
+    """Builds a model's input format from the recipe's block and, for a file, its ``runner``."""
     takes_bytes = options.range == "0-255" or (runner is not None and runner.bytes)
-    only = None if runner is None else runner.size
+    fixed_size = None if runner is None else runner.size
     return ModelInput(
         scale=255.0 if takes_bytes else 1.0,
         mean=options.mean,
         std=options.std,
-        fit=options.size if options.fit else only,
+        fit=options.size if options.fit else fixed_size,
         bgr=options.channels == "bgr",
     )
 
 
-def _description(spec: TorchvisionDetector | ComposedDetector, norm: str) -> dict[str, Any]:
+def _describe(spec: TorchvisionDetector | ComposedDetector, norm: str) -> dict[str, Any]:
+    """Returns the description from which the catalog rebuilds the detector."""
     if isinstance(spec, TorchvisionDetector):
         return {"kind": "torchvision", "name": spec.name, "arguments": spec.arguments, "norm": norm}
     return {
@@ -185,23 +192,24 @@ def _description(spec: TorchvisionDetector | ComposedDetector, norm: str) -> dic
     }
 
 
-def _weights_of(spec: TorchvisionDetector | ComposedDetector) -> tuple[dict[str, Any] | None, str]:
+def _read_weights(spec: TorchvisionDetector | ComposedDetector) -> tuple[dict[str, Any] | None, str]:
+    """Returns the state dict, None for fresh weights, and its source."""
     if spec.weights is None:
         return None, ""
-    if _names_a_file(spec.weights):
+    if _is_file(spec.weights):
         path = catalog.locate(spec.weights)
         return state_dict_of(read_torch_file(path), str(path)), str(path)
     model = spec.name if isinstance(spec, TorchvisionDetector) else None
     return torchvision_weights(spec.weights, model), spec.weights
 
 
-def _names_a_file(weights: str) -> bool:
-    """Whether ``weights`` is meant as a file; anything else is a torchvision weights name."""
+def _is_file(weights: str) -> bool:
+    """Whether ``weights`` is a file and not a torchvision weights name."""
     return Path(weights).exists() or Path(weights).suffix in (".pt", ".pth")
 
 
-def title_of(spec: DetectorSpec) -> str:
-    """A detector's block in a few words, for people."""
+def format_title(spec: DetectorSpec) -> str:
+    """Returns a short title of a detector's block."""
     match spec:
         case TorchvisionDetector():
             return spec.name
@@ -215,18 +223,18 @@ def title_of(spec: DetectorSpec) -> str:
             assert_never(spec)
 
 
-def weights_classes(spec: TorchvisionDetector | ComposedDetector) -> tuple[str, ...] | None:
-    """Class names that torchvision publishes with a weights name; None for files."""
-    if not isinstance(spec, TorchvisionDetector) or spec.weights is None or _names_a_file(spec.weights):
+def _read_categories(spec: TorchvisionDetector | ComposedDetector) -> tuple[str, ...] | None:
+    """Returns the class names that torchvision publishes with its weights; None for files."""
+    if not isinstance(spec, TorchvisionDetector) or spec.weights is None or _is_file(spec.weights):
         return None
     return torchvision_categories(spec.weights, spec.name)
 
 
 def _load_backbone(detector: Detector, spec: TorchvisionDetector | ComposedDetector) -> list[str]:
-    """Loads classification weights into the body, the classifier left out."""
+    """Loads classification weights without the classifier into the body; returns notes."""
     assert spec.backbone_weights is not None
     name = spec.backbone_weights
-    if _names_a_file(name):
+    if _is_file(name):
         state = state_dict_of(read_torch_file(Path(name)), name)
     else:
         state = torchvision_weights(name, spec.backbone if isinstance(spec, ComposedDetector) else None)
@@ -234,12 +242,12 @@ def _load_backbone(detector: Detector, spec: TorchvisionDetector | ComposedDetec
     body = getattr(body, "body", body)
     own = body.state_dict()
     state = {key.removeprefix("features."): value for key, value in state.items()}
-    wanted = {key: value for key, value in state.items() if key in own and own[key].shape == value.shape}
-    absent = [key for key in own if key not in wanted and not key.endswith(BATCH_COUNT)]
+    fitting = {key: value for key, value in state.items() if key in own and own[key].shape == value.shape}
+    absent = [key for key in own if key not in fitting and not key.endswith(BATCH_COUNT)]
     if absent:
         raise ModelError(
             f"backbone_weights {name!r} do not fit this backbone: {len(absent)} of {len(own)} tensors are missing or "
-            f"have another shape (first {absent[0]})"
+            f"have another shape (the first is {absent[0]}); choose weights of the same backbone"
         )
-    body.load_state_dict(wanted, strict=False)
-    return [f"{name}: {len(wanted)} tensors into the backbone"]
+    body.load_state_dict(fitting, strict=False)
+    return [f"{name}: loaded {len(fitting)} tensors into the backbone"]

@@ -1,4 +1,4 @@
-"""The distiller of a student and a teacher from a recipe's distill block."""
+"""Builds the distiller of a student and a teacher from a recipe's ``distill`` block."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ GDETKD_TERMS = ("sgfi", "ckd", "class_kd", "box_kd")
 
 @dataclass(frozen=True)
 class TermPlan:
-    """One distillation term of a plan: computed with this weight, or left out and why."""
+    """One distillation term: its weight, or None and the reason for leaving it out."""
 
     name: str
     weight: float | None
@@ -43,14 +43,14 @@ class TermPlan:
 
 @dataclass(frozen=True)
 class BuiltPair:
-    """A distiller and how it came about.
+    """A distiller and the decisions behind it.
 
     Attributes:
         kind: homogeneous or heterogeneous.
-        terms: every term, its weight or why it is left out.
-        head_transfer: what was copied from the teacher's head, or why nothing was.
-        transferred: whether it was copied.
-        regions_per_image: most regions of an image that the terms compare.
+        terms: every term with its weight or the reason for leaving it out.
+        head_transfer: the parts copied from the teacher's head, or the reason for copying none; one sentence.
+        transferred: whether the head was copied.
+        regions_per_image: maximum number of regions per image that the terms compare.
     """
 
     distiller: Distiller
@@ -71,33 +71,32 @@ def build_pair(
     device: str = "cpu",
     steps: int = 0,
 ) -> BuiltPair:
-    """The distiller of a pair, its terms chosen and checked.
+    """Builds the distiller of a pair, and selects and checks its terms.
 
     Args:
         config: the recipe's block.
-        student, teacher: on the CPU.
-        seed: of the terms' fresh weights and the choice of regions.
-        trained_head: the student's head has weights already, which `head_transfer: auto` leaves alone.
-        device: where the run computes, ``cpu`` or ``cuda``; a CPU compares fewer regions by default.
-        steps: of the run; prediction terms of a fresh head come in over half of them by default.
+        student, teacher: the detectors.
+        seed: seed of the terms' fresh weights and the choice of regions.
+        trained_head: whether the student's head is trained; ``head_transfer: auto`` keeps such a head.
+        device: device type of the run, ``cpu`` or ``cuda``; a CPU compares fewer regions by default.
+        steps: steps of the run; by default, prediction terms of a fresh head warm up over half of them.
 
     Raises:
-        PairError: a term that the recipe asks for does not fit the pair.
+        PairError: a term in the recipe does not fit the pair.
     """
     kind = pair_kind(student, teacher)
     if config.pair not in ("auto", kind):
         raise PairError(
-            f"distill.pair is {config.pair}, but {teacher.family} -> {student.family} is a {kind} pair; "
-            "set distill.pair to auto"
+            f"distill.pair is {config.pair}, but {teacher.family} -> {student.family} is a {kind} pair; set it to auto"
         )
-    transferred, head_transfer = _transfer(config, student, teacher, trained_head)
+    transferred, head_transfer = _transfer_head(config, student, teacher, trained_head)
     freeze(teacher)
     torch.manual_seed(seed)  # the terms' fresh weights
     channels = {level.channels for detector in (student, teacher) for level in detector.levels}
     pair = Detectors(student, teacher, same_space=transferred and len(channels) == 1)
     plans, terms = _build_terms(config, pair, prediction_warmup(steps, trained_head=transferred or trained_head))
     if not terms:
-        raise PairError("the recipe leaves out every distillation term; use `gdetkd train` for plain training")
+        raise PairError("no distillation term is left; add one, or use `gdetkd train` for plain training")
     per_image = config.regions.per_image
     if per_image == "auto":
         per_image = regions_per_image(student, device)
@@ -105,7 +104,7 @@ def build_pair(
         student=student,
         teacher=teacher,
         terms=terms,
-        choose_regions=_region_chooser(config.regions, per_image, seed),
+        choose_regions=_build_region_chooser(config.regions, per_image, seed),
         task_loss=config.task_loss == "own",
     )
     return BuiltPair(
@@ -119,22 +118,22 @@ def build_pair(
 
 
 def freeze(detector: Detector) -> None:
-    """Evaluation mode, and no gradient for any parameter."""
+    """Switches to evaluation mode and disables gradients."""
     detector.module.eval()
-    for parameter in detector.module.parameters():  # one by one: TorchScript cannot do it as a whole
+    for parameter in detector.module.parameters():  # TorchScript modules have no requires_grad_
         parameter.requires_grad_(False)
 
 
 def _build_terms(config: Distill, pair: Detectors, fresh_warmup: int) -> tuple[list[TermPlan], dict[str, WeightedTerm]]:
-    """Every term of the recipe, built or left out with a reason.
+    """Builds the recipe's terms, and plans of all terms.
 
     Raises:
-        PairError: a term that the recipe asks for does not fit the pair.
+        PairError: a term in the recipe does not fit the pair.
     """
     plans: list[TermPlan] = []
     terms: dict[str, WeightedTerm] = {}
     for name in BUILDERS:
-        block, reason = _settle(name, getattr(config, name), pair)
+        block, reason = _resolve_block(name, getattr(config, name), pair)
         if block is None:
             if name in GDETKD_TERMS or reason:
                 plans.append(TermPlan(name=name, weight=None, reason=reason or "left out by the recipe"))
@@ -156,21 +155,21 @@ def _build_terms(config: Distill, pair: Detectors, fresh_warmup: int) -> tuple[l
     return plans, terms
 
 
-def _settle(name: str, block: Block | str | None, pair: Detectors) -> tuple[Block | None, str]:
-    """The settings of a term, or why it is left out."""
+def _resolve_block(name: str, block: Block | str | None, pair: Detectors) -> tuple[Block | None, str]:
+    """Returns a term's settings, or None and the reason for leaving it out."""
     if block is None or not isinstance(block, str):
         return block, ""
     if name == "ckd" and pair.teacher.finding is not None:
         # Contrasting regions by the mean of their features makes students worse (docs/experiments.md).
-        return None, "the teacher's region embedding is not known; ckd: {} takes the mean of its pooled features"
+        return None, "the teacher has no known region embedding; `ckd: {}` uses the mean of its pooled features"
     return (CKD() if name == "ckd" else PredictionKD()), ""
 
 
-def _region_chooser(options: RegionChoice, per_image: int, seed: int) -> ChooseRegions:
-    def choose(seen: Observation, batch: Batch, step: int) -> Regions:
-        assert seen.candidates is not None
+def _build_region_chooser(options: RegionChoice, per_image: int, seed: int) -> ChooseRegions:
+    def choose(observation: Observation, batch: Batch, step: int) -> Regions:
+        assert observation.candidates is not None
         return choose_regions(
-            seen.candidates,
+            observation.candidates,
             batch,
             per_image=per_image,
             positive_iou=options.positive_iou,
@@ -181,18 +180,18 @@ def _region_chooser(options: RegionChoice, per_image: int, seed: int) -> ChooseR
     return choose
 
 
-def _transfer(config: Distill, student: Detector, teacher: Detector, trained_head: bool) -> tuple[bool, str]:
-    """Whether the teacher's head was copied, and what there is to say of it."""
+def _transfer_head(config: Distill, student: Detector, teacher: Detector, trained_head: bool) -> tuple[bool, str]:
+    """Copies the teacher's head if the recipe and the pair allow it; returns whether it did, and a description."""
     if config.head_transfer is False:
         return False, "left out by the recipe"
     try:
-        match_head(student, teacher)  # first: `true` is no advice to a pair whose heads differ
+        match_head(student, teacher)  # first, so that the message below suggests `true` only if the heads fit
     except PairError as error:
         if config.head_transfer is True:
             raise PairError(f"distill.head_transfer: {error}; set it to auto or false") from error
         return False, f"nothing copied: {error}"
-    if config.head_transfer == "auto" and trained_head:  # measured: a trained student loses by it (docs/experiments.md)
-        return False, "nothing copied: the student's own head is trained; head_transfer: true copies all the same"
+    if config.head_transfer == "auto" and trained_head:  # copying lowers a trained student's AP (docs/experiments.md)
+        return False, "nothing copied: the student's head is trained already; `head_transfer: true` copies anyway"
     copied = transfer_head(student, teacher)
     parts = sorted({re.sub(r"(head|predictor)\..*", r"\1", name) for name in copied})
     return True, f"copied from the teacher: {', '.join(parts)} ({len(copied)} tensors)"

@@ -1,4 +1,4 @@
-"""A folder of the user's, as a recipe's data block: its format and files are found by looking."""
+"""Finds the format and files of a data folder, and describes them as a recipe's data block."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ from gdetkd_cli.engine.events import Note, Observer, silent
 
 
 def find_data(folder: Path, observer: Observer = silent) -> tuple[dict[str, Any], Split]:
-    """The recipe's data block for a folder, and the training split.
+    """Returns the recipe's data block for a folder, and the training split.
 
     Args:
-        folder: with COCO, VOC or BDD100K annotations and images, or with images alone.
-        observer: is told what was found.
+        folder: images with COCO, VOC or BDD100K annotations, or images alone.
+        observer: receives a summary.
 
     Raises:
-        DataError: there are neither, or the annotations are of another format.
+        DataError: the folder has no images, or its annotations have another format.
     """
     files = find_detection_files(folder)
     lists = None if files else find_voc_lists(folder)
     if lists is not None:
-        return _voc(folder, *lists, observer)
+        return _describe_voc(folder, *lists, observer)
     bdd = None if files or lists else find_bdd100k(folder)
     if bdd is not None:
         train, val = (
             read_bdd100k(labels=folder / labels, images=folder / images)
             for labels, images in ((bdd.train, bdd.train_images), (bdd.val, bdd.val_images))
         )
-        _tell(train, val, observer)
-        return _block("bdd100k", folder, bdd), train
+        _report(train, val, observer)
+        return _build_block("bdd100k", folder, bdd), train
     if not files:
         check_no_labels(folder)
         train, val = (read_folder(folder, which) for which in assembly.SPLITS)
@@ -47,25 +47,25 @@ def find_data(folder: Path, observer: Observer = silent) -> tuple[dict[str, Any]
         read_coco(annotations=folder / annotations, images=folder / images)
         for annotations, images in ((layout.train, layout.train_images), (layout.val, layout.val_images))
     )
-    _tell(train, val, observer)
-    return _block("coco", folder, layout), train
+    _report(train, val, observer)
+    return _build_block("coco", folder, layout), train
 
 
-def _block(format: str, folder: Path, layout: Layout) -> dict[str, Any]:
+def _build_block(format: str, folder: Path, layout: Layout) -> dict[str, Any]:
     return {"format": format, "root": str(folder), **{name: str(path) for name, path in vars(layout).items()}}
 
 
-def _voc(folder: Path, train: list[Path], val: list[Path], observer: Observer) -> tuple[dict[str, Any], Split]:
-    """The recipe's block for a folder of VOC's layout, and the training split."""
+def _describe_voc(folder: Path, train: list[Path], val: list[Path], observer: Observer) -> tuple[dict[str, Any], Split]:
+    """Returns the block of a folder in VOC's layout, and the training split."""
     lists = [[folder / path for path in paths] for paths in (train, val)]
     found = sorted({name for paths in lists for name in read_object_names(paths)})
     classes = None if set(found) <= set(VOC_CLASSES) else found
     train_split, val_split = (read_voc(lists=paths, root=folder, classes=classes) for paths in lists)
-    _tell(train_split, val_split, observer)
+    _report(train_split, val_split, observer)
     block: dict[str, Any] = {"format": "voc", "root": str(folder)}
     block |= {"train": [str(path) for path in train], "val": [str(path) for path in val]}
     return block | ({"classes": classes} if classes else {}), train_split
 
 
-def _tell(train: Split, val: Split, observer: Observer) -> None:
+def _report(train: Split, val: Split, observer: Observer) -> None:
     observer(Note(f"{len(train)} training and {len(val)} validation images, classes: {', '.join(train.class_names)}"))

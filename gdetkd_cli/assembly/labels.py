@@ -1,10 +1,10 @@
-"""Targets from the teacher: its confident detections stand for the truth of images without annotations."""
+"""Labels images without annotations with the teacher's confident detections."""
 
 from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import ceil
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from gdetkd_cli.assembly.data import SPLITS, Which, needs_labels, unlabelled_split
+from gdetkd_cli.assembly.data import SPLITS, Which, needs_labels, read_unlabelled_split
 from gdetkd_cli.assembly.detector import build_detector
 from gdetkd_cli.data.image_files import ImageFiles
 from gdetkd_cli.data.loader import validation_batches
@@ -24,13 +24,14 @@ from gdetkd_cli.engine.run_folder import write_text
 from gdetkd_cli.errors import DataError
 from gdetkd_cli.evaluation.predict import gather_predictions, predict_split
 from gdetkd_cli.recipe.schema import CocoData, Data, DistillationRecipe, FolderData, TeacherLabels
+from gdetkd_cli.structures import Detections
 
 Tables = Mapping[str, list[dict[str, Any]]]
 
 
 @dataclass(frozen=True)
-class Labelled:
-    """A split that a teacher labelled, the same as COCO's tables, and how many images there are to label."""
+class LabelledSplit:
+    """A split that a teacher labelled, its COCO tables, and the number of images in the whole split."""
 
     split: Split
     tables: Tables
@@ -47,44 +48,62 @@ def label_split(
     world_size: int = 1,
     most: int | None = None,
     observer: Observer = silent,
-) -> Labelled:
-    """Labels the images of a split; every process predicts its share and gets all.
+) -> LabelledSplit:
+    """Labels the images of a split. Every process predicts its share and receives all detections.
 
     Args:
-        split: of image files; its own truth is left aside. Without classes, it gets all of the teacher's.
-        data: the recipe's block that it is from.
-        teacher: on ``device``.
-        device: where it runs.
-        rank: which of ``world_size`` processes asks.
-        world_size: processes.
-        most: images to label, the first ones; None: all.
-        observer: is told how far it is.
+        split: a split of image files; its annotations are ignored. Without classes, it takes the teacher's.
+        data: the recipe's block of the split.
+        teacher: the detector that labels, on ``device``.
+        device: the teacher's device.
+        rank: number of this process, from 0.
+        world_size: number of processes.
+        most: maximum number of images to label, from the first; None: all.
+        observer: receives progress.
 
     Raises:
-        DataError: a class that the teacher does not know, or it finds nothing at all.
-        PairError: its detections cannot be read, or their classes are not known.
+        DataError: the teacher lacks a class, or detects nothing.
+        PairError: the teacher's detections cannot be read, or their classes are unknown.
     """
     teacher.check_detects()
-    folder = data.root / data.train_images
     total = len(split)
     split = replace(split, records=split.records[:most])
     options = data.labels if isinstance(data.labels, TeacherLabels) else TeacherLabels()
     class_names = split.class_names or teacher.class_names
-    strangers = [n for n in (*class_names, *options.per_class) if n not in teacher.class_names]
-    if strangers:
+    unknown = [name for name in (*class_names, *options.per_class) if name not in teacher.class_names]
+    if unknown:
         raise DataError(
-            f"the teacher cannot label {', '.join(strangers)}; its classes are: {', '.join(teacher.class_names)}"
+            f"the teacher cannot label {', '.join(unknown)}; choose from its classes: {', '.join(teacher.class_names)}"
         )
     batches = validation_batches(split=split, batch_size=1, rank=rank, world_size=world_size)
     progress = report_every(observer, "labelled", ceil(len(split) / world_size))
-    found = gather_predictions(predict_split(teacher, batches, device, progress))
-    assert isinstance(split.read, ImageFiles), "only image files are labelled"
+    detections = gather_predictions(predict_split(teacher, batches, device, progress))
     categories = {name: number for number, name in enumerate(class_names, start=1)}
+    annotations = _build_annotations(split, detections, teacher.class_names, categories, options)
+    if not annotations:
+        best = max((float(one.scores.max()) for one in detections.values() if len(one.scores)), default=0.0)
+        raise DataError(
+            f"the teacher detects nothing in {split.name} with a score of {options.score:g} or more (highest score: "
+            f"{best:.2f}); lower data.labels.score, or check the teacher's input format (teacher.input)"
+        )
+    folder = data.root / data.train_images
+    tables = _build_tables(split, folder, categories, annotations)
+    return LabelledSplit(build_split_from_tables(tables, source=Path(split.name), images=folder), tables, total)
+
+
+def _build_annotations(
+    split: Split,
+    detections: Mapping[int, Detections],
+    teacher_classes: Sequence[str],
+    categories: Mapping[str, int],
+    options: TeacherLabels,
+) -> list[dict[str, Any]]:
+    """Converts the confident detections in the categories to COCO annotations."""
     annotations: list[dict[str, Any]] = []
     for record in split.records:
-        one = found[record.image_id]
+        one = detections[record.image_id]
         for box, score, number in zip(one.boxes.tolist(), one.scores.tolist(), one.labels.tolist(), strict=True):
-            name = teacher.class_names[number - 1]
+            name = teacher_classes[number - 1]
             if name in categories and score >= options.per_class.get(name, options.score):
                 annotations.append(
                     {
@@ -97,13 +116,15 @@ def label_split(
                         "score": score,
                     }
                 )
-    if not annotations:
-        best = max((float(d.scores.max()) for d in found.values() if len(d.scores)), default=0.0)
-        raise DataError(
-            f"the teacher detects nothing in {split.name} with a score of {options.score:g} or more (its best is "
-            f"{best:.2f}); lower data.labels.score, or check what values its images should have (teacher.input)"
-        )
-    tables = {
+    return annotations
+
+
+def _build_tables(
+    split: Split, folder: Path, categories: Mapping[str, int], annotations: list[dict[str, Any]]
+) -> Tables:
+    """Builds COCO's tables; file names are relative to ``folder``."""
+    assert isinstance(split.read, ImageFiles), "only image files can be labelled"
+    return {
         "images": [
             {
                 "id": record.image_id,
@@ -116,18 +137,17 @@ def label_split(
         "categories": [{"id": number, "name": name} for name, number in categories.items()],
         "annotations": annotations,
     }
-    return Labelled(build_split_from_tables(tables, source=Path(split.name), images=folder), tables, total)
 
 
 def write_labels(folder: Path, labels: Mapping[Which, Tables]) -> None:
-    """Writes the tables of each split as ``SPLIT.json``, COCO's format."""
+    """Writes each split's tables as ``SPLIT.json`` in COCO format."""
     folder.mkdir(exist_ok=True)
     for which, tables in labels.items():
         write_text(folder / f"{which}.json", json.dumps(tables))
 
 
-def describe_labels(labelled: Labelled) -> str:
-    """How many targets of each class there are, for people."""
+def describe_labels(labelled: LabelledSplit) -> str:
+    """Describes the number of targets per class."""
     split = labelled.split
     counts = Counter(int(label) for record in split.records for label in record.labels)
     each = ", ".join(f"{name} {counts[number]}" for number, name in enumerate(split.class_names, start=1))
@@ -135,39 +155,39 @@ def describe_labels(labelled: Labelled) -> str:
     return f"{split.name}: labelled by the teacher, {images}, {sum(counts.values())} objects ({each})"
 
 
-def with_labels(recipe: DistillationRecipe, folder: Path, device: str, observer: Observer) -> Data:
-    """The recipe's data with annotations for every image: what its teacher has to label is labelled now, once.
+def label_data(recipe: DistillationRecipe, folder: Path, device: str, observer: Observer) -> Data:
+    """Returns the recipe's data with annotations for every image; the teacher labels images that have none.
 
     Args:
-        recipe: with a teacher.
-        folder: where the labels are kept, as COCO files; those that are there already are taken.
-        device: where the teacher runs.
-        observer: is told of it.
+        recipe: the recipe of the data and the teacher.
+        folder: folder of the labels as COCO files; existing labels are reused.
+        device: the teacher's device.
+        observer: receives progress.
 
     Raises:
         GDetKDError: the teacher cannot label the images.
     """
     data = recipe.data
-    wanted: list[Which] = [which for which in SPLITS if needs_labels(data, which)]
-    if not wanted:
+    missing: list[Which] = [which for which in SPLITS if needs_labels(data, which)]
+    if not missing:
         return data
     assert isinstance(data, CocoData | FolderData)
-    if not all((folder / f"{which}.json").exists() for which in wanted):
-        splits = {which: unlabelled_split(data, which) for which in wanted}
+    if not all((folder / f"{which}.json").exists() for which in missing):
+        splits = {which: read_unlabelled_split(data, which) for which in missing}
         teacher = build_detector(recipe.teacher, splits["train"].class_names, recipe.seed, keep_classes=True)
         teacher.detector.module.to(device)
-        made = {
+        labelled = {
             which: label_split(split, data, teacher.detector, device=torch.device(device), observer=observer)
             for which, split in splits.items()
         }
-        for one in made.values():
+        for one in labelled.values():
             observer(Note(describe_labels(one)))
         folder.mkdir(parents=True, exist_ok=True)
-        write_labels(folder, {which: one.tables for which, one in made.items()})
-    own = {"train": folder.resolve() / "train.json", "train_images": data.train_images}
-    if "val" in wanted:
-        own |= {"val": folder.resolve() / "val.json", "val_images": data.train_images}
+        write_labels(folder, {which: one.tables for which, one in labelled.items()})
+    paths = {"train": folder.resolve() / "train.json", "train_images": data.train_images}
+    if "val" in missing:
+        paths |= {"val": folder.resolve() / "val.json", "val_images": data.train_images}
     else:
         assert data.val is not None
-        own |= {"val": data.val, "val_images": data.val_images}
-    return CocoData(format="coco", root=data.root, classes=data.classes, labels="annotations", **own)
+        paths |= {"val": data.val, "val_images": data.val_images}
+    return CocoData(format="coco", root=data.root, classes=data.classes, labels="annotations", **paths)

@@ -1,4 +1,4 @@
-"""Everything a training run consists of, built and checked once, before the first step."""
+"""Builds and checks every object of a training run before the first step."""
 
 from __future__ import annotations
 
@@ -18,28 +18,29 @@ from gdetkd_cli.assembly.data import (
     build_batches,
     build_split,
     needs_labels,
+    read_unlabelled_split,
     relabel,
-    unlabelled_split,
 )
-from gdetkd_cli.assembly.detector import BuiltDetector, build_detector, title_of
+from gdetkd_cli.assembly.detector import BuiltDetector, build_detector, format_title
 from gdetkd_cli.assembly.distillation import BuiltPair, build_pair
-from gdetkd_cli.assembly.labels import Labelled, Tables, describe_labels, label_split
+from gdetkd_cli.assembly.labels import LabelledSplit, Tables, describe_labels, label_split
 from gdetkd_cli.assembly.runtime import apply_runtime, resolve_runtime
 from gdetkd_cli.data.split import Split
+from gdetkd_cli.detectors.protocol import Detector
 from gdetkd_cli.distill.distiller import Distiller
 from gdetkd_cli.engine.device import ComputeSettings
 from gdetkd_cli.engine.events import Observer, silent
 from gdetkd_cli.engine.schedule import build_optimizer, build_schedule
 from gdetkd_cli.errors import PairError
-from gdetkd_cli.recipe.checks import has_task_loss, typed_recipe, untrained_teacher
-from gdetkd_cli.recipe.scaling import changes, scaled_to_batch
+from gdetkd_cli.recipe.checks import describe_untrained_teacher, has_task_loss, narrow_recipe
+from gdetkd_cli.recipe.scaling import describe_scaling, scale_to_batch
 from gdetkd_cli.recipe.schema import CocoData, DistillationRecipe, FolderData, Recipe
 from gdetkd_cli.structures import Batch
 
 
 @dataclass(frozen=True)
 class Compute:
-    """Where and how a run computes."""
+    """The compute settings of a run and its accelerator."""
 
     settings: ComputeSettings
     accelerator: Accelerator
@@ -56,18 +57,18 @@ class Pair:
 
 @dataclass(frozen=True)
 class TrainingSetup:
-    """Everything a run consists of, on its device.
+    """The objects of a training run, on its device.
 
     Attributes:
-        recipe: scaled to the batch and the number of processes.
-        student: the detector that is trained, and the description that rebuilds it.
+        recipe: the recipe, scaled to the batch and the number of processes.
+        student: the detector to train, and the description that rebuilds it.
         pair: the decisions about distillation; None for plain training.
-        train, val: the splits, in the student's classes.
-        image_counts: images of each split, including those that a dry run does not have labelled.
-        labels: by split, the teacher's labels of images without annotations, as COCO tables.
-        optimizer, schedule: over the student's and the terms' trainable parameters.
-        batches: start step -> this process's training batches from there to the end of the run.
-        notes: remarks for the user.
+        train, val: the splits, with labels in the student's classes.
+        image_counts: images per split, including those that a dry run leaves unlabelled.
+        labels: the teacher's labels of images without annotations, as COCO tables by split.
+        optimizer, schedule: for the trainable parameters of the student and the terms.
+        batches: function from a start step to this process's training batches from there to the end of the run.
+        notes: notes for the user.
     """
 
     recipe: Recipe
@@ -86,23 +87,23 @@ class TrainingSetup:
 
 
 def start_compute(recipe: Recipe) -> tuple[Compute, Recipe]:
-    """Decides device, precision and threads, joins the other processes, and scales the recipe to their number.
+    """Chooses device, precision and threads, joins the other processes, and scales the recipe to their number.
 
     Raises:
-        ModelError: the recipe asks for a device or a precision that this machine lacks.
+        ModelError: the recipe requires a device or a precision that this machine lacks.
     """
     settings = resolve_runtime(recipe.runtime)
     torch.set_num_threads(settings.threads)
     accelerator = build_accelerator(settings, recipe)
-    return Compute(settings, accelerator), scaled_to_batch(recipe, accelerator.num_processes)
+    return Compute(settings, accelerator), scale_to_batch(recipe, accelerator.num_processes)
 
 
 def build_accelerator(settings: ComputeSettings, recipe: Recipe) -> Accelerator:
-    """accelerate's view of the run: device, precision, processes."""
-    # Without its own losses, parts of the student get no gradient, and DDP would wait for them.
-    partly = DistributedDataParallelKwargs(find_unused_parameters=not has_task_loss(recipe))
+    """Builds the accelerator with the run's device, precision and processes."""
+    # Without a task loss, parts of the student get no gradient, and DDP would wait for them.
+    ddp = DistributedDataParallelKwargs(find_unused_parameters=not has_task_loss(recipe))
     return Accelerator(
-        kwargs_handlers=[partly],
+        kwargs_handlers=[ddp],
         cpu=settings.device == "cpu",
         mixed_precision="no" if settings.precision == "fp32" else settings.precision,
         log_with="tensorboard",
@@ -114,7 +115,7 @@ def build_setup(
     recipe: Recipe,
     compute: Compute,
     *,
-    given: Recipe | None = None,
+    unscaled: Recipe,
     labels: Path | None = None,
     most_labelled: int | None = None,
     observer: Observer = silent,
@@ -122,39 +123,27 @@ def build_setup(
     """Builds everything a run needs on this process's device. Writes nothing.
 
     Args:
-        recipe: as ``start_compute`` returned it.
+        recipe: the scaled recipe from ``start_compute``.
         compute: device and processes.
-        given: the recipe before it was scaled, for a note of what changed.
-        labels: folder with the teacher's labels of an earlier start of the run.
-        most_labelled: images of a split that the teacher labels at most; None: all.
-        observer: receives progress of the slow parts.
+        unscaled: the recipe before scaling, for a note about the changes.
+        labels: the run's folder of teacher labels; existing labels are reused.
+        most_labelled: maximum number of images per split that the teacher labels; None: all.
+        observer: receives progress.
 
     Raises:
-        GDetKDError: anything the recipe names that cannot be used.
+        GDetKDError: something that the recipe names cannot be used.
     """
-    recipe = typed_recipe(recipe)
-    accelerator = compute.accelerator
-    device = accelerator.device
+    recipe = narrow_recipe(recipe)
+    device = compute.accelerator.device
     splits, unlabelled = _read_splits(recipe, labels)
     teacher = None
-    labelled: dict[Which, Labelled] = {}
+    labelled: dict[Which, LabelledSplit] = {}
     if isinstance(recipe, DistillationRecipe):
         names = (splits.get("train") or unlabelled["train"]).class_names
         teacher = build_detector(recipe.teacher, names, recipe.seed, keep_classes=True)
-        teacher.detector.module.to(device)  # measured on the device that it will run on
-        for which, split in unlabelled.items():
-            assert isinstance(recipe.data, CocoData | FolderData)
-            labelled[which] = label_split(
-                split,
-                recipe.data,
-                teacher.detector,
-                device=device,
-                rank=accelerator.process_index,
-                world_size=accelerator.num_processes,
-                most=most_labelled,
-                observer=observer,
-            )
-            splits[which] = labelled[which].split
+        teacher.detector.module.to(device)  # so that its levels are measured on the run's device
+        labelled = _label_splits(unlabelled, recipe, teacher.detector, compute.accelerator, most_labelled, observer)
+        splits |= {which: one.split for which, one in labelled.items()}
     student = build_detector(recipe.student, splits["train"].class_names, recipe.seed)
     _check_student(recipe, student)
     student.detector.module.to(device)
@@ -173,8 +162,8 @@ def build_setup(
     distiller = pair.distiller if pair else Distiller(student=student.detector)
     apply_runtime(compute.settings, recipe, student.detector, pair, device)
     optimizer, schedule = _build_optimizer(recipe, distiller)
-    notes = changes(given or recipe, recipe)
-    notes += [untrained] if (untrained := untrained_teacher(recipe)) else []
+    notes = describe_scaling(unscaled, recipe)
+    notes += [advice] if (advice := describe_untrained_teacher(recipe)) else []
     notes += [f"{split.name}: {note}" for split in (train, val) for note in split.notes]
     notes += [describe_labels(one) for one in labelled.values()]
     notes += [f"student: {note}" for note in student.notes]
@@ -192,19 +181,45 @@ def build_setup(
         labels={which: one.tables for which, one in labelled.items()},
         optimizer=optimizer,
         schedule=schedule,
-        batches=build_batches(
-            recipe, train, compute.settings, rank=accelerator.process_index, world_size=accelerator.num_processes
-        ),
+        batches=build_batches(recipe, train, compute.settings, **_get_rank(compute.accelerator)),
         notes=tuple(notes),
     )
 
 
+def _label_splits(
+    splits: dict[Which, Split],
+    recipe: DistillationRecipe,
+    teacher: Detector,
+    accelerator: Accelerator,
+    most: int | None,
+    observer: Observer,
+) -> dict[Which, LabelledSplit]:
+    """Labels the splits that have no annotations, on all processes together."""
+    labelled: dict[Which, LabelledSplit] = {}
+    for which, split in splits.items():
+        assert isinstance(recipe.data, CocoData | FolderData)
+        labelled[which] = label_split(
+            split,
+            recipe.data,
+            teacher,
+            device=accelerator.device,
+            most=most,
+            observer=observer,
+            **_get_rank(accelerator),
+        )
+    return labelled
+
+
+def _get_rank(accelerator: Accelerator) -> dict[str, int]:
+    return {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
+
+
 def build_recipe_pair(recipe: DistillationRecipe, class_names: tuple[str, ...]) -> Pair:
-    """Both detectors of a recipe and their distiller, on the CPU, without a run.
+    """Builds both detectors of a recipe and their distiller on the CPU.
 
     Args:
         recipe: the pair and its terms.
-        class_names: of the training data; empty: the teacher's.
+        class_names: class names of the training data; empty: the teacher's.
 
     Raises:
         GDetKDError: a detector cannot be built, or a term does not fit the pair.
@@ -220,8 +235,8 @@ def build_recipe_pair(recipe: DistillationRecipe, class_names: tuple[str, ...]) 
 def _check_student(recipe: Recipe, student: BuiltDetector) -> None:
     if student.detector.features_only and has_task_loss(recipe):
         raise PairError(
-            f"{title_of(recipe.student)} takes images and no targets, so it has no losses of its own; with a "
-            "teacher, `distill.task_loss: none` trains its features"
+            f"{format_title(recipe.student)} accepts no targets, so it has no losses of its own; to train its features "
+            "with a teacher, set distill.task_loss to none"
         )
 
 
@@ -246,13 +261,13 @@ def _build_optimizer(recipe: Recipe, distiller: Distiller) -> tuple[Optimizer, L
 
 
 def _read_splits(recipe: Recipe, labels: Path | None) -> tuple[dict[Which, Split], dict[Which, Split]]:
-    """The splits with annotations, and those that the teacher has to label first."""
+    """Reads the splits with annotations, and those that the teacher has to label."""
     annotated: dict[Which, Split] = {}
     unlabelled: dict[Which, Split] = {}
     for which in SPLITS:
         kept = labels if labels is not None and (labels / f"{which}.json").exists() else None
         if isinstance(recipe, DistillationRecipe) and kept is None and needs_labels(recipe.data, which):
-            unlabelled[which] = unlabelled_split(recipe.data, which)
+            unlabelled[which] = read_unlabelled_split(recipe.data, which)
         else:
             outlines = which == "train" and recipe.augment.copy_paste > 0
             annotated[which] = build_split(recipe.data, which, kept, outlines=outlines)

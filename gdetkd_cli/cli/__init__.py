@@ -1,5 +1,5 @@
 """The command line: a command parses, calls one ``run_*``, and renders what it returns.
 
-Only typer is imported at the top of ``app``, ``options`` and the commands; everything else inside the bodies, so that
-``gdetkd --help`` answers at once.
+``app``, ``options`` and the command modules import only typer at the top and everything else inside function bodies:
+``gdetkd --help`` must be fast.
 """

@@ -1,4 +1,4 @@
-"""The application: which commands there are, and what the user sees when one fails."""
+"""The application: its commands, and how it reports errors."""
 
 from __future__ import annotations
 
@@ -31,32 +31,33 @@ class _ErrorBoundary(TyperGroup):
     """The one place where an exception becomes a line on stderr and an exit code."""
 
     def invoke(self, ctx: Any) -> Any:  # Any: the type that typer declares here is private
-        """Runs the command that was parsed."""
+        """Runs the parsed command."""
         try:
             return super().invoke(ctx)
         except (TyperException, typer.Exit, typer.Abort, BrokenPipeError):
-            raise  # Typer's own endings: usage errors, --help, a reader of stdout that went away.
+            raise  # Typer handles these: usage errors, --help, a closed stdout.
         except (Exception, KeyboardInterrupt) as error:
             if ctx.params["debug"]:
                 typer.echo("".join(traceback.format_exception(error)), err=True)
-            sentence, code = _ending(error)
-            typer.echo(sentence, err=True)
+            message, code = _describe_error(error)
+            typer.echo(message, err=True)
             raise typer.Exit(code) from error
 
 
-def _ending(error: BaseException) -> tuple[str, int]:
-    """What the user reads, and the exit code."""
+def _describe_error(error: BaseException) -> tuple[str, int]:
+    """Returns the message for the user and the exit code."""
+    prefix = typer.style("Error:", fg=typer.colors.RED, bold=True)
     match error:
         case GDetKDError():
-            return f"{typer.style('Error:', fg=typer.colors.RED, bold=True)} {error}", error.exit_code
+            return f"{prefix} {error}", error.exit_code
         case KeyboardInterrupt():
-            # Whoever knows how the interrupted work can go on has said so with add_note.
+            # Interrupted functions add a note on how to continue.
             return "; ".join(["interrupted", *getattr(error, "__notes__", ())]), _INTERRUPTED
-        case OSError(filename=str() | Path() as path, strerror=str() as reason):  # the disk's own refusals
-            return f"{typer.style('Error:', fg=typer.colors.RED, bold=True)} {path}: {reason}", 1
+        case OSError(filename=str() | Path() as path, strerror=str() as reason):
+            return f"{prefix} {path}: {reason}", 1
         case _:
             problem = f"{type(error).__name__}: {' '.join(str(error).split())}"
-            return f"internal error: {problem}; run again as `gdetkd --debug ...` to see where", _INTERNAL_ERROR
+            return f"internal error: {problem}; run `gdetkd --debug ...` to see the traceback", _INTERNAL_ERROR
 
 
 app = typer.Typer(
@@ -70,16 +71,16 @@ app = typer.Typer(
 )
 
 
-def _print_version(wanted: bool) -> None:
-    if wanted:
+def _print_version(requested: bool) -> None:
+    if requested:
         typer.echo(f"gdetkd {__version__}")
         raise typer.Exit
 
 
 @app.callback()
-def _everywhere(
+def _set_global_options(
     debug: Annotated[
-        bool, typer.Option("--debug", envvar="GDETKD_DEBUG", help="Show the traceback when something fails.")
+        bool, typer.Option("--debug", envvar="GDETKD_DEBUG", help="Show the traceback when a command fails.")
     ] = False,
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
@@ -87,7 +88,7 @@ def _everywhere(
 ) -> None:
     """Distill large object detectors into small ones with G-DetKD.
 
-    See it work: gdetkd demo. Use your own images: gdetkd recipe init.
+    To see an example, run: gdetkd demo. To use your own images, run: gdetkd recipe init.
     """
 
 

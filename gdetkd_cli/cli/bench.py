@@ -11,13 +11,13 @@ from gdetkd_cli.cli import options
 
 
 def bench(
-    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="Recipe file (YAML), or a built-in recipe's name.")],
-    steps: Annotated[int, typer.Option("--steps", min=1, help="Steps to time, after a warm-up.")] = 20,
+    recipe: options.RecipeArgument,
+    steps: Annotated[int, typer.Option("--steps", min=1, help="Steps to time after a warm-up.")] = 20,
     overrides: options.SetOption = None,
     trust_code: options.TrustOption = False,
     as_json: options.JsonOption = False,
 ) -> None:
-    """Time a recipe's distillation on this machine: each phase, memory, and the cost beside plain training."""
+    """Measure a recipe's speed and memory on this machine, by phase and against plain training."""
     from gdetkd_cli.cli import render
     from gdetkd_cli.cli.output import perform
     from gdetkd_cli.recipe.load import load_recipe
@@ -25,4 +25,4 @@ def bench(
     loaded = load_recipe(recipe, overrides or ())
     from gdetkd_cli.commands import profile_distill
 
-    perform(partial(profile_distill, loaded, steps=steps), render.profiled, as_json=as_json)
+    perform(partial(profile_distill, loaded, steps=steps), render.format_profile, as_json=as_json)

@@ -15,7 +15,7 @@ def distill(
     overrides: options.SetOption = None,
     output: options.OutputOption = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Build everything, run one step, and show the plan; write nothing.")
+        bool, typer.Option("--dry-run", help="Build everything, run a few steps and show the plan; write nothing.")
     ] = False,
     profile: Annotated[
         int | None, typer.Option("--profile", metavar="N", min=1, help="Time N steps by phase; write nothing.")
@@ -24,25 +24,25 @@ def distill(
     trust_code: options.TrustOption = False,
     as_json: options.JsonOption = False,
 ) -> None:
-    """Train a recipe's student with its teacher's help."""
+    """Train a recipe's student with its teacher."""
     from gdetkd_cli.cli import render
     from gdetkd_cli.cli.output import perform
 
     if resume is not None:
         others = {"--recipe": recipe, "--set": overrides, "--output": output}
-        options.alone("--resume", {**others, "--dry-run": dry_run, "--profile": profile})
+        options.check_alone("--resume", {**others, "--dry-run": dry_run, "--profile": profile})
         from gdetkd_cli.commands import resume_run
 
-        perform(partial(resume_run, resume), render.trained, as_json=as_json)
+        perform(partial(resume_run, resume), render.format_run, as_json=as_json)
         return
     if dry_run:
-        options.alone("--dry-run", {"--profile": profile})
-    loaded = options.recipe_to_start(recipe, overrides)
+        options.check_alone("--dry-run", {"--profile": profile})
+    loaded = options.load_required_recipe(recipe, overrides)
     from gdetkd_cli.commands import plan_distill, profile_distill, run_distill
 
     if dry_run:
-        perform(partial(plan_distill, loaded), render.planned, as_json=as_json)
+        perform(partial(plan_distill, loaded), render.format_plan, as_json=as_json)
     elif profile is not None:
-        perform(partial(profile_distill, loaded, steps=profile), render.profiled, as_json=as_json)
+        perform(partial(profile_distill, loaded, steps=profile), render.format_profile, as_json=as_json)
     else:
-        perform(partial(run_distill, loaded, output=output, resume=None), render.trained, as_json=as_json)
+        perform(partial(run_distill, loaded, output=output, resume=None), render.format_run, as_json=as_json)

@@ -16,21 +16,24 @@ if TYPE_CHECKING:
 
 def evaluate(
     target: Annotated[
-        str, typer.Argument(metavar="RUN|FILE|RECIPE", help="A run folder, a detector file, or a recipe's teacher.")
+        str,
+        typer.Argument(
+            metavar="RUN|FILE|RECIPE", help="Run folder, detector file, or recipe (evaluates the recipe's teacher)."
+        ),
     ],
     data: Annotated[
         str | None,
         typer.Option(
             "--data",
             metavar="DATA",
-            help="A recipe whose data to use, or a folder: val.json (COCO) and images, or what init finds. Default: "
-            "the run's own.",
+            help="Recipe or data folder. The folder holds val.json (COCO) and images/, or any layout that `gdetkd "
+            "init` reads. Default: the run's own data.",
         ),
     ] = None,
     trust_code: options.TrustOption = False,
     as_json: options.JsonOption = False,
 ) -> None:
-    """Measure a detector: COCO box metrics."""
+    """Evaluate a detector with COCO box metrics."""
     from gdetkd_cli.cli import render
     from gdetkd_cli.cli.output import perform
     from gdetkd_cli.recipe.load import load_data
@@ -41,4 +44,4 @@ def evaluate(
         block = folder if folder.is_dir() and not (folder / "val.json").is_file() else load_data(data)
     from gdetkd_cli.commands import run_eval
 
-    perform(partial(run_eval, target, data=block), render.evaluated, as_json=as_json)
+    perform(partial(run_eval, target, data=block), render.format_evaluation, as_json=as_json)

@@ -16,22 +16,24 @@ def export(
     onnx: Annotated[bool, typer.Option("--onnx", help="Write an ONNX file.")] = False,
     torchscript: Annotated[bool, typer.Option("--torchscript", help="Write a TorchScript file.")] = False,
     output: Annotated[
-        Path | None, typer.Option("--output", metavar="PATH", help="Where to write. Default: beside the detector.")
+        Path | None, typer.Option("--output", metavar="PATH", help="File or folder. Default: beside the detector.")
     ] = None,
     trust_code: options.TrustOption = False,
     as_json: options.JsonOption = False,
 ) -> None:
-    """Write a trained student as ONNX or TorchScript.
+    """Export a trained student to ONNX or TorchScript.
 
-    Every file is compared with the detector it came from, on real images.
+    Compares each file's detections with the original detector's on validation images.
     """
     if not (onnx or torchscript):
-        raise options.UsageError("give --onnx, --torchscript, or both")
+        raise options.UsageError("no format given; add --onnx, --torchscript or both")
 
     from gdetkd_cli.cli import render
     from gdetkd_cli.cli.output import perform
     from gdetkd_cli.commands import run_export
 
     perform(
-        partial(run_export, target, onnx=onnx, torchscript=torchscript, output=output), render.exported, as_json=as_json
+        partial(run_export, target, onnx=onnx, torchscript=torchscript, output=output),
+        render.format_export,
+        as_json=as_json,
     )

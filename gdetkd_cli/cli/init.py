@@ -14,23 +14,27 @@ from gdetkd_cli.cli import options
 def init(
     teacher: Annotated[
         str,
-        typer.Option(metavar="T", help="A run folder, a model file, a torchvision name, or module:function."),
+        typer.Option(
+            metavar="T", help="Run folder, model file, torchvision detector name, or package.module:function."
+        ),
     ],
-    student: Annotated[str, typer.Option(metavar="S", help="Any of these, or BACKBONE+HEAD: resnet18+retinanet.")],
+    student: Annotated[
+        str, typer.Option(metavar="S", help="As --teacher, or BACKBONE+HEAD, for example resnet18+retinanet.")
+    ],
     data: Annotated[
         Path,
-        typer.Option(metavar="DIR", help="Folder of images, with COCO, VOC or BDD100K annotations or alone."),
+        typer.Option(metavar="DIR", help="Folder of images, with COCO, VOC or BDD100K annotations or without any."),
     ],
-    output: Annotated[Path, typer.Option(metavar="FILE", help="The recipe to write.")] = Path("recipe.yaml"),
+    output: Annotated[Path, typer.Option(metavar="FILE", help="Recipe to write.")] = Path("recipe.yaml"),
     trust_code: options.TrustOption = False,
     as_json: options.JsonOption = False,
 ) -> None:
     """Write a recipe for a teacher, a student and a folder of data.
 
-    Probes both detectors, finds the data's files, and chooses terms, sizes and steps; the recipe runs as it is.
+    Probes both detectors, finds the data files, and chooses terms, sizes and steps. You can run the recipe as written.
     """
     from gdetkd_cli.cli import render
     from gdetkd_cli.cli.output import perform
     from gdetkd_cli.commands import run_init
 
-    perform(partial(run_init, teacher, student, data, output=output), render.begun, as_json=as_json)
+    perform(partial(run_init, teacher, student, data, output=output), render.format_check, as_json=as_json)

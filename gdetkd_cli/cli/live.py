@@ -1,4 +1,4 @@
-"""What a command says on stderr while it works: a bar on a terminal, one plain line for each event elsewhere."""
+"""Progress on stderr: a bar on a terminal, one plain line per event elsewhere."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import assert_never
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
-from gdetkd_cli.cli.render import duration, headline, number
+from gdetkd_cli.cli.render import format_duration, format_metrics, format_number
 from gdetkd_cli.cli.terminal import console, is_first_process
 from gdetkd_cli.engine.events import (
     Evaluated,
@@ -26,10 +26,10 @@ from gdetkd_cli.engine.events import (
 
 @contextmanager
 def narration(terminal: Console | None = None) -> Iterator[Observer]:
-    """The observer of this process, for as long as the command works.
+    """Yields this process's observer while a command runs.
 
     Args:
-        terminal: where to speak; stderr by default.
+        terminal: where to print; stderr by default.
     """
     terminal = terminal or console(stderr=True)
     if not is_first_process():
@@ -45,11 +45,11 @@ def narration(terminal: Console | None = None) -> Iterator[Observer]:
         ) as progress:
             yield _Bar(progress)
     else:
-        yield lambda event: terminal.print(_line(event), soft_wrap=True)
+        yield lambda event: terminal.print(_format_event(event), soft_wrap=True)
 
 
 class _Bar:
-    """Draws the steps of the current phase as a bar; everything else is printed above it."""
+    """Draws the steps of the current phase as a bar and prints other events above it."""
 
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
@@ -60,41 +60,40 @@ class _Bar:
         if isinstance(event, StepDone):
             self._draw(event)
             return
-        self._progress.console.print(_line(event), soft_wrap=True)
+        self._progress.console.print(_format_event(event), soft_wrap=True)
         if isinstance(event, Phase):
             self._title, self._task = event.title, None
 
     def _draw(self, event: StepDone) -> None:
-        numbers = _numbers(event)
+        numbers = _format_step(event)
         if self._task is None:
             self._task = self._progress.add_task(self._title, total=event.steps, completed=event.step, numbers=numbers)
         else:
             self._progress.update(self._task, completed=event.step, numbers=numbers)
 
 
-def _line(event: Event) -> str:
-    """One event as one line."""
+def _format_event(event: Event) -> str:
     match event:
         case Note():
             return event.text
         case Phase():
             return f"== {event.title}"
         case StepDone():
-            return f"step {event.step}/{event.steps}  {_numbers(event)}  lr {event.lr:.2g}"
+            return f"step {event.step}/{event.steps}  {_format_step(event)}  lr {event.lr:.2g}"
         case ImagesDone():
             return f"{event.what} {event.done:,} of {event.total:,} images"
         case Evaluated():
-            return f"step {event.step}: {headline(event.metrics)}"
+            return f"step {event.step}: {format_metrics(event.metrics)}"
         case TrialDone():
             left = f"; {event.left} to go" if event.left else ""
             if left and event.eta_seconds is not None:
-                left += f", about {duration(event.eta_seconds)}"
-            return f"{event.title}: AP {number(event.ap)}{left}"
+                left += f", about {format_duration(event.eta_seconds)}"
+            return f"{event.title}: AP {format_number(event.ap)}{left}"
         case _:
             assert_never(event)
 
 
-def _numbers(event: StepDone) -> str:
-    """Speed, time left, and the losses; the last are cut off first in a narrow terminal."""
+def _format_step(event: StepDone) -> str:
+    """Speed, time left and losses; a narrow terminal cuts off the losses."""
     losses = "  ".join(f"{name} {value:.3g}" for name, value in {"loss": event.loss, **event.parts}.items())
-    return f"{event.images_per_second:.1f} images/s  {duration(event.eta_seconds)} left  {losses}"
+    return f"{event.images_per_second:.1f} images/s  {format_duration(event.eta_seconds)} left  {losses}"

@@ -1,7 +1,8 @@
-"""The options that several commands share, each defined once."""
+"""Options and checks that several commands share."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,15 +16,14 @@ if TYPE_CHECKING:
 
 
 def _trust(given: bool) -> bool:
-    """Consent holds for the process."""
+    """Applies to the whole process."""
     trust_code(given)
     return given
 
 
-RecipeOption = Annotated[
-    str | None,
-    typer.Option("--recipe", metavar="RECIPE", help="Recipe file (YAML), or a name from: gdetkd recipe list."),
-]
+_RECIPE_HELP = "Recipe file (YAML), or a name from: gdetkd recipe list."
+RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help=_RECIPE_HELP)]
+RecipeOption = Annotated[str | None, typer.Option("--recipe", metavar="RECIPE", help=_RECIPE_HELP)]
 SetOption = Annotated[
     list[str] | None,
     typer.Option(
@@ -32,11 +32,11 @@ SetOption = Annotated[
 ]
 OutputOption = Annotated[
     Path | None,
-    typer.Option("--output", metavar="DIR", help="Run folder to write. Default: a new one named after the recipe."),
+    typer.Option("--output", metavar="DIR", help="New run folder. Default: runs/NAME, after the recipe."),
 ]
 ResumeOption = Annotated[
     Path | None,
-    typer.Option("--resume", metavar="RUN", help="Continue this run folder; its own recipe is used."),
+    typer.Option("--resume", metavar="RUN", help="Run folder to continue, with its own recipe."),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as one JSON document.")]
 TrustOption = Annotated[
@@ -44,39 +44,39 @@ TrustOption = Annotated[
     typer.Option(
         "--trust-code",
         callback=_trust,
-        help="Run the Python function that a factory names; without it no code of yours is run.",
+        help="Allow gdetkd to run your own code: the Python functions that `factory` fields name.",
     ),
 ]
-TargetArgument = Annotated[str, typer.Argument(metavar="RUN|FILE", help="A run folder, or a detector file.")]
+TargetArgument = Annotated[str, typer.Argument(metavar="RUN|FILE", help="Run folder or detector file.")]
 
 
 class UsageError(GDetKDError):
-    """The options given do not make a command: one is missing, or two exclude each other."""
+    """An option is missing, invalid, or excluded by another one."""
 
     exit_code = 2
 
 
-def recipe_to_start(recipe: str | None, overrides: list[str] | None) -> Recipe:
-    """The recipe of a command that was not given ``--resume``.
+def load_required_recipe(recipe: str | None, overrides: list[str] | None) -> Recipe:
+    """Loads the recipe of a command without ``--resume``.
 
-    Call it before ``gdetkd_cli.commands`` is imported: torch takes seconds to load, a mistake in a recipe none to show.
+    Call it before you import ``gdetkd_cli.commands``: torch takes seconds to load, and recipe errors should not wait.
 
     Raises:
-        UsageError: there is no ``--recipe``.
+        UsageError: ``--recipe`` is missing.
         RecipeError: the recipe is not usable.
     """
     if recipe is None:
-        raise UsageError("give --recipe RECIPE to start a run, or --resume RUN to continue one")
+        raise UsageError("no recipe given; add --recipe RECIPE to start a run, or --resume RUN to continue one")
     from gdetkd_cli.recipe.load import load_recipe
 
     return load_recipe(recipe, overrides or ())
 
 
-def alone(option: str, others: dict[str, object]) -> None:
-    """Refuses options beside one that excludes them.
+def check_alone(option: str, others: Mapping[str, object]) -> None:
+    """Checks that no option excluded by ``option`` was given.
 
     Args:
-        option: the one that was given.
+        option: the option that was given.
         others: values of the excluded options by name; None, False and an empty list count as not given.
 
     Raises:
@@ -84,4 +84,4 @@ def alone(option: str, others: dict[str, object]) -> None:
     """
     given = [name for name, value in others.items() if value]
     if given:
-        raise UsageError(f"{option} excludes {', '.join(given)}; leave out one side")
+        raise UsageError(f"{option} cannot be combined with {', '.join(given)}; remove one or the other")

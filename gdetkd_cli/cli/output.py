@@ -1,4 +1,4 @@
-"""A command's course: the work under narration on stderr, then the result on stdout."""
+"""Runs a command: progress on stderr, then the result on stdout."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ Done_co = TypeVar("Done_co", covariant=True)
 
 
 class Work(Protocol[Done_co]):
-    """A ``run_*`` function with everything but its observer."""
+    """A ``run_*`` function that lacks only its observer."""
 
     def __call__(self, *, observer: Observer) -> Done_co: ...
 
 
 def perform(work: Work[Result], render: Callable[[Result], RenderableType], *, as_json: bool) -> Result | None:
-    """Does the work of a command and prints its result; of several processes only the first one speaks.
+    """Runs a command and prints its result, in the first of several processes only.
 
     Args:
-        work: returns a command's result, a dataclass.
-        render: makes the tables for people.
-        as_json: one JSON document in their place.
+        work: returns the command's result, a dataclass.
+        render: formats the result as tables.
+        as_json: print one JSON document instead of tables.
 
     Returns:
-        The result; None in a process that does not speak.
+        The result in the first process, None in the others.
     """
     with narration() as observer:
         result = work(observer=observer)
@@ -49,7 +49,7 @@ def perform(work: Work[Result], render: Callable[[Result], RenderableType], *, a
 
 
 def to_json(value: object) -> Any:
-    """A result as plain data: metrics spread into what they belong to, paths as text, NaN and infinity as null."""
+    """A result as plain data: ``metrics`` merged into their parent, paths as text, NaN and infinity as null."""
     if is_dataclass(value):
         plain: dict[str, Any] = {}
         for field in fields(value):

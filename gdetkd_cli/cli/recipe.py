@@ -10,11 +10,7 @@ import typer
 
 from gdetkd_cli.cli import options
 
-app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="List, show, start and check recipes.")
-
-RecipeArgument = Annotated[
-    str, typer.Argument(metavar="RECIPE", help="Recipe file (YAML), or a name from: gdetkd recipe list.")
-]
+app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="List, show, create and check recipes.")
 
 
 @app.command("list")
@@ -29,8 +25,8 @@ def list_recipes() -> None:
 
 
 @app.command("show")
-def show_recipe(recipe: RecipeArgument) -> None:
-    """Print a recipe as it stands in its file."""
+def show_recipe(recipe: options.RecipeArgument) -> None:
+    """Print a recipe's file unchanged."""
     from gdetkd_cli.recipe.load import find_recipe
 
     typer.echo(find_recipe(recipe).read_bytes(), nl=False)
@@ -38,32 +34,32 @@ def show_recipe(recipe: RecipeArgument) -> None:
 
 @app.command("init")
 def init_recipe(
-    path: Annotated[Path, typer.Argument(metavar="PATH", help="The file to write.")] = Path("recipe.yaml"),
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="Recipe to write.")] = Path("recipe.yaml"),
 ) -> None:
-    """Write a commented recipe to start from."""
-    from gdetkd_cli.recipe.starter import starter_recipe
+    """Write a commented recipe for you to edit."""
+    from gdetkd_cli.recipe.starter import format_starter
 
     if path.exists():
-        raise options.UsageError(f"{path} exists already; name another file: gdetkd recipe init PATH")
+        raise options.UsageError(f"{path} already exists; choose another file: gdetkd recipe init PATH")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(starter_recipe(str(path)), encoding="utf-8")
+        path.write_text(format_starter(str(path)), encoding="utf-8")
     except OSError as error:
         raise options.UsageError(f"cannot write {path}: {error.strerror}") from error
     typer.echo(path)
-    typer.echo(f"edit it, then check it: gdetkd recipe validate {path}", err=True)
+    typer.echo(f"Edit this file, then check it with: gdetkd recipe validate {path}", err=True)
 
 
 @app.command("validate")
 def validate_recipe(
-    recipe: RecipeArgument,
+    recipe: options.RecipeArgument,
     overrides: options.SetOption = None,
     deep: Annotated[
-        bool, typer.Option("--deep", help="Build the data, both detectors and the pair as well, and show them.")
+        bool, typer.Option("--deep", help="Also build the data and both detectors, and show how they fit together.")
     ] = False,
     trust_code: options.TrustOption = False,
 ) -> None:
-    """Check a recipe; print it with its defaults."""
+    """Check a recipe and print it with all defaults."""
     from gdetkd_cli.recipe.load import dump_recipe, load_recipe
 
     loaded = load_recipe(recipe, overrides or ())
@@ -72,7 +68,7 @@ def validate_recipe(
         from gdetkd_cli.cli.output import perform
         from gdetkd_cli.commands import check_recipe
 
-        perform(partial(check_recipe, loaded, recipe, changes=overrides or ()), render.begun, as_json=False)
+        perform(partial(check_recipe, loaded, recipe, changes=overrides or ()), render.format_check, as_json=False)
         return
     typer.echo(dump_recipe(loaded), nl=False)
     typer.echo(f"{recipe} is valid", err=True)
@@ -80,7 +76,7 @@ def validate_recipe(
 
 @app.command("schema")
 def print_schema() -> None:
-    """Print the JSON schema of recipes, for editors."""
+    """Print the JSON Schema of recipes, for use in editors."""
     import json
 
     from gdetkd_cli.recipe.load import json_schema

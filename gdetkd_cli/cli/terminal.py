@@ -1,4 +1,4 @@
-"""Which process speaks, and how text is printed."""
+"""Which process prints, and its console."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from rich.console import Console
 
 
 def is_first_process() -> bool:
-    """Whether this is the only process or rank 0, by what torchrun and accelerate set."""
+    """Whether this is the only process or rank 0, by the variables that torchrun and accelerate set."""
     return int(os.environ.get("RANK") or os.environ.get("LOCAL_RANK") or 0) == 0
 
 
 def console(*, stderr: bool = False) -> Console:
-    """A console that prints text as it is: no markup and no colouring of numbers."""
+    """A console that prints text unchanged, without markup or coloured numbers."""
     return Console(stderr=stderr, markup=False, emoji=False, highlight=False)

@@ -14,7 +14,7 @@ def train(
     recipe: options.RecipeOption = None,
     detector: Annotated[
         Literal["student", "teacher"] | None,
-        typer.Option("--detector", help="Which detector of the recipe to train. Default: student."),
+        typer.Option("--detector", help="Detector of the recipe to train. Default: student."),
     ] = None,
     overrides: options.SetOption = None,
     output: options.OutputOption = None,
@@ -22,18 +22,19 @@ def train(
     trust_code: options.TrustOption = False,
     as_json: options.JsonOption = False,
 ) -> None:
-    """Train a recipe's student or teacher on its own."""
+    """Train a recipe's student or teacher without distillation."""
     from gdetkd_cli.cli import render
     from gdetkd_cli.cli.output import perform
 
     if resume is not None:
-        options.alone("--resume", {"--recipe": recipe, "--detector": detector, "--set": overrides, "--output": output})
+        others = {"--recipe": recipe, "--detector": detector, "--set": overrides, "--output": output}
+        options.check_alone("--resume", others)
         from gdetkd_cli.commands import resume_run
 
-        perform(partial(resume_run, resume), render.trained, as_json=as_json)
+        perform(partial(resume_run, resume), render.format_run, as_json=as_json)
         return
-    loaded = options.recipe_to_start(recipe, overrides)
+    loaded = options.load_required_recipe(recipe, overrides)
     from gdetkd_cli.commands import run_train
 
     work = partial(run_train, loaded, detector=detector or "student", output=output, resume=None)
-    perform(work, render.trained, as_json=as_json)
+    perform(work, render.format_run, as_json=as_json)

@@ -1,4 +1,4 @@
-"""What each command does: one file per command, with its result type. Nothing here prints."""
+"""The commands, one file each, with their result types. Nothing here prints."""
 
 from gdetkd_cli.commands.bench import profile_distill
 from gdetkd_cli.commands.compare import run_compare

@@ -1,4 +1,4 @@
-"""Where the time of a distillation step goes, and its cost beside plain training."""
+"""Measures the time of a distillation step, by phase and against plain training."""
 
 from __future__ import annotations
 
@@ -19,21 +19,20 @@ _WARMUP = 2
 
 
 def profile_distill(recipe: Recipe, *, steps: int, observer: Observer = silent) -> Profile:
-    """Times ``steps`` distillation steps by phase, and the floor they are compared with.
+    """Times ``steps`` distillation steps by phase, and the floor that they are compared with.
 
-    The floor is the teacher's features and a plain student step on the same batch, timed in turn with the
-    distillation steps, so that a machine whose speed drifts is the same for both. The loader is timed on its own first:
-    beside the steps, its processes work ahead.
+    The floor is the teacher's features and a plain student step on the same batch. Both alternate, so that changes in
+    the machine's speed affect both. The loader is timed alone first, since its processes work ahead during steps.
 
     Raises:
-        GDetKDError: anything that a real run would refuse too.
+        GDetKDError: a real run of the recipe would fail too.
     """
     setup, stepper = prepare_steps(require_distillation(recipe), observer)
     train, settings = setup.recipe.train, setup.compute.settings
     phases: list[dict[str, float]] = []
     whole: list[float] = []
     floors: list[float] = []
-    loader = _loader_rate(setup, steps)
+    loader = _measure_loader(setup, steps)
     batches = endless_batches(setup)
     for number in range(_WARMUP + steps):
         start = perf_counter()
@@ -41,7 +40,7 @@ def profile_distill(recipe: Recipe, *, steps: int, observer: Observer = silent) 
         synchronize(stepper.device)
         seconds = {"data": perf_counter() - start}
         detailed: dict[str, float] = {}
-        # Phases are timed in a step of their own: waiting for the device between them would slow the whole one.
+        # A separate step times the phases, because synchronizing between them slows a step down.
         stepper.distil(batch, detailed)
         distilled = measure_seconds(lambda: stepper.distil(batch), stepper.device)  # noqa: B023  # called at once
         floor = measure_seconds(lambda: stepper.floor(batch), stepper.device)  # noqa: B023
@@ -51,7 +50,7 @@ def profile_distill(recipe: Recipe, *, steps: int, observer: Observer = silent) 
             floors.append(floor)
     names = list(phases[0])
     step = median(whole) + median(phase["data"] for phase in phases)
-    if settings.workers:  # they worked ahead beside three steps for each batch; a run has one for each
+    if settings.workers:  # loaders had three steps per batch to work ahead; in a run they have one
         step = max(step, train.batch_size / loader)
     return Profile(
         steps=steps,
@@ -70,8 +69,8 @@ def profile_distill(recipe: Recipe, *, steps: int, observer: Observer = silent) 
     )
 
 
-def _loader_rate(setup: assembly.TrainingSetup, steps: int) -> float:
-    """Images per second of the loader alone, its start not counted."""
+def _measure_loader(setup: assembly.TrainingSetup, steps: int) -> float:
+    """Measures the images per second of the loader alone, after its start."""
     source = endless_batches(setup)
     next(source)
     start = perf_counter()
@@ -82,18 +81,17 @@ def _loader_rate(setup: assembly.TrainingSetup, steps: int) -> float:
 
 @dataclass(frozen=True)
 class Profile:
-    """Where the time of a distillation step goes.
+    """The time of a distillation step.
 
     Attributes:
         steps: steps measured, after a warm-up.
         seconds: median seconds per step and phase: data, teacher, student forward, each term, backward, optimizer.
-        step: median seconds of the whole distillation step, data included.
-        images_per_second: of distillation.
-        loader_images_per_second: of the loader alone, with its ``workers`` processes (0: in this one).
-        peak_memory_mb: of the process (CPU) or the device (CUDA).
-        recipe_steps, recipe_hours: of the whole recipe at this speed, evaluations not counted.
-        floor: median seconds of teacher features plus a plain supervised student step, measured in the same run,
-            alternating with the distillation steps.
+        step: median seconds of a whole distillation step with data.
+        images_per_second: speed of distillation.
+        loader_images_per_second: speed of the loader alone, with its ``workers`` processes (0: in this process).
+        peak_memory_mb: peak memory of the process (CPU) or the device (CUDA).
+        recipe_steps, recipe_hours: length of the whole recipe at this speed, without evaluations.
+        floor: median seconds of the teacher's features and a plain student step, without data.
         ratio: step / floor, both without data.
     """
 

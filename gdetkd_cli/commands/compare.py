@@ -1,4 +1,4 @@
-"""``gdetkd compare``: one student, many methods, the same data, steps and seeds; the table that they make."""
+"""``gdetkd compare``: trains one student with many methods on the same data, steps and seeds; writes a table."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from typing import Any
 import torch
 
 from gdetkd_cli import assembly
-from gdetkd_cli.assembly.labels import with_labels
-from gdetkd_cli.commands.evaluate import run_eval, teacher_metrics
-from gdetkd_cli.compare.folds import fold_teachers, folds_of, pooled_teacher_ap, recipe_for, with_fold
+from gdetkd_cli.assembly.labels import label_data
+from gdetkd_cli.commands.evaluate import evaluate_teacher, run_eval
+from gdetkd_cli.compare.folds import build_fold_recipe, list_folds, plan_fold_teachers, pool_teacher_ap, select_fold
 from gdetkd_cli.compare.plot import draw_comparison
 from gdetkd_cli.compare.table import (
     Comparison,
-    interval_over,
+    describe_interval,
     make_rows,
-    notes_of,
     write_curves,
+    write_notes,
     write_pooled,
     write_table,
     write_trials,
 )
-from gdetkd_cli.compare.trials import Trial, finished_trials, folds_in, run_trials, trial_of
+from gdetkd_cli.compare.trials import Trial, build_trial, find_finished_trials, find_fold_counts, run_trials
 from gdetkd_cli.data.split import Split
 from gdetkd_cli.engine.device import ComputeSettings
 from gdetkd_cli.engine.events import Note, Observer, silent
@@ -34,12 +34,12 @@ from gdetkd_cli.engine.run_folder import write_text
 from gdetkd_cli.errors import GDetKDError, PairError, RecipeError, RunFolderError
 from gdetkd_cli.recipe.checks import require_distillation, require_trained_teacher
 from gdetkd_cli.recipe.load import dump_recipe, load_recipe
-from gdetkd_cli.recipe.methods import NONE, default_methods, recipe_of
-from gdetkd_cli.recipe.scaling import scaled_to_batch
+from gdetkd_cli.recipe.methods import NONE, list_default_methods, select_method
+from gdetkd_cli.recipe.scaling import scale_to_batch
 from gdetkd_cli.recipe.schema import DistillationRecipe, Fold, Recipe
 
-# What a budget or a seed replaces, and what changes no number.
-_OF_NO_MATTER = (
+# Fields that may differ between calls: each trial sets them, or they change no number.
+_MAY_DIFFER = (
     "seed",
     "train.steps",
     "train.evaluate_every",
@@ -61,39 +61,37 @@ def run_compare(
     output: Path | None = None,
     observer: Observer = silent,
 ) -> Comparison:
-    """Runs what is missing of a table, and writes the table: what was asked for, and all else that the folder has.
+    """Runs the missing trials of a table, and writes a table of all finished trials in the folder.
 
     Args:
         recipe: the pair, the data and the settings of the terms.
-        methods: see ``recipe_of``; none: ``default_methods``, which adds the teacher's head where ``gdetkd`` has it.
-        steps: budgets; default: the recipe's.
-        seeds: from the recipe's on.
-        folds: of a cross-validation over training and validation images together; None: the splits as they are.
-        jobs: trials run at the same time.
-        baseline: the method that the others' differences are to.
-        output: folder of the trials and the table; ``runs/compare-NAME`` by default. One that exists is continued.
-        observer: is told of progress.
+        methods: as in ``select_method``; empty: ``list_default_methods``.
+        steps: budgets in optimizer steps; default: the recipe's steps.
+        seeds: number of seeds, from the recipe's seed.
+        folds: number of folds of the training and validation images together; None: the recipe's splits.
+        jobs: number of trials that run at the same time.
+        baseline: the method to compare the others with.
+        output: folder of the trials and the table, new or existing; default: ``runs/compare-NAME``.
+        observer: receives progress.
 
     Raises:
-        RecipeError: a method that there is not, a baseline that is not in the table, a recipe without a teacher, a
-            student that detects nothing, or folds that cannot be.
+        RecipeError: a method is unknown, the baseline is not in the table, the recipe has no teacher, the student has
+            no detections, or the data cannot be divided into folds.
         RunFolderError: the folder belongs to another recipe, or has other folds.
         DataError: there are fewer images than folds.
     """
     recipe = require_distillation(recipe)
     require_trained_teacher(recipe)
-    # Trials are processes of their own: their recipes have the rule behind them, so that a budget is what is run.
-    recipe = scaled_to_batch(recipe, processes=1)
+    # Scale here, not in the trials' processes, so that trials run exactly the budget.
+    recipe = scale_to_batch(recipe, processes=1)
     head = transfers_head(recipe)
-    parts: list[Fold] = [] if folds is None else folds_of(recipe, folds)
-    budgets = tuple(dict.fromkeys(steps)) or (recipe.train.steps,)
-    names = tuple(dict.fromkeys(methods)) or default_methods(head=head)
-    numbers = range(recipe.seed, recipe.seed + seeds)
+    parts: list[Fold] = [] if folds is None else list_folds(recipe, folds)
+    names = tuple(dict.fromkeys(methods)) or list_default_methods(head=head)
     folder = output or Path("runs") / f"compare-{recipe.name}"
-    recipes = {  # all of them first: a mistake in the last is told before the first runs
-        trial_of(folder, method, budget, seed, fold): recipe_of(recipe, method, steps=budget, seed=seed)
-        for budget in budgets
-        for seed in numbers
+    recipes = {  # before the first trial runs, to find errors in any method early
+        build_trial(folder, method, budget, seed, fold): select_method(recipe, method, steps=budget, seed=seed)
+        for budget in tuple(dict.fromkeys(steps)) or (recipe.train.steps,)
+        for seed in range(recipe.seed, recipe.seed + seeds)
         for fold in parts or (None,)
         for method in names
     }
@@ -101,29 +99,31 @@ def run_compare(
     _check_folds(folder, folds)
     recipe, settings = _claim(folder, recipe, jobs)
     torch.set_num_threads(settings.threads)
-    data = with_labels(recipe, folder / "labels", settings.device, observer)
-    split = assembly.all_folds(with_fold(data, parts[0])) if parts else assembly.build_split(data, "val")
-    teachers = _teachers(recipe, folder, parts, observer)
-    failures = _run_teachers(teachers, settings, jobs, observer)
+    data = label_data(recipe, folder / "labels", settings.device, observer)
+    split = assembly.build_all_folds(select_fold(data, parts[0])) if parts else assembly.build_split(data, "val")
+    teachers = _plan_teachers(recipe, folder, parts, observer)
+    failures = run_trials(dict(teachers.values()), settings, jobs=jobs, observer=observer, what="teachers of folds")
     shared = {"runtime": recipe.runtime, "data": data}
-    recipes = {trial: recipe_for(own.model_copy(update=shared), trial.fold, teachers) for trial, own in recipes.items()}
+    recipes = {
+        trial: build_fold_recipe(own.model_copy(update=shared), trial.fold, teachers) for trial, own in recipes.items()
+    }
     failures += run_trials(recipes, settings, jobs=jobs, observer=observer)
-    teacher = _teacher_ap(folder, recipe, split if parts else None, teachers, observer)
-    asked = [(trial.steps, trial.method) for trial in recipes]
+    teacher = _measure_teacher(folder, recipe, split if parts else None, teachers, observer)
+    requested = [(trial.steps, trial.method) for trial in recipes]
     table = _Table(folder, recipe.name, split, baseline, folds)
-    return _write(table, asked, teacher, failures, observer)
+    return _write(table, requested, teacher, failures, observer)
 
 
 @dataclass(frozen=True)
 class _Table:
-    """What a table is of.
+    """The facts that all rows of a table share.
 
     Attributes:
-        folder: of its trials.
-        recipe: its name.
+        folder: folder of the trials.
+        recipe: name of the recipe.
         split: the validation images; with folds, all images.
-        baseline: the method that differences are to.
-        folds: of the cross-validation, or None.
+        baseline: the method to compare the others with.
+        folds: number of folds, or None.
     """
 
     folder: Path
@@ -135,107 +135,99 @@ class _Table:
 
 def _write(
     table: _Table,
-    asked: Sequence[tuple[int, str]],
+    requested: Sequence[tuple[int, str]],
     teacher: float | None,
     failures: Sequence[str],
     observer: Observer,
 ) -> Comparison:
-    """Makes the table of all finished trials, and writes its files; ``asked`` are budgets and methods."""
+    """Builds the table of all finished trials and writes its files; ``requested`` holds budgets and methods."""
     folder, folds = table.folder, table.folds
     if folds is None:
-        observer(Note("differences over images drawn again"))
-    finished = finished_trials(folder, folds)
-    rows, runs = make_rows(asked, finished, table.split, table.baseline, folds)
-    found = Comparison(
+        observer(Note("resampling images to estimate intervals"))
+    finished = find_finished_trials(folder, folds)
+    rows, runs = make_rows(requested, finished, table.split, table.baseline, folds)
+    comparison = Comparison(
         recipe=table.recipe,
         baseline=table.baseline,
         teacher_ap=teacher,
         rows=tuple(rows),
-        notes=tuple(notes_of(rows, teacher, finished, folds)),
+        notes=tuple(write_notes(rows, teacher, finished, folds)),
         failures=tuple(failures),
         trials=folder / "trials.csv",
         table=folder / "table.csv",
         plot=folder / "comparison.png",
         folds=folds,
-        interval_over=interval_over(folds),
+        interval_over=describe_interval(folds),
     )
-    write_trials(found.trials, table.recipe, finished, folds)
+    write_trials(comparison.trials, table.recipe, finished, folds)
     write_curves(folder / "curves.csv", table.recipe, finished, folds)
     if folds:
         write_pooled(folder / "pooled.csv", table.recipe, runs)
-    write_table(found.table, rows, table.baseline, len(table.split), folds)
-    draw_comparison(found, found.plot)
-    return found
+    write_table(comparison.table, rows, table.baseline, len(table.split), folds)
+    draw_comparison(comparison, comparison.plot)
+    return comparison
 
 
 def transfers_head(recipe: DistillationRecipe) -> bool:
-    """Builds the recipe's pair; returns whether ``gdetkd`` starts from the teacher's head.
+    """Builds the recipe's pair; returns whether ``gdetkd`` copies the teacher's head.
 
     Raises:
         RecipeError: the student has no detections to compare.
-        GDetKDError: anything that the recipe names cannot be used.
+        GDetKDError: something that the recipe names cannot be used.
     """
-    data = recipe.data
-    train = assembly.read_split(data, "train")
+    train = assembly.read_split(recipe.data, "train")
     try:
         pair = assembly.build_recipe_pair(recipe, train.class_names)
-    except PairError:  # the method's own run reports it
+    except PairError:  # the method's own trial reports it
         return False
     if pair.student.detector.features_only:
         raise RecipeError(
-            f"{assembly.title_of(recipe.student)} takes images and no targets, so it has no detections to compare; use "
+            f"{assembly.format_title(recipe.student)} accepts no targets, so it has no detections to compare; use "
             "`gdetkd distill`"
         )
     return pair.built.transferred
 
 
 def _check_baseline(baseline: str, methods: Sequence[str], folder: Path, folds: int | None) -> None:
-    """Raises a RecipeError where the baseline is neither asked for nor in the folder's table."""
+    """Raises a RecipeError if the baseline is neither requested nor among the finished trials."""
     if baseline in (NONE, *methods):
         return
-    in_table = dict.fromkeys([*methods, *(trial.method for trial in finished_trials(folder, folds))])
+    in_table = dict.fromkeys([*methods, *(trial.method for trial in find_finished_trials(folder, folds))])
     if baseline not in in_table:
         raise RecipeError(f"the baseline {baseline!r} is not in the table; expected one of {', '.join(in_table)}")
 
 
 def _check_folds(folder: Path, folds: int | None) -> None:
-    """Raises a RunFolderError where the folder's trials are of other folds, which are no table with these."""
-    others = folds_in(folder) - {folds}
+    """Raises a RunFolderError if the folder's trials have another number of folds, since one table needs the same."""
+    others = find_fold_counts(folder) - {folds}
     if others:
         other = others.pop()
-        asked = "go on with the same, without --folds" if other is None else f"go on with --folds {other}"
-        kind = "trials without folds" if other is None else f"trials of {other} folds"
-        raise RunFolderError(f"{folder} has {kind}; {asked}, or choose another --output")
+        advice = "continue without --folds" if other is None else f"continue with --folds {other}"
+        kind = "trials without folds" if other is None else f"trials with {other} folds"
+        raise RunFolderError(f"{folder} has {kind}; {advice}, or choose another --output")
 
 
-def _teachers(recipe: Recipe, folder: Path, folds: list[Fold], observer: Observer) -> dict[Fold, tuple[Trial, Recipe]]:
-    """See ``fold_teachers``; says so where one teacher serves all folds."""
-    teachers = fold_teachers(recipe, folder, folds) if folds else {}
+def _plan_teachers(
+    recipe: Recipe, folder: Path, folds: list[Fold], observer: Observer
+) -> dict[Fold, tuple[Trial, Recipe]]:
+    """Returns ``plan_fold_teachers``; adds a note if one teacher serves all folds."""
+    teachers = plan_fold_teachers(recipe, folder, folds) if folds else {}
     if folds and not teachers and recipe.teacher is not None:
-        title = assembly.title_of(recipe.teacher)
+        title = assembly.format_title(recipe.teacher)
         observer(
             Note(
-                f"the teacher {title} serves every fold as it is: it is assumed not to have been trained on these "
-                "images; if it was, it has seen the held-out ones"
+                f"all folds use the teacher {title}; if it was trained on these images, it has seen the held-out ones "
+                "and the comparison is not valid"
             )
         )
     return teachers
 
 
-def _run_teachers(
-    teachers: Mapping[Fold, tuple[Trial, Recipe]], settings: ComputeSettings, jobs: int, observer: Observer
-) -> list[str]:
-    """Trains the folds' own teachers that are not trained yet; says which failed, and why."""
-    if not teachers:
-        return []
-    return run_trials(dict(teachers.values()), settings, jobs=jobs, observer=observer, what="teachers of folds")
-
-
 def _claim(folder: Path, recipe: DistillationRecipe, jobs: int) -> tuple[DistillationRecipe, ComputeSettings]:
-    """The recipe as the folder keeps it, every ``auto`` of how it is run decided once for all of its trials.
+    """Stores the recipe in the folder, with runtime settings that all trials share; returns both.
 
     Raises:
-        RunFolderError: the folder has trials of another recipe, which are no table with these.
+        RunFolderError: the folder has trials of another recipe.
     """
     kept = folder / "recipe.yaml"
     started = any(folder.glob("*/recipe.yaml"))
@@ -244,60 +236,60 @@ def _claim(folder: Path, recipe: DistillationRecipe, jobs: int) -> tuple[Distill
     if before is not None and runtime.threads == "auto":
         runtime = runtime.model_copy(update={"threads": before.runtime.threads})
     settings = assembly.resolve_runtime(runtime, local_processes=jobs)
-    decided = {name: getattr(settings, name) for name in ("device", "precision", "channels_last", "threads")}
-    recipe = recipe.model_copy(update={"runtime": runtime.model_copy(update=decided)})
+    resolved = {name: getattr(settings, name) for name in ("device", "precision", "channels_last", "threads")}
+    recipe = recipe.model_copy(update={"runtime": runtime.model_copy(update=resolved)})
     if before is not None:
-        then, now = (dict(_fields(r.model_dump())) for r in (before, recipe))
+        then, now = (dict(_flatten(r.model_dump())) for r in (before, recipe))
         changed = sorted(name for name in then.keys() | now.keys() if then.get(name) != now.get(name))
-        if told := [name for name in changed if name not in _OF_NO_MATTER]:
+        if conflicts := [name for name in changed if name not in _MAY_DIFFER]:
             raise RunFolderError(
-                f"{folder} has trials of a recipe that differs in {', '.join(told)}; choose another --output"
+                f"{folder} has trials of a recipe that differs in {', '.join(conflicts)}; choose another --output"
             )
         return recipe, settings
     folder.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(folder / "labels", ignore_errors=True)  # of a call that got no further, perhaps of another recipe
+    shutil.rmtree(folder / "labels", ignore_errors=True)  # labels without trials may belong to another recipe
     write_text(kept, dump_recipe(recipe))
     return recipe, settings
 
 
-def _fields(block: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """``train.optimizer.lr`` and its value, for every field."""
+def _flatten(block: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields each field's dotted name, such as ``train.optimizer.lr``, and its value."""
     for name, value in block.items():
         if isinstance(value, Mapping):
-            yield from _fields(value, f"{prefix}{name}.")
+            yield from _flatten(value, f"{prefix}{name}.")
         else:
             yield prefix + name, value
 
 
-def _teacher_ap(
+def _measure_teacher(
     folder: Path,
     recipe: Recipe,
     every_fold: Split | None,
     teachers: Mapping[Fold, tuple[Trial, Recipe]],
     observer: Observer,
 ) -> float | None:
-    """The teacher's AP on the same images, computed once; None where its detections cannot be read.
+    """Computes the teacher's AP on the same images, once; returns None if its detections cannot be read.
 
     Args:
-        folder: of the table.
-        recipe: the comparison's.
+        folder: folder of the table.
+        recipe: recipe of the comparison.
         every_fold: the images of all folds; None: the validation split.
-        teachers: the folds' own; their detections are pooled, so that no image counts as a teacher that saw it has it.
-        observer: hears why there is none.
+        teachers: the folds' own teachers; each is evaluated on its held-out images, and their detections are pooled.
+        observer: receives the reason if there is no AP.
     """
     kept = folder / "teacher.json"
     if kept.exists():
         return float(json.loads(kept.read_text())["AP"])
     try:
         if teachers:
-            found = pooled_teacher_ap(teachers)
+            ap = pool_teacher_ap(teachers)
         elif every_fold is not None:
-            found = teacher_metrics(recipe, every_fold, observer).ap
+            ap = evaluate_teacher(recipe, every_fold, observer).ap
         else:
-            found = run_eval(str(folder / "recipe.yaml"), data=None, observer=observer).metrics.ap
+            ap = run_eval(str(folder / "recipe.yaml"), data=None, observer=observer).metrics.ap
     except GDetKDError as error:
-        observer(Note(f"the teacher is not evaluated: {error}"))
+        observer(Note(f"the teacher cannot be evaluated: {error}"))
         return None
-    if found is not None:
-        write_text(kept, json.dumps({"AP": found}))
-    return found
+    if ap is not None:
+        write_text(kept, json.dumps({"AP": ap}))
+    return ap

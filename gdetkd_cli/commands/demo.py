@@ -1,4 +1,4 @@
-"""The whole job on the built-in scenes: a student alone, the same student distilled, the teacher, ONNX."""
+"""Trains a student alone and distilled on built-in scenes, compares both with the teacher, and exports to ONNX."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from gdetkd_cli.report.images import draw_grid
 
 RECIPE = "shapes/frcnn-frcnn"
 _IMAGES = 4
-_SCENES = 200  # that the demo evaluates on; tables have more
+_SCENES = 200  # validation images; the benchmarks use more
 
 
 @dataclass(frozen=True)
@@ -38,9 +38,12 @@ class DemoRow:
 
 @dataclass(frozen=True)
 class DemoResult:
-    """The demo's outcome. ``gain`` is distilled AP minus plain AP; ``steps`` of each student training.
+    """The demo's result.
 
-    ``verdict`` says in one or two sentences what the table shows: faster at a short budget, or better in the end.
+    Attributes:
+        gain: distilled AP minus plain AP.
+        steps: steps of each student's training.
+        verdict: one or two sentences that interpret the table.
     """
 
     teacher: DemoRow
@@ -60,16 +63,16 @@ class DemoResult:
 def run_demo(
     *, seed: int = 0, steps: int | None = None, output: Path | None = None, observer: Observer = silent
 ) -> DemoResult:
-    """Trains a student twice with the same seed and steps, without and with its teacher, and compares.
+    """Trains a student with and without its teacher, with the same seed and steps, and compares both.
 
     Args:
-        seed: of both students' weights and data order.
-        steps: optimizer steps of each; default: the recipe's.
-        output: a new folder; default ``runs/demo``.
-        observer: is told of progress.
+        seed: seed of both students' weights and data order.
+        steps: optimizer steps of each student; default: the recipe's.
+        output: a new folder; default: ``runs/demo``.
+        observer: receives progress.
 
     Raises:
-        GDetKDError: the folder exists, or the exported student disagrees with the trained one.
+        GDetKDError: the folder exists, or the exported student differs from the trained one.
     """
     started = perf_counter()
     overrides = [f"seed={seed}", f"data.val_images={_SCENES}"] + ([f"train.steps={steps}"] if steps is not None else [])
@@ -80,7 +83,7 @@ def run_demo(
     observer(Phase("evaluation"))
     assert isinstance(recipe.teacher, CheckpointDetector)
     rows = {
-        name: _row(target, recipe, observer)
+        name: _evaluate(target, recipe, observer)
         for name, target in (
             ("teacher", recipe.teacher.path),
             ("student", str(plain.run)),
@@ -103,14 +106,14 @@ def run_demo(
         seed=seed,
         output=folder,
         image=image,
-        verdict=_verdict(gain, recipe),
+        verdict=_write_verdict(gain, recipe),
     )
 
 
 def _train_both(recipe: Recipe, folder: Path, observer: Observer) -> tuple[TrainResult, TrainResult]:
-    """The student alone and distilled; side by side on a CPU, where small networks cannot use many cores at once."""
+    """Trains both students; at the same time on a CPU, because a small network cannot use all cores."""
     settings = assembly.resolve_runtime(recipe.runtime, local_processes=2)
-    # Decided once, so that both students are trained alike.
+    # Both students must compute with the same number of threads.
     runtime = recipe.runtime.model_copy(update={"threads": settings.threads})
     recipe = recipe.model_copy(update={"runtime": runtime})
     if settings.device != "cpu" or settings.threads == available_cores():
@@ -118,15 +121,15 @@ def _train_both(recipe: Recipe, folder: Path, observer: Observer) -> tuple[Train
         plain = run_train(recipe, output=folder / "alone", observer=observer)
         observer(Phase("student distilled"))
         return plain, run_distill(recipe, output=folder / "distilled", observer=observer)
-    # Not forked: torch's threads do not survive that.
+    # Not fork: torch's threads do not survive it.
     with ProcessPoolExecutor(max_workers=1, mp_context=multiprocessing.get_context("spawn")) as beside:
         alone = beside.submit(run_train, recipe, output=folder / "alone")
         observer(Phase("student distilled"))
-        observer(Note("the student alone is trained at the same time, in a process of its own"))
+        observer(Note("the student alone trains at the same time, in a separate process"))
         try:
             distilled = run_distill(recipe, output=folder / "distilled", observer=observer)
         except BaseException:
-            for process in multiprocessing.active_children():  # else leaving would wait for its last step
+            for process in multiprocessing.active_children():  # else the executor waits for the whole training
                 process.terminate()
             raise
         observer(Phase("student alone"))
@@ -135,11 +138,11 @@ def _train_both(recipe: Recipe, folder: Path, observer: Observer) -> tuple[Train
     return plain, distilled
 
 
-def _row(target: str, recipe: Recipe, observer: Observer) -> DemoRow:
-    found = run_eval(target, data=recipe.data, observer=observer)
-    assert found.parameters is not None
+def _evaluate(target: str, recipe: Recipe, observer: Observer) -> DemoRow:
+    result = run_eval(target, data=recipe.data, observer=observer)
+    assert result.parameters is not None
     return DemoRow(
-        metrics=found.metrics, parameters=found.parameters, size_mb=found.size_mb, ms_per_image=found.ms_per_image
+        metrics=result.metrics, parameters=result.parameters, size_mb=result.size_mb, ms_per_image=result.ms_per_image
     )
 
 
@@ -152,14 +155,13 @@ def _draw(recipe: Recipe, plain: Path, distilled: Path, path: Path) -> Path:
     return path
 
 
-def _verdict(gain: float, recipe: Recipe) -> str:
-    """What the table shows: speed at a short budget. The end of training is a benchmark's matter, not a demo's."""
+def _write_verdict(gain: float, recipe: Recipe) -> str:
     steps, images = recipe.train.steps, recipe.train.steps * recipe.train.batch_size
     budget = f"{steps} steps, {images} images"
     if gain <= 0:
-        return f"At this budget ({budget}) the distilled student is not ahead on this seed: {gain:+.1f} AP."
+        return f"With this budget ({budget}) and seed, the distilled student is not ahead: {gain:+.1f} AP."
     return (
-        f"This table shows speed: at a short budget ({budget}) the distilled student is ahead by {gain:.1f} AP, while "
-        "the student alone is still far from its own limit. What remains of the gain when both train to their end is "
-        "in docs/benchmarks.md, as far as it was measured."
+        f"With a short budget ({budget}) the distilled student is ahead by {gain:.1f} AP. The student alone is still "
+        "far from its limit, so the table shows faster training. For the gain after longer training, see "
+        "docs/benchmarks.md."
     )

@@ -1,4 +1,4 @@
-"""Evaluation: COCO metrics, size and speed of a detector file."""
+"""Evaluates a detector: COCO metrics, size and speed."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class EvalResult:
 
 @dataclass(frozen=True)
 class _Subject:
-    """What is evaluated. ``parameters`` is None where the file does not tell; ``size_mb`` is the file's."""
+    """The detector to evaluate. ``parameters`` is None if unknown; ``size_mb`` is the file's size."""
 
     predictor: Predictor
     class_names: tuple[str, ...]
@@ -58,18 +58,17 @@ class _Subject:
 
 
 def run_eval(target: str, *, data: Data | Path | None, observer: Observer = silent) -> EvalResult:
-    """Evaluates a detector on the validation split, one image at a time, on the GPU where there is one.
+    """Evaluates a detector on the validation split, one image at a time, on the GPU if there is one.
 
     Args:
-        target: a run folder, a model file of any kind whose detections can be read, builtin:NAME, or a recipe, whose
-            teacher is evaluated as the recipe describes it.
-        data: the data, or a folder of them; None: that of the recipe.yaml beside the detector.
-        observer: hears what was found on reading the data.
+        target: a run folder, a model file with readable detections, builtin:NAME, or a recipe (evaluates its teacher).
+        data: the data or their folder; None: the data of the recipe.yaml beside the detector.
+        observer: receives notes and progress.
 
     Raises:
         ModelError, PairError: the target is no detector, or its detections cannot be read.
-        DataError: there are no data, or they do not have the detector's classes.
-        RecipeError: the recipe beside the detector is not usable.
+        DataError: the data are missing or lack the detector's classes.
+        RecipeError: the recipe is not usable.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if isinstance(data, Path):
@@ -77,52 +76,52 @@ def run_eval(target: str, *, data: Data | Path | None, observer: Observer = sile
     if Path(target).suffix in (".yaml", ".yml") or target in {recipe.name for recipe in list_builtin()}:
         recipe = load_recipe(target)
         if recipe.teacher is None:
-            raise RecipeError(f"the recipe {target} has no teacher to evaluate; name a run or a model file instead")
+            raise RecipeError(f"the recipe {target} has no teacher to evaluate; evaluate a run or a model file instead")
         require_trained_teacher(recipe)
         split = assembly.build_split(data or recipe.data, "val")
-        subject = _built(recipe.teacher, device, split.class_names, observer)
+        subject = _build(recipe.teacher, device, split.class_names, observer)
     else:
         path = catalog.locate(target)
-        beside = (data, None) if data else (_data_beside(path), _labels(path))
-        split = assembly.build_split(beside[0], "val", beside[1])
+        block, labels = (data, None) if data else (_read_data_beside(path), _find_labels(path))
+        split = assembly.build_split(block, "val", labels)
         subject = _open(path, device, split.class_names, run=Path(target).is_dir(), observer=observer)
     for note in split.notes:
         observer(Note(f"{split.name}: {note}"))
     if len(split) == 0:
-        raise DataError(f"{split.name} has no images to evaluate on; name other data with --data")
+        raise DataError(f"{split.name} has no images to evaluate on; choose other data with --data")
     split = align_classes(split, subject.class_names)
     stopwatch = _Stopwatch(subject.predictor, device)
     progress = report_every(observer, "evaluated", len(split))
-    found = predict_split(stopwatch, validation_batches(split=split, batch_size=1), device, progress)
+    detections = predict_split(stopwatch, validation_batches(split=split, batch_size=1), device, progress)
     return EvalResult(
         source=target,
         format=subject.format,
         data=split.name,
-        metrics=evaluate_coco(split.records, split.class_names, found),
+        metrics=evaluate_coco(split.records, split.class_names, detections),
         parameters=subject.parameters,
         size_mb=subject.size_mb,
         ms_per_image=stopwatch.ms_per_call,
     )
 
 
-def teacher_metrics(recipe: Recipe, split: Split, observer: Observer = silent) -> CocoMetrics:
-    """COCO metrics of a recipe's teacher on any split, on the GPU where there is one.
+def evaluate_teacher(recipe: Recipe, split: Split, observer: Observer) -> CocoMetrics:
+    """Computes COCO metrics of a recipe's teacher on a split, on the GPU if there is one.
 
     Raises:
-        ModelError, PairError: its detections cannot be read.
-        DataError: the split has classes that the teacher does not have.
+        ModelError, PairError: the teacher's detections cannot be read.
+        DataError: the teacher lacks classes of the split.
     """
     assert recipe.teacher is not None
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    subject = _built(recipe.teacher, device, split.class_names, observer)
+    subject = _build(recipe.teacher, device, split.class_names, observer)
     split = align_classes(split, subject.class_names)
     progress = report_every(observer, "evaluated", len(split))
-    found = predict_split(subject.predictor, validation_batches(split=split, batch_size=1), device, progress)
-    return evaluate_coco(split.records, split.class_names, found)
+    detections = predict_split(subject.predictor, validation_batches(split=split, batch_size=1), device, progress)
+    return evaluate_coco(split.records, split.class_names, detections)
 
 
 class _Stopwatch:
-    """A predictor that times each call of another one."""
+    """A predictor that times each call of another predictor."""
 
     def __init__(self, predictor: Predictor, device: torch.device) -> None:
         self._predictor = predictor
@@ -132,29 +131,29 @@ class _Stopwatch:
     def predict(self, images: list[Tensor]) -> list[Detections]:
         synchronize(self._device)
         start = perf_counter()
-        found = self._predictor.predict(images)
+        detections = self._predictor.predict(images)
         synchronize(self._device)
         self._seconds.append(perf_counter() - start)
-        return found
+        return detections
 
     @property
     def ms_per_call(self) -> float:
-        """The median in milliseconds; the first call warms up."""
+        """Median milliseconds per call without the first one, which warms up."""
         return 1e3 * median(self._seconds[1:] or self._seconds)
 
 
 def _open(path: Path, device: torch.device, class_names: tuple[str, ...], *, run: bool, observer: Observer) -> _Subject:
-    """The detector in a file, whatever its name ends in; ``class_names`` are the data's, for a file without any."""
+    """Opens a detector file by its content; ``class_names`` are the data's, for a file without class names."""
     kind = kind_of(path)
-    own = _exported(path, kind, device)
-    if own is not None:
-        return _Subject(own, own.class_names, kind, None, path.stat().st_size / 1e6)
-    subject = _built(CheckpointDetector(arch="checkpoint", path=str(path)), device, class_names, observer)
+    exported = _open_exported(path, kind, device)
+    if exported is not None:
+        return _Subject(exported, exported.class_names, kind, None, path.stat().st_size / 1e6)
+    subject = _build(CheckpointDetector(arch="checkpoint", path=str(path)), device, class_names, observer)
     return replace(subject, format="run" if run else kind) if kind == "checkpoint" else subject
 
 
-def _exported(path: Path, kind: Kind, device: torch.device) -> OnnxDetector | ScriptedDetector | None:
-    """A file that gdetkd exported; None for a checkpoint, and for another tool's."""
+def _open_exported(path: Path, kind: Kind, device: torch.device) -> OnnxDetector | ScriptedDetector | None:
+    """Opens a file that gdetkd exported; returns None for checkpoints and other tools' files."""
     try:
         if kind == "onnx":
             return OnnxDetector(path, device=device.type)
@@ -163,8 +162,8 @@ def _exported(path: Path, kind: Kind, device: torch.device) -> OnnxDetector | Sc
         return None
 
 
-def _built(spec: DetectorSpec, device: torch.device, class_names: tuple[str, ...], observer: Observer) -> _Subject:
-    """A detector as a recipe describes it, or a file of another tool; ``class_names`` are the data's."""
+def _build(spec: DetectorSpec, device: torch.device, class_names: tuple[str, ...], observer: Observer) -> _Subject:
+    """Builds a detector from a recipe's block; ``class_names`` are the data's."""
     built = assembly.build_detector(spec, class_names, seed=0, keep_classes=True)
     for note in built.notes:
         observer(Note(note))
@@ -183,14 +182,14 @@ def _built(spec: DetectorSpec, device: torch.device, class_names: tuple[str, ...
     )
 
 
-def _labels(path: Path) -> Path | None:
-    """The labels that a teacher gave in the detector's run, if it did."""
+def _find_labels(path: Path) -> Path | None:
+    """Returns the folder of teacher labels in the detector's run, if it exists."""
     labels = RunFolder(path.parent).labels
     return labels if labels.is_dir() else None
 
 
-def _data_beside(path: Path) -> Data:
+def _read_data_beside(path: Path) -> Data:
     recipe = path.parent / "recipe.yaml"
     if not recipe.exists():
-        raise DataError(f"there is no recipe.yaml beside {path} that would name the data; name them with --data")
+        raise DataError(f"{path} has no recipe.yaml beside it that describes the data; choose data with --data")
     return load_recipe(recipe).data

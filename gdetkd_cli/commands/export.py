@@ -1,4 +1,4 @@
-"""Export: a trained student as a file that runs without this package."""
+"""Exports a trained student to a file that runs without this package."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from gdetkd_cli.export.torchscript import export_torchscript
 from gdetkd_cli.recipe.load import load_recipe
 from gdetkd_cli.recipe.schema import Data, SyntheticData
 
-# What parity images are stretched by, (height, width): exports that hold for one size only fail on the others.
+# Factors (height, width) by which parity images are stretched, to find exports that work for one size only.
 _STRETCHES = ((1.0, 1.0), (0.8, 1.25), (1.3, 0.7), (0.53, 0.53), (1.7, 1.1), (0.67, 1.9))
 _LONGEST, _SHORTEST = 640, 32  # pixels of a parity image's sides
 _EMPTY_SIZE = (96, 128)
@@ -39,7 +39,7 @@ _EMPTY_SIZE = (96, 128)
 
 @dataclass(frozen=True)
 class ExportedFile:
-    """One written file. ``exporter`` names the path used, for example ``torch.onnx TorchScript, opset 17``."""
+    """One written file. ``exporter`` names the exporter, for example ``torch.onnx TorchScript, opset 17``."""
 
     path: Path
     format: str
@@ -50,7 +50,7 @@ class ExportedFile:
 
 @dataclass(frozen=True)
 class ExportResult:
-    """What ``gdetkd export`` wrote."""
+    """The files that an export wrote."""
 
     source: str
     files: tuple[ExportedFile, ...]
@@ -62,7 +62,7 @@ class _Export(Protocol):
 
 @dataclass(frozen=True)
 class _Format:
-    """One kind of file: its name, which is its suffix too, how it is written, and how it is read back."""
+    """A file format: its name and suffix, its writer and its reader."""
 
     name: str
     write: _Export
@@ -76,32 +76,32 @@ _TORCHSCRIPT = _Format("torchscript", export_torchscript, ScriptedDetector)
 def run_export(
     target: str, *, onnx: bool, torchscript: bool, output: Path | None, observer: Observer = silent
 ) -> ExportResult:
-    """Writes a detector in the formats asked for; a file gets its name only after it has proved right.
+    """Writes a detector in one or two formats. A file gets its final name only after the parity check.
 
     Args:
         target: a run folder, a student.pt, or builtin:NAME.
         onnx: write an ONNX file.
         torchscript: write a TorchScript file.
-        output: the file, or an existing folder. Of two formats each gets its own suffix. None: beside the detector;
-            for builtin:NAME in the working directory.
-        observer: hears what is done.
+        output: the file, or an existing folder; with two formats, each gets its own suffix. None: beside the
+            detector, or in the working directory for builtin:NAME.
+        observer: receives progress.
 
     Raises:
-        ModelError: the target is not a detector of this tool.
-        ExportError: the file exists, the detector cannot be exported, or the file disagrees with it.
+        ModelError: the target is not a gdetkd detector.
+        ExportError: the file exists, the detector cannot be exported, or the file differs from the detector.
     """
     source = catalog.locate(target)
     loaded = catalog.load(source)
     for note in loaded.notes:
         observer(Note(note))
     detector, architecture = loaded.detector, loaded.description
-    formats = [kind for kind, wanted in ((_ONNX, onnx), (_TORCHSCRIPT, torchscript)) if wanted]
+    formats = [kind for kind, requested in ((_ONNX, onnx), (_TORCHSCRIPT, torchscript)) if requested]
     folder = Path() if target.startswith("builtin:") else source.parent
-    paths = [_path(kind, folder / source.stem, output, only=len(formats) == 1) for kind in formats]
+    paths = [_choose_path(kind, folder / source.stem, output, only=len(formats) == 1) for kind in formats]
     for path in paths:
         if path.exists():
-            raise ExportError(f"{path} exists already; remove it, or name another file with --output")
-    images = [*_images(source, observer), image_without_detections(detector, _EMPTY_SIZE)]
+            raise ExportError(f"{path} already exists; remove it, or choose another file with --output")
+    images = [*_read_images(source, observer), image_without_detections(detector, _EMPTY_SIZE)]
     return ExportResult(
         source=target,
         files=tuple(
@@ -111,8 +111,7 @@ def run_export(
     )
 
 
-def _path(kind: _Format, default: Path, output: Path | None, *, only: bool) -> Path:
-    """Where a format's file goes."""
+def _choose_path(kind: _Format, default: Path, output: Path | None, *, only: bool) -> Path:
     if output is None:
         return default.with_suffix(f".{kind.name}")
     if output.is_dir():
@@ -128,46 +127,46 @@ def _export(
     images: list[Tensor],
     observer: Observer,
 ) -> ExportedFile:
-    """Writes one file under another name, compares it with the detector, and renames it."""
-    observer(Note(f"writing {path}, to be compared with the detector on {len(images)} images"))
+    """Writes a file under a temporary name, compares it with the detector, and renames it."""
+    observer(Note(f"writing {path} and comparing it with the detector on {len(images)} images"))
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = path.with_name(f"{path.name}.new")
     try:
         exporter = kind.write(detector, fresh, architecture=architecture)
         parity = check_parity(detector, kind.read(fresh), images, cut=Cut.of(detector.module))
         if not parity.passed:
-            raise ExportError(f"{path} was not written: {_disagreement(parity)}")
+            raise ExportError(f"{path} was not written: {_describe_difference(parity)}")
         fresh.rename(path)
     finally:
         fresh.unlink(missing_ok=True)
     if not parity.detections:
-        observer(Note("the detector finds nothing in the parity images; that the file finds nothing says little"))
+        observer(Note("the detector detects nothing in the parity images, so the comparison proves little"))
     return ExportedFile(
         path=path, format=kind.name, exporter=exporter, size_mb=path.stat().st_size / 1e6, parity=parity
     )
 
 
-def _disagreement(parity: Parity) -> str:
+def _describe_difference(parity: Parity) -> str:
     return (
-        f"the file does not find what the detector finds. On {parity.images} images {parity.unmatched} boxes have no "
+        f"its detections differ from the detector's. On {parity.images} images {parity.unmatched} boxes have no "
         f"counterpart, box coordinates differ by up to {parity.max_box_error:.3g} pixels (allowed: {BOX_TOLERANCE}), "
         f"scores by up to {parity.max_score_error:.3g} (allowed: {SCORE_TOLERANCE})"
     )
 
 
-def _images(source: Path, observer: Observer) -> list[Tensor]:
-    """ImageFiles (3, H, W) in 0..1 of different sizes: validation data of the detector's run, else synthetic scenes."""
+def _read_images(source: Path, observer: Observer) -> list[Tensor]:
+    """Reads images (3, H, W) in 0..1 of different sizes: validation images of the run, else synthetic scenes."""
     recipe = source.parent / "recipe.yaml"
     if recipe.exists():
         try:
-            return _stretched(load_recipe(recipe).data)
+            return _read_stretched(load_recipe(recipe).data)
         except (DataError, RecipeError) as error:
-            observer(Note(f"the file is compared on synthetic scenes, for the run's own data cannot be read: {error}"))
-    return _stretched(SyntheticData())
+            observer(Note(f"comparing on synthetic scenes, because the run's data cannot be read: {error}"))
+    return _read_stretched(SyntheticData())
 
 
-def _stretched(data: Data) -> list[Tensor]:
-    if isinstance(data, SyntheticData):  # a scene is drawn when the split is made; a few will do
+def _read_stretched(data: Data) -> list[Tensor]:
+    if isinstance(data, SyntheticData):  # building the split draws every scene, so draw only a few
         data = data.model_copy(update={"val_images": min(data.val_images, len(_STRETCHES)), "fold": None})
     split = assembly.build_split(data, "val")
     indices = range(min(len(split), len(_STRETCHES)))
@@ -176,7 +175,7 @@ def _stretched(data: Data) -> list[Tensor]:
 
 
 def _stretch(image: Tensor, by: tuple[float, float]) -> Tensor:
-    """(3, H, W) -> (3, H', W'): by these factors (height, width), within the limits of a parity image's sides."""
+    """(3, H, W) -> (3, H', W'): scales by (height, width) factors, within the limits of a parity image's sides."""
     height, width = (side * factor for side, factor in zip(image.shape[-2:], by, strict=True))
     shrink = min(1.0, _LONGEST / max(height, width))
     size = [max(_SHORTEST, round(side * shrink)) for side in (height, width)]

@@ -1,4 +1,4 @@
-"""A dry run: what a distillation would do."""
+"""Dry run of a distillation."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ from gdetkd_cli.report.pyramid import PyramidReport, describe_pyramid
 from gdetkd_cli.structures import Batch, LossReport
 
 _PLAN_STEPS = 4  # the first one warms up
-_LABELLED = 40  # images that a teacher labels for a look
+_LABELLED = 40  # maximum number of images per split that the teacher labels
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a distillation would do, after everything was built and one step was run.
+    """The plan of a distillation, from a few steps of it.
 
     Attributes:
         pair: ``homogeneous`` or ``heterogeneous``, with the families: "two-stage -> dense".
         student, teacher: the pyramids.
-        terms: each term, its weight or why it is left out.
-        head_transfer: what was copied from the teacher's head, or why nothing was; one sentence.
-        losses: the one step's losses by name.
+        terms: each term with its weight or the reason for leaving it out.
+        head_transfer: the parts copied from the teacher's head, or the reason for copying none; one sentence.
+        losses: losses of one step by name.
         device, precision: as resolved. threads: CPU threads.
-        peak_memory_mb: of the process (CPU) or the device (CUDA).
-        seconds_per_step: the median of the few steps that were timed.
+        peak_memory_mb: peak memory of the process (CPU) or the device (CUDA).
+        seconds_per_step: median of the timed steps.
         estimated_seconds: seconds_per_step times the recipe's steps.
-        notes: what was said while building.
+        notes: notes from building.
     """
 
     recipe: str
@@ -59,10 +59,10 @@ class Plan:
 
 
 def plan_distill(recipe: Recipe, *, observer: Observer = silent) -> Plan:
-    """Builds everything, runs a few steps, writes nothing.
+    """Builds everything and runs a few steps. Writes nothing.
 
     Raises:
-        GDetKDError: anything that a real run would refuse too.
+        GDetKDError: a real run of the recipe would fail too.
     """
     setup, stepper = prepare_steps(require_distillation(recipe), observer)
     recipe = require_distillation(setup.recipe)
@@ -79,8 +79,8 @@ def plan_distill(recipe: Recipe, *, observer: Observer = silent) -> Plan:
     return Plan(
         recipe=recipe.name,
         pair=f"{pair.kind}, {teacher.family} -> {student.family}",
-        student=describe_pyramid(student, source=assembly.title_of(recipe.student), format="run", size=size),
-        teacher=describe_pyramid(teacher, source=assembly.title_of(recipe.teacher), format="run", size=size),
+        student=describe_pyramid(student, source=assembly.format_title(recipe.student), format="run", size=size),
+        teacher=describe_pyramid(teacher, source=assembly.format_title(recipe.teacher), format="run", size=size),
         terms=pair.terms,
         head_transfer=pair.head_transfer,
         losses={name: float(value) for name, value in reports[0].parts.items()},
@@ -99,13 +99,13 @@ def plan_distill(recipe: Recipe, *, observer: Observer = silent) -> Plan:
 
 
 def prepare_steps(recipe: Recipe, observer: Observer = silent) -> tuple[assembly.TrainingSetup, Stepper]:
-    """The recipe's setup, ready to take steps outside a run.
+    """Builds the recipe's setup and a stepper that runs steps outside a run.
 
     Raises:
-        GDetKDError: anything that a real run would refuse too.
+        GDetKDError: a real run of the recipe would fail too.
     """
     compute, scaled = assembly.start_compute(recipe)
-    setup = assembly.build_setup(scaled, compute, given=recipe, most_labelled=_LABELLED, observer=observer)
+    setup = assembly.build_setup(scaled, compute, unscaled=recipe, most_labelled=_LABELLED, observer=observer)
     for note in setup.notes:
         observer(Note(note))
     seed_everything(recipe.seed)
@@ -120,6 +120,6 @@ def prepare_steps(recipe: Recipe, observer: Observer = silent) -> tuple[assembly
 
 
 def endless_batches(setup: assembly.TrainingSetup) -> Iterator[Batch]:
-    """The run's batches, over again when the run's steps are used up."""
+    """Yields the run's batches, and starts again at the end of the run."""
     while True:
         yield from setup.batches(0)

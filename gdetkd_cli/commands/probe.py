@@ -1,4 +1,4 @@
-"""Probing: what a detector's pyramid is."""
+"""Probes a detector's feature pyramid."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ class ProbeOptions:
     """How to probe.
 
     Attributes:
-        size: (height, width) pixels of the image; None: the only size that the model takes, else 480 x 640.
-        scale, mean, std, bgr: what a model of unknown code wants its images to be, as ``ModelInput`` has it.
-        last: a model of unknown code takes its images as (H, W, 3).
-        levels: names of the levels, where someone knows better.
-        image: file of the image that the levels' values are looked at on; None: a built-in pattern.
-        plot: file to draw the levels' activations over the image into.
+        size: (height, width) of the image in pixels; None: the model's fixed size, else 480 x 640.
+        scale, mean, std, bgr: the images that a custom model expects, as in ``ModelInput``.
+        last: whether a custom model expects images (H, W, 3).
+        levels: names of the levels to use instead of those found.
+        image: image file on which to measure the levels; None: a built-in pattern.
+        plot: file for a drawing of the levels' activations over the image.
     """
 
     size: tuple[int, int] | None = None
@@ -51,21 +51,21 @@ class ProbeOptions:
 
 
 def run_probe(model: str, options: ProbeOptions | None = None, *, observer: Observer = silent) -> PyramidReport:
-    """Probes any detector that can be read.
+    """Probes any detector that gdetkd can read.
 
     Args:
         model: a torchvision detector's name, a run folder, a student.pt, a state_dict of a torchvision detector, a
             TorchScript, exported or ONNX file, ``builtin:NAME``, or ``package.module:function``.
         options: how to probe it.
-        observer: is told of progress.
+        observer: receives notes.
 
     Raises:
         ModelError: the model is none of these, or it cannot be run.
-        NoPyramidError: it has no feature pyramid.
+        NoPyramidError: the model has no feature pyramid.
     """
     options = options or ProbeOptions()
     if options.plot is not None:
-        from gdetkd_cli.report.levels import check_drawable  # matplotlib takes its time
+        from gdetkd_cli.report.levels import check_drawable  # importing matplotlib is slow
 
         check_drawable(options.plot)
     if model in portable.TORCHVISION_DETECTORS:
@@ -73,35 +73,36 @@ def run_probe(model: str, options: ProbeOptions | None = None, *, observer: Obse
         observer(Note(f"{model} with fresh weights"))
         detector = catalog.build({"kind": "torchvision", "name": model}, names)
         detector.module.eval()
-        return _known(detector, model, "torchvision", options, observer, classes=())
+        return _report_detector(detector, model, "torchvision", options, observer, classes=())
     if not model.startswith("builtin:") and not Path(model).exists():
         if is_reference(model):
-            return _made(model, options, observer)
+            return _report_custom(model, options, observer)
         known = ", ".join(portable.TORCHVISION_DETECTORS)
         raise ModelError(
-            f"{model!r} is neither a file, a run folder, package.module:function, nor a torchvision detector; "
-            f"detectors: {known}"
+            f"unknown detector {model!r}; expected a file, a run folder, package.module:function, or a torchvision "
+            f"detector: {known}"
         )
     path = catalog.locate(model)
     kind = kind_of(path)
     if kind != "checkpoint":
-        return _unknown(open_runner(path, kind, last=options.last), model, kind, options, observer)
+        return _report_runner(open_runner(path, kind, last=options.last), model, kind, options, observer)
     loaded = catalog.load(path)
     for note in loaded.notes:
         observer(Note(note))
     format = "run" if loaded.origin == "run" else "torchvision"
-    return _known(loaded.detector, model, format, options, observer)
+    return _report_detector(loaded.detector, model, format, options, observer)
 
 
-def _made(reference: str, options: ProbeOptions, observer: Observer) -> PyramidReport:
-    made = make(reference, {})
-    if isinstance(made, nn.Module):
-        runner = ModuleRunner(made.eval(), calls=calls_for(last=options.last))
-        return _unknown(runner, reference, "factory", options, observer)
-    return _known(made, reference, "factory", options, observer)
+def _report_custom(reference: str, options: ProbeOptions, observer: Observer) -> PyramidReport:
+    """Probes a model from the user's own code."""
+    model = make(reference, {})
+    if isinstance(model, nn.Module):
+        runner = ModuleRunner(model.eval(), calls=calls_for(last=options.last))
+        return _report_runner(runner, reference, "factory", options, observer)
+    return _report_detector(model, reference, "factory", options, observer)
 
 
-def _known(
+def _report_detector(
     detector: Detector,
     source: str,
     format: str,
@@ -109,22 +110,24 @@ def _known(
     observer: Observer,
     classes: tuple[str, ...] | None = None,
 ) -> PyramidReport:
-    """Of a detector whose family is known."""
+    """Measures a detector of a known family."""
     if options.levels:
-        raise ModelError(f"the levels of {source} are known; --levels is for models of unknown code")
-    image = _image(options, options.size or _SIZE)
+        raise ModelError(f"the levels of {source} are known; remove --levels, which is for custom models")
+    image = _read_image(options, options.size or _SIZE)
     report, maps = describe_on_image(detector, image, source=source, format=format, classes=classes)
     _finish(report, maps, image, options, observer)
     return report
 
 
-def _unknown(runner: Runner, source: str, format: str, options: ProbeOptions, observer: Observer) -> PyramidReport:
-    """Of a model that is known by running it alone."""
+def _report_runner(
+    runner: Runner, source: str, format: str, options: ProbeOptions, observer: Observer
+) -> PyramidReport:
+    """Probes a custom model by running it."""
     scale = options.scale or (255.0 if runner.bytes else 1.0)
     model_input = ModelInput(scale=scale, mean=options.mean, std=options.std, fit=runner.size, bgr=options.bgr)
     size = options.size or runner.size or _SIZE
     found = probe(runner, size, model_input, options.levels, len(runner.class_names) or None)
-    image = _image(options, size)
+    image = _read_image(options, size)
     addresses = [level.address for level in found.levels]
     network_input, values = runner.read(found.call, [model_input.prepare(image)], addresses)
     maps = [level.as_map(value, network_input.shape[-2:]) for value, level in zip(values, found.levels, strict=True)]
@@ -158,8 +161,8 @@ def _unknown(runner: Runner, source: str, format: str, options: ProbeOptions, ob
     return report
 
 
-def _image(options: ProbeOptions, size: tuple[int, int]) -> Tensor:
-    """(3, H, W) in 0..1: the user's image at the probe's size, or the built-in pattern."""
+def _read_image(options: ProbeOptions, size: tuple[int, int]) -> Tensor:
+    """Returns the user's image, resized to ``size``, or the built-in pattern; (3, H, W) in 0..1."""
     if options.image is None:
         return probe_image(size)
     pixels = ImageFiles([options.image], [read_image_size(options.image)])(0).float() / 255
@@ -169,14 +172,14 @@ def _image(options: ProbeOptions, size: tuple[int, int]) -> Tensor:
 def _finish(
     report: PyramidReport, maps: Sequence[Tensor], image: Tensor, options: ProbeOptions, observer: Observer
 ) -> None:
-    """Warns of levels that carry nothing, and draws them."""
+    """Warns about levels without information, and draws all levels."""
     for level in report.levels:
         if level.mean is None:
-            observer(Note(f"warning: {level.name} has values that are not finite on this image"))
+            observer(Note(f"warning: {level.name} has non-finite values on this image"))
         elif level.std == 0:
-            observer(Note(f"warning: {level.name} is the same everywhere on this image; is the level dead?"))
+            observer(Note(f"warning: {level.name} is constant on this image, so the level may be dead"))
     if options.plot is not None:
-        from gdetkd_cli.report.levels import draw_levels  # matplotlib takes its time
+        from gdetkd_cli.report.levels import draw_levels  # importing matplotlib is slow
 
         draw_levels(image, report.levels, maps, options.plot)
-        observer(Note(f"drawn: {options.plot}"))
+        observer(Note(f"wrote {options.plot}"))

@@ -1,4 +1,4 @@
-"""Training runs: plain, distilled, resumed."""
+"""Training runs: plain, distilled and resumed."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from gdetkd_cli.engine.run_folder import RunFolder
 from gdetkd_cli.errors import RecipeError
 from gdetkd_cli.evaluation.coco_metrics import CocoMetrics, evaluate_coco
 from gdetkd_cli.evaluation.predict import gather_predictions, predict_split
-from gdetkd_cli.recipe.checks import plain_recipe, require_distillation, require_trained_teacher
+from gdetkd_cli.recipe.checks import remove_teacher, require_distillation, require_trained_teacher
 from gdetkd_cli.recipe.load import dump_recipe, load_recipe
 from gdetkd_cli.recipe.schema import CheckpointDetector, Recipe
 from gdetkd_cli.report.images import draw_predictions
@@ -44,9 +44,9 @@ class TrainResult:
 
     Attributes:
         metrics: the student's last evaluation.
-        seconds: wall time of the whole run; of its last part, where it was resumed.
-        seconds_per_step: the median over the run, data included.
-        peak_memory_mb: of the process (CPU) or the device (CUDA).
+        seconds: wall time of the run, since the last resume.
+        seconds_per_step: median over the run, with data.
+        peak_memory_mb: peak memory of the process (CPU) or the device (CUDA).
     """
 
     run: Path
@@ -65,17 +65,17 @@ def run_train(
     resume: Path | None = None,
     observer: Observer = silent,
 ) -> TrainResult:
-    """Supervised training of one detector of the recipe; the rest of the recipe's distillation is left aside.
+    """Trains one detector of the recipe without distillation.
 
     Raises:
-        GDetKDError: anything the recipe names that cannot be used.
+        GDetKDError: something that the recipe names cannot be used.
     """
     spec = recipe.student if detector == "student" else recipe.teacher
     if spec is None:
         raise RecipeError(f"the recipe {recipe.name!r} has no {detector}; add a `{detector}:` block")
     if detector == "teacher" and (isinstance(spec, CheckpointDetector) or spec.weights is not None):
-        observer(Note("the teacher has weights already, and this training goes on from them"))
-    return _run(plain_recipe(recipe, student=spec), output=output, resume=resume, observer=observer)
+        observer(Note("the teacher has weights; training continues from them"))
+    return _run(remove_teacher(recipe, student=spec), output=output, resume=resume, observer=observer)
 
 
 def run_distill(
@@ -84,7 +84,7 @@ def run_distill(
     """Trains the recipe's student with its teacher.
 
     Raises:
-        GDetKDError: anything the recipe names that cannot be used, or a pair that does not fit.
+        GDetKDError: something that the recipe names cannot be used, or the pair does not fit.
     """
     distillation = require_distillation(recipe)
     require_trained_teacher(distillation)
@@ -92,10 +92,10 @@ def run_distill(
 
 
 def resume_run(run: Path, *, observer: Observer = silent) -> TrainResult:
-    """Continues a run that was stopped; its recipe comes from its folder.
+    """Continues a stopped run with the recipe in its folder.
 
     Raises:
-        RunFolderError: not a run folder, or it has no checkpoint.
+        RunFolderError: the folder is not a run folder, or has no checkpoint.
     """
     folder = run_folder.open_existing(run)
     return _run(load_recipe(folder.recipe), output=None, resume=run, observer=observer)
@@ -108,13 +108,13 @@ def _run(recipe: Recipe, *, output: Path | None, resume: Path | None, observer: 
     folder = _choose_folder(scaled, output, resume, compute.accelerator)
     if not main:
         observer = silent
-    setup = assembly.build_setup(scaled, compute, given=recipe, labels=folder.labels, observer=observer)
+    setup = assembly.build_setup(scaled, compute, unscaled=recipe, labels=folder.labels, observer=observer)
     _announce(setup, observer)
     with folder.lock() if main else nullcontext():
         if main:
             _write_facts(folder, setup)
         metrics = _train(setup, folder, resume=resume is not None, observer=observer)
-        result = _result(setup, folder, metrics, perf_counter() - started)
+        result = _build_result(setup, folder, metrics, perf_counter() - started)
         if main:
             _write_results(folder, setup, result)
     compute.accelerator.end_training()
@@ -122,7 +122,7 @@ def _run(recipe: Recipe, *, output: Path | None, resume: Path | None, observer: 
 
 
 def _train(setup: assembly.TrainingSetup, folder: RunFolder, *, resume: bool, observer: Observer) -> CocoMetrics | None:
-    """Trains to the end; returns the last evaluation, None on other processes than the main one."""
+    """Trains to the end; returns the last evaluation in the main process, None in the others."""
     accelerator, train = setup.compute.accelerator, setup.recipe.train
     accelerator.project_configuration.logging_dir = str(folder.path)
     accelerator.init_trackers("tensorboard")
@@ -159,7 +159,7 @@ def _train(setup: assembly.TrainingSetup, folder: RunFolder, *, resume: bool, ob
         raise
 
 
-def _result(
+def _build_result(
     setup: assembly.TrainingSetup, folder: RunFolder, metrics: CocoMetrics | None, seconds: float
 ) -> TrainResult:
     accelerator, train = setup.compute.accelerator, setup.recipe.train
@@ -167,8 +167,7 @@ def _result(
     return TrainResult(
         run=folder.path,
         steps=train.steps,
-        # None on other processes than the main one, and for a student without detections.
-        metrics=metrics or _NO_METRICS,
+        metrics=metrics or _NO_METRICS,  # none outside the main process, and for a student without detections
         seconds=seconds,
         seconds_per_step=train.batch_size * accelerator.num_processes / median(rates),
         peak_memory_mb=peak_memory_mb(accelerator.device),
@@ -178,9 +177,9 @@ def _result(
 def evaluate_split(
     detector: Detector, split: Split, accelerator: Accelerator, batch_size: int, observer: Observer = silent
 ) -> CocoMetrics | None:
-    """COCO metrics of a detector; every process predicts its share, the main process gets the result.
+    """Computes COCO metrics of a detector. Every process predicts its share; only the main one returns metrics.
 
-    In float32 whatever the run's precision, so that ``gdetkd eval`` reports the same AP of the saved file.
+    Predicts in float32 whatever the run's precision, so that ``gdetkd eval`` reports the same AP for the saved file.
     """
     progress = report_every(observer, "evaluated", ceil(len(split) / accelerator.num_processes))
     batches = validation_batches(
@@ -189,15 +188,14 @@ def evaluate_split(
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
     )
-    own = predict_split(detector, batches, accelerator.device, progress)
-    everything = gather_predictions(own)
+    detections = gather_predictions(predict_split(detector, batches, accelerator.device, progress))
     if not accelerator.is_main_process:
         return None
-    return evaluate_coco(split.records, split.class_names, everything)
+    return evaluate_coco(split.records, split.class_names, detections)
 
 
 def _choose_folder(recipe: Recipe, output: Path | None, resume: Path | None, accelerator: Accelerator) -> RunFolder:
-    """The run's folder: the main process decides, the others are told."""
+    """Chooses the run's folder in the main process, and sends it to the others."""
     path: list[str | None] = [None]
     if accelerator.is_main_process:
         if resume is not None:
@@ -229,22 +227,21 @@ def _announce(setup: assembly.TrainingSetup, observer: Observer) -> None:
     observer(Note(f"head transfer: {setup.pair.head_transfer}"))
     observer(Note(f"regions: {setup.pair.regions_per_image} per image at most"))
     if not setup.distiller.task_loss:
-        learnt = ", ".join(term.name for term in setup.pair.terms if term.weight is not None)
-        observer(Note(f"task loss: none; the student learns from {learnt} alone, and its own losses do not count"))
+        names = ", ".join(term.name for term in setup.pair.terms if term.weight is not None)
+        observer(Note(f"task loss: none; the student trains with {names} alone, without its own losses"))
     if student.features_only:
-        observer(Note("the student's detections are not known, so it is not evaluated"))
+        observer(Note("the student has no known detections, so it is not evaluated"))
 
 
 def _write_facts(folder: RunFolder, setup: assembly.TrainingSetup) -> None:
-    """Writes what the run is made of, before its first step."""
+    """Writes the recipe, environment, pyramids and labels before the first step."""
     processes = setup.compute.accelerator.num_processes
     if setup.labels:
         write_labels(folder.labels, setup.labels)
-    settled = setup.recipe.model_copy(
-        update={"runtime": setup.recipe.runtime.model_copy(update={"threads": setup.compute.settings.threads})}
-    )
-    if not folder.recipe.exists():  # threads are settled once: a resumed run must add up numbers in the same order
-        run_folder.write_text(folder.recipe, dump_recipe(settled))
+    if not folder.recipe.exists():
+        # A resumed run must sum in the same order, so it needs the same number of threads.
+        runtime = setup.recipe.runtime.model_copy(update={"threads": setup.compute.settings.threads})
+        run_folder.write_text(folder.recipe, dump_recipe(setup.recipe.model_copy(update={"runtime": runtime})))
         run_folder.write_text(
             folder.environment, json.dumps(environment(setup.compute.settings, setup.recipe.seed, processes), indent=2)
         )
@@ -259,7 +256,7 @@ def _write_facts(folder: RunFolder, setup: assembly.TrainingSetup) -> None:
 
 
 def _copy_portable(folder: Path) -> None:
-    """Copies the package that rebuilds a student without this one."""
+    """Copies the code that rebuilds a student without gdetkd."""
     folder.mkdir(exist_ok=True)
     for source in sorted(Path(portable.__file__).parent.glob("*.py")):
         run_folder.write_text(folder / source.name, source.read_text())
@@ -268,7 +265,7 @@ def _copy_portable(folder: Path) -> None:
 def _write_results(folder: RunFolder, setup: assembly.TrainingSetup, result: TrainResult) -> None:
     detector = setup.student.detector
     catalog.save(folder.student, detector, setup.student.description)
-    if setup.student.description.get("kind") != "factory":  # which is rebuilt by its own code
+    if setup.student.description.get("kind") != "factory":  # the user's own code rebuilds a factory's detector
         _copy_portable(folder.student_code)
     facts = {name: getattr(result, name) for name in ("steps", "seconds", "seconds_per_step", "peak_memory_mb")}
     run_folder.write_text(folder.metrics, json.dumps({**result.metrics.to_json(), **facts}, indent=2))

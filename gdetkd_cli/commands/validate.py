@@ -1,4 +1,4 @@
-"""The check of a recipe: its data, detectors and pair are built as ``distill`` would build them."""
+"""Checks a recipe by building its data, detectors and pair as ``distill`` does."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from gdetkd_cli import assembly
 from gdetkd_cli.data.split import Split
 from gdetkd_cli.engine.events import Note, Observer, silent
-from gdetkd_cli.recipe.checks import require_distillation, untrained_teacher
+from gdetkd_cli.recipe.checks import describe_untrained_teacher, require_distillation
 from gdetkd_cli.recipe.schema import DistillationRecipe, Recipe
 from gdetkd_cli.report.pyramid import PyramidReport, describe_pyramid
 
@@ -21,9 +21,9 @@ class CheckedRecipe:
         recipe: the file, or the built-in recipe's name.
         pair: ``homogeneous`` or ``heterogeneous``.
         student, teacher: the pyramids, at the recipe's image size.
-        terms: each term, its weight or why it is left out.
-        head_transfer: what was copied from the teacher's head, or why nothing was; one sentence.
-        changes: what ``--set`` changed in it.
+        terms: each term with its weight or the reason for leaving it out.
+        head_transfer: the parts copied from the teacher's head, or the reason for copying none; one sentence.
+        changes: the ``--set`` values applied to it.
     """
 
     recipe: str
@@ -38,16 +38,16 @@ class CheckedRecipe:
 def check_recipe(
     recipe: Recipe, source: str, *, changes: Sequence[str] = (), observer: Observer = silent
 ) -> CheckedRecipe:
-    """Builds a distillation recipe's data, detectors and pair, as ``distill`` would, and reports them.
+    """Builds a distillation recipe's data, detectors and pair, and reports them.
 
     Args:
-        recipe: with a teacher and a distill block.
-        source: its file or name.
-        changes: what ``--set`` changed in it.
-        observer: is told of progress.
+        recipe: a recipe with a teacher and a ``distill`` block.
+        source: the recipe's file or name.
+        changes: the ``--set`` values applied to it.
+        observer: receives notes.
 
     Raises:
-        GDetKDError: anything that the recipe names cannot be used.
+        GDetKDError: something that the recipe names cannot be used.
     """
     recipe = require_distillation(recipe)
     splits = [assembly.read_split(recipe.data, which) for which in assembly.SPLITS]
@@ -55,7 +55,7 @@ def check_recipe(
         for note in split.notes:
             observer(Note(f"{split.name}: {note}"))
     train = splits[0]
-    titles = (assembly.title_of(recipe.student), assembly.title_of(recipe.teacher))
+    titles = (assembly.format_title(recipe.student), assembly.format_title(recipe.teacher))
     checked = check_pair(recipe, source, train, titles, train.records[0].size, observer)
     return replace(checked, changes=tuple(changes))
 
@@ -68,12 +68,12 @@ def check_pair(
     size: tuple[int, int],
     observer: Observer,
 ) -> CheckedRecipe:
-    """Builds and probes the pair; the pyramids are reported for an image of ``size`` (height, width) pixels."""
+    """Builds and probes the pair, and reports the pyramids for an image of ``size`` (height, width) pixels."""
     pair = assembly.build_recipe_pair(recipe, train.class_names)
     student, teacher = pair.student, pair.teacher
     if assembly.needs_labels(recipe.data, "train"):
         teacher.detector.check_detects()
-    untrained = untrained_teacher(recipe)
+    untrained = describe_untrained_teacher(recipe)
     for note in (*((untrained,) if untrained else ()), *student.notes, *teacher.notes):
         observer(Note(note))
     student_report, teacher_report = (

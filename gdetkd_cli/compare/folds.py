@@ -1,4 +1,4 @@
-"""Cross-validation in ``gdetkd compare``: each fold's recipe, and teachers that have not seen its held-out images."""
+"""Cross-validation in ``gdetkd compare``: a recipe per fold, with a teacher that has not seen the held-out images."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from gdetkd_cli import assembly
-from gdetkd_cli.compare.trials import Trial, teacher_trial_of
+from gdetkd_cli.compare.trials import Trial, build_teacher_trial
 from gdetkd_cli.detectors import catalog
 from gdetkd_cli.errors import RecipeError, RunFolderError
 from gdetkd_cli.evaluation.coco_metrics import evaluate_coco
@@ -28,115 +28,115 @@ from gdetkd_cli.recipe.schema import (
 from gdetkd_cli.structures import Detections
 
 
-def folds_of(recipe: Recipe, folds: int) -> list[Fold]:
-    """Folds 1 to K.
+def list_folds(recipe: Recipe, folds: int) -> list[Fold]:
+    """Lists the folds 1 to ``folds``.
 
     Raises:
-        RecipeError: fewer than two folds, data that cannot be divided, or a student that may have seen every image.
+        RecipeError: there are fewer than two folds, the data cannot be divided, or the student was trained on them.
     """
     if folds < 2:
-        raise RecipeError(f"--folds must be 2 or more, since one fold is held out and the others train; got {folds}")
+        raise RecipeError(f"--folds must be 2 or more: one fold is held out, the others train; got {folds}")
     data = recipe.data
     if isinstance(data, FolderData) or any(assembly.needs_labels(data, which) for which in assembly.SPLITS):
         raise RecipeError(
-            "--folds needs annotations of every image, and the teacher labels these; give the data as COCO files with "
+            "--folds requires annotations for every image, but the teacher labels these data; provide COCO files with "
             "`labels: annotations`, or compare without --folds"
         )
     if data.fold is not None:
-        raise RecipeError("the recipe names one fold already; leave out data.fold, or compare without --folds")
-    if _seen(recipe.student, data) != "nothing":
+        raise RecipeError("the recipe already selects a fold; remove data.fold, or compare without --folds")
+    if _find_overlap(recipe.student, data) != "nothing":
         raise RecipeError(
-            f"the student starts from {assembly.title_of(recipe.student)}, which was trained on these images, the "
-            "held-out ones among them; start it from other weights, or compare without --folds"
+            f"the student starts from {assembly.format_title(recipe.student)}, which was trained on these images "
+            "including the held-out ones; start it from other weights, or compare without --folds"
         )
     return [Fold(number=number, of=folds) for number in range(1, folds + 1)]
 
 
-def with_fold(data: Data, fold: Fold | None) -> Data:
-    """The data block with one fold held out; as it is for None."""
+def select_fold(data: Data, fold: Fold | None) -> Data:
+    """Returns the data block with one fold held out; None changes nothing."""
     return data if fold is None else data.model_copy(update={"fold": fold})
 
 
-def fold_teachers(recipe: Recipe, folder: Path, folds: list[Fold]) -> dict[Fold, tuple[Trial, Recipe]]:
-    """What to train for each fold so that its teacher has not seen the held-out images; empty: the teacher serves all.
+def plan_fold_teachers(recipe: Recipe, folder: Path, folds: list[Fold]) -> dict[Fold, tuple[Trial, Recipe]]:
+    """Plans a teacher per fold that has not seen the held-out images; empty if the teacher has seen none of the data.
 
-    A teacher that is a run on the recipe's own data is trained anew, by its run's recipe, on each fold's training
-    images.
+    If the teacher is a run on the recipe's data, each fold trains it again with the run's recipe.
 
     Args:
-        recipe: the comparison's, with how its runs are computed decided.
-        folder: of the table.
-        folds: all of them.
+        recipe: the comparison's recipe, with resolved runtime settings.
+        folder: folder of the table.
+        folds: all folds.
 
     Raises:
-        RecipeError: the teacher has seen these images, and cannot be trained anew.
-        ModelError: there is no such teacher.
+        RecipeError: the teacher has seen these images and cannot be trained again.
+        ModelError: the teacher does not exist.
     """
     assert recipe.teacher is not None
-    seen = _seen(recipe.teacher, recipe.data)
+    seen = _find_overlap(recipe.teacher, recipe.data)
     if seen == "nothing":
         return {}
-    own = _run_of(recipe.teacher)
+    own = _read_run_recipe(recipe.teacher)
     assert own is not None
-    title = assembly.title_of(recipe.teacher)
+    title = assembly.format_title(recipe.teacher)
     if not _is_run(recipe.teacher):
         raise RecipeError(
-            f"the teacher {title} belongs to a run on these images; name the run's folder as the teacher (`teacher: "
-            "{arch: checkpoint, path: RUN}`), so that it can be trained anew on each fold"
+            f"the teacher {title} belongs to a run on these images; use the run folder as the teacher (`teacher: "
+            "{arch: checkpoint, path: RUN}`), so that each fold can train it again"
         )
     if seen == "some":
         raise RecipeError(
-            f"the teacher {title} was trained on another choice of these data, held-out images among them; train it on "
-            "the recipe's own data block, or compare without --folds"
+            f"the teacher {title} was trained on another selection of these data, which includes held-out images; "
+            "train it on the recipe's own data block, or compare without --folds"
         )
-    if own.distill is not None or _seen(own.student, recipe.data) != "nothing":
+    if own.distill is not None or _find_overlap(own.student, recipe.data) != "nothing":
         raise RecipeError(
-            f"the teacher {title} was made with another run on these images, which folds cannot train anew as well; "
-            "name one that was trained alone and from other weights, or compare without --folds"
+            f"the teacher {title} depends on another run on these images, which folds cannot train again; use a "
+            "teacher trained without distillation and from other weights, or compare without --folds"
         )
-    made = {}
+    teachers = {}
     for fold in folds:
-        trial = teacher_trial_of(folder, own.train.steps, own.seed, fold)
-        made[fold] = trial, own.model_copy(update={"data": with_fold(own.data, fold), "runtime": recipe.runtime})
-    return made
+        trial = build_teacher_trial(folder, own.train.steps, own.seed, fold)
+        data = select_fold(own.data, fold)
+        teachers[fold] = trial, own.model_copy(update={"data": data, "runtime": recipe.runtime})
+    return teachers
 
 
-def recipe_for(recipe: Recipe, fold: Fold | None, teachers: Mapping[Fold, tuple[Trial, Recipe]]) -> Recipe:
-    """A trial's recipe on its fold, with the fold's own teacher where there is one."""
-    changed: dict[str, object] = {"data": with_fold(recipe.data, fold)}
+def build_fold_recipe(recipe: Recipe, fold: Fold | None, teachers: Mapping[Fold, tuple[Trial, Recipe]]) -> Recipe:
+    """Returns a trial's recipe on its fold, with the fold's own teacher if it has one."""
+    changed: dict[str, object] = {"data": select_fold(recipe.data, fold)}
     if fold is not None and fold in teachers and recipe.teacher is not None:
         trial, _ = teachers[fold]
         changed["teacher"] = recipe.teacher.model_copy(update={"path": str(trial.run.path)})
     return recipe.model_copy(update=changed)
 
 
-def pooled_teacher_ap(teachers: Mapping[Fold, tuple[Trial, Recipe]]) -> float | None:
-    """AP in 0-100 of the folds' own teachers, the detections of all folds together; each saw none of its images.
+def pool_teacher_ap(teachers: Mapping[Fold, tuple[Trial, Recipe]]) -> float | None:
+    """Computes the AP in 0-100 of the folds' own teachers on their held-out images, pooled over folds.
 
     Raises:
         RunFolderError: the teacher of a fold is not trained.
     """
-    found: dict[int, Detections] = {}
+    detections: dict[int, Detections] = {}
     for trial, _ in teachers.values():
         if not trial.detections.exists():
-            raise RunFolderError(f"{trial.folder} has no finished teacher")
-        found |= trial.read_detections()
-    split = assembly.all_folds(next(recipe.data for _, recipe in teachers.values()))
-    return evaluate_coco(split.records, split.class_names, found).ap
+            raise RunFolderError(f"{trial.folder} has no finished teacher; run the same command again")
+        detections |= trial.read_detections()
+    split = assembly.build_all_folds(next(recipe.data for _, recipe in teachers.values()))
+    return evaluate_coco(split.records, split.class_names, detections).ap
 
 
-def _seen(spec: Detector, data: Data) -> Literal["nothing", "some", "all"]:
-    """What a detector's weights have seen of the data's images, as far as a run's recipe beside them tells."""
-    own = _run_of(spec)
+def _find_overlap(spec: Detector, data: Data) -> Literal["nothing", "some", "all"]:
+    """Returns how many of the data's images the detector was trained on, by the run recipe beside its weights."""
+    own = _read_run_recipe(spec)
     if own is None:
         return "nothing"
-    if type(own.data) is type(data) and _sources(own.data) == _sources(data):
+    if type(own.data) is type(data) and _identify_images(own.data) == _identify_images(data):
         return "all"
-    return "some" if _files(own.data) & _files(data) else "nothing"
+    return "some" if _list_annotations(own.data) & _list_annotations(data) else "nothing"
 
 
-def _run_of(spec: Detector) -> Recipe | None:
-    """The recipe of the run that a detector's weights lie in; None where they lie elsewhere, or there are none."""
+def _read_run_recipe(spec: Detector) -> Recipe | None:
+    """Reads the recipe of the run that contains the detector's weights; None if no run does."""
     match spec:
         case CheckpointDetector():
             path = catalog.locate(spec.path)
@@ -147,12 +147,12 @@ def _run_of(spec: Detector) -> Recipe | None:
 
 
 def _is_run(spec: Detector) -> bool:
-    """Whether a detector is a run's student itself, not something exported from it or built around its weights."""
+    """Whether a detector is a run's student itself, not an export of it or a detector built from its weights."""
     return isinstance(spec, CheckpointDetector) and catalog.locate(spec.path).name == "student.pt"
 
 
-def _sources(data: Data) -> tuple[object, ...]:
-    """What decides which images the data have, and in which order."""
+def _identify_images(data: Data) -> tuple[object, ...]:
+    """Returns the settings that determine the images and their order."""
     match data:
         case SyntheticData():
             return data.train_images, data.val_images, data.size, data.seed, data.smallest
@@ -164,11 +164,11 @@ def _sources(data: Data) -> tuple[object, ...]:
             return tuple((data.root / path).resolve() for path in (data.train, data.val))
 
 
-def _files(data: Data) -> set[object]:
-    """The annotation files of both splits, by which two data blocks can have images in common."""
+def _list_annotations(data: Data) -> set[object]:
+    """Lists the annotation files of both splits; data blocks with a common file may share images."""
     match data:
         case SyntheticData():
-            return {data.seed}  # scenes of one seed are alike in every size and number
+            return {data.seed}  # data with the same seed share scenes
         case VocData():
             return {(data.root / path).resolve() for path in (*data.train, *data.val)}
         case FolderData():

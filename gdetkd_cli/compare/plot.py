@@ -1,4 +1,4 @@
-"""A image of a comparison: each method's AP over seeds, beside the teacher's."""
+"""Plots a comparison: each method's AP over seeds, and the teacher's AP."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from matplotlib.figure import Figure
 from gdetkd_cli.compare.table import Comparison, MethodRow
 
 
-def draw_comparison(found: Comparison, path: Path) -> None:
-    """One panel for each budget: a bar for each method's mean, a dot for each seed, a line for the teacher.
+def draw_comparison(comparison: Comparison, path: Path) -> None:
+    """Draws a panel per budget, with a bar per method's mean, a dot per seed, and a line for the teacher.
 
-    A bracket on a bar is the 95 % interval of the method's difference to the baseline, drawn around its mean.
+    A bracket on a bar shows the 95 % interval of the method's difference to the baseline, around its mean.
 
     Args:
-        found: rows without AP are left out.
+        comparison: the table; rows without AP are left out.
         path: the PNG to write.
     """
-    rows = found.rows
+    rows = comparison.rows
     budgets = list(dict.fromkeys(row.steps for row in rows))
     figure = Figure(figsize=(max(4.0, 0.55 * len(rows) / len(budgets) + 2) * len(budgets), 4.0), layout="constrained")
     panels = figure.subplots(1, len(budgets), squeeze=False, sharey=True)[0]
@@ -30,21 +30,21 @@ def draw_comparison(found: Comparison, path: Path) -> None:
         for place, row in zip(places, shown, strict=True):
             panel.scatter([place] * len(row.ap), list(row.ap.values()), s=12, color="black", zorder=3)
             _draw_interval(panel, place, row)
-        if found.teacher_ap is not None:
-            panel.axhline(found.teacher_ap, color="#b03a2e", linestyle="--", linewidth=1, label="teacher")
+        if comparison.teacher_ap is not None:
+            panel.axhline(comparison.teacher_ap, color="#b03a2e", linestyle="--", linewidth=1, label="teacher")
             panel.legend(frameon=False)
         panel.set_xticks(list(places), [row.method for row in shown], rotation=60, ha="right")
         panel.set_title(f"{steps} steps")
         panel.set_ylabel("AP")
     if any(row.interval for row in rows):
-        covered = f"brackets: 95 % interval of the difference to {found.baseline}, over {found.interval_over}"
-        figure.supxlabel(covered, fontsize="small")
+        label = f"brackets: 95 % interval of the difference to {comparison.baseline}, over {comparison.interval_over}"
+        figure.supxlabel(label, fontsize="small")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
 
 
 def _draw_interval(panel: Axes, place: int, row: MethodRow) -> None:
-    """The interval of a row's difference around its mean AP, where it has one."""
+    """Draws the interval of a row's difference around its mean AP, if it has one."""
     if row.interval is None or row.difference is None or row.mean is None:
         return
     low, high = row.interval

@@ -1,7 +1,7 @@
-"""The trials of a comparison: one run each, of a method, a budget and a seed, and of a fold where there are folds.
+"""The trials of a comparison: one run per method, budget, seed and, in a cross-validation, fold.
 
-Each is trained by a process of its own, so that its memory can be told and its failure stops no other; a trial that is
-finished is never run again, one that was killed goes on.
+Each trial trains in its own process, so that its memory can be measured and its failure stops no other trial.
+Finished trials are skipped, and interrupted ones resume.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ from gdetkd_cli.structures import Detections
 from gdetkd_cli.trust import code_is_trusted
 
 _FOLD = r"-fold-(\d+)-of-(\d+)"
-_CELL = re.compile(rf"(.+)-(\d+)-(\d+)(?:{_FOLD})?")
+_TRIAL = re.compile(rf"(.+)-(\d+)-(\d+)(?:{_FOLD})?")
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One run of a table, in a folder of its own; ``fold`` is None without folds."""
+    """One trial and its folder; ``fold`` is None without folds."""
 
     method: str
     steps: int
@@ -64,22 +64,22 @@ class Trial:
 
     @property
     def detections(self) -> Path:
-        """What the student detects in the validation images; written last, so a trial with it is finished."""
+        """The student's detections on the validation images; written last, so they mark a finished trial."""
         return self.folder / "detections.pt"
 
     def read_detections(self) -> dict[int, Detections]:
-        """What the student of a finished trial detects, by image id."""
+        """Reads the detections of a finished trial, by image id."""
         stored = torch.load(self.detections, weights_only=True)
         return {number: Detections(**one) for number, one in stored.items()}
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a trial is computed.
+    """The device of a trial.
 
     Attributes:
-        device: of this process: ``cpu`` or ``cuda:1``.
-        environment: what the trial's own process needs to be told, whose only CUDA device it then is.
+        device: name in this process, such as ``cpu`` or ``cuda:1``.
+        environment: variables that make it the only CUDA device of the trial's process.
     """
 
     device: str
@@ -87,7 +87,7 @@ class Place:
 
 
 class TimeLeft:
-    """How long the trials that are not finished will take, by those that are; of threads that work side by side."""
+    """Estimates the time of the remaining trials from the finished ones. Thread-safe."""
 
     def __init__(self, trials: Iterable[Trial], jobs: int) -> None:
         self._left = set(trials)
@@ -95,11 +95,12 @@ class TimeLeft:
         self._per_step: dict[str, list[float]] = defaultdict(list)  # seconds, by method
         self._lock = Lock()
 
-    def without(self, trial: Trial, seconds: float | None = None) -> tuple[int, float | None]:
-        """How many trials are left without this one, and their seconds; None while nothing tells them.
+    def remove(self, trial: Trial, seconds: float | None = None) -> tuple[int, float | None]:
+        """Removes a trial; returns the number of remaining trials and their estimated seconds, None if unknown.
 
         Args:
-            seconds: that this one took; None: not all of it was run now.
+            trial: the trial to remove; it may be removed already.
+            seconds: duration of the trial; None if it failed, or if an earlier call ran a part of it.
         """
         with self._lock:
             self._left.discard(trial)
@@ -113,54 +114,59 @@ class TimeLeft:
             return len(self._left), work / min(self._jobs, max(1, len(self._left)))
 
 
-def trial_of(folder: Path, method: str, steps: int, seed: int, fold: Fold | None = None) -> Trial:
-    """A trial of the table in ``folder``."""
-    return Trial(method, steps, seed, folder / f"{method}-{steps}-{seed}{_suffix(fold)}", fold)
+def build_trial(folder: Path, method: str, steps: int, seed: int, fold: Fold | None = None) -> Trial:
+    """Builds a trial of the table in ``folder``."""
+    return Trial(method, steps, seed, folder / f"{method}-{steps}-{seed}{_format_fold(fold)}", fold)
 
 
-def teacher_trial_of(folder: Path, steps: int, seed: int, fold: Fold) -> Trial:
-    """The training of a fold's own teacher, which is no trial of the table."""
-    return Trial("teacher", steps, seed, folder / f"teacher{_suffix(fold)}", fold)
+def build_teacher_trial(folder: Path, steps: int, seed: int, fold: Fold) -> Trial:
+    """Builds the trial of a fold's own teacher, which is not part of the table."""
+    return Trial("teacher", steps, seed, folder / f"teacher{_format_fold(fold)}", fold)
 
 
-def finished_trials(folder: Path, folds: int | None = None) -> dict[Trial, Mapping[str, Any]]:
-    """Every finished trial of the folder, whoever asked for it, and its metrics; by budget, seed, method and fold.
+def find_finished_trials(folder: Path, folds: int | None = None) -> dict[Trial, Mapping[str, Any]]:
+    """Finds all finished trials and their metrics, sorted by budget, seed, method and fold.
 
     Args:
-        folder: of the table.
-        folds: trials of so many folds alone; None: those without folds.
+        folder: folder of the table.
+        folds: number of folds of the trials; None: trials without folds.
     """
-    found = []
+    trials = []
     for written in folder.glob("*/detections.pt"):
-        if name := _CELL.fullmatch(written.parent.name):
+        if name := _TRIAL.fullmatch(written.parent.name):
             method, steps, seed, number, of = name.groups()
             fold = Fold(number=int(number), of=int(of)) if of else None
-            found.append(trial_of(folder, method, int(steps), int(seed), fold))
-    found = [trial for trial in found if (trial.fold and trial.fold.of) == folds]
-    found.sort(key=lambda trial: (trial.steps, trial.seed, trial.method, trial.fold.number if trial.fold else 0))
-    return {trial: json.loads(trial.run.metrics.read_text()) for trial in found}
+            trials.append(build_trial(folder, method, int(steps), int(seed), fold))
+    trials = [trial for trial in trials if (trial.fold and trial.fold.of) == folds]
+    trials.sort(key=lambda trial: (trial.steps, trial.seed, trial.method, trial.fold.number if trial.fold else 0))
+    return {trial: json.loads(trial.run.metrics.read_text()) for trial in trials}
 
 
-def folds_in(folder: Path) -> set[int | None]:
-    """Of how many folds the folder's trials and teachers are, begun ones included; None stands for those without."""
+def find_fold_counts(folder: Path) -> set[int | None]:
+    """Finds the fold counts of the folder's trials and teachers, finished or not; None stands for no folds."""
     names = (written.parent.name for written in folder.glob("*/recipe.yaml"))
-    return {int(found[2]) if (found := re.search(f"{_FOLD}$", name)) else None for name in names}
+    return {int(match[2]) if (match := re.search(f"{_FOLD}$", name)) else None for name in names}
 
 
-def _suffix(fold: Fold | None) -> str:
+def _format_fold(fold: Fold | None) -> str:
     return f"-fold-{fold.number}-of-{fold.of}" if fold else ""
 
 
 def run_trials(
     recipes: Mapping[Trial, Recipe], settings: ComputeSettings, *, jobs: int, observer: Observer, what: str = "trials"
 ) -> list[str]:
-    """Runs the trials that are not finished, ``jobs`` at a time, each on a GPU of its own where there are as many; says
-    which failed, and why. ``what`` is what they are called."""
+    """Runs the trials that are not finished, ``jobs`` at a time, on separate GPUs if there are enough.
+
+    Returns:
+        Titles and errors of the failed trials.
+    """
+    if not recipes:
+        return []
     missing = [trial for trial in recipes if not trial.detections.exists()]
-    observer(Note(f"{len(recipes)} {what}, {len(recipes) - len(missing)} of them finished before"))
+    observer(Note(f"{len(recipes)} {what}, {len(recipes) - len(missing)} of them already finished"))
     failures = []
     free: SimpleQueue[Place] = SimpleQueue()
-    for place in places(settings, jobs):
+    for place in list_places(settings, jobs):
         free.put(place)
     time_left = TimeLeft(missing, jobs)
 
@@ -172,81 +178,82 @@ def run_trials(
             train_trial(trial, recipes[trial], place)
             _predict(trial, recipes[trial], settings, place)
         finally:
-            time_left.without(trial)  # a failed one too
+            time_left.remove(trial)  # failed trials, too
             free.put(place)
-        left, seconds = time_left.without(trial, perf_counter() - start if whole else None)
+        left, seconds = time_left.remove(trial, perf_counter() - start if whole else None)
         observer(TrialDone(trial.title, json.loads(trial.run.metrics.read_text())["AP"], left, seconds))
 
     with ThreadPoolExecutor(max_workers=jobs) as pool:
         for trial, done in [(trial, pool.submit(work, trial)) for trial in missing]:
             try:
                 done.result()
-            except (GDetKDError, OSError, RuntimeError) as error:  # RuntimeError: torch's, out of memory for one
+            except (GDetKDError, OSError, RuntimeError) as error:  # RuntimeError: for example torch is out of memory
                 failures.append(f"{trial.title}: {error}")
                 observer(Note(failures[-1]))
             except KeyboardInterrupt as interrupt:
-                pool.shutdown(wait=False, cancel_futures=True)  # else the others would still be run
-                interrupt.add_note("the same command goes on where it was")
+                pool.shutdown(wait=False, cancel_futures=True)  # else the other trials would still run
+                interrupt.add_note("run the same command again to continue")
                 raise
     return failures
 
 
-def places(settings: ComputeSettings, jobs: int) -> list[Place]:
-    """One for each of the ``jobs``; they share GPUs where there are fewer."""
+def list_places(settings: ComputeSettings, jobs: int) -> list[Place]:
+    """Lists a place for each of the ``jobs``; they share GPUs if there are fewer."""
     if settings.device != "cuda":
         return [Place(settings.device)] * jobs
     count = torch.cuda.device_count()
-    # By the names that this process was given: its device 0 may be the machine's device 3.
-    given = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))
-    names = given.split(",")[:count]
+    # This process's device 0 may be the machine's device 3, so pass on the names from its own environment.
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))
+    names = visible.split(",")[:count]
     return [Place(f"cuda:{i % count}", {"CUDA_VISIBLE_DEVICES": names[i % count]}) for i in range(jobs)]
 
 
 def train_trial(trial: Trial, recipe: Recipe, place: Place) -> None:
-    """Trains the trial's student in a process, unless it is trained.
+    """Trains the trial's student in its own process, unless it is already trained.
 
     Raises:
-        GDetKDError: the process failed, or one of an earlier call is still at it.
+        GDetKDError: the process failed, or a process of an earlier call is still training.
     """
     run = trial.run
     if run.metrics.exists():
         return
     if run.path.exists():
-        with run.lock():  # the process of a call that was killed may have outlived it
+        with run.lock():  # a process may outlive the killed call that started it
             run.recover_resume()
     command = [sys.executable, "-m", "gdetkd_cli", "distill" if recipe.distill else "train", "--json"]
     if run.resume.exists():
         command += ["--resume", str(run.path)]
     else:
-        shutil.rmtree(run.path, ignore_errors=True)  # killed before its first checkpoint
+        shutil.rmtree(run.path, ignore_errors=True)  # interrupted before its first checkpoint
         trial.folder.mkdir(parents=True, exist_ok=True)
-        own = trial.folder / "recipe.yaml"
-        write_text(own, dump_recipe(recipe))
-        command += ["--recipe", str(own), "--output", str(run.path)]
+        path = trial.folder / "recipe.yaml"
+        write_text(path, dump_recipe(recipe))
+        command += ["--recipe", str(path), "--output", str(run.path)]
     if code_is_trusted():
         command.append("--trust-code")
     log = trial.folder / "log.txt"
-    with log.open("a") as told:
+    with log.open("a") as stderr:
         environment = {**os.environ, **place.environment}
-        code = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=told, check=False, env=environment).returncode
+        process = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=stderr, check=False, env=environment)
+    code = process.returncode
     if code < 0:
         name = signal.Signals(-code).name
-        reason = " (often: too little memory)" if name == "SIGKILL" else ""
-        raise GDetKDError(f"its process was ended by {name}{reason}; the same command goes on where it was ({log})")
+        reason = ", often for lack of memory" if name == "SIGKILL" else ""
+        raise GDetKDError(f"{name} ended its process{reason}; run the same command again to continue ({log})")
     if code:
-        said = log.read_text().strip().splitlines()
-        raise GDetKDError(f"{said[-1] if said else f'exit code {code}'} ({log})")
+        lines = log.read_text().strip().splitlines()
+        raise GDetKDError(f"{lines[-1] if lines else f'exit code {code}'} ({log})")
 
 
 def _predict(trial: Trial, recipe: Recipe, settings: ComputeSettings, place: Place) -> None:
-    """Writes what the trial's student detects in the validation images, in float32, as its own evaluation saw it."""
+    """Writes the student's detections on the validation images, in float32, the same as in its own evaluation."""
     loaded = catalog.load(catalog.locate(str(trial.run.path)))
     module = loaded.detector.module.to(place.device)
     if settings.channels_last:
         module.to(memory_format=torch.channels_last)
     split = assembly.relabel(assembly.build_split(recipe.data, "val"), loaded.detector)
     batches = validation_batches(split=split, batch_size=recipe.train.batch_size)
-    found = predict_split(loaded.detector, batches, place.device)
+    detections = predict_split(loaded.detector, batches, place.device)
     fresh = trial.detections.with_suffix(".tmp")
-    torch.save({number: vars(one) for number, one in found.items()}, fresh)
+    torch.save({number: vars(one) for number, one in detections.items()}, fresh)
     fresh.replace(trial.detections)

@@ -1,4 +1,4 @@
-"""What every block of a recipe is."""
+"""The base class of a recipe's blocks."""
 
 from __future__ import annotations
 
@@ -10,6 +10,6 @@ Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
 class Strict(BaseModel):
-    """Every block: immutable, and an unknown field is an error."""
+    """A block of a recipe: immutable; unknown fields are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)

@@ -1,4 +1,4 @@
-"""What a recipe must have for a command, beyond the types of its fields."""
+"""Checks of a recipe that depend on the command."""
 
 from __future__ import annotations
 
@@ -6,53 +6,54 @@ from gdetkd_cli.errors import RecipeError
 from gdetkd_cli.recipe.schema import ComposedDetector, DistillationRecipe, Recipe, TorchvisionDetector
 
 
-def typed_recipe(recipe: Recipe) -> Recipe:
-    """The same recipe as a ``DistillationRecipe`` where it has a teacher and a ``distill`` block."""
+def narrow_recipe(recipe: Recipe) -> Recipe:
+    """Returns the recipe as a ``DistillationRecipe`` if it has a teacher and a ``distill`` block."""
     if isinstance(recipe, DistillationRecipe) or recipe.teacher is None or recipe.distill is None:
         return recipe
     return DistillationRecipe.model_construct(recipe.model_fields_set, **dict(recipe))
 
 
-def plain_recipe(recipe: Recipe, **changes: object) -> Recipe:
-    """The recipe without its teacher, for supervised training of its student."""
+def remove_teacher(recipe: Recipe, **changes: object) -> Recipe:
+    """Returns the recipe for supervised training of its student, with ``changes`` to its fields."""
     fields = dict(recipe) | {"teacher": None, "distill": None} | changes
     return Recipe.model_construct(recipe.model_fields_set, **fields)
 
 
 def require_distillation(recipe: Recipe) -> DistillationRecipe:
-    """The recipe, known to have a teacher and a ``distill`` block.
+    """Returns the recipe as a ``DistillationRecipe``.
 
     Raises:
-        RecipeError: one of them is missing.
+        RecipeError: it has no teacher or no ``distill`` block.
     """
     for name in ("teacher", "distill"):
         if getattr(recipe, name) is None:
             raise RecipeError(
                 f"the recipe {recipe.name!r} has no `{name}:` block; add one, or use `gdetkd train` for plain training"
             )
-    typed = typed_recipe(recipe)
+    typed = narrow_recipe(recipe)
     assert isinstance(typed, DistillationRecipe)
     return typed
 
 
-def untrained_teacher(recipe: Recipe) -> str | None:
-    """Advice for a teacher with fresh weights, which would teach noise; None for a teacher with other weights."""
+def describe_untrained_teacher(recipe: Recipe) -> str | None:
+    """Returns advice if the teacher has fresh weights, else None."""
     spec = recipe.teacher
     if not isinstance(spec, TorchvisionDetector | ComposedDetector) or spec.weights is not None:
         return None
     return (
-        f"the teacher of the recipe {recipe.name!r} has no trained weights; train it (`gdetkd train --recipe RECIPE "
-        "--detector teacher --output RUN`), then name the run as the teacher (`teacher: {arch: checkpoint, path: RUN}`)"
+        f"the teacher of the recipe {recipe.name!r} has no trained weights; train it with `gdetkd train --recipe "
+        "RECIPE --detector teacher --output RUN`, then use the run as the teacher: "
+        "`teacher: {arch: checkpoint, path: RUN}`"
     )
 
 
 def require_trained_teacher(recipe: Recipe) -> None:
     """Raises a RecipeError if the recipe's teacher has fresh weights."""
-    untrained = untrained_teacher(recipe)
-    if untrained:
-        raise RecipeError(untrained)
+    advice = describe_untrained_teacher(recipe)
+    if advice:
+        raise RecipeError(advice)
 
 
 def has_task_loss(recipe: Recipe) -> bool:
-    """Whether the student's own losses count."""
+    """Whether training uses the student's own losses."""
     return recipe.distill is None or recipe.distill.task_loss == "own"

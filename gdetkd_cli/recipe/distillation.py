@@ -1,4 +1,4 @@
-"""The recipe's ``distill`` block: regions, G-DetKD's terms, and other methods' to compare with."""
+"""The recipe's ``distill`` block: regions, the terms of G-DetKD, and other methods for comparison."""
 
 from __future__ import annotations
 
@@ -10,50 +10,55 @@ from gdetkd_cli.recipe.base import Fraction, Strict
 
 
 class RegionChoice(Strict):
-    """Which boxes student and teacher are compared on."""
+    """The boxes on which the terms compare student and teacher."""
 
     per_image: PositiveInt | Literal["auto"] = Field(
         "auto",
-        description="regions per image at most; auto: as many as the student's head trains on (the paper), 512 where "
-        "it samples none; on a CPU 64 at most",
+        description="maximum number of regions per image; auto: the number that the student's head samples (as in the "
+        "paper), or 512 if it samples none; at most 64 on a CPU",
     )
-    positive_iou: Fraction = Field(0.5, description="dense students: overlap with the truth that makes a positive")
-    negatives_per_positive: NonNegativeFloat = Field(3.0, description="dense students: negatives per positive")
+    positive_iou: Fraction = Field(0.5, description="dense students: minimum IoU of a positive region with an object")
+    negatives_per_positive: NonNegativeFloat = Field(
+        3.0, description="dense students: number of negative regions per positive"
+    )
 
 
 class Warmed(Strict):
-    """What comes in gently."""
+    """A term with a warm-up."""
 
     warmup_steps: int = Field(0, ge=0, description="steps over which the weight rises linearly from 0")
 
 
 class Term(Warmed):
-    """What every distillation term has but those whose weight depends on the student."""
+    """A term with a fixed weight."""
 
-    weight: NonNegativeFloat = 1.0
+    weight: NonNegativeFloat = Field(1.0, description="weight of the term")
 
 
 class SGFI(Term):
     """Semantic-guided feature imitation (G-DetKD, arXiv 2108.07482)."""
 
-    weight: NonNegativeFloat = Field(10.0, description="of the term; its target is standardised, so 10 suits most")
-    normalize: Literal["channel", "scalar", "none"] = Field(
-        "channel", description="teacher features are standardised per channel, as a whole, or (as in the paper) not"
+    weight: NonNegativeFloat = Field(
+        10.0, description="weight of the term; 10 suits most pairs, because the target is standardized"
     )
-    embed_channels: PositiveInt = Field(64, description="channels of the embedding that levels are matched in")
-    tau: PositiveFloat = Field(1.0, description="temperature of the match at the start; it is learnt")
+    normalize: Literal["channel", "scalar", "none"] = Field(
+        "channel",
+        description="how to standardize the teacher's features: per channel, as a whole, or not (as in the paper)",
+    )
+    embed_channels: PositiveInt = Field(64, description="channels of the embedding in which levels are matched")
+    tau: PositiveFloat = Field(1.0, description="initial temperature of the level matching; training adjusts it")
     similarity: Literal["cosine", "product"] = Field(
-        "cosine", description="levels are matched by the cosine of embeddings, or (as in the paper) by their product"
+        "cosine", description="similarity of embeddings: their cosine, or their dot product (as in the paper)"
     )
     prior: NonNegativeFloat = Field(
         3.0,
-        description="how much the match favours the student levels near `center`: a level's logit falls by this times "
-        "the square of the octaves that its stride lies away; 0: not at all (the paper)",
+        description="how strongly the matching favours student levels near `center`: each level's logit decreases by "
+        "`prior` times the squared distance in octaves of stride; 0: no preference (as in the paper)",
     )
     center: Literal["student", "teacher"] = Field(
         "student",
-        description="where the prior lies: at the level that the student assigns a region to, or at the stride of the "
-        "level that the teacher pools it from",
+        description="center of the prior: the level to which the student assigns the region, or the stride of the "
+        "level from which the teacher pools it",
     )
     sampling_ratio: PositiveInt = Field(2, description="RoIAlign samples per bin and axis")
 
@@ -61,72 +66,79 @@ class SGFI(Term):
 class CKD(Warmed):
     """Contrastive distillation over regions (G-DetKD, arXiv 2108.07482)."""
 
-    weight: NonNegativeFloat | Literal["auto"] = Field("auto", description="auto: 1 for a two-stage student, else 0.05")
-    gamma: PositiveFloat = Field(0.07, description="temperature of the contrast")
-    negative_iou: Fraction = Field(0.5, description="regions of one image that overlap more are not negatives")
-    queue: int = Field(4096, ge=0, description="teacher embeddings remembered as further negatives")
-    project_channels: PositiveInt = Field(128, description="channels of the space that regions are compared in")
+    weight: NonNegativeFloat | Literal["auto"] = Field(
+        "auto", description="weight of the term; auto: 1 for a two-stage student, else 0.05"
+    )
+    gamma: PositiveFloat = Field(0.07, description="temperature of the contrastive loss")
+    negative_iou: Fraction = Field(
+        0.5, description="maximum IoU of two regions of one image that count as negatives of each other"
+    )
+    queue: int = Field(4096, ge=0, description="earlier teacher embeddings kept as additional negatives")
+    project_channels: PositiveInt = Field(128, description="channels of the space in which regions are compared")
 
 
 class PredictionKD(Strict):
     """Class or box predictions of the teacher's RoI head as targets (G-DetKD, arXiv 2108.07482)."""
 
-    weight: NonNegativeFloat = 1.0
+    weight: NonNegativeFloat = Field(1.0, description="weight of the term")
     warmup_steps: Annotated[int, Field(ge=0)] | Literal["auto"] = Field(
         "auto",
-        description="steps over which the weight rises linearly from 0; auto: half of the run where the student's head "
-        "is fresh, which certain targets would hold back, else 0 (the paper)",
+        description="steps over which the weight rises linearly from 0; auto: half of the run if the student's head is "
+        "fresh, since confident targets slow its training down, else 0 (as in the paper)",
     )
 
 
 class WholeMaps(Warmed):
-    """What the terms that compare whole maps share."""
+    """A term that compares whole feature maps."""
 
     pooled_levels: bool = Field(
         False,
-        description="compare also student levels that only subsample the one before, as the last of torchvision's "
-        "two-stage pyramids does",
+        description="also compare student levels that only subsample the previous level, such as the last level of "
+        "torchvision's two-stage detectors",
     )
+
+
+_SQUARED_ERROR_WEIGHT = "weight of the term; the default equals SGFI's, as for all squared errors"
 
 
 class FitNet(WholeMaps):
-    """Another method, to compare with: whole maps, level by level (Romero et al., ICLR 2015)."""
+    """For comparison: imitates whole maps, level by level (Romero et al., ICLR 2015)."""
 
-    weight: NonNegativeFloat = Field(10.0, description="SGFI's default, as for the other squared errors")
+    weight: NonNegativeFloat = Field(10.0, description=_SQUARED_ERROR_WEIGHT)
 
 
 class GTMask(WholeMaps):
-    """Another method, to compare with: the cells near objects (Wang et al., CVPR 2019), or inside their boxes."""
+    """For comparison: imitates the cells near objects (Wang et al., CVPR 2019) or inside their boxes."""
 
-    weight: NonNegativeFloat = Field(10.0, description="SGFI's default, as for the other squared errors")
+    weight: NonNegativeFloat = Field(10.0, description=_SQUARED_ERROR_WEIGHT)
     mask: Literal["anchors", "boxes"] = Field(
         "anchors",
-        description="which cells count: those where an anchor overlaps an object nearly as much as the best one does, "
-        "or those inside an object's box, on the level that the student assigns it to",
+        description="cells to imitate: cells with an anchor that overlaps an object nearly as much as the best anchor "
+        "does, or cells inside an object's box on the level to which the student assigns it",
     )
     share: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
-        0.5, description="mask: anchors: of the best anchor's overlap that makes a cell near an object"
+        0.5, description="with `mask: anchors`, the fraction of the best anchor's overlap that a cell must reach"
     )
 
 
 class RoIImitation(Term):
-    """Another method, to compare with: regions on the one level each detector assigns (Li et al., CVPR 2017)."""
+    """For comparison: imitates regions on the one level that each detector assigns (Li et al., CVPR 2017)."""
 
-    weight: NonNegativeFloat = Field(10.0, description="SGFI's default, as for the other squared errors")
+    weight: NonNegativeFloat = Field(10.0, description=_SQUARED_ERROR_WEIGHT)
 
 
 class PKD(WholeMaps):
-    """Another method, to compare with: correlation of maps (Cao et al., NeurIPS 2022)."""
+    """For comparison: correlates maps (Cao et al., NeurIPS 2022)."""
 
     weight: NonNegativeFloat | Literal["auto"] = Field(
-        "auto", description="auto: as published, 6 for a two-stage student, else 10"
+        "auto", description="weight of the term; auto: as published, 6 for a two-stage student, else 10"
     )
 
 
 class CWD(WholeMaps):
-    """Another method, to compare with: where each channel looks (Shu et al., ICCV 2021)."""
+    """For comparison: matches each channel's distribution over cells (Shu et al., ICCV 2021)."""
 
-    weight: NonNegativeFloat = Field(10.0, description="as published")
+    weight: NonNegativeFloat = Field(10.0, description="weight of the term, as published")
     tau: PositiveFloat = Field(1.0, description="temperature of the softmax over cells")
 
 
@@ -134,39 +146,45 @@ FGDWeight = NonNegativeFloat | Literal["auto"]
 
 
 class FGD(WholeMaps):
-    """Another method, to compare with: focal and global distillation (Yang et al., CVPR 2022).
+    """For comparison: focal and global distillation (Yang et al., CVPR 2022).
 
-    The four weights and the temperature are published for each family of detectors; ``auto`` takes those of the
-    student's: two-stage, FCOS, and RetinaNet's for any other.
+    The paper publishes four weights and a temperature per detector family. ``auto`` uses those for the student's
+    family: two-stage, FCOS, or RetinaNet for any other.
     """
 
-    weight: NonNegativeFloat = Field(1.0, description="of the four parts together")
-    temperature: PositiveFloat | Literal["auto"] = Field("auto", description="of the attentions; 0.5, for FCOS 0.8")
-    objects: FGDWeight = Field("auto", description="two-stage 5e-5, FCOS 1.6e-3, else 1e-3")
-    background: FGDWeight = Field("auto", description="two-stage 2.5e-5, FCOS 8e-4, else 5e-4")
-    attention: FGDWeight = Field("auto", description="two-stage 5e-5, FCOS 8e-4, else 5e-4")
-    relation: FGDWeight = Field("auto", description="two-stage 5e-7, FCOS 8e-6, else 5e-6")
+    weight: NonNegativeFloat = Field(1.0, description="weight of the four parts together")
+    temperature: PositiveFloat | Literal["auto"] = Field(
+        "auto", description="temperature of the attention maps; auto: 0.8 for FCOS, else 0.5"
+    )
+    objects: FGDWeight = Field("auto", description="auto: 5e-5 for two-stage, 1.6e-3 for FCOS, else 1e-3")
+    background: FGDWeight = Field("auto", description="auto: 2.5e-5 for two-stage, 8e-4 for FCOS, else 5e-4")
+    attention: FGDWeight = Field("auto", description="auto: 5e-5 for two-stage, 8e-4 for FCOS, else 5e-4")
+    relation: FGDWeight = Field("auto", description="auto: 5e-7 for two-stage, 8e-6 for FCOS, else 5e-6")
     sums: Literal["scaled", "published"] = Field(
         "scaled",
-        description="sums over channels and cells brought to 256 channels and to images of 800 pixels, which the "
-        "published weights are for; or as they are",
+        description="scaled: scale sums over channels and cells to 256 channels and 800-pixel images, for which the "
+        "weights were published; published: do not scale",
     )
     standardize: bool = Field(
-        True, description="each of the teacher's levels has mean 0 and deviation 1; or (as published) is as it is"
+        True, description="standardize each teacher level to mean 0 and deviation 1; the paper does not"
     )
 
 
 class Logit(Term):
-    """Another method, to compare with: class logits of every cell (Yang et al., ICCV 2023); two dense heads alike."""
+    """For comparison: imitates the class logits of every cell (Yang et al., ICCV 2023); needs two like dense heads."""
 
 
 class Distill(Strict):
-    """The distillation terms. ``null`` leaves a term out; ``auto`` adds it where the pair allows it."""
+    """The distillation terms. ``null`` leaves a term out; ``auto`` adds it if the pair supports it."""
 
-    pair: Literal["auto", "homogeneous", "heterogeneous"] = "auto"
+    pair: Literal["auto", "homogeneous", "heterogeneous"] = Field(
+        "auto", description="kind of pair; anything but auto makes gdetkd stop if the detectors form the other kind"
+    )
     regions: RegionChoice = RegionChoice()
     sgfi: SGFI | None = SGFI()
-    ckd: CKD | Literal["auto"] | None = Field("auto", description="auto: where the teacher has a region embedding")
+    ckd: CKD | Literal["auto"] | None = Field(
+        "auto", description="auto: add the term if the teacher has a known region embedding"
+    )
     class_kd: PredictionKD | Literal["auto"] | None = "auto"
     box_kd: PredictionKD | Literal["auto"] | None = "auto"
     fitnet: FitNet | None = None
@@ -178,8 +196,8 @@ class Distill(Strict):
     logit: Logit | None = None
     head_transfer: bool | Literal["auto"] = Field(
         "auto",
-        description="start the student's head from the teacher's; auto: where it fits and the student's own is fresh",
+        description="initialize the student's head from the teacher's; auto: if it fits a fresh head",
     )
     task_loss: Literal["own", "none"] = Field(
-        "own", description="none: the student's own losses are left out; it learns from the teacher alone"
+        "own", description="own: train with the student's own losses too; none: train with the distillation terms alone"
     )

@@ -1,4 +1,4 @@
-"""YAML and ``--set`` to a validated recipe, and back."""
+"""Reads and validates recipes from YAML and ``--set``, and writes them back."""
 
 from __future__ import annotations
 
@@ -13,54 +13,58 @@ from yaml.nodes import Node
 from gdetkd_cli.errors import RecipeError
 from gdetkd_cli.recipe import yaml_text
 from gdetkd_cli.recipe.builtin import list_builtin
-from gdetkd_cli.recipe.checks import typed_recipe
-from gdetkd_cli.recipe.overrides import Override, apply, parse_override
-from gdetkd_cli.recipe.problems import Problem, problems
+from gdetkd_cli.recipe.checks import narrow_recipe
+from gdetkd_cli.recipe.overrides import Override, apply_overrides, parse_override
+from gdetkd_cli.recipe.problems import Problem, describe_problems
 from gdetkd_cli.recipe.schema import CocoData, Data, Recipe
 
 
 def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Reads and validates a recipe.
 
-    Paths inside a recipe (data, weights, checkpoints) stay as written: a relative one is relative to the current
-    working directory, not to the recipe's folder.
+    Relative paths inside a recipe (data, weights, checkpoints) start from the working directory, not from the
+    recipe's folder.
 
     Args:
         source: a YAML file, or the name of a built-in recipe.
-        overrides: ``a.b=c`` each, as after ``--set``; validated along with the rest.
+        overrides: ``--set`` values of the form ``a.b=c``.
 
     Raises:
-        RecipeError: the recipe is missing, is not YAML, or does not validate. The message has one line for each
-            problem and names the file's line or the ``--set`` that it comes from.
+        RecipeError: the recipe is missing, is not YAML, or is invalid. The message has one line per problem, with
+            the line in the file or the ``--set`` that causes it.
     """
     path = find_recipe(source)
     data, node = _read(path)
     changes = [parse_override(text) for text in overrides]
-    data = apply(data, changes)
+    data = apply_overrides(data, changes)
     try:
-        return typed_recipe(Recipe.model_validate(data))
+        return narrow_recipe(Recipe.model_validate(data))
     except ValidationError as error:
-        found = problems(error, data, Recipe)
-        raise RecipeError("\n".join(f"{_place(p, path, node, changes)}: {_sentence(p)}" for p in found)) from error
+        lines = (
+            f"{_locate(problem, path, node, changes)}: {_format_problem(problem)}"
+            for problem in describe_problems(error, data, Recipe)
+        )
+        raise RecipeError("\n".join(lines)) from error
 
 
 def validate_recipe(fields: Mapping[str, Any]) -> Recipe:
     """Validates a recipe given as plain data.
 
     Raises:
-        RecipeError: one line for each problem, with its field.
+        RecipeError: the recipe is invalid. The message has one line per problem, with its field.
     """
     try:
-        return typed_recipe(Recipe.model_validate(dict(fields)))
+        return narrow_recipe(Recipe.model_validate(dict(fields)))
     except ValidationError as error:
-        raise RecipeError("\n".join(map(_sentence, problems(error, dict(fields), Recipe)))) from error
+        lines = map(_format_problem, describe_problems(error, dict(fields), Recipe))
+        raise RecipeError("\n".join(lines)) from error
 
 
 def find_recipe(source: str | Path) -> Path:
-    """The recipe's file; ``source`` as for :func:`load_recipe`.
+    """Returns the recipe's file; ``source`` as for :func:`load_recipe`.
 
     Raises:
-        RecipeError: there is no such file and no built-in recipe of that name.
+        RecipeError: neither a file nor a built-in recipe has this name.
     """
     path = Path(source)
     if path.is_file():
@@ -72,15 +76,15 @@ def find_recipe(source: str | Path) -> Path:
     if path.is_dir():
         raise RecipeError(f"{source} is a folder; expected a recipe file (YAML), or a name from: gdetkd recipe list")
     near = difflib.get_close_matches(name.removesuffix(".yaml"), builtin, n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(near)}?" if near else "to see the built-in ones: gdetkd recipe list"
-    raise RecipeError(f"there is no recipe file {source}, and no built-in recipe of that name; {hint}")
+    hint = f"did you mean {' or '.join(near)}?" if near else "to list the built-in recipes, run: gdetkd recipe list"
+    raise RecipeError(f"no recipe file or built-in recipe is named {source}; {hint}")
 
 
 def load_data(source: str) -> Data:
-    """The data block that ``--data`` means.
+    """Returns the data block for ``--data``.
 
     Args:
-        source: a recipe (file or built-in name), or a folder with ``val.json`` (COCO format) and ``images``.
+        source: a recipe (file or built-in name), or a folder with ``val.json`` (COCO) and ``images``.
 
     Raises:
         RecipeError: the recipe is not usable.
@@ -90,17 +94,17 @@ def load_data(source: str) -> Data:
 
 
 def dump_recipe(recipe: Recipe) -> str:
-    """The whole recipe, defaults included, as YAML that :func:`load_recipe` reads back to an equal recipe."""
+    """Returns the recipe as YAML with all defaults; :func:`load_recipe` reads it back to an equal recipe."""
     return yaml_text.dump(recipe.model_dump(mode="json"))
 
 
 def json_schema() -> dict[str, Any]:
-    """The JSON schema of a recipe, for editors that complete and check YAML with it."""
+    """Returns the JSON Schema of recipes, with which editors complete and check YAML."""
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Recipe.model_json_schema()}
 
 
 def _read(path: Path) -> tuple[object, Node]:
-    """The file's mapping and its node tree."""
+    """Reads the file's mapping and node tree."""
     try:
         text = path.read_text(encoding="utf-8-sig")
         data, node = yaml_text.parse(text)
@@ -112,25 +116,25 @@ def _read(path: Path) -> tuple[object, Node]:
         place = path if error.line is None else f"{path}:{error.line}"
         raise RecipeError(f"{place}: not valid YAML: {error}") from error
     if node is None:
-        raise RecipeError(f"{path} is empty; to start a recipe: gdetkd recipe init")
+        raise RecipeError(f"{path} is empty; to create a recipe, run: gdetkd recipe init")
     if not isinstance(data, dict):
         kind = "a list" if isinstance(data, list) else "a single value"
-        raise RecipeError(f"{path}: a recipe is a mapping of fields (name: ..., data: ...), got {kind}")
+        raise RecipeError(f"{path}: expected a mapping of fields (name: ..., data: ...), got {kind}")
     return data, node
 
 
-def _place(problem: Problem, path: Path, node: Node, changes: Sequence[Override]) -> str:
-    """Where a problem comes from: the last ``--set`` that put the value there, else the file's line."""
+def _locate(problem: Problem, path: Path, node: Node, changes: Sequence[Override]) -> str:
+    """Returns the source of a problem: the last ``--set`` that changed the value, else the line in the file."""
     field = tuple(str(key) for key in problem.path)
     for change in reversed(changes):
         below = field[: len(change.path)] == change.path
-        above = change.path[: len(field)] == field and not yaml_text.has(node, problem.path)
+        above = change.path[: len(field)] == field and not yaml_text.has_field(node, problem.path)
         if below or above:
             return f"--set {change.text}"
-    return f"{path}:{yaml_text.line_of(node, problem.path)}"
+    return f"{path}:{yaml_text.find_line(node, problem.path)}"
 
 
-def _sentence(problem: Problem) -> str:
-    """``field: what is wrong``; a problem of the recipe as a whole has no field."""
+def _format_problem(problem: Problem) -> str:
+    """Returns ``field: message``, without a field for a problem of the whole recipe."""
     field = ".".join(str(key) for key in problem.path)
     return f"{field}: {problem.message}" if field else problem.message

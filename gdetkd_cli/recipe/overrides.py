@@ -1,4 +1,4 @@
-"""``--set field=value``: changes to a recipe's plain data, before it is validated."""
+"""``--set field=value``: changes to a recipe's plain data before validation."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from gdetkd_cli.recipe import yaml_text
 
 @dataclass(frozen=True)
 class Override:
-    """One ``--set``. ``path`` holds the keys as typed; a list index is a string of digits here."""
+    """One ``--set``. ``path`` holds the keys as typed; a list index is a string of digits."""
 
     text: str
     path: tuple[str, ...]
@@ -19,10 +19,10 @@ class Override:
 
 
 def parse_override(text: str) -> Override:
-    """Reads ``a.b=c``; the value is YAML, and nothing after the sign means null.
+    """Parses ``a.b=c``, where the value is YAML and an empty value means null.
 
     Raises:
-        RecipeError: no ``=``, an empty key, or a value that is not YAML.
+        RecipeError: ``=`` is missing, a key is empty, or the value is not YAML.
     """
     field, sign, value = text.partition("=")
     path = tuple(field.strip().split("."))
@@ -35,21 +35,21 @@ def parse_override(text: str) -> Override:
     return Override(text, path, parsed)
 
 
-def apply(data: object, overrides: Sequence[Override]) -> object:
-    """The data with every override applied, in order. ``data`` itself stays as it is.
+def apply_overrides(data: object, overrides: Sequence[Override]) -> object:
+    """Returns a copy of the data with every override applied, in order.
 
     Raises:
-        RecipeError: a path leads through a plain value, or beside the elements of a list.
+        RecipeError: a path runs through a plain value, or names a list index that does not exist.
     """
     for override in overrides:
-        data = _replaced(data, override, 0)
+        data = _replace(data, override, 0)
     return data
 
 
-def _replaced(node: object, override: Override, depth: int) -> object:
-    """A copy of ``node``, which is at the first ``depth`` keys of the override's path, with the change below it.
+def _replace(node: object, override: Override, depth: int) -> object:
+    """Returns a copy of ``node``, found at the first ``depth`` keys of the override's path, with the change below it.
 
-    Containers on the way are copied, not changed: YAML anchors can make two fields one object.
+    Copies containers instead of changing them, because YAML anchors can make two fields one object.
     """
     if depth == len(override.path):
         return override.value
@@ -57,19 +57,20 @@ def _replaced(node: object, override: Override, depth: int) -> object:
     here = ".".join(override.path[:depth])
     if isinstance(node, list):
         if not key.isdigit() or int(key) >= len(node):
-            expected = f"an index from 0 to {len(node) - 1}" if node else "no index, for it is empty"
-            raise RecipeError(f"--set {override.text}: {here} is a list of {len(node)}; expected {expected}, got {key}")
+            expected = f"expected an index from 0 to {len(node) - 1}, got {key}" if node else f"it has no index {key}"
+            raise RecipeError(f"--set {override.text}: {here} is a list of length {len(node)}; {expected}")
         items = list(node)
-        items[int(key)] = _replaced(items[int(key)], override, depth + 1)
+        items[int(key)] = _replace(items[int(key)], override, depth + 1)
         return items
     if node is None and key.isdigit():
         raise RecipeError(
-            f"--set {override.text}: the recipe does not spell out the list {here}; set it whole: --set '{here}=[...]'"
+            f"--set {override.text}: the recipe does not contain the list {here}; set the whole list: "
+            f"--set '{here}=[...]'"
         )
     if node is not None and not isinstance(node, dict):
         raise RecipeError(
-            f"--set {override.text}: {here} is {node!r}, which has no fields; "
-            f"set it whole: --set '{here}={{{key}: ...}}'"
+            f"--set {override.text}: {here} is {node!r}, which has no fields; set the whole block: "
+            f"--set '{here}={{{key}: ...}}'"
         )
     fields = node or {}
-    return {**fields, key: _replaced(fields.get(key), override, depth + 1)}
+    return {**fields, key: _replace(fields.get(key), override, depth + 1)}

@@ -1,4 +1,4 @@
-"""The linear scaling rule: what a recipe made for one batch becomes for another."""
+"""The linear scaling rule: adapts a recipe to another batch size."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from gdetkd_cli.recipe.schema import Recipe
 AnyRecipe = TypeVar("AnyRecipe", bound=Recipe)
 
 
-def scaled_to_batch(recipe: AnyRecipe, processes: int) -> AnyRecipe:
-    """The recipe for the batch that it will have, ``train.batch_size`` times the processes.
+def scale_to_batch(recipe: AnyRecipe, processes: int) -> AnyRecipe:
+    """Scales a recipe to its actual batch, ``train.batch_size`` times ``processes``.
 
-    Where it names a ``train.reference_batch``, its learning rate grows with the batch and its steps shrink, so that as
-    many images are seen (Goyal et al., "Accurate, Large Minibatch SGD", 2017); warm-ups and evaluations come after as
-    many images as before. The result has no ``reference_batch``.
+    If the recipe has a ``train.reference_batch``, the learning rate grows with the batch, and steps, warm-ups and
+    evaluation intervals shrink, so that they cover the same number of images (Goyal et al., "Accurate, Large
+    Minibatch SGD", 2017). The result has no ``reference_batch``.
     """
     train = recipe.train
     if train.reference_batch is None:
@@ -45,14 +45,14 @@ def scaled_to_batch(recipe: AnyRecipe, processes: int) -> AnyRecipe:
     return recipe.model_copy(update={"train": changed, "distill": distill})
 
 
-def epochs(recipe: Recipe, images: int, processes: int = 1) -> float:
-    """Passes over the training images that the recipe makes."""
-    train = scaled_to_batch(recipe, processes).train
-    return train.steps * train.batch_size * processes / images
+def count_epochs(recipe: Recipe, images: int) -> float:
+    """Counts the recipe's passes over the training images, on one process."""
+    train = scale_to_batch(recipe, processes=1).train
+    return train.steps * train.batch_size / images
 
 
-def changes(before: Recipe, after: Recipe) -> list[str]:
-    """What the rule changed, for people; nothing where it had nothing to do."""
+def describe_scaling(before: Recipe, after: Recipe) -> list[str]:
+    """Describes the changes that scaling made, if any."""
     if before.train.reference_batch is None or before.train.steps == after.train.steps:
         return []
     lr, steps = after.train.optimizer.lr, after.train.steps

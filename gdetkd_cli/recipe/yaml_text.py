@@ -1,4 +1,4 @@
-"""YAML as recipes use it: safe, numbers such as ``3e-4`` read as numbers, and a repeated key is an error."""
+"""YAML for recipes: plain data only, ``3e-4`` is a number, and a repeated key is an error."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ _TIMESTAMP = "tag:yaml.org,2002:timestamp"
 
 
 class _Loader(yaml.SafeLoader):
-    """The safe loader; a key that stands twice in one mapping is refused, and dates stay strings."""
+    """A safe loader that rejects repeated keys and reads dates as strings."""
 
     def compose_mapping_node(self, anchor: Any) -> MappingNode:
         node = super().compose_mapping_node(anchor)
         seen: set[str] = set()
         for key in (key for key, _ in node.value if isinstance(key, ScalarNode)):
             if key.value in seen:
-                raise ComposerError(None, None, f"the key {key.value!r} stands here a second time", key.start_mark)
+                raise ComposerError(None, None, f"the key {key.value!r} appears twice", key.start_mark)
             seen.add(key.value)
         return node
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes the strings that the loader above would read as numbers."""
+    """Quotes the strings that ``_Loader`` would read as numbers."""
 
 
 _Loader.yaml_implicit_resolvers = {
@@ -42,7 +42,7 @@ for _side in (_Loader, _Dumper):
 
 
 class YamlError(ValueError):
-    """Text that is not YAML. ``line`` counts from 1; None where the parser does not say."""
+    """Invalid YAML. ``line`` counts from 1; None if unknown."""
 
     def __init__(self, problem: str, line: int | None) -> None:
         super().__init__(problem)
@@ -53,10 +53,10 @@ def parse(text: str) -> tuple[object, Node | None]:
     """Reads one document.
 
     Returns:
-        The value, and its node tree, which knows the lines; None for an empty document.
+        The value and its node tree with line numbers; None and None for an empty document.
 
     Raises:
-        YamlError: the text is not YAML, repeats a key, or names a tag that is not plain data.
+        YamlError: the text is not YAML, repeats a key, or has a tag that is not plain data.
     """
     try:
         loader = _Loader(text)
@@ -65,38 +65,38 @@ def parse(text: str) -> tuple[object, Node | None]:
     except yaml.MarkedYAMLError as error:
         line = None if error.problem_mark is None else error.problem_mark.line + 1
         raise YamlError(error.problem or "unreadable", line) from error
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: a number such as 0b_ that int() refuses
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a number such as 0b_ that int() cannot parse
         raise YamlError(str(error).splitlines()[0], None) from error
 
 
 def dump(value: object) -> str:
-    """Plain data as YAML in block style, keys in their order."""
+    """Returns plain data as YAML in block style, with its keys in order."""
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
-def line_of(node: Node, path: Sequence[str | int]) -> int:
-    """The line, from 1, of the field at ``path``, or of its nearest parent that exists."""
+def find_line(node: Node, path: Sequence[str | int]) -> int:
+    """Returns the line, from 1, of the field at ``path`` or of its nearest existing parent."""
     line = node.start_mark.line
     for key in path:
-        found = _child(node, key)
-        if found is None:
+        child = _find_child(node, key)
+        if child is None:
             break
-        line, node = found
+        line, node = child
     return line + 1
 
 
-def has(node: Node, path: Sequence[str | int]) -> bool:
-    """Whether the document spells out the field at ``path``."""
+def has_field(node: Node, path: Sequence[str | int]) -> bool:
+    """Whether the document contains the field at ``path``."""
     for key in path:
-        found = _child(node, key)
-        if found is None:
+        child = _find_child(node, key)
+        if child is None:
             return False
-        _, node = found
+        _, node = child
     return True
 
 
-def _child(node: Node, key: str | int) -> tuple[int, Node] | None:
-    """The child's line, from 0, and node. Merged (``<<``) pairs come first, so the last one of a key counts."""
+def _find_child(node: Node, key: str | int) -> tuple[int, Node] | None:
+    """Returns the child's line, from 0, and node. Merged (``<<``) pairs come first, so the last pair of a key wins."""
     if isinstance(node, MappingNode):
         for name, value in reversed(node.value):
             if name.value == str(key):

@@ -39,7 +39,7 @@ def test_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("fields", "sentence"),
     [
-        ({"device": "cuda"}, "runtime.device is cuda, but this machine has no usable CUDA device"),
+        ({"device": "cuda"}, "runtime.device is cuda, but this machine has no CUDA device"),
         ({"precision": "fp16"}, "runtime.precision is fp16, which needs CUDA; on a CPU set it to auto, bf16 or fp32"),
     ],
 )

@@ -157,7 +157,7 @@ COMPARED = Comparison(
         ),
         MethodRow("pkd", 500, {}),
     ),
-    notes=("plain training gains +0.4 AP from 250 to 500 steps: its plateau",),
+    notes=("plain training gains +0.4 AP from 250 to 500 steps: on its plateau",),
     failures=(),
     trials=Path("out/trials.csv"),
     table=Path("out/table.csv"),
@@ -231,7 +231,7 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     shipped = tmp_path / "shipped" / "shapes"
     shipped.mkdir(parents=True)
     (shipped / "tiny.yaml").write_text(RECIPE)
-    monkeypatch.setattr(builtin, "recipes_folder", lambda: shipped.parent)
+    monkeypatch.setattr(builtin, "find_recipes_folder", lambda: shipped.parent)
     return "tiny.yaml"
 
 

@@ -44,8 +44,8 @@ def test_distill(runs: Any, recipe: str) -> None:
 def test_bench(runs: Any, recipe: str) -> None:
     shown = done("bench", recipe, "--steps", "7", "--set", "seed=2")
     assert runs.call == ("profile_distill", (load_recipe(recipe, ["seed=2"]),), {"steps": 7})
-    assert "20.0 images/s; the loader alone gives 312.5 (2 processes); peak memory 812 MB" in shown.stdout
-    assert "the recipe's 900 steps would take 6 min 00 s, evaluations not counted" in shown.stdout
+    assert "20.0 images/s; the loader alone: 312.5 images/s (2 processes); peak memory 812 MB" in shown.stdout
+    assert "the recipe's 900 steps would take 6 min 00 s without evaluations" in shown.stdout
 
 
 def test_compare(runs: Any, recipe: str) -> None:
@@ -77,14 +77,14 @@ def test_compare_ends_with_an_error_where_runs_did_not_finish(runs: Any, recipe:
     shown = gdetkd("compare", recipe)
     assert shown.exit_code == 1
     assert "sgfi+ckd" in shown.stdout  # the table of the others, all the same
-    assert "Error: 1 runs did not finish, the first: pkd, 500 steps, seed 0: loss not finite" in shown.stderr
+    assert "Error: 1 trials failed; the first: pkd, 500 steps, seed 0: loss not finite" in shown.stderr
 
 
 @pytest.mark.parametrize("steps", ["500,", "0", "many"])
 def test_compare_wants_budgets_that_are_numbers(recipe: str, steps: str) -> None:
     shown = gdetkd("compare", recipe, "--steps", steps)
     assert shown.exit_code == 2
-    assert f"--steps wants whole numbers joined by commas, as in 500,8000; got '{steps}'" in shown.stderr
+    assert f"--steps: expected whole numbers joined by commas, as in 500,8000; got '{steps}'" in shown.stderr
 
 
 def test_distill_dry_run(runs: Any, recipe: str) -> None:
@@ -164,8 +164,8 @@ def test_other_ranks_are_silent(
 
 def test_init(runs: Any) -> None:
     shown = done("init", "--teacher", "t.onnx", "--student", "resnet18+fcos", "--data", "d", "--output", "mine.yaml")
-    told = ("t.onnx", "resnet18+fcos", Path("d"))
-    assert runs.call == ("run_init", told, {"output": Path("mine.yaml")})
+    arguments = ("t.onnx", "resnet18+fcos", Path("d"))
+    assert runs.call == ("run_init", arguments, {"output": Path("mine.yaml")})
     assert "mine.yaml: a heterogeneous pair" in shown.stdout
     assert "next: gdetkd distill --recipe mine.yaml --dry-run" in shown.stdout
 
@@ -198,11 +198,11 @@ def test_recipe_list_of_nothing(recipe: str) -> None:
 def test_recipe_init_writes_a_valid_recipe_once(recipe: str) -> None:
     shown = done("recipe", "init")
     assert shown.stdout == "recipe.yaml\n"
-    assert shown.stderr == "edit it, then check it: gdetkd recipe validate recipe.yaml\n"
+    assert shown.stderr == "Edit this file, then check it with: gdetkd recipe validate recipe.yaml\n"
     assert load_recipe("recipe.yaml").name == "my-detector"
     again = gdetkd("recipe", "init")
     assert again.exit_code == 2
-    assert again.stderr == "Error: recipe.yaml exists already; name another file: gdetkd recipe init PATH\n"
+    assert again.stderr == "Error: recipe.yaml already exists; choose another file: gdetkd recipe init PATH\n"
 
 
 def test_recipe_init_elsewhere(recipe: str) -> None:
@@ -227,7 +227,7 @@ def test_recipe_validate_lists_every_problem(recipe: str) -> None:
     shown = gdetkd("recipe", "validate", recipe)
     assert (shown.exit_code, shown.stdout) == (2, "")
     assert shown.stderr.splitlines() == [
-        "Error: tiny.yaml:6: train.steps: missing; this field is required",
+        "Error: tiny.yaml:6: train.steps: this field is required",
         "tiny.yaml:6: train.step: unknown field; did you mean steps?",
     ]
 
@@ -306,4 +306,4 @@ def test_python_dash_m() -> None:
     command = [sys.executable, "-m", "gdetkd_cli", "recipe", "show", "nowhere"]
     shown = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert (shown.returncode, shown.stdout) == (2, "")
-    assert shown.stderr.startswith("Error: there is no recipe file nowhere")
+    assert shown.stderr.startswith("Error: no recipe file or built-in recipe is named nowhere")

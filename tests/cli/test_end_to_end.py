@@ -88,7 +88,7 @@ def test_mistakes_are_one_sentence(folder: Path, monkeypatch: pytest.MonkeyPatch
         (
             ["probe", "nothing.pt"],
             2,
-            "neither a file, a run folder, package.module:function, nor a torchvision detector",
+            "expected a file, a run folder, package.module:function, or a torchvision detector",
         ),
         (["distill", "--recipe", "toy.yaml", "--set", "teacher=null"], 2, "no `teacher:` block"),
         (["train", "--recipe", "toy.yaml", "--set", "train.steps=0"], 2, "greater than 0"),

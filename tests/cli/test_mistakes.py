@@ -9,7 +9,7 @@ from invoke import gdetkd
 
 from gdetkd_cli.errors import ExportError, NonFiniteLossError, RunFolderError
 
-NO_START = "give --recipe RECIPE to start a run, or --resume RUN to continue one"
+NO_START = "no recipe given; add --recipe RECIPE to start a run, or --resume RUN to continue one"
 
 
 @pytest.mark.parametrize(
@@ -17,22 +17,28 @@ NO_START = "give --recipe RECIPE to start a run, or --resume RUN to continue one
     [
         (["train"], NO_START),
         (["distill", "--dry-run"], NO_START),
-        (["distill", "--recipe", "r", "--resume", "x"], "--resume excludes --recipe; leave out one side"),
+        (
+            ["distill", "--recipe", "r", "--resume", "x"],
+            "--resume cannot be combined with --recipe; remove one or the other",
+        ),
         (
             ["train", "--resume", "x", "--detector", "teacher", "--set", "a=b", "--output", "o"],
-            "--resume excludes --detector, --set, --output; leave out one side",
+            "--resume cannot be combined with --detector, --set, --output; remove one or the other",
         ),
-        (["distill", "--resume", "x", "--dry-run"], "--resume excludes --dry-run; leave out one side"),
+        (
+            ["distill", "--resume", "x", "--dry-run"],
+            "--resume cannot be combined with --dry-run; remove one or the other",
+        ),
         (
             ["distill", "--recipe", "r", "--dry-run", "--profile", "3"],
-            "--dry-run excludes --profile; leave out one side",
+            "--dry-run cannot be combined with --profile; remove one or the other",
         ),
-        (["export", "x"], "give --onnx, --torchscript, or both"),
+        (["export", "x"], "no format given; add --onnx, --torchscript or both"),
         (
             ["train", "--recipe", "nowhere.yaml"],
             (
-                "there is no recipe file nowhere.yaml, and no built-in recipe of that name; "
-                "to see the built-in ones: gdetkd recipe list"
+                "no recipe file or built-in recipe is named nowhere.yaml; "
+                "to list the built-in recipes, run: gdetkd recipe list"
             ),
         ),
         (
@@ -84,7 +90,7 @@ def test_an_unknown_error_is_one_line(runs: Any) -> None:
     shown = gdetkd("demo")
     assert (shown.exit_code, shown.stdout) == (70, "")
     assert shown.stderr.splitlines()[-1] == (
-        "internal error: ValueError: shapes differ; run again as `gdetkd --debug ...` to see where"
+        "internal error: ValueError: shapes differ; run `gdetkd --debug ...` to see the traceback"
     )
     assert "Traceback" not in shown.stderr
 

@@ -17,14 +17,14 @@ def test_probe(runs: Any) -> None:
     done("probe", "fasterrcnn_resnet50_fpn", "--size", "320x512")
     assert runs.call == ("run_probe", ("fasterrcnn_resnet50_fpn", ProbeOptions(size=(320, 512))), {})
     done("probe", "t.onnx", "--range", "0-255", "--mean", "1", "2", "3", "--image", "a.jpg", "--plot", "b.png")
-    told = ProbeOptions(scale=255.0, mean=(1.0, 2.0, 3.0), image=Path("a.jpg"), plot=Path("b.png"))
-    assert runs.calls[-1] == ("run_probe", ("t.onnx", told), {})
+    options = ProbeOptions(scale=255.0, mean=(1.0, 2.0, 3.0), image=Path("a.jpg"), plot=Path("b.png"))
+    assert runs.calls[-1] == ("run_probe", ("t.onnx", options), {})
     done("probe", "t.pt", "--channels", "bgr", "--layout", "hwc", "--levels", "neck.0, neck.1", "--recipe", "r.yaml")
-    told = ProbeOptions(bgr=True, last=True, levels=("neck.0", "neck.1"))
-    assert runs.calls[-1] == ("run_probe_to_recipe", ("t.pt", told, Path("r.yaml")), {})
+    options = ProbeOptions(bgr=True, last=True, levels=("neck.0", "neck.1"))
+    assert runs.calls[-1] == ("run_probe_to_recipe", ("t.pt", options, Path("r.yaml")), {})
 
 
-def test_probe_shows_the_runners_up_when_asked(runs: Any) -> None:
+def test_probe_shows_the_alternatives_with_verbose(runs: Any) -> None:
     other = Alternative(("body.2", "body.3"), "the body's last map of each size")
     runs.results["run_probe"] = dataclasses.replace(
         runs.results["run_probe"], reason="a head reads them", confidence=0.95, alternatives=(other,)
@@ -32,7 +32,7 @@ def test_probe_shows_the_runners_up_when_asked(runs: Any) -> None:
     plain, verbose = done("probe", "t.pt").stdout, done("probe", "t.pt", "--verbose").stdout
     assert "a head reads them (confidence 0.95)" in plain
     assert "body.2" not in plain
-    assert "or: body.2, body.3: the body's last map of each size" in verbose
+    assert "alternative: body.2, body.3: the body's last map of each size" in verbose
 
 
 def test_json_of_a_probe(runs: Any) -> None:

@@ -42,24 +42,28 @@ def has_row(table: str, *cells: str) -> bool:
     ],
 )
 def test_duration(seconds: float, expected: str) -> None:
-    assert render.duration(seconds) == expected
+    assert render.format_duration(seconds) == expected
 
 
 def test_number_is_a_dash_where_there_is_none() -> None:
-    assert (render.number(31.26), render.number(None), render.number(2, digits=0)) == ("31.3", "-", "2")
+    assert (render.format_number(31.26), render.format_number(None), render.format_number(2, digits=0)) == (
+        "31.3",
+        "-",
+        "2",
+    )
 
 
 def test_headline(metrics: CocoMetrics) -> None:
-    assert render.headline(metrics) == "AP 31.2  AP50 50.1  AP75 33.0  AP_S -  AP_M 30.0  AP_L 40.5  AR 45.0"
+    assert render.format_metrics(metrics) == "AP 31.2  AP50 50.1  AP75 33.0  AP_S -  AP_M 30.0  AP_L 40.5  AR 45.0"
 
 
 def test_a_finished_run(runs: Any) -> None:
-    shown = text(render.trained(runs.results["run_train"]))
+    shown = text(render.format_run(runs.results["run_train"]))
     assert "run runs/tiny: 600 steps in 5 min 18 s" in shown
 
 
 def test_evaluation_has_a_row_per_metric_and_class(runs: Any) -> None:
-    shown = text(render.evaluated(runs.results["run_eval"]))
+    shown = text(render.format_evaluation(runs.results["run_eval"]))
     assert "runs/tiny (run) on synthetic" in shown
     assert "1.23 M parameters, 4.9 MB, 12.3 ms per image" in shown
     assert "200 images, 1234 detections" in shown
@@ -71,11 +75,11 @@ def test_evaluation_has_a_row_per_metric_and_class(runs: Any) -> None:
 
 def test_evaluation_of_a_file_without_known_parameters(runs: Any) -> None:
     result = dataclasses.replace(runs.results["run_eval"], parameters=None)
-    assert "- parameters, 4.9 MB" in text(render.evaluated(result))
+    assert "- parameters, 4.9 MB" in text(render.format_evaluation(result))
 
 
 def test_a_probe_shows_levels_and_region_embedding(runs: Any) -> None:
-    shown = text(render.probed(runs.results["run_probe"]))
+    shown = text(render.format_pyramid(runs.results["run_probe"]))
     assert "teacher.pt: two-stage, torchvision, 41.00 M parameters" in shown
     assert "probed with 480 x 640 pixels; called as list of images" in shown
     assert "classes: disc, box" in shown
@@ -84,41 +88,41 @@ def test_a_probe_shows_levels_and_region_embedding(runs: Any) -> None:
     assert "region embedding: channels 1024, name roi_heads.box_head" in shown
 
 
-def test_a_probe_of_a_model_that_says_little(runs: Any) -> None:
+def test_a_probe_of_an_unknown_model(runs: Any) -> None:
     report = dataclasses.replace(runs.results["run_probe"], classes=(), region_embedding=None)
-    shown = text(render.probed(report))
+    shown = text(render.format_pyramid(report))
     assert "classes: unknown" in shown
     assert "region embedding: none" in shown
 
 
 def test_a_plan_shows_pair_pyramids_terms_and_cost(runs: Any) -> None:
-    shown = text(render.planned(runs.results["plan_distill"]))
+    shown = text(render.format_plan(runs.results["plan_distill"]))
     assert "tiny: homogeneous: two-stage -> two-stage" in shown
     assert shown.count("120 x 160") == 2
     assert has_row(shown, "sgfi", "1", "configured")
     assert has_row(shown, "class_kd", "left out", "the class lists differ")
     for line in (
         "head transfer: nothing: shapes differ",
-        "one step's losses: loss 3.21  sgfi 0.5",
+        "losses of one step: loss 3.21  sgfi 0.5",
         "600 steps of 8 images",
         "1200 training images, 200 validation images",
         "cpu, fp32, 2 threads; peak memory 812 MB",
-        "0.53 s per step: about 5 min 18 s in all",
+        "0.53 s per step, about 5 min 18 s in total",
         "teacher: 91 classes",
     ):
         assert line in shown.splitlines()
 
 
 def test_a_plans_pyramids_stand_side_by_side_where_there_is_room(runs: Any) -> None:
-    shown = text(render.planned(runs.results["plan_distill"]), width=160)
+    shown = text(render.format_plan(runs.results["plan_distill"]), width=160)
     assert any(line.count("120 x 160") == 2 for line in shown.splitlines())
 
 
 def test_a_profile_shows_phases_and_the_ratio(runs: Any) -> None:
-    shown = text(render.profiled(runs.results["profile_distill"]), width=200)
+    shown = text(render.format_profile(runs.results["profile_distill"]), width=200)
     assert has_row(shown, "backward", "200.0", "50.0 %")
     assert "a distillation step takes 400.0 ms (median of 20; cpu, 2 threads)" in shown
-    assert "take 300.0 ms: distillation costs 1.30 times that" in shown
+    assert "take 300.0 ms; a distillation step takes 1.30 times as long" in shown
 
 
 @pytest.mark.parametrize(("passed", "word"), [(True, "ok"), (False, "FAILED")])
@@ -128,20 +132,21 @@ def test_an_export_shows_parity_and_never_breaks_a_path(runs: Any, passed: bool,
     path = Path("/".join(["a-long-folder-name"] * 10)) / "student.onnx"
     parity = dataclasses.replace(file.parity, passed=passed)
     shown = text(
-        render.exported(dataclasses.replace(result, files=(dataclasses.replace(file, path=path, parity=parity),)))
+        render.format_export(dataclasses.replace(result, files=(dataclasses.replace(file, path=path, parity=parity),)))
     )
     assert f"{path}  onnx, 4.9 MB, by torch.onnx, opset 17" in shown
     assert (
-        f"  parity {word}: 57 detections on 8 images (1 without any), boxes within 0.0004 pixels, scores within 2e-06"
+        f"  parity {word}: 57 detections on 8 images (1 without detections), boxes within 0.0004 pixels, "
+        "scores within 2e-06"
     ) in shown
 
 
 def test_the_demo_shows_three_rows_gain_and_verdict(runs: Any) -> None:
-    shown = text(render.demonstrated(runs.results["run_demo"]))
+    shown = text(render.format_demo(runs.results["run_demo"]))
     for name in ("teacher", "student", "distilled"):
         assert has_row(shown, name, "31.2", "50.1", "-", "30.0", "40.5", "1.23 M", "4.9", "12.3")
-    assert "gain of distillation: +2.5 AP at 300 steps (seed 0)" in shown
-    assert "ONNX file agrees with the detector: yes" in shown
+    assert "gain from distillation: +2.5 AP at 300 steps (seed 0)" in shown
+    assert "ONNX file matches the detector: yes" in shown
     assert "Distillation helped." in shown
     assert "image demo/image.png" in shown
 
@@ -157,16 +162,18 @@ def test_json_spreads_metrics_and_has_no_nan(runs: Any, metrics: CocoMetrics) ->
 
 def test_a_table_of_methods(runs: Any) -> None:
     compared = runs.results["run_compare"]
-    shown = text(render.compared(compared))
+    shown = text(render.format_comparison(compared))
     assert "95 % over seeds and images" in shown
-    assert "95 % over folds" in text(render.compared(dataclasses.replace(compared, interval_over="folds")))
-    assert "to none" in shown and "to sgfi" in text(render.compared(dataclasses.replace(compared, baseline="sgfi")))
+    assert "95 % over folds" in text(render.format_comparison(dataclasses.replace(compared, interval_over="folds")))
+    assert "to none" in shown and "to sgfi" in text(
+        render.format_comparison(dataclasses.replace(compared, baseline="sgfi"))
+    )
     assert has_row(shown, "none", "500", "30.0 / 32.0", "31.0 ± 1.4", "-", "33.3", "-", "-", "-", "-", "-")
     numbers = ("+5.5", "+4.2 … +6.9", "0.25", "812")
     assert has_row(shown, "sgfi+ckd", "500", "36.0 / 37.0", "36.5 ± 0.7", "-", "-", "-", *numbers)
     assert has_row(shown, "pkd", "500", "not run")
     assert "teacher: AP 52.8" in shown
-    assert "plain training gains +0.4 AP from 250 to 500 steps: its plateau" in shown
+    assert "plain training gains +0.4 AP from 250 to 500 steps: on its plateau" in shown
     assert "out/table.csv  out/trials.csv  out/comparison.png" in shown
 
 
@@ -193,7 +200,7 @@ def test_elsewhere_each_event_is_one_plain_line(metrics: CocoMetrics) -> None:
         "labelled 1,200 of 40,000 images",
         "wrote [b]" + "x" * 200,
         "step 20/600  35.2 images/s  1 min 20 s left  loss 1.23  sgfi 0.5  ckd 0.25  lr 0.001",
-        f"step 20: {render.headline(metrics)}",
+        f"step 20: {render.format_metrics(metrics)}",
     ]
 
 
@@ -242,7 +249,7 @@ def test_a_terminal_shows_a_bar_for_each_phase_and_lines_above_it(metrics: CocoM
         "0.25",
     ]
     assert "half way\n" in shown
-    assert f"step 20: {render.headline(metrics)}\n" in shown
+    assert f"step 20: {render.format_metrics(metrics)}\n" in shown
 
 
 @pytest.mark.parametrize(

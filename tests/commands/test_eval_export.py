@@ -181,7 +181,7 @@ def test_a_builtin_detector_is_written_to_the_working_directory(
 
 def test_never_overwrites(run: Path) -> None:
     (run / "student.torchscript").write_text("mine")
-    with pytest.raises(ExportError, match=r"student\.torchscript exists already; .* --output"):
+    with pytest.raises(ExportError, match=r"student\.torchscript already exists; .* --output"):
         run_export(str(run), onnx=True, torchscript=True, output=None)
     assert (run / "student.torchscript").read_text() == "mine"
     assert not (run / "student.onnx").exists()

@@ -15,9 +15,9 @@ import toy
 
 from gdetkd_cli import assembly
 from gdetkd_cli.commands import compare, run_compare, run_train
-from gdetkd_cli.compare.folds import fold_teachers, folds_of, with_fold
-from gdetkd_cli.compare.table import Comparison, make_rows, notes_of
-from gdetkd_cli.compare.trials import Trial, finished_trials, trial_of
+from gdetkd_cli.compare.folds import list_folds, plan_fold_teachers, select_fold
+from gdetkd_cli.compare.table import Comparison, make_rows, write_notes
+from gdetkd_cli.compare.trials import Trial, build_trial, find_finished_trials
 from gdetkd_cli.data.split import Split
 from gdetkd_cli.engine.events import Event, Note, Phase
 from gdetkd_cli.errors import DataError, RecipeError, RunFolderError
@@ -39,7 +39,7 @@ def taught_by(path: Path | str, **options: Any) -> Recipe:
 
 
 def every_image(recipe: Recipe) -> Split:
-    return assembly.all_folds(with_fold(recipe.data, Fold(number=1, of=FOLDS)))
+    return assembly.build_all_folds(select_fold(recipe.data, Fold(number=1, of=FOLDS)))
 
 
 def ids(recipe: Recipe, which: assembly.Which) -> set[int]:
@@ -149,15 +149,15 @@ def test_what_is_finished_is_not_run_again(crossed: tuple[Path, Recipe, Comparis
     again = run_compare(
         recipe, methods=("none",), seeds=1, folds=FOLDS, baseline="sgfi", output=folder, observer=heard.append
     )
-    assert Note("2 teachers of folds, 2 of them finished before") in heard
-    assert Note("2 trials, 2 of them finished before") in heard
+    assert Note("2 teachers of folds, 2 of them already finished") in heard
+    assert Note("2 trials, 2 of them already finished") in heard
     assert not [event for event in heard if isinstance(event, Phase)]
     # Half of SGFI's images have no detections any more: no AP, and no difference to it.
     assert [(row.method, list(row.ap), row.difference) for row in again.rows] == [
         ("none", [0], None),
         ("sgfi", [], None),
     ]
-    assert "sgfi, 2 steps, seed 0 has 1 of 2 folds: it is not in the table" in again.notes
+    assert "sgfi, 2 steps, seed 0 is not in the table: only 1 of 2 folds are finished" in again.notes
     heard.clear()
     again = run_compare(recipe, methods=("sgfi",), seeds=1, folds=FOLDS, output=folder, observer=heard.append)
     assert [event.title for event in heard if isinstance(event, Phase)] == ["sgfi, 2 steps, seed 0, fold 2 of 2"]
@@ -166,9 +166,11 @@ def test_what_is_finished_is_not_run_again(crossed: tuple[Path, Recipe, Comparis
 
 def test_other_folds_are_another_table(crossed: tuple[Path, Recipe, Comparison]) -> None:
     folder, recipe, _ = crossed
-    with pytest.raises(RunFolderError, match="has trials of 2 folds; go on with --folds 2, or choose another --output"):
+    with pytest.raises(
+        RunFolderError, match="has trials with 2 folds; continue with --folds 2, or choose another --output"
+    ):
         run_compare(recipe, methods=("none",), seeds=1, output=folder)
-    with pytest.raises(RunFolderError, match="has trials of 2 folds"):
+    with pytest.raises(RunFolderError, match="has trials with 2 folds"):
         run_compare(recipe, methods=("none",), seeds=1, folds=3, output=folder)
 
 
@@ -181,8 +183,8 @@ def by_hand(folder: Path, recipe: Recipe) -> None:
     for method, off in (("none", 3.0), ("sgfi", 1.5)):
         for seed in (0, 1):
             for fold in (Fold(number=number, of=FOLDS) for number in (1, 2)):
-                trial = trial_of(folder, method, 5, seed, fold)
-                split = assembly.build_split(with_fold(recipe.data, fold), "val")
+                trial = build_trial(folder, method, 5, seed, fold)
+                split = assembly.build_split(select_fold(recipe.data, fold), "val")
                 found = {
                     record.image_id: Detections(
                         boxes=record.boxes + off * torch.randn(record.boxes.shape, generator=generator),
@@ -201,8 +203,8 @@ def by_hand(folder: Path, recipe: Recipe) -> None:
 def test_rows_pool_folds_and_intervals_are_over_them(tmp_path: Path) -> None:
     recipe = toy.recipe()
     by_hand(tmp_path, recipe)
-    finished = finished_trials(tmp_path, FOLDS)
-    assert len(finished) == 8 and finished_trials(tmp_path) == {} == finished_trials(tmp_path, 3)
+    finished = find_finished_trials(tmp_path, FOLDS)
+    assert len(finished) == 8 and find_finished_trials(tmp_path) == {} == find_finished_trials(tmp_path, 3)
     split = every_image(recipe)
     (plain, sgfi), runs = make_rows([(5, "none")], finished, split, "none", FOLDS)
     for row in (plain, sgfi):
@@ -232,12 +234,12 @@ def test_a_seed_without_all_folds_is_left_out(tmp_path: Path) -> None:
     recipe = toy.recipe()
     by_hand(tmp_path, recipe)
     (tmp_path / "sgfi-5-1-fold-2-of-2" / "detections.pt").unlink()
-    finished = finished_trials(tmp_path, FOLDS)
+    finished = find_finished_trials(tmp_path, FOLDS)
     (plain, sgfi), _ = make_rows([], finished, every_image(recipe), "none", FOLDS)
     assert (list(plain.ap), list(sgfi.ap)) == ([0, 1], [0])
     assert sgfi.difference == pytest.approx(sgfi.ap[0] - plain.ap[0])
-    notes = notes_of([plain, sgfi], 50.0, finished, FOLDS)
-    assert "sgfi, 5 steps, seed 1 has 1 of 2 folds: it is not in the table" in notes
+    notes = write_notes([plain, sgfi], 50.0, finished, FOLDS)
+    assert "sgfi, 5 steps, seed 1 is not in the table: only 1 of 2 folds are finished" in notes
     assert not any("one seed" in note for note in notes)  # folds give an interval all the same
 
 
@@ -254,8 +256,8 @@ def test_every_seed_and_method_has_the_same_folds(tmp_path: Path, monkeypatch: p
     for number in (1, 2, 3):
         held_out = [ids(recipe, "val") for trial, recipe in seen.items() if trial.fold and trial.fold.number == number]
         assert len(held_out) == 4 and all(one == held_out[0] for one in held_out)
-    (note,) = [event.text for event in heard if isinstance(event, Note) and "serves every fold" in event.text]
-    assert note.startswith("the teacher builtin:shapes-teacher serves every fold as it is: it is assumed not to")
+    (note,) = [event.text for event in heard if isinstance(event, Note) and "all folds use" in event.text]
+    assert note.startswith("all folds use the teacher builtin:shapes-teacher; if it was trained on these images")
     assert all(recipe.teacher in (None, teacher.teacher) for recipe in seen.values())
     assert (tmp_path / "teacher.json").exists()
 
@@ -274,21 +276,21 @@ def test_more_folds_than_images(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (FolderData(format="folder", labels="teacher"), "needs annotations of every image"),
-        (CocoData(format="coco", labels="teacher"), "needs annotations of every image"),
-        (SyntheticData(fold=Fold(number=1, of=2)), "names one fold already"),
+        (FolderData(format="folder", labels="teacher"), "requires annotations for every image"),
+        (CocoData(format="coco", labels="teacher"), "requires annotations for every image"),
+        (SyntheticData(fold=Fold(number=1, of=2)), "already selects a fold"),
     ],
 )
 def test_data_that_have_no_folds(data: Any, message: str) -> None:
     with pytest.raises(RecipeError, match=message):
-        folds_of(changed(toy.recipe(), data=data), 2)
+        list_folds(changed(toy.recipe(), data=data), 2)
 
 
 def test_a_student_that_has_seen_the_images(tmp_path: Path) -> None:
     run = a_run(tmp_path / "run", toy.recipe())
     student = CheckpointDetector(arch="checkpoint", path=str(run))
     with pytest.raises(RecipeError, match=r"the student starts from .*run, which was trained on these images"):
-        folds_of(changed(toy.recipe(), student=student), 2)
+        list_folds(changed(toy.recipe(), student=student), 2)
 
 
 def plain(recipe: Recipe) -> Recipe:
@@ -298,13 +300,13 @@ def plain(recipe: Recipe) -> Recipe:
 def test_a_teacher_on_other_data_is_taken_as_it_is(tmp_path: Path) -> None:
     other = changed(plain(toy.recipe()), data=SyntheticData(train_images=10, val_images=4, size=64, seed=7))
     for recipe in (taught_by(a_run(tmp_path / "run", other)), taught_by("builtin:shapes-teacher"), toy.recipe()):
-        assert fold_teachers(recipe, tmp_path, folds_of(recipe, 2)) == {}
+        assert plan_fold_teachers(recipe, tmp_path, list_folds(recipe, 2)) == {}
 
 
 def test_a_teacher_is_trained_anew_by_its_own_recipe(tmp_path: Path) -> None:
     own = plain(toy.recipe(steps=77))
     recipe = taught_by(a_run(tmp_path / "run", own))
-    made = fold_teachers(recipe, tmp_path / "table", folds_of(recipe, 2))
+    made = plan_fold_teachers(recipe, tmp_path / "table", list_folds(recipe, 2))
     for fold, (trial, made_of) in made.items():
         assert made_of == changed(own, data=own.data.model_copy(update={"fold": fold}), runtime=recipe.runtime)
         assert trial.folder == tmp_path / "table" / f"teacher-fold-{fold.number}-of-2"
@@ -316,25 +318,25 @@ def test_coco_data_are_the_same_by_their_files(tmp_path: Path, monkeypatch: pyte
     here = CocoData(format="coco", root=tmp_path, classes=["cat"])
     own = changed(plain(toy.recipe()), data=CocoData(format="coco"))
     recipe = changed(taught_by(a_run(tmp_path / "run", own)), data=here)
-    made = fold_teachers(recipe, tmp_path / "table", [Fold(number=1, of=2)])
+    made = plan_fold_teachers(recipe, tmp_path / "table", [Fold(number=1, of=2)])
     ((_, made_of),) = made.values()
     assert isinstance(made_of.data, CocoData) and made_of.data.classes is None  # its run's own
 
     other = changed(recipe, data=here.model_copy(update={"val": Path("test.json")}))
-    with pytest.raises(RecipeError, match="trained on another choice of these data"):
-        fold_teachers(other, tmp_path / "table", [Fold(number=1, of=2)])
+    with pytest.raises(RecipeError, match="trained on another selection of these data"):
+        plan_fold_teachers(other, tmp_path / "table", [Fold(number=1, of=2)])
     elsewhere = changed(recipe, data=CocoData(format="coco", root=tmp_path / "elsewhere"))
-    assert fold_teachers(elsewhere, tmp_path / "table", [Fold(number=1, of=2)]) == {}
+    assert plan_fold_teachers(elsewhere, tmp_path / "table", [Fold(number=1, of=2)]) == {}
 
 
 def test_teachers_that_cannot_be_trained_anew(tmp_path: Path) -> None:
     folds = [Fold(number=1, of=2)]
     more = changed(plain(toy.recipe()), data=SyntheticData(train_images=80, val_images=4, size=64))
-    with pytest.raises(RecipeError, match="trained on another choice of these data, held-out images among them"):
-        fold_teachers(taught_by(a_run(tmp_path / "more", more)), tmp_path, folds)
-    with pytest.raises(RecipeError, match="was made with another run on these images"):
-        fold_teachers(taught_by(a_run(tmp_path / "distilled", toy.recipe())), tmp_path, folds)
+    with pytest.raises(RecipeError, match="trained on another selection of these data"):
+        plan_fold_teachers(taught_by(a_run(tmp_path / "more", more)), tmp_path, folds)
+    with pytest.raises(RecipeError, match="depends on another run on these images"):
+        plan_fold_teachers(taught_by(a_run(tmp_path / "distilled", toy.recipe())), tmp_path, folds)
     exported = a_run(tmp_path / "exported", plain(toy.recipe())) / "student.onnx"
     exported.touch()
-    with pytest.raises(RecipeError, match="belongs to a run on these images; name the run's folder as the teacher"):
-        fold_teachers(taught_by(exported), tmp_path, folds)
+    with pytest.raises(RecipeError, match="belongs to a run on these images; use the run folder as the teacher"):
+        plan_fold_teachers(taught_by(exported), tmp_path, folds)

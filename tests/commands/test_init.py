@@ -127,20 +127,22 @@ def test_a_recipe_from_a_probe(teacher: str, tmp_path: Path) -> None:
     )
     assert isinstance(recipe.student, ComposedDetector)
     assert recipe.student.head == "fcos"
-    with pytest.raises(RecipeError, match=r"odd\.yaml exists already; name another file with --recipe"):
+    with pytest.raises(RecipeError, match=r"odd\.yaml already exists; choose another file with --recipe"):
         run_probe_to_recipe(teacher, ProbeOptions(), path)
 
 
 def test_nothing_is_overwritten(data: Path, teacher: str, tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text("mine")
-    with pytest.raises(RecipeError, match=r"mine\.yaml exists already; name another file with --output"):
+    with pytest.raises(RecipeError, match=r"mine\.yaml already exists; choose another file with --output"):
         run_init(teacher, "resnet18+fcos", data, output=path)
     assert path.read_text() == "mine"
 
 
 def test_a_student_that_is_nothing(data: Path, teacher: str, tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match=r"'small' is neither a file, .* nor BACKBONE\+HEAD, where HEAD is one of"):
+    with pytest.raises(
+        ModelError, match=r"unknown detector 'small'; expected a file, .* or BACKBONE\+HEAD, where HEAD is one of"
+    ):
         run_init(teacher, "small", data, output=tmp_path / "mine.yaml")
     assert not (tmp_path / "mine.yaml").exists()
 

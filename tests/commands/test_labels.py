@@ -96,14 +96,16 @@ def test_labels_by_hand(folder: Path, labels: Any, classes: list[str] | None, ex
     assert found.tables["images"][0]["file_name"] == "00.png"
 
 
-def test_what_the_teacher_cannot_say(folder: Path) -> None:
+def test_unusable_teacher_labels(folder: Path) -> None:
     teacher: Any = Says()
     split = read_folder(folder)
     strange = FolderData.model_validate({"format": "folder", "labels": {"per_class": {"fish": 0.5}}})
-    with pytest.raises(DataError, match="cannot label fish; its classes are: cat, dog, bird"):
+    with pytest.raises(DataError, match="cannot label fish; choose from its classes: cat, dog, bird"):
         label_split(split, strange, teacher, device=CPU)
     strict = FolderData.model_validate({"format": "folder", "root": folder, "labels": {"score": 0.95}})
-    with pytest.raises(DataError, match=r"detects nothing in .* with a score of 0\.95 or more \(its best is 0\.90\)"):
+    with pytest.raises(
+        DataError, match=r"detects nothing in .* with a score of 0\.95 or more \(highest score: 0\.90\)"
+    ):
         label_split(split, strict, teacher, device=CPU)
 
 
@@ -150,6 +152,6 @@ def test_annotations_can_be_left_aside(folder: Path, tmp_path: Path) -> None:
     assert not (second / "labels" / "val.json").exists()
 
 
-def test_plain_training_has_no_teacher_to_ask(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"are to be labelled by a teacher, which `gdetkd distill` does"):
+def test_plain_training_cannot_label(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="have no annotations; run `gdetkd distill`"):
         run_train(recipe(folder), output=tmp_path / "run")

@@ -264,7 +264,7 @@ def test_a_look_at_a_teacher_of_fresh_weights_says_so() -> None:
 def test_training_a_teacher_that_is_trained_says_so(tmp_path: Path) -> None:
     seen: list[Event] = []
     run_train(toy.recipe(steps=1), detector="teacher", output=tmp_path / "run", observer=seen.append)
-    assert "the teacher has weights already, and this training goes on from them" in [
+    assert "the teacher has weights; training continues from them" in [
         note.text for note in seen if isinstance(note, Note)
     ]
 

@@ -61,7 +61,7 @@ def test_every_image_is_held_out_once_and_never_in_its_training_set(tmp_path: Pa
         assert 10 // of <= len(val) <= -(-10 // of)
         held_out |= val
     assert held_out == every
-    assert read_shades(assembly.all_folds(data.model_copy(update={"fold": Fold(number=1, of=of)}))) == every
+    assert read_shades(assembly.build_all_folds(data.model_copy(update={"fold": Fold(number=1, of=of)}))) == every
 
 
 def test_fold_is_reproducible_and_mixes_both_splits(tmp_path: Path) -> None:
@@ -91,7 +91,7 @@ def test_labels_refer_to_one_class_list(tmp_path: Path) -> None:
     tables = json.loads((tmp_path / "val.json").read_text())
     tables["categories"] = [{"id": 1, "name": "dog"}, {"id": 2, "name": "cat"}]
     (tmp_path / "val.json").write_text(json.dumps(tables))
-    whole = assembly.all_folds(data.model_copy(update={"fold": Fold(number=1, of=2)}))
+    whole = assembly.build_all_folds(data.model_copy(update={"fold": Fold(number=1, of=2)}))
     assert whole.class_names == NAMES
     # The first image of each file has the file's second category: dog for training, cat for validation.
     assert [int(whole.records[i].labels[0]) for i in (0, 7)] == [2, 1]

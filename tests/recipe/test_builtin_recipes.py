@@ -6,7 +6,7 @@ import shlex
 
 import pytest
 
-from gdetkd_cli.recipe.builtin import BuiltinRecipe, list_builtin, recipes_folder
+from gdetkd_cli.recipe.builtin import BuiltinRecipe, find_recipes_folder, list_builtin
 from gdetkd_cli.recipe.load import load_recipe
 
 RECIPES = list_builtin()
@@ -27,5 +27,5 @@ def test_it_validates_and_its_first_line_is_its_command(recipe: BuiltinRecipe) -
 
 
 def test_the_table_lists_them_all() -> None:
-    rows = (recipes_folder() / "README.md").read_text().splitlines()
+    rows = (find_recipes_folder() / "README.md").read_text().splitlines()
     assert sorted(row.split("`")[1] for row in rows if row.startswith("| `")) == sorted(r.name for r in RECIPES)

@@ -13,7 +13,7 @@ from gdetkd_cli.recipe import builtin
 from gdetkd_cli.recipe.distillation import PredictionKD
 from gdetkd_cli.recipe.load import dump_recipe, json_schema, load_data, load_recipe
 from gdetkd_cli.recipe.schema import CocoData, SyntheticData
-from gdetkd_cli.recipe.starter import starter_recipe
+from gdetkd_cli.recipe.starter import format_starter
 
 MINIMAL = """\
 # gdetkd train --recipe tiny
@@ -45,7 +45,7 @@ def shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (folder / "shapes").mkdir(parents=True)
     (folder / "shapes" / "tiny.yaml").write_text(MINIMAL)
     (folder / "README.md").write_text("not a recipe")
-    monkeypatch.setattr(builtin, "recipes_folder", lambda: folder)
+    monkeypatch.setattr(builtin, "find_recipes_folder", lambda: folder)
     return folder
 
 
@@ -109,9 +109,9 @@ def test_a_recipe_without_comments_has_no_title(shipped: Path) -> None:
 
 def test_recipes_folder_is_the_checkout_or_the_installed_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(builtin, "_PACKAGE", tmp_path / "gdetkd_cli")
-    assert builtin.recipes_folder() == tmp_path / "recipes"
+    assert builtin.find_recipes_folder() == tmp_path / "recipes"
     (tmp_path / "gdetkd_cli" / "builtin_recipes").mkdir(parents=True)
-    assert builtin.recipes_folder() == tmp_path / "gdetkd_cli" / "builtin_recipes"
+    assert builtin.find_recipes_folder() == tmp_path / "gdetkd_cli" / "builtin_recipes"
 
 
 # ----------------------------------------------------------------------------------------------------- overrides
@@ -145,23 +145,24 @@ def test_nothing_after_the_sign_is_null(recipe: Path) -> None:
         ("name=[", "--set name=[: the value is not valid YAML: expected the node content, but found '<stream end>'"),
         (
             "train.steps.x=1",
-            "--set train.steps.x=1: train.steps is 10, which has no fields; set it whole: --set 'train.steps={x: ...}'",
+            "--set train.steps.x=1: train.steps is 10, which has no fields; "
+            "set the whole block: --set 'train.steps={x: ...}'",
         ),
         (
             "train.schedule.milestones.0=1",
             (
-                "--set train.schedule.milestones.0=1: the recipe does not spell out the list "
+                "--set train.schedule.milestones.0=1: the recipe does not contain the list "
                 "train.schedule.milestones; "
-                "set it whole: --set 'train.schedule.milestones=[...]'"
+                "set the whole list: --set 'train.schedule.milestones=[...]'"
             ),
         ),
         ("train.steps=0", "--set train.steps=0: train.steps: input should be greater than 0 (got 0)"),
         ("train.step=9", "--set train.step=9: train.step: unknown field; did you mean steps?"),
-        ("train={}", "--set train={}: train.steps: missing; this field is required"),
+        ("train={}", "--set train={}: train.steps: this field is required"),
         (
             "foo.bar=1",
             (
-                "--set foo.bar=1: foo: unknown field; known here: "
+                "--set foo.bar=1: foo: unknown field; expected one of: "
                 "name, seed, data, augment, student, teacher, distill, train, runtime"
             ),
         ),
@@ -174,9 +175,9 @@ def test_mistakes_in_an_override_name_it(recipe: Path, override: str, sentence: 
 @pytest.mark.parametrize(
     ("whole", "override", "expected"),
     [
-        ("[0.5]", "1", "train.schedule.milestones is a list of 1; expected an index from 0 to 0, got 1"),
-        ("[0.5]", "x", "train.schedule.milestones is a list of 1; expected an index from 0 to 0, got x"),
-        ("[]", "0", "train.schedule.milestones is a list of 0; expected no index, for it is empty, got 0"),
+        ("[0.5]", "1", "train.schedule.milestones is a list of length 1; expected an index from 0 to 0, got 1"),
+        ("[0.5]", "x", "train.schedule.milestones is a list of length 1; expected an index from 0 to 0, got x"),
+        ("[]", "0", "train.schedule.milestones is a list of length 0; it has no index 0"),
     ],
 )
 def test_a_list_has_only_its_own_indices(recipe: Path, whole: str, override: str, expected: str) -> None:
@@ -218,7 +219,7 @@ train:
     expected = [
         "2: name: string should match pattern '^[A-Za-z0-9][A-Za-z0-9._-]*$' (got 'a b')",
         "3: data.format: input should be one of 'synthetic', 'coco', 'voc', 'bdd100k', 'folder' (got 'cocoo')",
-        "4: student.head: missing; this field is required",
+        "4: student.head: this field is required",
         "6: student.hed: unknown field; did you mean head?",
         "10: student.blocks.1: input should be greater than 0 (got 0)",
         "15: distill.class_kd.weight: input should be greater than or equal to 0 (got -1)",
@@ -227,10 +228,10 @@ train:
         "18: distill.sgfi: input should be a mapping of fields (got 3)",
         "19: distill.ckd.queeu: unknown field; did you mean queue?",
         "19: distill.ckd.queue: input should be a valid integer (got 'many')",
-        "20: train.steps: missing; this field is required",
+        "20: train.steps: this field is required",
         "21: train.batch_size: input should be a valid integer (got 1.5)",
         (
-            "22: train.lr: unknown field; known here: steps, batch_size, reference_batch, optimizer, schedule, "
+            "22: train.lr: unknown field; expected one of: steps, batch_size, reference_batch, optimizer, schedule, "
             "clip_norm, log_every, evaluate_every, checkpoint_every"
         ),
     ]
@@ -241,15 +242,14 @@ train:
     ("block", "sentence"),
     [
         ("3", "student: input should be a mapping of fields (got 3)"),
-        ("{name: x}", "student.arch: missing; this field is required"),
+        ("{name: x}", "student.arch: this field is required"),
         (
             "{arch: torchvision, name: x, argumnts: {}}",
             "student.argumnts: unknown field; did you mean arguments?",
         ),
         (
             "{arch: composed, backbone: resnet18, head: fcos, image_size: [800, 600]}",
-            "student: image_size must be [short side, the most the long side may have], 32 pixels or more each; got "
-            "[800, 600]",
+            "student: image_size must be [short side, maximum long side], each at least 32 pixels; got [800, 600]",
         ),
         (
             "{arch: composed, backbone: resnet18, head: fcos, pyramid_levels: [1, 9]}",
@@ -279,25 +279,24 @@ def test_a_wrong_value_behind_a_merge_has_the_anchors_line(tmp_path: Path) -> No
 
 def test_a_missing_recipe_names_close_ones(shipped: Path) -> None:
     assert refusal("shapes/tinny") == (
-        "there is no recipe file shapes/tinny, and no built-in recipe of that name; did you mean shapes/tiny?"
+        "no recipe file or built-in recipe is named shapes/tinny; did you mean shapes/tiny?"
     )
     assert refusal("nowhere.yaml") == (
-        "there is no recipe file nowhere.yaml, and no built-in recipe of that name; "
-        "to see the built-in ones: gdetkd recipe list"
+        "no recipe file or built-in recipe is named nowhere.yaml; to list the built-in recipes, run: gdetkd recipe list"
     )
 
 
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
-        (b"", "{path} is empty; to start a recipe: gdetkd recipe init"),
-        (b"# only a comment\n", "{path} is empty; to start a recipe: gdetkd recipe init"),
-        (b"- a\n", "{path}: a recipe is a mapping of fields (name: ..., data: ...), got a list"),
-        (b"hello\n", "{path}: a recipe is a mapping of fields (name: ..., data: ...), got a single value"),
+        (b"", "{path} is empty; to create a recipe, run: gdetkd recipe init"),
+        (b"# only a comment\n", "{path} is empty; to create a recipe, run: gdetkd recipe init"),
+        (b"- a\n", "{path}: expected a mapping of fields (name: ..., data: ...), got a list"),
+        (b"hello\n", "{path}: expected a mapping of fields (name: ..., data: ...), got a single value"),
         (b"name: \xff\n", "{path} is not UTF-8 text (byte 6); a recipe is a YAML file"),
         (b"name: x\ndata: [\n", "{path}:3: not valid YAML: expected the node content, but found '<stream end>'"),
-        (b"name: x\nname: y\n", "{path}:2: not valid YAML: the key 'name' stands here a second time"),
-        (b"a: {b: 1, c: 2,\n  b: 3}\n", "{path}:2: not valid YAML: the key 'b' stands here a second time"),
+        (b"name: x\nname: y\n", "{path}:2: not valid YAML: the key 'name' appears twice"),
+        (b"a: {b: 1, c: 2,\n  b: 3}\n", "{path}:2: not valid YAML: the key 'b' appears twice"),
         (
             b"name: !!python/name:os.system\n",
             (
@@ -368,15 +367,15 @@ def test_the_schema_is_closed_and_its_references_resolve() -> None:
 
 
 def test_the_starter_validates_as_it_is(tmp_path: Path) -> None:
-    read = load_recipe(written(tmp_path, starter_recipe()))
+    read = load_recipe(written(tmp_path, format_starter()))
     assert isinstance(read.data, CocoData)
     assert read.teacher is not None
     assert read.distill is not None
-    assert starter_recipe("my.yaml").startswith("# gdetkd distill --recipe my.yaml\n# ")
+    assert format_starter("my.yaml").startswith("# gdetkd distill --recipe my.yaml\n# ")
 
 
 def test_the_starters_options_exist_and_show_their_defaults(tmp_path: Path) -> None:
-    starter = starter_recipe()
+    starter = format_starter()
     plain = load_recipe(written(tmp_path, starter))
     option = re.compile(r"^( *)# ( *(?!arch|path)[a-z_]+:( .*)?)$", re.MULTILINE)
     assert len(option.findall(starter)) > 25
@@ -390,8 +389,8 @@ def test_the_starters_options_exist_and_show_their_defaults(tmp_path: Path) -> N
 
 
 def test_the_starters_trained_teacher_validates(tmp_path: Path) -> None:
-    read = yaml.safe_load(starter_recipe())
+    read = yaml.safe_load(format_starter())
     read["teacher"] = yaml.safe_load(
-        "\n".join(re.findall(r"^#   ((?:arch|path): .*)$", starter_recipe(), flags=re.MULTILINE))
+        "\n".join(re.findall(r"^#   ((?:arch|path): .*)$", format_starter(), flags=re.MULTILINE))
     )
     load_recipe(written(tmp_path, yaml.safe_dump(read)))

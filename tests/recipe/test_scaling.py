@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import toy
 
-from gdetkd_cli.recipe.scaling import changes, epochs, scaled_to_batch
+from gdetkd_cli.recipe.scaling import describe_scaling, scale_to_batch
 from gdetkd_cli.recipe.schema import Recipe
 
 
-def recipe(**train: Any) -> Recipe:
+def make_recipe(**train: Any) -> Recipe:
     made = toy.recipe().model_dump()
     made["train"] |= {
         "steps": 900,
@@ -34,22 +34,24 @@ def recipe(**train: Any) -> Recipe:
         (24, 0.06, 300, 17, 100, 4),
     ],
 )
-def test_as_many_images_are_seen(processes: int, lr: float, steps: int, warmup: int, every: int, term: int) -> None:
-    scaled = scaled_to_batch(recipe(), processes)
+def test_scaling_keeps_the_number_of_images(
+    processes: int, lr: float, steps: int, warmup: int, every: int, term: int
+) -> None:
+    scaled = scale_to_batch(make_recipe(), processes)
     assert scaled.train.optimizer.lr == pytest.approx(lr)
     assert scaled.train.steps == steps
     assert scaled.train.schedule.warmup_steps == warmup
     assert scaled.train.evaluate_every == every
     assert scaled.distill is not None and scaled.distill.sgfi is not None
     assert scaled.distill.sgfi.warmup_steps == term
-    assert epochs(recipe(), 720, processes) == epochs(scaled, 720, processes) == 20.0
-    assert scaled_to_batch(scaled, processes) == scaled  # once is enough: a resumed run keeps what was settled
-    assert changes(recipe(), scaled) == (
+    assert scaled.train.steps * scaled.train.batch_size * processes == 20 * 720
+    assert scale_to_batch(scaled, processes) == scaled  # a resumed run is not scaled again
+    assert describe_scaling(make_recipe(), scaled) == (
         [] if processes == 8 else [f"scaled from a batch of 16: learning rate {lr:g}, {steps} steps"]
     )
 
 
 def test_without_a_reference_nothing_changes() -> None:
-    plain = recipe(reference_batch=None)
-    assert scaled_to_batch(plain, 3) is plain
-    assert changes(plain, plain) == []
+    plain = make_recipe(reference_batch=None)
+    assert scale_to_batch(plain, 3) is plain
+    assert describe_scaling(plain, plain) == []
