@@ -24,7 +24,7 @@ def build_augmentation(
     Args:
         flip: probability of a horizontal flip.
         photometric: jitter brightness, contrast, saturation and hue.
-        multi_scale: short sides in pixels, one of which is drawn; None keeps the size.
+        multi_scale: short sides in pixels to draw from; None keeps the size.
         max_size: longest side in pixels after ``multi_scale``.
     """
     changes: list[Callable[..., object]] = []

@@ -42,7 +42,7 @@ class FoundLevels:
         reason: why these are the levels, shown to the user.
         confidence: how often this rule was right, in 0..1 (see ``_CONFIDENCE``).
         alternatives: other candidate sets of maps with their reasons, the likeliest first.
-        embedded: of a level of tokens, the index of the first value with the whole sequence.
+        embedded: for a level of tokens, the index of the first value with the whole sequence; else None.
     """
 
     levels: tuple[int, ...]
@@ -141,21 +141,21 @@ def _is_classifier(flow: Flow) -> bool:
 
 
 def _find_shared_head(flow: Flow) -> _Set:
-    """The maps read by the first convolution that reads maps of several sizes."""
+    """Returns the maps read by the first convolution that reads maps of several sizes."""
     uses: dict[str, list[int]] = {}
     for i, weighted in enumerate(flow.weighted):
         if weighted:
             uses.setdefault(flow.values[i].weights[0], []).append(i)
-    for weight, made in uses.items():  # in the order of their first use
-        if len({flow.size(i) for i in made}) > 1:
-            levels = [next(p for p in flow.parents(i) if flow.maps[p]) for i in made]
+    for weight, calls in uses.items():  # in the order of their first use
+        if len({flow.size(i) for i in calls}) > 1:
+            levels = [next(p for p in flow.parents(i) if flow.maps[p]) for i in calls]
             reason = f"{weight} reads {len(levels)} maps, so it belongs to a head that all levels share"
             return _Set(tuple(levels), reason, _CONFIDENCE["shared head"])
     return _Set(())
 
 
 def _find_pooled_maps(flow: Flow) -> _Set:
-    """The maps that regions are pooled from."""
+    """Returns the maps that regions are pooled from."""
     poolings = [i for i, value in enumerate(flow.values) if flow.reached[i] and value.op == "roi_align"]
     read = [next((p for p in flow.parents(i) if flow.maps[p]), None) for i in poolings]
     levels = tuple(dict.fromkeys(i for i in read if i is not None))
@@ -163,7 +163,7 @@ def _find_pooled_maps(flow: Flow) -> _Set:
 
 
 def _find_own_heads(flow: Flow) -> _Set:
-    """For each size, the last map that all final convolutions of that size depend on.
+    """Returns, for each size, the last map that all final convolutions of that size depend on.
 
     A convolution that no result depends on is not a head. A projection for a token decoder is a head if there are
     several levels (RT-DETR); if there is one (DETR), the projection is the level.
@@ -249,7 +249,7 @@ def _is_within(path: str, module: str) -> bool:
 
 
 def _find_token_maps(flow: Flow) -> list[bool]:
-    """By value, whether it is a map whose cells become the tokens of final linear layers (no map depends on these)."""
+    """Returns, by value, whether it is a map whose cells become tokens of final linear layers (no map follows them)."""
     count = len(flow.values)
     maps_below, linear = [False] * count, [False] * count  # linear: such a layer follows without a map in between
     read = [False] * count
@@ -264,7 +264,7 @@ def _find_token_maps(flow: Flow) -> list[bool]:
 
 
 def _find_token_exits(flow: Flow, own_heads: _Set) -> _Set:
-    """For each size, the last map that a decoder reads as tokens; none if ``own_heads`` covers all of these sizes."""
+    """Returns the last map of each size that a decoder reads as tokens; none if ``own_heads`` covers all sizes."""
     tokens = _find_token_maps(flow)
     exits = {size: i for i in range(flow.stem + 1, len(flow.values)) if tokens[i] and (size := flow.size(i))}
     if exits.keys() <= {flow.size(i) for i in own_heads.levels}:
@@ -274,7 +274,7 @@ def _find_token_exits(flow: Flow, own_heads: _Set) -> _Set:
 
 
 def _find_token_sequence(flow: Flow) -> FoundLevels | None:
-    """The last tokens of a model that returns boxes and computes patches in its first convolution (YOLOS)."""
+    """Returns the last tokens of a model that returns boxes and computes patches in its first convolution (YOLOS)."""
     size = flow.size(flow.stem)
     boxes = any(value.result and value.shape[-1:] == (4,) and len(value.shape) > 1 for value in flow.values)
     if not size or not boxes:
@@ -301,7 +301,7 @@ def _find_token_sequence(flow: Flow) -> FoundLevels | None:
 
 
 def _find_body_maps(flow: Flow, levels: Sequence[int]) -> _Set:
-    """For each size of the levels, the body's last map: the last one that depends on no coarser map."""
+    """Returns the body's last map of each size of the levels: the last one that depends on no coarser map."""
     least = [0] * len(flow.values)  # area of the smallest map on any path to the value
     last: dict[Size, int] = {}
     for i in range(flow.stem, len(flow.values)):

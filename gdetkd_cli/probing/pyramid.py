@@ -244,7 +244,7 @@ def _find_region_embedding(values: Sequence[Value], pooled: int) -> tuple[str, i
 
 
 def _estimate_least_side(values: Sequence[Value], pooled: int, levels: Sequence[int]) -> float | None:
-    """Estimates s, in cells, from the regions pooled from each level, whose sides are in s <= side < 2 s."""
+    """Estimates s, in cells, if the sides of the regions pooled from each level are in s <= side < 2 s."""
     spans = [
         (levels.index(parent), value.sides)
         for value in values[pooled:]

@@ -168,9 +168,8 @@ class OnnxRunner:
         own = [output.name for output in graph.output]
         shaped = {f"gdetkd shape of {name}": name for name in self._list_maps()}
         paddings = {node.input[1] for node in graph.node if node.op_type == "Pad" and len(node.input) > 1}
-        computed = {
-            f"gdetkd value of {name}": name for name in sorted(paddings)
-        }  # often computed by a chain of small operators
+        # Paddings are often computed by a chain of small operators.
+        computed = {f"gdetkd value of {name}": name for name in sorted(paddings)}
         graph.node.extend(onnx.helper.make_node("Shape", [name], [output]) for output, name in shaped.items())
         regions = [node for node in graph.node if node.op_type == "RoiAlign"]
         boxes = {f"gdetkd boxes of {node.output[0]}": node.input[1] for node in regions}
