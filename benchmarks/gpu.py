@@ -196,7 +196,7 @@ def _min_seconds(settings: Settings, seconds: float) -> float:
 
 
 def _build_cost_overrides(settings: Settings, precision: str) -> list[str]:
-    """R50 from X101 at 800 pixels, batch 8, on built-in scenes and with fresh weights: docs/benchmarks.md."""
+    """R50 from X101 at 800 pixels, batch 8, on built-in scenes and with fresh weights: docs/benchmarks/speed.md."""
     size, scenes, batch = ([96, 128], 96, 2) if settings.small else ([800, 1333], 800, 8)
     student, teacher = _build_detector(settings, "resnet50", size), _build_detector(settings, "resnext101_64x4d", size)
     return [

@@ -1,7 +1,7 @@
-"""Writes the tables of docs/benchmarks.md from the finished trials in docs/benchmarks/.
+"""Writes the tables of the pages in docs/benchmarks/ from the finished trials beside them.
 
     python benchmarks/tables.py                                       # writes them
-    python benchmarks/tables.py --check                               # fails if the page is out of date
+    python benchmarks/tables.py --check                               # fails if a page is out of date
     python benchmarks/tables.py --take frcnn runs/compare-frcnn       # adds trials of `gdetkd compare` first
     python benchmarks/tables.py --take frcnn runs/x --suffix "@30"    # adds them under other method names
 
@@ -29,8 +29,8 @@ from statistics import mean, median, stdev
 
 from gdetkd_cli.evaluation.intervals import interval_over_folds, interval_over_seeds_and_images
 
-DOCS = Path(__file__).parents[1] / "docs"
-PAGE, TRIALS = DOCS / "benchmarks.md", DOCS / "benchmarks"
+TRIALS = Path(__file__).parents[1] / "docs" / "benchmarks"
+PAGES = sorted(TRIALS.glob("*.md"))
 BLOCK = re.compile(
     r"(<!-- (?P<kind>methods|budgets) of (?P<name>\S+) at (?P<steps>[\d, ]+): (?P<methods>.+?) -->\n)"
     r".*?(?P<end><!-- end -->)",
@@ -44,7 +44,7 @@ Row = Mapping[str, str]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="write nothing; fail if the page is out of date")
+    parser.add_argument("--check", action="store_true", help="write nothing; fail if a page is out of date")
     parser.add_argument("--take", nargs=2, metavar=("NAME", "FOLDER"), help="add the trials of FOLDER to NAME")
     parser.add_argument("--suffix", default="", help="append this to the method names of --take")
     arguments = parser.parse_args()
@@ -58,11 +58,12 @@ def main() -> None:
             sys.exit(f"{folder}/table.csv has gains over another method than {_NONE}; compare without --baseline")
         add_rows(TRIALS / f"{name}.csv", trials, tuple(trials[0]), arguments.suffix)
         add_rows(TRIALS / f"{name}-intervals.csv", table, INTERVAL_FIELDS, arguments.suffix)
-    text = PAGE.read_text()
-    fresh = render_page(text, TRIALS)
-    if arguments.check:
-        sys.exit(0 if fresh == text else f"{PAGE.name} is out of date; run python benchmarks/tables.py")
-    PAGE.write_text(fresh)
+    fresh = {page: render_page(page.read_text("utf-8"), TRIALS) for page in PAGES}
+    stale = [page for page, text in fresh.items() if page.read_text("utf-8") != text]
+    if arguments.check and stale:
+        sys.exit(f"out of date: {', '.join(page.name for page in stale)}; run python benchmarks/tables.py")
+    for page in stale:
+        page.write_text(fresh[page], "utf-8")
 
 
 def add_rows(target: Path, rows: Iterable[Row], fields: Sequence[str], suffix: str) -> None:

@@ -14,7 +14,7 @@ CKD_WEIGHTS = {"two-stage": 1.0, "dense": 0.05}
 PKD_WEIGHTS = {"two-stage": 6.0, "dense": 10.0}
 
 # As many as a Faster R-CNN's head trains on (the paper). On an H100, ResNet-50 from ResNeXt-101 at 800 pixels, a step
-# costs 1.41 times the floor with 512 regions, 1.26 with 256, 1.22 with 128 and 1.20 with 64 (docs/benchmarks.md).
+# costs 1.41 times the floor with 512 regions, 1.26 with 256, 1.22 with 128 and 1.20 with 64 (docs/benchmarks/speed.md).
 MOST_REGIONS = 512
 # A CPU's step grows with the regions.
 MOST_REGIONS_ON_CPU = 64
