@@ -134,8 +134,8 @@ def test_notes_on_the_plateau_and_the_teacher() -> None:
     ]
     speed, climbing = write_notes([make_row(100, 30.0), make_row(200, 41.0)], 40.0)
     assert speed == (
-        "at 200 steps plain training reaches 41.0 AP and the teacher 40.0: distillation makes training faster here, but "
-        "not better in the end"
+        "at 200 steps plain training reaches 41.0 AP and the teacher 40.0: distillation makes training faster here, "
+        "but not better in the end"
     )
     assert climbing == "plain training gains +11.0 AP from 100 to 200 steps: not yet on its plateau"
     assert write_notes([make_row(100, 30.0), make_row(200, 30.5)], 40.0)[-1].endswith("steps: on its plateau")

@@ -264,7 +264,7 @@ def test_every_seed_and_method_has_the_same_folds(tmp_path: Path, monkeypatch: p
 
 @pytest.mark.parametrize("folds", [1, 0, -2])
 def test_too_few_folds(folds: int) -> None:
-    with pytest.raises(RecipeError, match=f"--folds must be 2 or more, .*; got {folds}"):
+    with pytest.raises(RecipeError, match=f"--folds must be 2 or more: .*; got {folds}"):
         run_compare(toy.recipe(), methods=("none",), folds=folds)
 
 
