@@ -179,10 +179,10 @@ def test_recipe_with_fold(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        ("fold: {number: 6, of: 5}", "number must be 1 to 5, the folds in all; got 6"),
+        ("fold: {number: 6, of: 5}", "number must be 1 to 5, the number of folds; got 6"),
         ("fold: {number: 0, of: 5}", "greater than 0|greater than or equal to 1|more than 0"),
         ("fold: {number: 1, of: 1}", "2"),
-        ("fold: {number: 1, of: 2}, labels: teacher", "fold needs annotations of every image"),
+        ("fold: {number: 1, of: 2}, labels: teacher", "fold requires annotations for every image"),
     ],
 )
 def test_invalid_folds(tmp_path: Path, data: str, message: str) -> None:

@@ -187,7 +187,7 @@ def test_a_student_without_losses_learns_from_the_teacher_alone(tmp_path: Path) 
     for line in lines:
         assert line["loss"] == pytest.approx(10 * line["sgfi"] + 0.05 * line["ckd"], rel=1e-4)
     assert result.metrics.ap is None
-    assert any("learns from sgfi, ckd alone" in note for note in told)
+    assert any("trains with sgfi, ckd alone" in note for note in told)
     assert any("is not evaluated" in note for note in told)
     trained = torch.load(result.run / "student.pt", weights_only=True)["model"]
     fresh = catalog.build(description("bare"), ("a",)).module.state_dict()
@@ -196,7 +196,7 @@ def test_a_student_without_losses_learns_from_the_teacher_alone(tmp_path: Path) 
 
 @pytest.mark.usefixtures("consent")
 def test_a_student_without_losses_is_refused_where_they_count(tmp_path: Path) -> None:
-    with pytest.raises(PairError, match=r"own_code:bare takes images and no targets, so it has no losses of its own"):
+    with pytest.raises(PairError, match=r"own_code:bare accepts no targets, so it has no losses of its own"):
         run_train(recipe(factory("bare")), output=tmp_path / "run")
 
 
@@ -204,7 +204,7 @@ def test_a_student_without_losses_is_refused_where_they_count(tmp_path: Path) ->
 def test_a_student_without_detections_has_no_table(tmp_path: Path) -> None:
     distill = Distill.model_validate({"task_loss": "none"})
     changed = recipe(factory("bare")).model_copy(update={"distill": distill})
-    with pytest.raises(RecipeError, match=r"own_code:bare takes images .* has no detections to compare"):
+    with pytest.raises(RecipeError, match=r"own_code:bare accepts no targets, so it has no detections to compare"):
         run_compare(changed, methods=("gdetkd",), seeds=1, output=tmp_path / "table")
     assert not list((tmp_path / "table").glob("gdetkd-*"))
 

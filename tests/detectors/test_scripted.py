@@ -76,7 +76,7 @@ def test_settings_that_are_not_torchvisions_teach_by_their_features(tmp_path: Pa
     told: list[str] = []
     recipe = toy.recipe(steps=1, student="retinanet").model_copy(update={"teacher": student(path)})
     run = run_distill(recipe, output=tmp_path / "run", observer=lambda event: told.append(str(event))).run
-    assert any("only its features can teach, since it has the weights of torchvision's" in note for note in told)
+    assert any("only its features can teach: " in note for note in told)
     assert '"sgfi"' in (run / "metrics.jsonl").read_text()
 
 
