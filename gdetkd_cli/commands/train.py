@@ -140,6 +140,7 @@ def _train(setup: assembly.TrainingSetup, folder: RunFolder, *, resume: bool, ob
         schedule=setup.schedule,
         batches=setup.batches,
         evaluate=evaluate,
+        finish=lambda: _write_student(folder, setup),
         folder=folder,
         options=LoopOptions(
             steps=train.steps,
@@ -262,11 +263,14 @@ def _copy_portable(folder: Path) -> None:
         run_folder.write_text(folder / source.name, source.read_text())
 
 
-def _write_results(folder: RunFolder, setup: assembly.TrainingSetup, result: TrainResult) -> None:
-    detector = setup.student.detector
-    catalog.save(folder.student, detector, setup.student.description)
+def _write_student(folder: RunFolder, setup: assembly.TrainingSetup) -> None:
+    catalog.save(folder.student, setup.student.detector, setup.student.description)
     if setup.student.description.get("kind") != "factory":  # the user's own code rebuilds a factory's detector
         _copy_portable(folder.student_code)
+
+
+def _write_results(folder: RunFolder, setup: assembly.TrainingSetup, result: TrainResult) -> None:
+    detector = setup.student.detector
     facts = {name: getattr(result, name) for name in ("steps", "seconds", "seconds_per_step", "peak_memory_mb")}
     run_folder.write_text(folder.metrics, json.dumps({**result.metrics.to_json(), **facts}, indent=2))
     if detector.features_only:

@@ -222,4 +222,6 @@ def locate(reference: str) -> Path:
         return path / "student.pt"
     if not path.exists():
         raise ModelError(f"{path} does not exist; expected a run folder, a detector's file, or builtin:NAME")
+    if not path.is_file():  # reading a pipe or a device could wait for ever
+        raise ModelError(f"{path} is not a regular file; expected a run folder, a detector's file, or builtin:NAME")
     return path

@@ -66,6 +66,7 @@ class Loop:
         optimizer, schedule: over the distiller's trainable parameters.
         batches: start step -> the batches from there to the end.
         evaluate: metrics of the current student; called on every process, returns a result on the main one.
+        finish: writes the trained student; called on the main process after the last step.
         folder: of the run's files.
         options: length and intervals.
         observer: receives events, on the main process only.
@@ -80,6 +81,7 @@ class Loop:
         schedule: LambdaLR,
         batches: Callable[[int], Iterator[Batch]],
         evaluate: Callable[[], CocoMetrics | None],
+        finish: Callable[[], None],
         folder: RunFolder,
         options: LoopOptions,
         observer: Observer,
@@ -88,6 +90,7 @@ class Loop:
         self._distiller = distiller
         self._batches = batches
         self._evaluate = evaluate
+        self._finish = finish
         self._folder = folder
         self._options = options
         self._observer = observer
@@ -124,6 +127,8 @@ class Loop:
                 self._window = _Window()
             if saves:
                 self._save(done)
+            if last and self._accelerator.is_main_process:
+                self._finish()  # before the last evaluation, so that an error in it loses nothing
             if evaluates:
                 metrics = self._evaluate_student(done)
                 self._forward.train()

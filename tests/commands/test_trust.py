@@ -1,4 +1,4 @@
-"""Run folders from strangers: resuming one executes nothing, and a damaged checkpoint is refused."""
+"""Run folders and files from strangers, and errors at the end: nothing is executed, waited for or lost."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import toy
 
-from gdetkd_cli.commands import resume_run, run_train
-from gdetkd_cli.errors import GDetKDError, RunFolderError
+from gdetkd_cli.commands import resume_run, run_eval, run_probe, run_train
+from gdetkd_cli.errors import GDetKDError, ModelError, RunFolderError
 
 
 class Hostile:
@@ -80,3 +80,20 @@ def test_a_damaged_checkpoint_is_refused(harm: str, stopped: Path) -> None:
 
 def test_an_unchanged_checkpoint_is_resumed(stopped: Path) -> None:
     assert resume_run(stopped).steps == 4
+
+
+def test_an_error_in_the_last_evaluation_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("a corrupt image")
+
+    monkeypatch.setattr("gdetkd_cli.commands.train.evaluate_split", fail)
+    with pytest.raises(RuntimeError, match="a corrupt image"):
+        run_train(toy.recipe(steps=2), output=tmp_path / "run")
+    monkeypatch.undo()
+    assert run_eval(str(tmp_path / "run"), data=None).metrics.images == 4
+
+
+def test_a_pipe_is_refused_at_once(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "model.pt")
+    with pytest.raises(ModelError, match="is not a regular file"):
+        run_probe(str(tmp_path / "model.pt"))
