@@ -17,7 +17,7 @@ def bench(
     trust_code: options.TrustOption = False,
     as_json: options.JsonOption = False,
 ) -> None:
-    """Measure a recipe's speed and memory on this machine, by phase and against plain training."""
+    """Measure where a step's time goes, its memory and its cost."""
     from gdetkd_cli.cli import render
     from gdetkd_cli.cli.output import perform
     from gdetkd_cli.recipe.load import load_recipe

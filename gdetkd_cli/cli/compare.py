@@ -54,7 +54,7 @@ def compare(
     trust_code: options.TrustOption = False,
     as_json: options.JsonOption = False,
 ) -> None:
-    """Train one student with several methods and write a table of the results.
+    """Compare methods on one student: a table with intervals.
 
     Finished trials are skipped and interrupted ones resume, so you can stop, continue and extend a comparison.
 
