@@ -17,6 +17,9 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor
+from torchvision.models.detection._utils import BoxCoder
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.image_list import ImageList
 
 from gdetkd_cli.data.synthetic import CLASS_NAMES, synthetic_split
 from gdetkd_cli.detectors import catalog
@@ -37,11 +40,40 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     detector = load_for_large_images(options.model, device)
     dtype = getattr(torch, options.dtype)
+    furthest, share = compare_anchors(dtype)
+    print(f"anchors in {options.dtype}: up to {furthest:.0f} pixels off, {share:.0%} by one pixel or more")
+    print(f"regression targets in {options.dtype}: error {compare_targets(dtype):.0%} of their deviation")
     print(f"{options.model}, {options.scenes} scenes at {CORNER}, {device}")
     print(f"float32                        {measure_ap(detector, options.scenes, device, None):.1f} AP")
     print(f"{options.dtype:30} {measure_ap(detector, options.scenes, device, dtype):.1f} AP")
     with patch.object(common, "exact_boxes", lambda _: nullcontext()):
         print(f"{options.dtype + ', boxes too':30} {measure_ap(detector, options.scenes, device, dtype):.1f} AP")
+
+
+def compare_anchors(dtype: torch.dtype) -> tuple[float, float]:
+    """Largest error in pixels, and the share of errors of a pixel or more, of a Faster R-CNN's anchors in an image of
+    800 x 1,216 pixels, which torchvision makes in the dtype of the features."""
+    levels = [(-(-800 // stride), -(-1216 // stride)) for stride in (4, 8, 16, 32, 64)]
+
+    def make(dtype: torch.dtype) -> Tensor:
+        generator = AnchorGenerator(((32,), (64,), (128,), (256,), (512,)), ((0.5, 1.0, 2.0),) * 5)
+        images = ImageList(torch.zeros(1, 3, 800, 1216, dtype=dtype), [(800, 1216)])
+        return generator(images, [torch.zeros(1, 1, *size, dtype=dtype) for size in levels])[0].float()
+
+    error = (make(torch.float32) - make(dtype)).abs().amax(dim=1)
+    return float(error.max()), float((error >= 1).float().mean())
+
+
+def compare_targets(dtype: torch.dtype) -> float:
+    """Error of a RoI head's regression targets over their deviation: objects of 24 pixels anywhere in 800 x 1,216
+    pixels, proposals that are off by 3 pixels (one standard deviation) at each side."""
+    generator = torch.Generator().manual_seed(0)
+    corner = torch.rand(20_000, 2, generator=generator) * torch.tensor([1216 - 24.0, 800 - 24.0])
+    truth = torch.cat([corner, corner + 24], dim=1)
+    proposals = truth + 3 * torch.randn(truth.shape, generator=generator)
+    coder = BoxCoder((10.0, 10.0, 5.0, 5.0))
+    exact = coder.encode_single(truth, proposals)
+    return float((coder.encode_single(truth.to(dtype), proposals.to(dtype)).float() - exact).std() / exact.std())
 
 
 def load_for_large_images(model: str, device: str) -> Any:
