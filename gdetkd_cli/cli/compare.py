@@ -72,7 +72,8 @@ def compare(
     work = partial(run_compare, loaded, methods=names, steps=budgets, seeds=seeds, folds=folds, baseline=baseline)
     result = perform(partial(work, jobs=jobs, output=output), render.format_comparison, as_json=as_json)
     if result is not None and result.failures:
-        raise ComparisonError(f"{len(result.failures)} trials failed; the first: {result.failures[0]}")
+        count = len(result.failures)
+        raise ComparisonError(f"{count} trial{'s' * (count > 1)} failed; the first: {result.failures[0]}")
 
 
 def _parse_budgets(text: str | None) -> tuple[int, ...]:
