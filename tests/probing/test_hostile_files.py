@@ -84,6 +84,9 @@ def test_consent_lets_it_run(script: Path) -> None:
         ('getattr(input, "\\x73ave")("victim.bin")', "aten::save"),
         ('ops.image.write_file("victim.bin", input)', "image::write_file"),
         ('ops.aten.save(input, "victim.bin")', "aten::save"),
+        ('"text".save("victim.bin")', "aten::save"),
+        ('{"key": input}.save("victim.bin")', "aten::save"),
+        ('getattr(input, "sa" "ve")("victim.bin")', "aten::save"),
         ("torch", "torch"),
         ("ops.image", "ops"),
         ("ops.c10d.barrier(input)", "c10d::barrier"),
@@ -94,6 +97,25 @@ def test_consent_lets_it_run(script: Path) -> None:
 def test_ways_to_call_other_operators(code: str, refused: str, script: Path) -> None:
     rewrite(script, "    body = self.body\n", f"    input = x\n    found = {code}\n    body = self.body\n")
     with pytest.raises(ModelError, match=rf"calls {refused}, which can do more than compute"):
+        load_torchscript(script)
+
+
+def test_code_under_another_case_is_checked(script: Path) -> None:
+    torch.jit.script(Overwrites()).save(str(script))
+    with zipfile.ZipFile(script) as archive:
+        files = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(script, "w", zipfile.ZIP_STORED) as archive:
+        for name, content in files.items():
+            archive.writestr(name.removesuffix(".py") + ".PY" if name.endswith(".py") else name, content)
+    with pytest.raises(ModelError, match="calls aten::from_file"):
+        load_torchscript(script)
+
+
+def test_the_legacy_format_is_refused(script: Path) -> None:
+    """It names the file of its code, so that the code need not end in .py."""
+    with zipfile.ZipFile(script, "a") as archive:
+        archive.writestr("model/model.json", "{}")
+    with pytest.raises(ModelError, match="format of before 2019"):
         load_torchscript(script)
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-import torchvision  # noqa: F401  # registers the operators that a scripted detector calls
 
 from gdetkd_cli.errors import ModelError, first_line
 from gdetkd_cli.probing.formats.class_names import read_class_names

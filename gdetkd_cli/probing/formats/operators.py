@@ -95,10 +95,13 @@ def check_torchscript(path: Path) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
-            if len({name.casefold() for name in names}) < len(names):
+            folded = [name.casefold() for name in names]  # torch's reader may find a file by another case
+            if len(set(folded)) < len(names):
                 raise ModelError(f"{path} holds two files of one name, so it cannot be checked")
-            sources = [archive.read(name).decode() for name in names if name.endswith(".py")]
-            pickles = [archive.read(name) for name in names if name.endswith(".pkl")]
+            if any(name.endswith("/model.json") for name in folded):  # may keep code under any name
+                raise ModelError(f"{path} has TorchScript's format of before 2019; save it anew with a current torch")
+            sources = [archive.read(name).decode() for name in names if name.casefold().endswith(".py")]
+            pickles = [archive.read(name) for name in names if name.casefold().endswith(".pkl")]
     except (zipfile.BadZipFile, UnicodeDecodeError, EOFError, OSError) as error:
         raise ModelError(f"{path} is not a whole TorchScript file ({first_line(error)})") from error
     for source in sources:
@@ -145,17 +148,15 @@ def _refused_in(source: str) -> Iterator[str]:
         if token.type in (tokenize.NAME, tokenize.OP, tokenize.STRING)
     ]
     texts = [token.string for token in tokens] + ["", ""]
+    name = ""  # of neighbouring strings, which are one: getattr takes a name as a string
     for at, token in enumerate(tokens):
-        if token.type == tokenize.STRING:
-            text = ast.literal_eval(token.string)
-            if text in _other_aten():  # getattr takes a name as a string
-                yield f"aten::{text}"
-        elif token.type == tokenize.NAME and texts[at - 1] != ".":
+        name = name + ast.literal_eval(token.string) if token.type == tokenize.STRING else ""
+        # A call of this name may be a method of any value, which aten's operators are as well.
+        called = texts[at] if texts[at + 1] == "(" else name
+        if called in _other_aten():
+            yield f"aten::{called}"
+        if token.type == tokenize.NAME and texts[at - 1] != ".":
             yield from _refused_chain(_chain(texts, at))
-        elif texts[at] == "." and texts[at - 1] in (")", "]"):  # a method of a value
-            yield from _refused_method(_chain(texts, at + 1))
-        if token.type == tokenize.NAME and texts[at - 1] != "." and texts[at] not in ("torch", "ops", "__torch__"):
-            yield from _refused_method(_chain(texts, at))
 
 
 def _chain(texts: list[str], at: int) -> list[str]:
@@ -183,10 +184,3 @@ def _refused_chain(chain: list[str]) -> Iterator[str]:
             yield "ops"
         case ["__torch__", "torch", "classes", namespace, *_] if namespace not in _CLASSES:
             yield f"torch.classes.{namespace}"
-
-
-def _refused_method(chain: list[str]) -> Iterator[str]:
-    """A call of a value's method, which may be an operator of aten."""
-    *names, follows = chain
-    if names and follows == "(" and names[-1] in _other_aten():
-        yield f"aten::{names[-1]}"
