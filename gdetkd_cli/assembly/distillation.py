@@ -144,8 +144,8 @@ def _build_terms(config: Distill, pair: Detectors, fresh_warmup: int) -> tuple[l
             term = BUILDERS[name](pair, **settings)
         except PairError as error:
             if getattr(config, name) != "auto":
-                advice = "set it to auto or null"
-                raise (PairError(f"distill.{name}: {error}; {advice}") if name in GDETKD_TERMS else error) from error
+                advice = "set it to auto or null" if name in GDETKD_TERMS else "leave the term out"
+                raise PairError(f"distill.{name}: {error}; {advice}") from error
             plans.append(TermPlan(name=name, weight=None, reason=str(error)))
             continue
         if weight == "auto":

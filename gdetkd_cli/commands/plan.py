@@ -79,8 +79,8 @@ def plan_distill(recipe: Recipe, *, observer: Observer = silent) -> Plan:
     return Plan(
         recipe=recipe.name,
         pair=f"{pair.kind}, {teacher.family} -> {student.family}",
-        student=describe_pyramid(student, source=assembly.format_title(recipe.student), format="run", size=size),
-        teacher=describe_pyramid(teacher, source=assembly.format_title(recipe.teacher), format="run", size=size),
+        student=describe_pyramid(student, source=assembly.format_title(recipe.student), size=size),
+        teacher=describe_pyramid(teacher, source=assembly.format_title(recipe.teacher), size=size),
         terms=pair.terms,
         head_transfer=pair.head_transfer,
         losses={name: float(value) for name, value in reports[0].parts.items()},

@@ -250,7 +250,7 @@ def _write_facts(folder: RunFolder, setup: assembly.TrainingSetup) -> None:
     if setup.distiller.teacher is not None:
         detectors["teacher"] = setup.distiller.teacher
         reports = {
-            name: asdict(describe_pyramid(detector, source=name, format="run", size=setup.train.records[0].size))
+            name: asdict(describe_pyramid(detector, source=name, size=setup.train.records[0].size))
             for name, detector in detectors.items()
         }
         run_folder.write_text(folder.probe, json.dumps(reports, indent=2))

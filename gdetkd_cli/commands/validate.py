@@ -77,7 +77,7 @@ def check_pair(
     for note in (*((untrained,) if untrained else ()), *student.notes, *teacher.notes):
         observer(Note(note))
     student_report, teacher_report = (
-        describe_pyramid(built.detector, source=title, format="run", size=size)
+        describe_pyramid(built.detector, source=title, size=size)
         for title, built in zip(titles, (student, teacher), strict=True)
     )
     return CheckedRecipe(

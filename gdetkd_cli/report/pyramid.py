@@ -84,9 +84,9 @@ def level_statistics(features: Tensor) -> dict[str, float | None]:
     return {name: value if math.isfinite(value) else None for name, value in statistics.items()}
 
 
-def describe_pyramid(detector: Detector, *, source: str, format: str, size: tuple[int, int]) -> PyramidReport:
+def describe_pyramid(detector: Detector, *, source: str, size: tuple[int, int]) -> PyramidReport:
     """Describes a detector's pyramid in pixels of an image of ``size`` (height, width)."""
-    return describe_on_image(detector, probe_image(size), source=source, format=format, classes=None)[0]
+    return describe_on_image(detector, probe_image(size), source=source, format="run", classes=None)[0]
 
 
 def describe_on_image(

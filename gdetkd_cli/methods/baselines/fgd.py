@@ -274,10 +274,7 @@ def build(
     """
     theirs = pair.teacher_channels
     if len(set(theirs)) > 1:
-        raise PairError(
-            f"distill.fgd: FGD needs a teacher with the same channels on all levels, but its levels have {theirs}; "
-            "leave the term out"
-        )
+        raise PairError(f"FGD needs a teacher with the same channels on all levels, but its levels have {theirs}")
     own = {
         "temperature": temperature,
         "objects": objects,

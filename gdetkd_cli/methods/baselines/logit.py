@@ -85,8 +85,5 @@ def build(pair: Detectors) -> LogitTerm:
     Raises:
         PairError: the pair is not two RetinaNets or two FCOS with the same anchors and classes.
     """
-    try:
-        columns = class_map_columns(pair.student, pair.teacher)
-    except PairError as error:
-        raise PairError(f"distill.logit: {error}; leave the term out") from error
+    columns = class_map_columns(pair.student, pair.teacher)
     return LogitTerm(columns=columns, agree=compare_anchors(pair.student, pair.teacher))
