@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -283,14 +282,10 @@ def _train_shapes(settings: Settings, precision: str) -> Measurement:
 
 
 def train_slice(start: Sequence[str], folder: Path, seconds: float) -> dict[str, Any] | None:
-    """Trains until the end or until time is up. Runs the command ``start``, or resumes from the checkpoint."""
+    """Trains until the end or until time is up. ``start``: the command, without its folder."""
     metrics = folder / "metrics.json"
     if not metrics.exists():
-        resumes = (folder / "resume" / "progress.json").exists() or (folder / "resume.new" / "progress.json").exists()
-        if folder.exists() and not resumes:
-            shutil.rmtree(folder)  # interrupted before its first checkpoint
-        where = ["--resume", str(folder)] if resumes else ["--output", str(folder)]
-        arguments = [start[0], *where, "--json"] if resumes else [*start, *where, "--json"]
+        arguments = [*start, "--output", str(folder), "--resume", "auto", "--json"]
         if run(_build_command(*arguments), seconds, folder.with_name(f"{folder.name}-log.txt")) is None:
             return None
     facts = json.loads(metrics.read_text())

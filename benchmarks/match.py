@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from gdetkd_cli.commands.plan import endless_batches, prepare_steps
+from gdetkd_cli.engine.run_folder import RunFolder
 from gdetkd_cli.methods.sgfi import LevelMatcher
 from gdetkd_cli.recipe.load import load_recipe
 from gdetkd_cli.structures import Regions
@@ -28,9 +29,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path)
     for run in parser.parse_args().runs:
-        weights, sides, temperature = read_weights(run)
-        step = (run / "resume" / "progress.json").read_text()
-        print(f"{run}: {step}, tau {temperature:.2f}")
+        step, weights, sides, temperature = read_weights(run)
+        print(f"{run}: step {step}, tau {temperature:.2f}")
         for low, high in pairwise(SIDES):
             rows = (sides >= low) & (sides < high)
             if rows.any():
@@ -38,13 +38,14 @@ def main() -> None:
                 print(f"  {low:4} to {high:5} pixels, {int(rows.sum()):5} regions:  {mean}")
 
 
-def read_weights(run: Path) -> tuple[Tensor, Tensor, float]:
-    """Returns (R, L) weights, (R,) sides in pixels, and tau, over a few training batches."""
+def read_weights(run: Path) -> tuple[int, Tensor, Tensor, float]:
+    """Returns the checkpoint's step, (R, L) weights, (R,) sides in pixels, and tau, over a few training batches."""
     recipe = load_recipe(run / "recipe.yaml")
     setup, _ = prepare_steps(recipe)
     distiller: Any = setup.distiller
-    state = torch.load(run / "resume" / "pytorch_model.bin", map_location="cpu", weights_only=True)
-    distiller.load_state_dict(state)
+    checkpoint = RunFolder(run).checkpoints().open_latest()
+    assert checkpoint is not None, f"{run} has no checkpoint"
+    distiller.load_state_dict(checkpoint.read_state()["distiller"])
     matcher: LevelMatcher = distiller.terms["sgfi"].matcher
     weights: list[Tensor] = []
     regions: list[Regions] = []
@@ -57,7 +58,7 @@ def read_weights(run: Path) -> tuple[Tensor, Tensor, float]:
         distiller(next(batches))
     boxes = torch.cat([chosen.boxes for chosen in regions])
     sides = (boxes[:, 2:] - boxes[:, :2]).prod(dim=1).sqrt()
-    return torch.cat(weights), sides, float(matcher.log_tau.detach().exp())
+    return checkpoint.progress.step, torch.cat(weights), sides, float(matcher.log_tau.detach().exp())
 
 
 if __name__ == "__main__":

@@ -43,6 +43,23 @@ class RunFolderError(GDetKDError):
     exit_code = 2
 
 
+class DiskError(GDetKDError):
+    """A file does not fit on the disk."""
+
+
+class StoppedError(KeyboardInterrupt):
+    """A signal stopped the command. Not an ``Exception``, so that no handler of errors continues after it.
+
+    Args:
+        message: what was stopped.
+        number: of the signal; the exit code is 128 + number, as shells and schedulers expect.
+    """
+
+    def __init__(self, message: str, number: int) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + number
+
+
 class TapError(GDetKDError):
     """A tapped module is missing, did not run, or ran more than once."""
 

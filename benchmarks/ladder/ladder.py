@@ -45,13 +45,9 @@ def main() -> None:
 def train_teacher(rung: int, output: Path) -> Path:
     """Trains the rung's teacher, unless it is finished, from the shipped teacher's weights; returns its folder."""
     folder = output / f"{rung}-teacher"
-    if (folder / "resume").exists() and not (folder / "metrics.json").exists():
-        run(["train", "--resume", str(folder)])
-    elif not (folder / "metrics.json").exists():
-        weights = catalog.locate("builtin:shapes-teacher")
-        changes = ["runtime.threads=1", f"student.weights={weights}"]
-        recipe = str(HERE / f"{rung}-teacher.yaml")
-        run(["train", "--recipe", recipe, "--output", str(folder), *build_set_options(changes)])
+    changes = ["runtime.threads=1", f"student.weights={catalog.locate('builtin:shapes-teacher')}"]
+    command = ["train", "--recipe", str(HERE / f"{rung}-teacher.yaml"), "--output", str(folder), "--resume", "auto"]
+    run([*command, *build_set_options(changes)])
     return folder.resolve()
 
 

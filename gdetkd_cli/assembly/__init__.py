@@ -13,10 +13,12 @@ from gdetkd_cli.assembly.data import (
 )
 from gdetkd_cli.assembly.detector import BuiltDetector, build_detector, format_title
 from gdetkd_cli.assembly.distillation import BuiltPair, TermPlan, build_pair
+from gdetkd_cli.assembly.origin import describe_origin, list_differences, list_recipe_differences
 from gdetkd_cli.assembly.runtime import apply_runtime, resolve_runtime
 from gdetkd_cli.assembly.setup import (
     Compute,
     TrainingSetup,
+    adopt_runtime,
     build_accelerator,
     build_recipe_pair,
     build_setup,
@@ -31,6 +33,7 @@ __all__ = [
     "TermPlan",
     "TrainingSetup",
     "Which",
+    "adopt_runtime",
     "apply_runtime",
     "build_accelerator",
     "build_all_folds",
@@ -40,7 +43,10 @@ __all__ = [
     "build_recipe_pair",
     "build_setup",
     "build_split",
+    "describe_origin",
     "format_title",
+    "list_differences",
+    "list_recipe_differences",
     "needs_labels",
     "read_split",
     "read_unlabelled_split",

@@ -20,9 +20,9 @@ from gdetkd_cli.data.readers.coco import build_split_from_tables
 from gdetkd_cli.data.split import Split
 from gdetkd_cli.detectors.protocol import Detector
 from gdetkd_cli.engine.events import Note, Observer, report_every, silent
-from gdetkd_cli.engine.run_folder import write_text
 from gdetkd_cli.errors import DataError
 from gdetkd_cli.evaluation.predict import gather_predictions, predict_split
+from gdetkd_cli.files import write_text
 from gdetkd_cli.recipe.schema import CocoData, Data, DistillationRecipe, FolderData, TeacherLabels
 from gdetkd_cli.structures import Detections
 

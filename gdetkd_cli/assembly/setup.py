@@ -98,6 +98,13 @@ def start_compute(recipe: Recipe) -> tuple[Compute, Recipe]:
     return Compute(settings, accelerator), scale_to_batch(recipe, accelerator.num_processes)
 
 
+def adopt_runtime(compute: Compute, recipe: Recipe) -> Compute:
+    """Applies another recipe's threads and workers to what was started."""
+    settings = resolve_runtime(recipe.runtime)
+    torch.set_num_threads(settings.threads)
+    return Compute(settings, compute.accelerator)
+
+
 def build_accelerator(settings: ComputeSettings, recipe: Recipe) -> Accelerator:
     """Builds the accelerator with the run's device, precision and processes."""
     # Without a task loss, parts of the student get no gradient, and DDP would wait for them.

@@ -49,10 +49,11 @@ def _describe_error(error: BaseException) -> tuple[str, int]:
     prefix = typer.style("Error:", fg=typer.colors.RED, bold=True)
     match error:
         case GDetKDError():
-            return f"{prefix} {error}", error.exit_code
+            return "; ".join([f"{prefix} {error}", *getattr(error, "__notes__", ())]), error.exit_code
         case KeyboardInterrupt():
             # Interrupted functions add a note on how to continue.
-            return "; ".join(["interrupted", *getattr(error, "__notes__", ())]), _INTERRUPTED
+            message = "; ".join([str(error) or "interrupted", *getattr(error, "__notes__", ())])
+            return message, getattr(error, "exit_code", _INTERRUPTED)
         case OSError(filename=str() | Path() as path, strerror=str() as reason):
             return f"{prefix} {path}: {reason}", 1
         case _:

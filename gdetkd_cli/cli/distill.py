@@ -21,6 +21,8 @@ def distill(
         int | None, typer.Option("--profile", metavar="N", min=1, help="Time N steps by phase; write nothing.")
     ] = None,
     resume: options.ResumeOption = None,
+    steps: options.StepsOption = None,
+    force: options.ForceOption = False,
     trust_code: options.TrustOption = False,
     as_json: options.JsonOption = False,
 ) -> None:
@@ -28,12 +30,11 @@ def distill(
     from gdetkd_cli.cli import render
     from gdetkd_cli.cli.output import perform
 
-    if resume is not None:
-        others = {"--recipe": recipe, "--set": overrides, "--output": output}
-        options.check_alone("--resume", {**others, "--dry-run": dry_run, "--profile": profile})
+    others = {"--recipe": recipe, "--set": overrides, "--output": output, "--dry-run": dry_run, "--profile": profile}
+    if continued := options.plan_resume(resume, steps=steps, force=force, others=others):
         from gdetkd_cli.commands import resume_run
 
-        perform(partial(resume_run, resume), render.format_run, as_json=as_json)
+        perform(partial(resume_run, **continued), render.format_run, as_json=as_json)
         return
     if dry_run:
         options.check_alone("--dry-run", {"--profile": profile})
@@ -45,4 +46,5 @@ def distill(
     elif profile is not None:
         perform(partial(profile_distill, loaded, steps=profile), render.format_profile, as_json=as_json)
     else:
-        perform(partial(run_distill, loaded, output=output, resume=None), render.format_run, as_json=as_json)
+        work = partial(run_distill, loaded, output=output, requeue=resume == "auto")
+        perform(work, render.format_run, as_json=as_json)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -35,8 +35,20 @@ OutputOption = Annotated[
     typer.Option("--output", metavar="DIR", help="New run folder. Default: runs/NAME, after the recipe."),
 ]
 ResumeOption = Annotated[
-    Path | None,
-    typer.Option("--resume", metavar="RUN", help="Run folder to continue, with its own recipe."),
+    str | None,
+    typer.Option(
+        "--resume",
+        metavar="RUN|auto",
+        help="Run folder to continue, with its own recipe. With auto: continue the run in --output, or start it; for "
+        "jobs that a scheduler starts again.",
+    ),
+]
+StepsOption = Annotated[
+    int | None, typer.Option("--steps", metavar="N", min=1, help="With --resume RUN: train on, to N steps in all.")
+]
+ForceOption = Annotated[
+    bool,
+    typer.Option("--force", help="With --resume RUN: continue even if the recipe or the data changed meanwhile."),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as one JSON document.")]
 TrustOption = Annotated[
@@ -70,6 +82,28 @@ def load_required_recipe(recipe: str | None, overrides: list[str] | None) -> Rec
     from gdetkd_cli.recipe.load import load_recipe
 
     return load_recipe(recipe, overrides or ())
+
+
+def plan_resume(
+    resume: str | None, *, steps: int | None, force: bool, others: Mapping[str, object]
+) -> dict[str, Any] | None:
+    """The arguments of ``resume_run``; None if the command starts from a recipe.
+
+    Args:
+        resume, steps, force: the options.
+        others: values of the options that start from a recipe, by name.
+
+    Raises:
+        UsageError: options exclude each other.
+    """
+    if resume is None or resume == "auto":
+        if steps is not None:
+            raise UsageError("--steps needs --resume RUN; for a new run, use --set train.steps=N")
+        if force:
+            raise UsageError("--force needs --resume RUN; a run that changed cannot be continued by --resume auto")
+        return None
+    check_alone("--resume", others)
+    return {"run": Path(resume), "steps": steps, "force": force}
 
 
 def check_alone(option: str, others: Mapping[str, object]) -> None:

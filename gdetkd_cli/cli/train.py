@@ -19,6 +19,8 @@ def train(
     overrides: options.SetOption = None,
     output: options.OutputOption = None,
     resume: options.ResumeOption = None,
+    steps: options.StepsOption = None,
+    force: options.ForceOption = False,
     trust_code: options.TrustOption = False,
     as_json: options.JsonOption = False,
 ) -> None:
@@ -26,15 +28,14 @@ def train(
     from gdetkd_cli.cli import render
     from gdetkd_cli.cli.output import perform
 
-    if resume is not None:
-        others = {"--recipe": recipe, "--detector": detector, "--set": overrides, "--output": output}
-        options.check_alone("--resume", others)
+    others = {"--recipe": recipe, "--detector": detector, "--set": overrides, "--output": output}
+    if continued := options.plan_resume(resume, steps=steps, force=force, others=others):
         from gdetkd_cli.commands import resume_run
 
-        perform(partial(resume_run, resume), render.format_run, as_json=as_json)
+        perform(partial(resume_run, **continued), render.format_run, as_json=as_json)
         return
     loaded = options.load_required_recipe(recipe, overrides)
     from gdetkd_cli.commands import run_train
 
-    work = partial(run_train, loaded, detector=detector or "student", output=output, resume=None)
+    work = partial(run_train, loaded, detector=detector or "student", output=output, requeue=resume == "auto")
     perform(work, render.format_run, as_json=as_json)

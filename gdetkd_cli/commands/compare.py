@@ -30,8 +30,8 @@ from gdetkd_cli.compare.trials import Trial, build_trial, find_finished_trials, 
 from gdetkd_cli.data.split import Split
 from gdetkd_cli.engine.device import ComputeSettings
 from gdetkd_cli.engine.events import Note, Observer, silent
-from gdetkd_cli.engine.run_folder import write_text
 from gdetkd_cli.errors import GDetKDError, PairError, RecipeError, RunFolderError
+from gdetkd_cli.files import write_text
 from gdetkd_cli.recipe.checks import require_distillation, require_trained_teacher
 from gdetkd_cli.recipe.load import dump_recipe, load_recipe
 from gdetkd_cli.recipe.methods import NONE, list_default_methods, select_method

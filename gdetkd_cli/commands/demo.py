@@ -74,10 +74,14 @@ def run_demo(
     Raises:
         GDetKDError: the folder exists, or the exported student differs from the trained one.
     """
+    with run_folder.start_new(output, "demo") as folder:
+        return _run_demo(seed, steps, folder.path, observer)
+
+
+def _run_demo(seed: int, steps: int | None, folder: Path, observer: Observer) -> DemoResult:
     started = perf_counter()
     overrides = [f"seed={seed}", f"data.val_images={_SCENES}"] + ([f"train.steps={steps}"] if steps is not None else [])
     recipe = load_recipe(RECIPE, overrides)
-    folder = run_folder.choose(output, "demo").path
     plain, distilled = _train_both(recipe, folder, observer)
 
     observer(Phase("evaluation"))

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from math import ceil
 from pathlib import Path
 from statistics import median
 from time import perf_counter
-from typing import Literal
+from typing import Any, Literal
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
@@ -21,13 +21,16 @@ from gdetkd_cli.data.split import Split
 from gdetkd_cli.detectors import catalog
 from gdetkd_cli.detectors.protocol import Detector
 from gdetkd_cli.engine import run_folder
+from gdetkd_cli.engine.checkpoints import Checkpoint
 from gdetkd_cli.engine.device import environment, peak_memory_mb
 from gdetkd_cli.engine.events import Note, Observer, report_every, silent
 from gdetkd_cli.engine.loop import Loop, LoopOptions, seed_everything
 from gdetkd_cli.engine.run_folder import RunFolder
-from gdetkd_cli.errors import RecipeError
+from gdetkd_cli.engine.signals import StopSignals
+from gdetkd_cli.errors import DiskError, RecipeError, RunFolderError
 from gdetkd_cli.evaluation.coco_metrics import CocoMetrics, evaluate_coco
 from gdetkd_cli.evaluation.predict import gather_predictions, predict_split
+from gdetkd_cli.files import write_text
 from gdetkd_cli.recipe.checks import remove_teacher, require_distillation, require_trained_teacher
 from gdetkd_cli.recipe.load import dump_recipe, load_recipe
 from gdetkd_cli.recipe.schema import CheckpointDetector, Recipe
@@ -62,58 +65,103 @@ def run_train(
     *,
     detector: Literal["student", "teacher"] = "student",
     output: Path | None = None,
-    resume: Path | None = None,
+    requeue: bool = False,
     observer: Observer = silent,
 ) -> TrainResult:
     """Trains one detector of the recipe without distillation.
 
+    Args:
+        recipe: names the data and the detector.
+        detector: the one to train.
+        output: the run's folder; default: ``runs/NAME``.
+        requeue: continue the run in that folder, if there is one.
+        observer: receives progress.
+
     Raises:
         GDetKDError: something that the recipe names cannot be used.
+        StoppedError: a signal stopped the run; it can be continued.
     """
     spec = recipe.student if detector == "student" else recipe.teacher
     if spec is None:
         raise RecipeError(f"the recipe {recipe.name!r} has no {detector}; add a `{detector}:` block")
     if detector == "teacher" and (isinstance(spec, CheckpointDetector) or spec.weights is not None):
         observer(Note("the teacher has weights; training continues from them"))
-    return _run(remove_teacher(recipe, student=spec), output=output, resume=resume, observer=observer)
+    return _run(remove_teacher(recipe, student=spec), _Target(output, requeue=requeue), observer)
 
 
 def run_distill(
-    recipe: Recipe, *, output: Path | None = None, resume: Path | None = None, observer: Observer = silent
+    recipe: Recipe, *, output: Path | None = None, requeue: bool = False, observer: Observer = silent
 ) -> TrainResult:
-    """Trains the recipe's student with its teacher.
+    """Trains the recipe's student with its teacher; arguments as in ``run_train``.
 
     Raises:
         GDetKDError: something that the recipe names cannot be used, or the pair does not fit.
+        StoppedError: a signal stopped the run; it can be continued.
     """
     distillation = require_distillation(recipe)
     require_trained_teacher(distillation)
-    return _run(distillation, output=output, resume=resume, observer=observer)
+    return _run(distillation, _Target(output, requeue=requeue), observer)
 
 
-def resume_run(run: Path, *, observer: Observer = silent) -> TrainResult:
-    """Continues a stopped run with the recipe in its folder.
+def resume_run(run: Path, *, steps: int | None = None, force: bool = False, observer: Observer = silent) -> TrainResult:
+    """Continues a stopped run with the recipe in its folder, from its newest checkpoint or, without one, anew.
+
+    Args:
+        run: the run's folder.
+        steps: a new number of steps; the learning rate follows the schedule for that number from here on.
+        force: continue even if the recipe or the data changed since the checkpoint.
+        observer: receives progress.
 
     Raises:
-        RunFolderError: the folder is not a run folder, or has no checkpoint.
+        RunFolderError: the folder is not a run folder, its checkpoint is damaged or beyond the steps, or the run is
+            not the same any more.
+        StoppedError: a signal stopped the run; it can be continued.
     """
-    folder = run_folder.open_existing(run)
-    return _run(load_recipe(folder.recipe), output=None, resume=run, observer=observer)
+    recipe = load_recipe(run_folder.open_existing(run).recipe)
+    return _run(recipe, _Target(run, resume=True, steps=steps, force=force), observer)
 
 
-def _run(recipe: Recipe, *, output: Path | None, resume: Path | None, observer: Observer) -> TrainResult:
+@dataclass(frozen=True)
+class _Target:
+    """Where a run is written, and what to do with a run that is there already.
+
+    Attributes:
+        path: the folder; None: choose one.
+        resume: continue the run in the folder.
+        requeue: continue the run in the folder, or start one.
+        steps, force: as in ``resume_run``.
+    """
+
+    path: Path | None
+    resume: bool = False
+    requeue: bool = False
+    steps: int | None = None
+    force: bool = False
+
+
+def _run(recipe: Recipe, target: _Target, observer: Observer) -> TrainResult:
     started = perf_counter()
-    compute, scaled = assembly.start_compute(recipe)
-    main = compute.accelerator.is_main_process
-    folder = _choose_folder(scaled, output, resume, compute.accelerator)
-    if not main:
-        observer = silent
-    setup = assembly.build_setup(scaled, compute, unscaled=recipe, labels=folder.labels, observer=observer)
-    _announce(setup, observer)
-    with folder.lock() if main else nullcontext():
+    signals = StopSignals()
+    with ExitStack() as stack:
+        stack.enter_context(signals.installed())
+        compute, scaled = assembly.start_compute(recipe)
+        main = compute.accelerator.is_main_process
+        folder, resume = _open_folder(scaled, target, compute.accelerator, stack)
+        if not main:
+            observer = silent
+        if resume:
+            scaled = _read_own_recipe(folder, scaled, target)
+            compute = assembly.adopt_runtime(compute, scaled)
+        setup = assembly.build_setup(scaled, compute, unscaled=recipe, labels=folder.labels, observer=observer)
+        origin = assembly.describe_origin(setup.recipe, setup.train, setup.val)
+        checkpoint = _open_checkpoint(folder, setup, origin, target, observer) if resume else None
+        if checkpoint is not None and (finished := _read_result(folder, setup, checkpoint)):
+            observer(Note(f"{folder.path} is finished; add --steps N to train it further"))
+            return finished
+        _announce(setup, observer)
         if main:
-            _write_facts(folder, setup)
-        metrics = _train(setup, folder, resume=resume is not None, observer=observer)
+            _write_facts(folder, setup, replace=target.steps is not None)
+        metrics = _train(setup, folder, checkpoint, origin, signals, observer)
         result = _build_result(setup, folder, metrics, perf_counter() - started)
         if main:
             _write_results(folder, setup, result)
@@ -121,7 +169,93 @@ def _run(recipe: Recipe, *, output: Path | None, resume: Path | None, observer: 
     return result
 
 
-def _train(setup: assembly.TrainingSetup, folder: RunFolder, *, resume: bool, observer: Observer) -> CocoMetrics | None:
+def _open_folder(recipe: Recipe, target: _Target, accelerator: Accelerator, stack: ExitStack) -> tuple[RunFolder, bool]:
+    """Chooses and locks the run's folder in the main process, and sends the choice to the others.
+
+    Returns:
+        The folder, and whether it holds a run to continue.
+    """
+    choice: list[tuple[str, bool] | None] = [None]
+    if accelerator.is_main_process:
+        path = target.path or Path("runs") / recipe.name
+        resume = target.resume or (target.requeue and RunFolder(path).recipe.exists())
+        if resume:
+            folder = stack.enter_context(run_folder.reopen(path))
+        else:
+            folder = stack.enter_context(run_folder.start_new(path if target.requeue else target.path, recipe.name))
+        choice = [(str(folder.path), resume)]
+    broadcast_object_list(choice)
+    assert choice[0] is not None
+    return RunFolder(Path(choice[0][0])), choice[0][1]
+
+
+def _read_own_recipe(folder: RunFolder, given: Recipe, target: _Target) -> Recipe:
+    """Reads the recipe in the folder of a run that is continued.
+
+    Raises:
+        RunFolderError: it differs from the one that was given.
+    """
+    own = load_recipe(folder.recipe)
+    if target.requeue:
+        differences = assembly.list_recipe_differences(own.model_dump(mode="json"), given.model_dump(mode="json"))
+        if differences:
+            raise RunFolderError(
+                f"{folder.path} holds a run of another recipe ({'; '.join(differences)}); choose another --output"
+            )
+    if target.steps is None:
+        return own
+    return own.model_copy(update={"train": own.train.model_copy(update={"steps": target.steps})})
+
+
+def _open_checkpoint(
+    folder: RunFolder, setup: assembly.TrainingSetup, origin: dict[str, Any], target: _Target, observer: Observer
+) -> Checkpoint | None:
+    """Opens the newest checkpoint, and checks that it belongs to this run; None if the run has to start anew."""
+    checkpoint = folder.checkpoints().open_latest()
+    if checkpoint is None:
+        observer(Note(f"{folder.path} has no checkpoint yet, so the run starts at its first step"))
+        return None
+    step, steps = checkpoint.progress.step, setup.recipe.train.steps
+    if step > steps:
+        raise RunFolderError(
+            f"{folder.path} has done {step} steps, but its recipe has {steps}; to train it further, add --steps N "
+            f"with N above {step}"
+        )
+    before, now = checkpoint.progress.processes, setup.compute.accelerator.num_processes
+    if before != now:
+        raise RunFolderError(f"{folder.path} was trained by {before} processes; continue it with {before}, not {now}")
+    own = {**checkpoint.progress.origin, "recipe": dict(checkpoint.progress.origin.get("recipe", {}))}
+    if target.steps is not None:
+        own["recipe"]["train"] = {**own["recipe"].get("train", {}), "steps": steps}
+    differences = assembly.list_differences(own, origin)
+    if differences and not target.force:
+        raise RunFolderError(
+            f"{folder.path} is not the same run any more since its checkpoint of step {step}: "
+            f"{'; '.join(differences)}. Undo this, or add --force to continue with the change"
+        )
+    for difference in differences:
+        observer(Note(f"changed since the checkpoint: {difference}"))
+    return checkpoint
+
+
+def _read_result(folder: RunFolder, setup: assembly.TrainingSetup, checkpoint: Checkpoint) -> TrainResult | None:
+    """The result of a finished run; None if something is left to do."""
+    stored = folder.read_metrics()
+    steps = setup.recipe.train.steps
+    if stored is None or checkpoint.progress.step != steps or stored.get("steps") != steps:
+        return None
+    facts = {name: stored[name] for name in ("steps", "seconds", "seconds_per_step", "peak_memory_mb")}
+    return TrainResult(run=folder.path, metrics=CocoMetrics.from_json(stored), **facts)
+
+
+def _train(
+    setup: assembly.TrainingSetup,
+    folder: RunFolder,
+    checkpoint: Checkpoint | None,
+    origin: dict[str, Any],
+    signals: StopSignals,
+    observer: Observer,
+) -> CocoMetrics | None:
     """Trains to the end; returns the last evaluation in the main process, None in the others."""
     accelerator, train = setup.compute.accelerator, setup.recipe.train
     accelerator.project_configuration.logging_dir = str(folder.path)
@@ -140,7 +274,7 @@ def _train(setup: assembly.TrainingSetup, folder: RunFolder, *, resume: bool, ob
         schedule=setup.schedule,
         batches=setup.batches,
         evaluate=evaluate,
-        finish=lambda: _write_student(folder, setup),
+        write_student=lambda path: _write_student(path, folder, setup),
         folder=folder,
         options=LoopOptions(
             steps=train.steps,
@@ -148,15 +282,19 @@ def _train(setup: assembly.TrainingSetup, folder: RunFolder, *, resume: bool, ob
             log_every=train.log_every,
             evaluate_every=train.evaluate_every,
             checkpoint_every=train.checkpoint_every,
+            keep_checkpoints=train.keep_checkpoints,
         ),
+        origin=origin,
+        signals=signals,
         observer=observer,
     )
     try:
-        return loop.run(resume=resume)
-    except KeyboardInterrupt as interrupt:
-        if folder.resume.exists():
+        return loop.run(checkpoint)
+    except (KeyboardInterrupt, DiskError) as error:
+        steps = folder.checkpoints().list_steps()
+        if steps:
             command = "distill" if setup.pair else "train"
-            interrupt.add_note(f"continue with `gdetkd {command} --resume {folder.path}`")
+            error.add_note(f"step {steps[-1]} is saved; continue with `gdetkd {command} --resume {folder.path}`")
         raise
 
 
@@ -195,21 +333,6 @@ def evaluate_split(
     return evaluate_coco(split.records, split.class_names, detections)
 
 
-def _choose_folder(recipe: Recipe, output: Path | None, resume: Path | None, accelerator: Accelerator) -> RunFolder:
-    """Chooses the run's folder in the main process, and sends it to the others."""
-    path: list[str | None] = [None]
-    if accelerator.is_main_process:
-        if resume is not None:
-            folder = run_folder.open_existing(resume)
-            folder.progress()
-        else:
-            folder = run_folder.choose(output, recipe.name)
-        path = [str(folder.path)]
-    broadcast_object_list(path)
-    assert path[0] is not None
-    return RunFolder(Path(path[0]))
-
-
 def _announce(setup: assembly.TrainingSetup, observer: Observer) -> None:
     for note in setup.notes:
         observer(Note(note))
@@ -234,18 +357,18 @@ def _announce(setup: assembly.TrainingSetup, observer: Observer) -> None:
         observer(Note("the student has no known detections, so it is not evaluated"))
 
 
-def _write_facts(folder: RunFolder, setup: assembly.TrainingSetup) -> None:
-    """Writes the recipe, environment, pyramids and labels before the first step."""
+def _write_facts(folder: RunFolder, setup: assembly.TrainingSetup, *, replace: bool) -> None:
+    """Writes the recipe, environment, pyramids and labels before the first step; ``replace``: a recipe, too."""
     processes = setup.compute.accelerator.num_processes
-    if setup.labels:
-        write_labels(folder.labels, setup.labels)
-    if not folder.recipe.exists():
+    if replace or not folder.recipe.exists():
         # A resumed run must sum in the same order, so it needs the same number of threads.
         runtime = setup.recipe.runtime.model_copy(update={"threads": setup.compute.settings.threads})
-        run_folder.write_text(folder.recipe, dump_recipe(setup.recipe.model_copy(update={"runtime": runtime})))
-        run_folder.write_text(
+        write_text(folder.recipe, dump_recipe(setup.recipe.model_copy(update={"runtime": runtime})))
+        write_text(
             folder.environment, json.dumps(environment(setup.compute.settings, setup.recipe.seed, processes), indent=2)
         )
+    if setup.labels:
+        write_labels(folder.labels, setup.labels)
     detectors = {"student": setup.student.detector}
     if setup.distiller.teacher is not None:
         detectors["teacher"] = setup.distiller.teacher
@@ -253,18 +376,18 @@ def _write_facts(folder: RunFolder, setup: assembly.TrainingSetup) -> None:
             name: asdict(describe_pyramid(detector, source=name, size=setup.train.records[0].size))
             for name, detector in detectors.items()
         }
-        run_folder.write_text(folder.probe, json.dumps(reports, indent=2))
+        write_text(folder.probe, json.dumps(reports, indent=2))
 
 
 def _copy_portable(folder: Path) -> None:
     """Copies the code that rebuilds a student without gdetkd."""
     folder.mkdir(exist_ok=True)
     for source in sorted(Path(portable.__file__).parent.glob("*.py")):
-        run_folder.write_text(folder / source.name, source.read_text())
+        write_text(folder / source.name, source.read_text())
 
 
-def _write_student(folder: RunFolder, setup: assembly.TrainingSetup) -> None:
-    catalog.save(folder.student, setup.student.detector, setup.student.description)
+def _write_student(path: Path, folder: RunFolder, setup: assembly.TrainingSetup) -> None:
+    catalog.save(path, setup.student.detector, setup.student.description)
     if setup.student.description.get("kind") != "factory":  # the user's own code rebuilds a factory's detector
         _copy_portable(folder.student_code)
 
@@ -272,7 +395,7 @@ def _write_student(folder: RunFolder, setup: assembly.TrainingSetup) -> None:
 def _write_results(folder: RunFolder, setup: assembly.TrainingSetup, result: TrainResult) -> None:
     detector = setup.student.detector
     facts = {name: getattr(result, name) for name in ("steps", "seconds", "seconds_per_step", "peak_memory_mb")}
-    run_folder.write_text(folder.metrics, json.dumps({**result.metrics.to_json(), **facts}, indent=2))
+    write_text(folder.metrics, json.dumps({**result.metrics.to_json(), **facts}, indent=2))
     if detector.features_only:
         return
     draw_predictions(

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -31,9 +30,10 @@ from gdetkd_cli.data.loader import validation_batches
 from gdetkd_cli.detectors import catalog
 from gdetkd_cli.engine.device import ComputeSettings
 from gdetkd_cli.engine.events import Note, Observer, Phase, TrialDone
-from gdetkd_cli.engine.run_folder import RunFolder, write_text
+from gdetkd_cli.engine.run_folder import RunFolder
 from gdetkd_cli.errors import GDetKDError
 from gdetkd_cli.evaluation.predict import predict_split
+from gdetkd_cli.files import write_file, write_text
 from gdetkd_cli.recipe.load import dump_recipe
 from gdetkd_cli.recipe.schema import Fold, Recipe
 from gdetkd_cli.structures import Detections
@@ -217,18 +217,11 @@ def train_trial(trial: Trial, recipe: Recipe, place: Place) -> None:
     run = trial.run
     if run.metrics.exists():
         return
-    if run.path.exists():
-        with run.lock():  # a process may outlive the killed call that started it
-            run.recover_resume()
+    trial.folder.mkdir(parents=True, exist_ok=True)
+    path = trial.folder / "recipe.yaml"
+    write_text(path, dump_recipe(recipe))
     command = [sys.executable, "-m", "gdetkd_cli", "distill" if recipe.distill else "train", "--json"]
-    if run.resume.exists():
-        command += ["--resume", str(run.path)]
-    else:
-        shutil.rmtree(run.path, ignore_errors=True)  # interrupted before its first checkpoint
-        trial.folder.mkdir(parents=True, exist_ok=True)
-        path = trial.folder / "recipe.yaml"
-        write_text(path, dump_recipe(recipe))
-        command += ["--recipe", str(path), "--output", str(run.path)]
+    command += ["--recipe", str(path), "--output", str(run.path), "--resume", "auto"]
     if code_is_trusted():
         command.append("--trust-code")
     log = trial.folder / "log.txt"
@@ -254,6 +247,5 @@ def _predict(trial: Trial, recipe: Recipe, settings: ComputeSettings, place: Pla
     split = assembly.relabel(assembly.build_split(recipe.data, "val"), loaded.detector)
     batches = validation_batches(split=split, batch_size=recipe.train.batch_size)
     detections = predict_split(loaded.detector, batches, place.device)
-    fresh = trial.detections.with_suffix(".tmp")
-    torch.save({number: vars(one) for number, one in detections.items()}, fresh)
-    fresh.replace(trial.detections)
+    content = {number: vars(one) for number, one in detections.items()}
+    write_file(trial.detections, lambda file: torch.save(content, file))

@@ -6,6 +6,7 @@ processes, or on other random numbers.
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
 
@@ -127,9 +128,17 @@ def _load(dataset: DetectionDataset, keys: Iterable[list[Key]], *, workers: int,
         batch_size=None,
         num_workers=workers,
         pin_memory=pin_memory,
+        worker_init_fn=_ignore_stop_signals,
         generator=torch.Generator(),  # the loader draws its processes' seed here instead of from the main generator
     )
     for batch in loader:
         if isinstance(batch, DataError):
             raise batch
         yield batch
+
+
+def _ignore_stop_signals(worker: int) -> None:
+    """Schedulers signal every process of a job; a loader process must live until the main one has taken its step."""
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)

@@ -29,6 +29,7 @@ from gdetkd_cli.detectors.weights import (
     torchvision_categories,
 )
 from gdetkd_cli.errors import ModelError
+from gdetkd_cli.files import write_file
 from gdetkd_cli.probing.inputs import ModelInput
 
 FILE_VERSION = 1
@@ -131,15 +132,14 @@ def classes_of(
 def save(path: Path, detector: Detector, description: dict[str, Any]) -> None:
     """Writes only the detector: weights, description and class names; no pickled code."""
     state = {name: value.detach().cpu().contiguous() for name, value in detector.module.state_dict().items()}
-    torch.save(
-        {
-            "gdetkd": FILE_VERSION,
-            "architecture": description,
-            "classes": list(detector.class_names),
-            "model": state,
-        },
-        path,
-    )
+    content = {
+        "gdetkd": FILE_VERSION,
+        "architecture": description,
+        "classes": list(detector.class_names),
+        "model": state,
+    }
+    size = sum(value.nbytes for value in state.values())
+    write_file(path, lambda file: torch.save(content, file), size=size)
 
 
 @dataclass(frozen=True)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
-import shutil
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from pickle import UnpicklingError
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from signal import Signals
 from time import perf_counter
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -18,30 +18,54 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from gdetkd_cli.distill.distiller import Distiller
+from gdetkd_cli.engine.checkpoints import Checkpoint, Progress, read_random_state, restore_random_state
 from gdetkd_cli.engine.events import Evaluated, Observer, StepDone
 from gdetkd_cli.engine.readings import Reading, Readings, choose_interval
-from gdetkd_cli.engine.run_folder import RunFolder, write_text
-from gdetkd_cli.errors import NonFiniteLossError, RunFolderError, first_line
+from gdetkd_cli.engine.run_folder import RunFolder
+from gdetkd_cli.engine.schedule import move_schedule
+from gdetkd_cli.engine.signals import StopSignals
+from gdetkd_cli.errors import NonFiniteLossError, RunFolderError, StoppedError, first_line
 from gdetkd_cli.evaluation.coco_metrics import CocoMetrics
 from gdetkd_cli.structures import Batch, LossReport
 
 
 @dataclass(frozen=True)
 class LoopOptions:
-    """Length and intervals in optimizer steps; ``clip_norm`` is the largest gradient norm, None: no limit."""
+    """Length and intervals in optimizer steps.
+
+    Attributes:
+        clip_norm: largest gradient norm; None: no limit.
+        keep_checkpoints: number of checkpoints to keep.
+    """
 
     steps: int
     clip_norm: float | None
     log_every: int
     evaluate_every: int | None
     checkpoint_every: int
+    keep_checkpoints: int = 1
+
+    def logs(self, done: int) -> bool:
+        return done % self.log_every == 0 or done == self.steps
+
+    def evaluates(self, done: int) -> bool:
+        return done == self.steps or bool(self.evaluate_every and done % self.evaluate_every == 0)
+
+    def saves(self, done: int) -> bool:
+        """A step that is evaluated is saved first, so that nothing that happens in the evaluation loses steps."""
+        return done % self.checkpoint_every == 0 or self.evaluates(done)
 
 
 @dataclass
 class _Window:
-    """Sums over the steps since the last log line."""
+    """Sums over the steps since the last log line.
+
+    Attributes:
+        seconds: time spent before ``started``: before the run was resumed.
+    """
 
     started: float = field(default_factory=perf_counter)
+    seconds: float = 0.0
     steps: int = 0
     images: int = 0
     loss: float = 0.0
@@ -56,6 +80,14 @@ class _Window:
         for name, value in reading.parts.items():
             self.parts[name] = self.parts.get(name, 0.0) + value
 
+    def measure_seconds(self) -> float:
+        return self.seconds + perf_counter() - self.started
+
+    def to_state(self) -> dict[str, Any]:
+        """The sums, to continue from with ``_Window(**state)``."""
+        state = asdict(self) | {"seconds": self.measure_seconds()}
+        return {name: value for name, value in state.items() if name != "started"}
+
 
 class Loop:
     """The training of one run: steps, logging, evaluation, checkpoints.
@@ -66,9 +98,11 @@ class Loop:
         optimizer, schedule: over the distiller's trainable parameters.
         batches: start step -> the batches from there to the end.
         evaluate: metrics of the current student; called on every process, returns a result on the main one.
-        finish: writes the trained student; called on the main process after the last step.
+        write_student: writes the student into a file; called on the main process.
         folder: of the run's files.
         options: length and intervals.
+        origin: what the run was made of, for its checkpoints.
+        signals: signals that stop the run after a step.
         observer: receives events, on the main process only.
     """
 
@@ -81,58 +115,82 @@ class Loop:
         schedule: LambdaLR,
         batches: Callable[[int], Iterator[Batch]],
         evaluate: Callable[[], CocoMetrics | None],
-        finish: Callable[[], None],
+        write_student: Callable[[Path], None],
         folder: RunFolder,
         options: LoopOptions,
+        origin: Mapping[str, Any],
+        signals: StopSignals,
         observer: Observer,
     ) -> None:
         self._accelerator = accelerator
         self._distiller = distiller
         self._batches = batches
         self._evaluate = evaluate
-        self._finish = finish
+        self._write_student = write_student
         self._folder = folder
+        self._checkpoints = folder.checkpoints(options.keep_checkpoints)
         self._options = options
+        self._origin = dict(origin)
+        self._signals = signals
         self._observer = observer
         self._schedule = schedule
         self._readings = Readings(choose_interval(accelerator.device, options.log_every))
         self._window = _Window()
         self._forward, self._optimizer = accelerator.prepare(distiller, optimizer)
-        # The schedule is neither prepared, since accelerate would advance it once per process at every step, nor
-        # registered for checkpoints, since accelerate would unpickle its state.
+        # The schedule is not prepared, since accelerate would advance it once per process at every step.
+        self._control = _build_control_group(accelerator)
 
-    def run(self, resume: bool) -> CocoMetrics | None:
+    def run(self, checkpoint: Checkpoint | None = None) -> CocoMetrics | None:
         """Trains to the end; returns the last evaluation (on the main process).
+
+        Args:
+            checkpoint: where to continue; None: from the first step.
 
         Raises:
             NonFiniteLossError: a loss or gradient is NaN or infinite. Nothing is written after that step, so the last
                 checkpoint is sound.
+            StoppedError: a signal came. The run can be continued from the step it stopped at.
         """
-        start = self._restore() if resume else 0
-        metrics, spent = None, 0.0
-        self._window = _Window()
+        start = 0 if checkpoint is None else self._restore(checkpoint)
+        if self._accelerator.is_main_process:
+            self._folder.drop_log_after(start, evaluation=start < self._options.steps)  # the last one runs again
+        metrics = self._finish_step(start) if start else None
+        spent = 0.0
         self._forward.train()
-        for step, batch in enumerate(self._batches(start), start=start):
-            weights = self.take_step(step, batch)
-            done = step + 1
-            last = done == self._options.steps
-            logs = done % self._options.log_every == 0 or last
-            saves = done % self._options.checkpoint_every == 0 and not last
-            evaluates = last or bool(self._options.evaluate_every and done % self._options.evaluate_every == 0)
-            if logs or saves or evaluates:  # raises before anything is written after a fault
-                self._read()
-            if logs:
-                spent += perf_counter() - self._window.started
-                self._log(done, start, weights, spent)
-                self._window = _Window()
-            if saves:
-                self._save(done)
-            if last and self._accelerator.is_main_process:
-                self._finish()  # before the last evaluation, so that an error in it loses nothing
-            if evaluates:
-                metrics = self._evaluate_student(done)
-                self._forward.train()
-                self._window.started = perf_counter()
+        batches = enumerate(self._batches(start), start=start)
+        while True:
+            with self._signals.deferred():
+                step, batch = next(batches, (None, None))
+                if step is None or batch is None:
+                    return metrics
+                weights = self.take_step(step, batch)
+                done = step + 1
+                stop = self._agree_to_stop()
+                logs, saves = self._options.logs(done), self._options.saves(done) or bool(stop)
+                if logs or saves:  # raises before anything is written after a fault
+                    self._read()
+                if logs:
+                    spent += self._window.measure_seconds()
+                    self._log(done, start, weights, spent)
+                    self._window = _Window()
+                if saves:
+                    self._save(done)
+            if stop:
+                raise StoppedError(f"stopped by {Signals(stop).name} after step {done}", stop)
+            metrics = self._finish_step(done) or metrics
+
+    def _finish_step(self, done: int) -> CocoMetrics | None:
+        """Evaluates and keeps the student after a step that asks for it, unless an earlier call did."""
+        if not self._options.evaluates(done):
+            return None
+        last = done == self._options.steps
+        if last and self._accelerator.is_main_process:
+            self._write_student(self._folder.student)  # before the evaluation, so that an error in it loses nothing
+        if not last and any(line["step"] == done and "evaluation" in line for line in self._folder.read_log()):
+            return None
+        metrics = self._evaluate_student(done)
+        self._forward.train()
+        self._window.started = perf_counter()
         return metrics
 
     def take_step(self, step: int, batch: Batch) -> dict[str, float]:
@@ -195,7 +253,7 @@ class Loop:
         if not self._accelerator.is_main_process:
             return
         window = self._window
-        seconds = perf_counter() - window.started
+        seconds = window.measure_seconds()
         rate = window.images * self._accelerator.num_processes / seconds
         parts = {name: value / window.steps for name, value in window.parts.items()}
         lr = float(self._schedule.get_last_lr()[0])
@@ -226,37 +284,74 @@ class Loop:
     def _evaluate_student(self, done: int) -> CocoMetrics | None:
         metrics = self._evaluate()
         if metrics is not None and self._accelerator.is_main_process:
+            if self._options.evaluate_every and self._is_best(metrics):
+                self._write_student(self._folder.best)
             self._folder.log({"step": done, "evaluation": metrics.to_json()})
             scalars = {f"evaluation/{k}": v for k, v in metrics.to_json().items() if isinstance(v, float)}
             self._accelerator.log(scalars, step=done)
             self._observer(Evaluated(step=done, metrics=metrics))
         return metrics
 
+    def _is_best(self, metrics: CocoMetrics) -> bool:
+        """Whether the AP is above that of every earlier evaluation."""
+        earlier = (line["evaluation"]["AP"] for line in self._folder.read_log() if "evaluation" in line)
+        return metrics.ap is not None and max((ap for ap in earlier if ap is not None), default=-1.0) < metrics.ap
+
+    def _agree_to_stop(self) -> int:
+        """The number of the signal that one of the processes received; 0: none.
+
+        All processes stop after the same step, because a checkpoint needs all of them.
+        """
+        if self._accelerator.num_processes == 1:
+            return self._signals.received
+        number = torch.tensor(self._signals.received)
+        torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MAX, group=self._control)
+        return int(number)
+
     def _save(self, done: int) -> None:
-        """Writes the resume checkpoint beside the old one, then replaces the old one."""
-        fresh = self._folder.path / "resume.new"
+        """Writes a checkpoint; every process writes its own part."""
         if self._accelerator.is_main_process:
-            shutil.rmtree(fresh, ignore_errors=True)
+            self._checkpoints.start()
         self._accelerator.wait_for_everyone()
-        self._accelerator.save_state(str(fresh), safe_serialization=False)
+        rank = self._accelerator.process_index
+        self._checkpoints.write_rank(rank, {"random": read_random_state(), "window": self._window.to_state()})
         self._accelerator.wait_for_everyone()
         if self._accelerator.is_main_process:
-            progress = {"step": done, "schedule": self._schedule.state_dict()}
-            write_text(fresh / "progress.json", json.dumps(progress))
-            self._folder.replace_resume(fresh)
+            scaler = self._accelerator.scaler
+            self._checkpoints.finish(
+                {
+                    "distiller": self._distiller.state_dict(),
+                    "optimizer": self._optimizer.state_dict(),
+                    "scaler": None if scaler is None else scaler.state_dict(),
+                },
+                Progress(done, self._accelerator.num_processes, self._origin),
+            )
         self._accelerator.wait_for_everyone()
 
-    def _restore(self) -> int:
-        self._folder.check_resume()
-        step, schedule = self._folder.progress()
+    def _restore(self, checkpoint: Checkpoint) -> int:
+        """Restores everything that the next steps depend on; returns the steps done."""
+        progress, state = checkpoint.progress, checkpoint.read_state()
+        own = checkpoint.read_rank(self._accelerator.process_index)
         try:
-            self._accelerator.load_state(str(self._folder.resume))  # weights only: no pickle is executed
-        except (RuntimeError, ValueError, UnpicklingError) as error:
-            raise RunFolderError(f"{self._folder.resume} cannot be resumed from: {first_line(error)}") from error
-        self._schedule.load_state_dict(schedule)
-        if self._accelerator.is_main_process:
-            self._folder.drop_log_after(step)
-        return step
+            self._distiller.load_state_dict(state["distiller"])
+            self._optimizer.load_state_dict(state["optimizer"])
+            if self._accelerator.scaler is not None:
+                self._accelerator.scaler.load_state_dict(state["scaler"])
+            move_schedule(self._schedule, progress.step)
+            restore_random_state(own["random"])
+            self._window = _Window(**own["window"])
+        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise RunFolderError(
+                f"{checkpoint.path} does not fit this run: {first_line(error)}; start the run again"
+            ) from error
+        return progress.step
+
+
+def _build_control_group(accelerator: Accelerator) -> Any:
+    """A group of all processes for small messages between their hosts, which do not wait for the devices."""
+    if accelerator.num_processes == 1:
+        return None
+    return torch.distributed.new_group(backend="gloo")
 
 
 def clip_apart(distiller: Distiller, limit: float | None) -> tuple[Tensor, Tensor]:

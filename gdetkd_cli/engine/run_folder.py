@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
+from gdetkd_cli.engine.checkpoints import Checkpoints
 from gdetkd_cli.errors import RunFolderError
+from gdetkd_cli.files import write_text
 
-try:
-    import fcntl
-except ImportError:  # Windows has no such locks, so folders are not locked there
-    fcntl = None  # type: ignore[assignment]
-
-
-MANIFEST = "manifest.json"  # of a resume checkpoint
+_LOCK = ".lock"
 
 
 class RunFolder:
@@ -31,8 +26,9 @@ class RunFolder:
     labels/            train.json, val.json: the teacher's labels, if it labelled the images
     metrics.jsonl      one line per log step and evaluation
     tensorboard/       the same as events
-    resume/            the last checkpoint: student, terms, optimizer, random numbers
-    student.pt         the trained detector alone
+    resume/step-N/     the last checkpoints: student, terms, optimizer, random numbers
+    best.pt            the student at its best evaluation, if there were evaluations before the end
+    student.pt         the trained student alone
     student/           code that rebuilds it without this package
     metrics.json       the last evaluation
     images/            validation images with predicted boxes
@@ -46,76 +42,43 @@ class RunFolder:
         self.labels = path / "labels"
         self.metrics_log = path / "metrics.jsonl"
         self.resume = path / "resume"
+        self.best = path / "best.pt"
         self.student = path / "student.pt"
         self.student_code = path / "student"
         self.metrics = path / "metrics.json"
         self.images = path / "images"
 
-    def make(self) -> None:
-        """Makes the folder if it is missing."""
-        self.path.mkdir(parents=True, exist_ok=True)
+    def checkpoints(self, keep: int = 1) -> Checkpoints:
+        """The run's checkpoints, of which ``keep`` remain."""
+        return Checkpoints(self.resume, keep)
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Locks the folder against other processes until the block or this process ends.
+        """Makes the folder and locks it against other processes until the block or this process ends.
+
+        A folder that is still empty at the end is removed, so that a run that fails to start leaves nothing behind.
 
         Raises:
-            RunFolderError: another process holds it.
+            RunFolderError: another process holds it, or the path is a file.
         """
-        self.make()
-        lock = self.path / ".lock"
-        with lock.open("w") as file:
-            if fcntl is not None:
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError as error:
-                    raise RunFolderError(
-                        f"another process is writing into {self.path}; wait until it ends, or stop it"
-                    ) from error
-            try:
-                yield
-            finally:
-                lock.unlink(missing_ok=True)
-
-    def progress(self) -> tuple[int, dict[str, Any]]:
-        """The optimizer steps done at the resume checkpoint, and the state of its schedule.
-
-        Raises:
-            RunFolderError: there is no checkpoint, or it has another format.
-        """
-        file = self.resume / "progress.json"
-        if not file.exists():
-            raise RunFolderError(
-                f"{self.path} has no resume checkpoint; expected the folder of a run that stopped after its first "
-                "checkpoint (see train.checkpoint_every)"
-            )
+        made = _make_folders(self.path)
+        lock = FileLock(self.path / _LOCK, blocking=False)
         try:
-            progress = json.loads(file.read_text())
-            return int(progress["step"]), dict(progress["schedule"])
-        except (ValueError, KeyError, TypeError) as error:
+            lock.acquire()
+        except Timeout as error:
             raise RunFolderError(
-                f"{file} is not a checkpoint of this version of gdetkd; start the run again"
+                f"another process is writing into {self.path}; wait until it ends, or stop it"
             ) from error
-
-    def check_resume(self) -> None:
-        """Compares the resume checkpoint with its manifest.
-
-        Raises:
-            RunFolderError: a file is missing, damaged or was added.
-        """
-        manifest = self.resume / MANIFEST
-        if not manifest.exists():
-            raise RunFolderError(f"{self.resume} has no {MANIFEST}, so it cannot be checked; start the run again")
         try:
-            expected = json.loads(manifest.read_text())
-        except ValueError as error:
-            raise RunFolderError(f"{manifest} is damaged; start the run again") from error
-        actual = _describe_files(self.resume)
-        wrong = sorted(name for name in {*expected, *actual} if expected.get(name) != actual.get(name))
-        if wrong:
-            raise RunFolderError(
-                f"{self.resume} was changed or damaged since it was written ({', '.join(wrong)}); start the run again"
-            )
+            yield
+        finally:
+            (self.path / _LOCK).unlink(missing_ok=True)
+            lock.release()
+            _remove_empty(made)
+
+    def is_empty(self) -> bool:
+        """Whether the folder has no file except its lock."""
+        return all(path.name == _LOCK for path in self.path.iterdir())
 
     def log(self, line: dict[str, Any]) -> None:
         """Appends one line to metrics.jsonl."""
@@ -123,65 +86,77 @@ class RunFolder:
             file.write(json.dumps(line) + "\n")
 
     def read_log(self) -> Iterator[dict[str, Any]]:
-        """The lines of metrics.jsonl."""
+        """The lines of metrics.jsonl; a last line that a kill cut off is left out."""
         if self.metrics_log.exists():
-            for line in self.metrics_log.read_text().splitlines():
-                yield json.loads(line)
+            for line in self.metrics_log.read_text().splitlines(keepends=True):
+                if line.endswith("\n"):
+                    yield json.loads(line)
 
-    def drop_log_after(self, step: int) -> None:
-        """Removes lines later than ``step``, which a resumed run writes again."""
-        kept = [line for line in self.read_log() if line["step"] <= step]
+    def drop_log_after(self, step: int, *, evaluation: bool = True) -> None:
+        """Removes the lines that a resumed run writes again: those after ``step`` and, on request, its evaluation."""
+        kept = [
+            line
+            for line in self.read_log()
+            if line["step"] < step or (line["step"] == step and (evaluation or "evaluation" not in line))
+        ]
         write_text(self.metrics_log, "".join(json.dumps(line) + "\n" for line in kept))
 
-    def replace_resume(self, fresh: Path) -> None:
-        """Makes a complete folder the resume checkpoint. A kill at any time leaves the old or the new one."""
-        write_text(fresh / MANIFEST, json.dumps(_describe_files(fresh), indent=2))
-        old = self.path / "resume.old"
-        shutil.rmtree(old, ignore_errors=True)
-        if self.resume.exists():
-            os.replace(self.resume, old)
-        os.replace(fresh, self.resume)
-        shutil.rmtree(old, ignore_errors=True)
-
-    def recover_resume(self) -> None:
-        """Undoes a replacement that was interrupted."""
-        old = self.path / "resume.old"
-        if old.exists() and not self.resume.exists():
-            os.replace(old, self.resume)
+    def read_metrics(self) -> dict[str, Any] | None:
+        """The last evaluation of a finished run; None if there is none."""
+        return json.loads(self.metrics.read_text()) if self.metrics.exists() else None
 
 
-def _describe_files(folder: Path) -> dict[str, dict[str, Any]]:
-    """By name, the size in bytes and the SHA-256 of every file of a checkpoint except its manifest."""
-    described = {}
-    for path in sorted(folder.iterdir()):
-        if path.name != MANIFEST:
-            with path.open("rb") as file:
-                described[path.name] = {
-                    "bytes": path.stat().st_size,
-                    "sha256": hashlib.file_digest(file, "sha256").hexdigest(),
-                }
-    return described
+def _make_folders(path: Path) -> list[Path]:
+    """Makes a folder and its parents; returns those that were missing, the innermost first."""
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise RunFolderError(f"{path} exists already and is a file; choose another --output") from error
+    return missing
 
 
-def choose(path: Path | None, default_name: str) -> RunFolder:
-    """Chooses a new run's folder but does not make it, so that a run that fails to start leaves nothing behind.
+def _remove_empty(folders: list[Path]) -> None:
+    for folder in folders:
+        if not folder.exists() or any(folder.iterdir()):
+            return
+        folder.rmdir()
+
+
+@contextmanager
+def start_new(path: Path | None, default_name: str) -> Iterator[RunFolder]:
+    """Locks the folder of a new run.
 
     Args:
         path: the user's choice; None: ``runs/NAME``, or ``runs/NAME-2``, ... if that exists.
         default_name: NAME.
 
     Raises:
-        RunFolderError: the user's choice exists and is not an empty folder.
+        RunFolderError: the user's choice exists and is not an empty folder, or another process writes into it.
     """
     if path is None:
         path, number = Path("runs") / default_name, 2
         while path.exists():
             path, number = Path("runs") / f"{default_name}-{number}", number + 1
-    elif path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise RunFolderError(
-            f"{path} exists already; choose another --output, or continue that run with --resume {path}"
-        )
-    return RunFolder(path)
+    folder = RunFolder(path)
+    with folder.lock():
+        if not folder.is_empty():
+            raise RunFolderError(
+                f"{path} exists already; choose another --output, or continue that run with --resume {path}"
+            )
+        yield folder
+
+
+@contextmanager
+def reopen(path: Path) -> Iterator[RunFolder]:
+    """Locks the folder of an existing run.
+
+    Raises:
+        RunFolderError: it is not a run folder, or another process writes into it.
+    """
+    folder = open_existing(path)
+    with folder.lock():
+        yield folder
 
 
 def open_existing(path: Path) -> RunFolder:
@@ -193,12 +168,4 @@ def open_existing(path: Path) -> RunFolder:
     folder = RunFolder(path)
     if not folder.recipe.exists():
         raise RunFolderError(f"{path} is not a run folder, because it has no recipe.yaml")
-    folder.recover_resume()
     return folder
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a file completely or not at all."""
-    fresh = path.with_name(path.name + ".new")
-    fresh.write_text(text)
-    os.replace(fresh, path)

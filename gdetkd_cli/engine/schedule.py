@@ -55,3 +55,12 @@ def build_schedule(
         return warm
 
     return LambdaLR(optimizer, factor)
+
+
+def move_schedule(schedule: LambdaLR, step: int) -> None:
+    """Sets a fresh schedule, and the optimizer's learning rates, to where they are after ``step`` steps."""
+    rates = [base * factor(step) for base, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
+    position = {"last_epoch": step, "_step_count": step + 1, "_last_lr": rates}
+    schedule.load_state_dict(schedule.state_dict() | position)
+    for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate

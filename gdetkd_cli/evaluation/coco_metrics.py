@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from gdetkd_cli.errors import DataError
@@ -15,6 +15,17 @@ if TYPE_CHECKING:  # the command line imports CocoMetrics and must start without
 
     from gdetkd_cli.data.split import Record
     from gdetkd_cli.structures import Detections
+
+
+_USUAL = {
+    "ap": "AP",
+    "ap50": "AP50",
+    "ap75": "AP75",
+    "ap_small": "AP_S",
+    "ap_medium": "AP_M",
+    "ap_large": "AP_L",
+    "ar": "AR",
+}
 
 
 @dataclass(frozen=True)
@@ -44,18 +55,12 @@ class CocoMetrics:
 
     def to_json(self) -> dict[str, object]:
         """The metrics under their usual names in tables."""
-        return {
-            "AP": self.ap,
-            "AP50": self.ap50,
-            "AP75": self.ap75,
-            "AP_S": self.ap_small,
-            "AP_M": self.ap_medium,
-            "AP_L": self.ap_large,
-            "AR": self.ar,
-            "per_class": self.per_class,
-            "images": self.images,
-            "detections": self.detections,
-        }
+        return {_USUAL.get(name, name): value for name, value in vars(self).items()}
+
+    @classmethod
+    def from_json(cls, stored: Mapping[str, Any]) -> CocoMetrics:
+        """Reads what ``to_json`` returned."""
+        return cls(**{field.name: stored[_USUAL.get(field.name, field.name)] for field in fields(cls)})
 
 
 def evaluate_coco(

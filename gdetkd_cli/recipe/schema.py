@@ -310,6 +310,7 @@ class Train(Strict):
     log_every: PositiveInt = Field(20, description="steps between lines of metrics.jsonl")
     evaluate_every: PositiveInt | None = Field(None, description="steps between evaluations; null: only at the end")
     checkpoint_every: PositiveInt = Field(200, description="steps between resume checkpoints")
+    keep_checkpoints: PositiveInt = Field(2, description="number of resume checkpoints to keep, the newest first")
 
 
 class Runtime(Strict):

@@ -23,7 +23,7 @@ from gdetkd_cli.recipe.schema import CocoData, SyntheticData
 
 def test_train(runs: Any, recipe: str) -> None:
     shown = done("train", "--recipe", recipe)
-    expected = {"detector": "student", "output": None, "resume": None}
+    expected = {"detector": "student", "output": None, "requeue": False}
     assert runs.call == ("run_train", (load_recipe(recipe),), expected)
     assert "run runs/tiny: 600 steps" in shown.stdout
     assert shown.stderr.splitlines()[:2] == ["== student", "wrote [bold]nothing"]
@@ -32,13 +32,13 @@ def test_train(runs: Any, recipe: str) -> None:
 def test_train_with_every_option(runs: Any, recipe: str) -> None:
     arguments = ["--detector", "teacher", "--set", "train.steps=5", "--set", "seed=3", "--output", "out"]
     done("train", "--recipe", "shapes/tiny", *arguments)
-    expected = {"detector": "teacher", "output": Path("out"), "resume": None}
+    expected = {"detector": "teacher", "output": Path("out"), "requeue": False}
     assert runs.call == ("run_train", (load_recipe(recipe, ["train.steps=5", "seed=3"]),), expected)
 
 
 def test_distill(runs: Any, recipe: str) -> None:
     done("distill", "--recipe", recipe, "--output", "out")
-    assert runs.call == ("run_distill", (load_recipe(recipe),), {"output": Path("out"), "resume": None})
+    assert runs.call == ("run_distill", (load_recipe(recipe),), {"output": Path("out"), "requeue": False})
 
 
 def test_bench(runs: Any, recipe: str) -> None:
@@ -102,7 +102,20 @@ def test_distill_profile(runs: Any, recipe: str) -> None:
 @pytest.mark.parametrize("command", ["train", "distill"])
 def test_resume(runs: Any, command: str) -> None:
     done(command, "--resume", "runs/tiny")
-    assert runs.call == ("resume_run", (Path("runs/tiny"),), {})
+    assert runs.call == ("resume_run", (), {"run": Path("runs/tiny"), "steps": None, "force": False})
+
+
+@pytest.mark.parametrize("command", ["train", "distill"])
+def test_a_run_is_extended(runs: Any, command: str) -> None:
+    done(command, "--resume", "runs/tiny", "--steps", "9", "--force")
+    assert runs.call == ("resume_run", (), {"run": Path("runs/tiny"), "steps": 9, "force": True})
+
+
+@pytest.mark.parametrize("command", ["train", "distill"])
+def test_a_requeued_job(runs: Any, command: str, recipe: str) -> None:
+    done(command, "--recipe", recipe, "--output", "out", "--resume", "auto")
+    assert runs.call[2]["output"] == Path("out")
+    assert runs.call[2]["requeue"] is True
 
 
 def test_eval(runs: Any, recipe: str, tmp_path: Path) -> None:

@@ -26,6 +26,14 @@ NO_START = "no recipe given; add --recipe RECIPE to start a run, or --resume RUN
             "--resume cannot be combined with --detector, --set, --output; remove one or the other",
         ),
         (
+            ["train", "--recipe", "r", "--steps", "9"],
+            "--steps needs --resume RUN; for a new run, use --set train.steps=N",
+        ),
+        (
+            ["distill", "--recipe", "r", "--resume", "auto", "--force"],
+            "--force needs --resume RUN; a run that changed cannot be continued by --resume auto",
+        ),
+        (
             ["distill", "--resume", "x", "--dry-run"],
             "--resume cannot be combined with --dry-run; remove one or the other",
         ),

@@ -21,7 +21,7 @@ from gdetkd_cli.compare import trials
 from gdetkd_cli.compare.table import Comparison
 from gdetkd_cli.compare.trials import Trial, build_trial, run_trials
 from gdetkd_cli.engine.events import Event, Note, Phase
-from gdetkd_cli.errors import DataError, ModelError, RecipeError, RunFolderError
+from gdetkd_cli.errors import DataError, GDetKDError, ModelError, RecipeError, RunFolderError
 from gdetkd_cli.evaluation.coco_metrics import evaluate_coco
 from gdetkd_cli.evaluation.intervals import interval_over_seeds_and_images
 from gdetkd_cli.recipe.schema import CheckpointDetector, CocoData, FolderData, Recipe
@@ -182,7 +182,7 @@ def test_a_failed_call_leaves_no_recipe(tmp_path: Path) -> None:
 
 def make_trial(folder: Path) -> Trial:
     trial = build_trial(folder, "none", 3, 0)
-    trial.run.make()
+    trial.run.path.mkdir(parents=True)
     return trial
 
 
@@ -195,7 +195,7 @@ def test_a_trial_in_another_process_is_left_alone(tmp_path: Path) -> None:
         stdin=subprocess.PIPE, stdout=subprocess.PIPE,
     )  # fmt: skip
     assert holder.stdout is not None and holder.stdout.readline()
-    with pytest.raises(RunFolderError, match="another process is writing into"):
+    with pytest.raises(GDetKDError, match="another process is writing into"):
         trials.train_trial(trial, toy.recipe(steps=3), trials.Place("cpu"))
     holder.communicate()
     assert (trial.run.path / "recipe.yaml").read_text() == "kept"
@@ -216,7 +216,8 @@ def test_the_error_of_a_trial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         raise torch.OutOfMemoryError("no memory left")
 
     monkeypatch.setattr(trials, "train_trial", fail)
-    assert run_trials({make_trial(tmp_path): toy.recipe(steps=3)}, settings, jobs=1, observer=heard.append) == [
+    again = build_trial(tmp_path, "none", 3, 0)
+    assert run_trials({again: toy.recipe(steps=3)}, settings, jobs=1, observer=heard.append) == [
         "none, 3 steps, seed 0: no memory left"
     ]
 

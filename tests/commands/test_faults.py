@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 import toy
 
 from gdetkd_cli.commands import run_distill
@@ -79,10 +77,11 @@ def test_the_last_checkpoint_before_a_fault_is_kept(tmp_path: Path, monkeypatch:
     with pytest.raises(NonFiniteLossError, match="nan at step 4"):
         run_distill(recipe(checkpoint_every=3, log_every=2), output=tmp_path / "run")
 
-    assert json.loads((tmp_path / "run" / "resume" / "progress.json").read_text())["step"] == 3
+    checkpoint = RunFolder(tmp_path / "run").checkpoints().open_latest()
+    assert checkpoint is not None
+    assert checkpoint.progress.step == 3
     assert written(tmp_path / "run") == [2, 4]
-    kept = torch.load(tmp_path / "run" / "resume" / "pytorch_model.bin", weights_only=True)
-    assert all(value.isfinite().all() for value in kept.values())
+    assert all(value.isfinite().all() for value in checkpoint.read_state()["distiller"].values())
 
 
 def test_an_error_that_follows_a_fault_is_told_as_the_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

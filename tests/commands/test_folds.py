@@ -193,7 +193,7 @@ def by_hand(folder: Path, recipe: Recipe) -> None:
                     )
                     for record in split.records
                 }
-                trial.run.make()
+                trial.run.path.mkdir(parents=True)
                 torch.save({number: vars(one) for number, one in found.items()}, trial.detections)
                 metrics = evaluate_coco(split.records, split.class_names, found).to_json()
                 spent = {"seconds_per_step": 0.1 * fold.number, "peak_memory_mb": 100.0}

@@ -29,7 +29,7 @@ def test_two_processes_distil_one_student(tmp_path: Path) -> None:
     assert [line["step"] for line in steps if "loss" in line] == [1, 2, 3, 4]
     assert json.loads((run / "environment.json").read_text())["processes"] == 2
 
-    saved = torch.load(run / "resume" / "pytorch_model.bin", weights_only=True)
+    saved = torch.load(run / "resume" / "step-00000002" / "state.pt", weights_only=True)["distiller"]
     name = next(key for key in saved if key.endswith("queue.written"))
     written, ids = int(saved[name]), saved[name.replace("written", "image_ids")]
     # 2 steps x 2 processes x 2 images, at most 8 regions each: one process alone could not have written as many.

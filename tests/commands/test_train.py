@@ -21,7 +21,6 @@ from gdetkd_cli.commands import (
     check_recipe,
     plan_distill,
     profile_distill,
-    resume_run,
     run_compare,
     run_distill,
     run_eval,
@@ -31,6 +30,7 @@ from gdetkd_cli.detectors import catalog
 from gdetkd_cli.distill.distiller import Distiller
 from gdetkd_cli.engine.device import ComputeSettings
 from gdetkd_cli.engine.events import Evaluated, Event, Note, StepDone
+from gdetkd_cli.engine.run_folder import RunFolder
 from gdetkd_cli.errors import NonFiniteLossError, RecipeError, RunFolderError
 from gdetkd_cli.recipe.load import dump_recipe, load_recipe
 from gdetkd_cli.recipe.schema import ComposedDetector, Recipe
@@ -114,28 +114,6 @@ def test_the_student_file_holds_the_student_alone_and_needs_no_gdetkd(tmp_path: 
     torch.testing.assert_close(found["scores"].detach(), expected.scores, atol=1e-5, rtol=0)
 
 
-def test_a_killed_run_resumes_to_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe = toy.recipe(steps=8)
-    whole = run_distill(recipe, output=tmp_path / "whole").run
-
-    forward = Distiller.forward
-
-    def killed_at_step_5(self: Distiller, batch: Batch) -> LossReport:
-        if self.step == 5:
-            raise KeyboardInterrupt
-        return forward(self, batch)
-
-    monkeypatch.setattr(Distiller, "forward", killed_at_step_5)
-    with pytest.raises(KeyboardInterrupt):
-        run_distill(recipe, output=tmp_path / "killed")
-    monkeypatch.undo()
-    torch.manual_seed(99)  # whatever the new process drew before
-    resumed = resume_run(tmp_path / "killed").run
-    assert _same(_weights(whole), _weights(resumed))
-    losses = {run: [(line["step"], line["loss"]) for line in _lines(run) if "loss" in line] for run in (whole, resumed)}
-    assert losses[whole] == losses[resumed]
-
-
 def test_all_weights_zero_is_the_plain_run(tmp_path: Path) -> None:
     overrides = {
         "sgfi": {"weight": 0.0},
@@ -167,7 +145,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(
     monkeypatch.setattr(Distiller, "forward", poisoned)
     with pytest.raises(NonFiniteLossError, match=r"nan at step 4 \(.*sgfi nan.*lower train.optimizer.lr"):
         run_distill(toy.recipe(), output=tmp_path / "run")
-    assert json.loads((tmp_path / "run" / "resume" / "progress.json").read_text())["step"] == 3
+    assert RunFolder(tmp_path / "run").checkpoints().list_steps() == [3]
 
 
 class _Poison(torch.autograd.Function):
@@ -208,8 +186,9 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_anything_is_changed(
     with pytest.raises(NonFiniteLossError, match=rf"the gradient's norm is nan at step {at} \(loss_classifier \d"):
         run_distill(toy.recipe(steps=40), output=tmp_path / "run")
     AcceleratorState._reset_state(reset_partial_state=True)
-    kept = torch.load(tmp_path / "run" / "resume" / "pytorch_model.bin", weights_only=True)
-    assert all(value.isfinite().all() for value in kept.values())
+    checkpoint = RunFolder(tmp_path / "run").checkpoints().open_latest()
+    assert checkpoint is not None
+    assert all(value.isfinite().all() for value in checkpoint.read_state()["distiller"].values())
     norms = [line["gradient_norm"] for line in _lines(tmp_path / "run")]
     assert all(isinstance(norm, float) for norm in norms[:5])
     assert norms[5:] == [None] * (at - 5)
@@ -220,14 +199,6 @@ def test_an_existing_folder_is_never_overwritten(tmp_path: Path) -> None:
     with pytest.raises(RunFolderError, match="exists already"):
         run_train(toy.recipe(), output=tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["kept.txt"]
-
-
-def test_a_folder_without_checkpoint_cannot_be_resumed(tmp_path: Path) -> None:
-    with pytest.raises(RunFolderError, match="not a run folder"):
-        resume_run(tmp_path)
-    run = run_train(toy.recipe(steps=1), output=tmp_path / "run").run
-    with pytest.raises(RunFolderError, match="no resume checkpoint"):
-        resume_run(run)
 
 
 def test_distilling_without_a_teacher_says_what_is_missing(tmp_path: Path) -> None:

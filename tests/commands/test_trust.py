@@ -39,27 +39,29 @@ def stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         patch.setattr("gdetkd_cli.commands.train.evaluate_split", stop)
         with pytest.raises(KeyboardInterrupt):
             run_train(toy.recipe(steps=4, checkpoint_every=3), output=run)
-    assert (run / "resume").exists()
     return run
 
 
-def forge_manifest(resume: Path) -> None:
+def newest(run: Path) -> Path:
+    """Its newest checkpoint."""
+    return max((run / "resume").iterdir())
+
+
+def forge_manifest(checkpoint: Path) -> None:
     """What someone who changes a file on purpose does as well."""
-    files = [path for path in resume.iterdir() if path.name != "manifest.json"]
+    files = [path for path in checkpoint.iterdir() if path.name != "manifest.json"]
     described = {
         path.name: {"bytes": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
         for path in files
     }
-    (resume / "manifest.json").write_text(json.dumps(described))
+    (checkpoint / "manifest.json").write_text(json.dumps(described))
 
 
-@pytest.mark.parametrize(
-    "name", ["custom_checkpoint_0.pkl", "random_states_0.pkl", "optimizer.bin", "pytorch_model.bin", "scheduler.bin"]
-)
+@pytest.mark.parametrize("name", ["state.pt", "rank-0.pt", "custom_checkpoint_0.pkl", "progress.json"])
 def test_nothing_in_a_checkpoint_is_executed(name: str, stopped: Path, tmp_path: Path) -> None:
     trace = tmp_path / "executed"
-    (stopped / "resume" / name).write_bytes(pickle.dumps(Hostile(trace)))
-    forge_manifest(stopped / "resume")
+    (newest(stopped) / name).write_bytes(pickle.dumps(Hostile(trace)))
+    forge_manifest(newest(stopped))
     with suppress(GDetKDError):
         resume_run(stopped)
     assert not trace.exists()
@@ -67,13 +69,13 @@ def test_nothing_in_a_checkpoint_is_executed(name: str, stopped: Path, tmp_path:
 
 @pytest.mark.parametrize("harm", ["cut", "removed", "added"])
 def test_a_damaged_checkpoint_is_refused(harm: str, stopped: Path) -> None:
-    weights = stopped / "resume" / "pytorch_model.bin"
+    weights = newest(stopped) / "state.pt"
     if harm == "cut":
         weights.write_bytes(weights.read_bytes()[:-1])
     elif harm == "removed":
         weights.unlink()
     else:
-        (stopped / "resume" / "more.bin").touch()
+        (newest(stopped) / "more.bin").touch()
     with pytest.raises(RunFolderError, match="was changed or damaged since it was written"):
         resume_run(stopped)
 

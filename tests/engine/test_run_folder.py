@@ -1,13 +1,12 @@
-"""Run folders are never overwritten, replaced as a whole, and resumed without repeated lines."""
+"""Run folders are never overwritten, never shared, and resumed without repeated lines."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 
-from gdetkd_cli.engine.run_folder import RunFolder, choose, open_existing
+from gdetkd_cli.engine.run_folder import RunFolder, reopen, start_new
 from gdetkd_cli.errors import RunFolderError
 
 
@@ -15,49 +14,73 @@ def test_the_default_folder_counts_up(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.chdir(tmp_path)
     found = []
     for _ in range(3):
-        folder = choose(None, "x")
-        folder.make()
+        with start_new(None, "x") as folder:
+            folder.recipe.touch()
         found.append(folder.path.as_posix())
     assert found == ["runs/x", "runs/x-2", "runs/x-3"]
 
 
-def test_an_empty_folder_is_taken_and_a_used_one_refused(tmp_path: Path) -> None:
-    assert choose(tmp_path, "x").path == tmp_path
+def test_an_empty_folder_is_used_and_a_filled_one_refused(tmp_path: Path) -> None:
+    with start_new(tmp_path, "x") as folder:
+        assert folder.path == tmp_path
     (tmp_path / "a").touch()
-    with pytest.raises(RunFolderError, match="choose another --output, or continue that run with --resume"):
-        choose(tmp_path, "x")
+    with (
+        pytest.raises(RunFolderError, match="choose another --output, or continue that run with --resume"),
+        start_new(tmp_path, "x"),
+    ):
+        pass
 
 
 def test_a_file_in_place_of_the_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a").touch()
-    with pytest.raises(RunFolderError, match="exists already"):
-        choose(tmp_path / "a", "x")
+    for path in (tmp_path / "a", tmp_path / "a" / "run"):
+        with pytest.raises(RunFolderError, match="is a file"), start_new(path, "x"):
+            pass
 
 
-def checkpoint(path: Path, step: int) -> Path:
-    path.mkdir()
-    (path / "progress.json").write_text(json.dumps({"step": step, "schedule": {}}))
-    return path
+def test_a_run_that_fails_to_start_leaves_nothing_behind(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError), start_new(tmp_path / "runs" / "new", "x"):
+        raise ZeroDivisionError
+    assert not any(tmp_path.iterdir())
+    (tmp_path / "own").mkdir()
+    with start_new(tmp_path / "own", "x"):
+        pass
+    assert (tmp_path / "own").exists()  # it was there before
 
 
-def test_replacing_the_checkpoint(tmp_path: Path) -> None:
-    folder = RunFolder(tmp_path)
-    for step in (3, 6):
-        folder.replace_resume(checkpoint(tmp_path / "resume.new", step))
-        assert folder.progress() == (step, {})
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["resume"]
-
-
-def test_a_kill_between_the_two_renames_loses_nothing(tmp_path: Path) -> None:
-    (tmp_path / "recipe.yaml").write_text("name: x")
-    checkpoint(tmp_path / "resume.old", 3)  # the old one was moved away, the new one is not in place yet
-    checkpoint(tmp_path / "resume.new", 6)
-    assert open_existing(tmp_path).progress() == (3, {})
+def test_two_processes_do_not_write_into_one_folder(tmp_path: Path) -> None:
+    with (
+        start_new(tmp_path / "run", "x") as folder,
+        pytest.raises(RunFolderError, match="another process is writing into"),
+        start_new(tmp_path / "run", "x"),
+    ):
+        pass
+    with folder.lock():
+        folder.recipe.touch()
+        with pytest.raises(RunFolderError, match="another process"), reopen(folder.path):
+            pass
+    with reopen(folder.path):
+        pass
+    assert [path.name for path in folder.path.iterdir()] == ["recipe.yaml"]
 
 
 def test_lines_after_the_checkpoint_are_dropped(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     for step in (1, 2, 3):
         folder.log({"step": step, "loss": 0.5})
+        folder.log({"step": step, "evaluation": {}})
     folder.drop_log_after(2)
+    assert [line["step"] for line in folder.read_log()] == [1, 1, 2, 2]
+    folder.drop_log_after(2, evaluation=False)
+    assert [line["step"] for line in folder.read_log()] == [1, 1, 2]
+
+
+def test_a_line_that_a_kill_cut_off_is_dropped(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.log({"step": 1, "loss": 0.5})
+    with folder.metrics_log.open("a") as file:
+        file.write('{"step": 2, "lo')
+    assert [line["step"] for line in folder.read_log()] == [1]
+    folder.drop_log_after(5)
+    folder.log({"step": 2, "loss": 0.25})
     assert [line["step"] for line in folder.read_log()] == [1, 2]

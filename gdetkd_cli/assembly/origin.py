@@ -1,0 +1,82 @@
+"""What a run was made of, so that a resumed run is the same run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from gdetkd_cli.data.split import Split
+from gdetkd_cli.detectors import catalog
+from gdetkd_cli.recipe.schema import CheckpointDetector, Detector, Recipe
+
+# Fields that do not change the student, or whose content is compared instead: a folder may move.
+_MAY_DIFFER = {
+    "data.root",
+    "data.train",
+    "data.val",
+    "data.train_images",
+    "data.val_images",
+    "teacher.path",
+    "train.checkpoint_every",
+    "train.evaluate_every",
+    "train.keep_checkpoints",
+    "runtime.threads",
+    "runtime.workers",
+    "runtime.cache_mb",
+}
+
+
+def describe_origin(recipe: Recipe, train: Split, val: Split) -> dict[str, Any]:
+    """The recipe, and hashes of both splits' annotations and of the teacher's file, as JSON."""
+    return {
+        "recipe": recipe.model_dump(mode="json"),
+        "training images and annotations": _hash_split(train),
+        "validation images and annotations": _hash_split(val),
+        "teacher's file": _hash_detector(recipe.teacher),
+    }
+
+
+def list_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Describes each difference between two origins; an empty list if the run is the same."""
+    found = list_recipe_differences(before.get("recipe", {}), now["recipe"])
+    return found + [f"{name} changed" for name in now if name != "recipe" and before.get(name) != now[name]]
+
+
+def list_recipe_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Describes each field that differs between two dumped recipes and can change the run's numbers."""
+    old, new = dict(_flatten(before)), dict(_flatten(now))
+    return [
+        f"{name} was {json.dumps(old.get(name))} and is {json.dumps(new.get(name))}"
+        for name in sorted({*old, *new} - _MAY_DIFFER)
+        if old.get(name) != new.get(name)
+    ]
+
+
+def _flatten(fields: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in fields.items():
+        if isinstance(value, Mapping):
+            yield from _flatten(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def _hash_split(split: Split) -> str:
+    """Hashes names of classes, and ids, sizes and annotations of the images."""
+    digest = hashlib.sha256(json.dumps(split.class_names).encode())
+    for record in split.records:
+        truth = [[one["bbox"], one["category_id"], one["iscrowd"]] for one in record.truth]
+        digest.update(json.dumps([record.image_id, record.size, truth]).encode())
+        digest.update(record.boxes.numpy().tobytes() + record.labels.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _hash_detector(spec: Detector | None) -> str | None:
+    """Hashes the file of a detector's weights; None without a file."""
+    name = spec.path if isinstance(spec, CheckpointDetector) else getattr(spec, "weights", None)
+    if name is None or not (name.startswith("builtin:") or Path(name).exists()):
+        return None  # fresh weights, or a name that torchvision publishes
+    with catalog.locate(name).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,61 @@
+"""Files are written whole or not at all, so that no crash and no full disk leaves half a file under its final name."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import BinaryIO
+
+from gdetkd_cli.errors import DiskError
+
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+def write_file(path: Path, write: Callable[[BinaryIO], object], *, size: int | None = None) -> None:
+    """Writes a file under a temporary name, flushes it to the disk, and renames it.
+
+    Args:
+        path: the file; its folder exists.
+        write: writes the content into an open file.
+        size: expected bytes, for the error message.
+
+    Raises:
+        DiskError: the disk or a quota is full. A file that existed at ``path`` is unchanged.
+    """
+    fresh = path.with_name(path.name + ".new")
+    try:
+        with fresh.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(fresh, path)
+    except (OSError, RuntimeError) as error:
+        fresh.unlink(missing_ok=True)
+        # torch.save raises a RuntimeError of its own while it handles the file's error.
+        reason = error if isinstance(error, OSError) else error.__context__
+        if isinstance(reason, OSError) and reason.errno in _FULL:
+            raise DiskError(_describe_full_disk(path, size)) from error
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file in UTF-8, as ``write_file`` does."""
+    content = text.encode()
+    write_file(path, lambda file: file.write(content), size=len(content))
+
+
+def _describe_full_disk(path: Path, size: int | None) -> str:
+    free = shutil.disk_usage(path.parent).free
+    needed = f"it needs {_format_bytes(size)}, " if size else ""
+    kept = "the file of that name is unchanged" if path.exists() else "no part of the file was left"
+    return (
+        f"{path} could not be written: {needed}and {_format_bytes(free)} are free (a quota may allow less); {kept}. "
+        "Free some space, then run the command again"
+    )
+
+
+def _format_bytes(count: int) -> str:
+    return f"{count / 1e6:,.1f} MB"
