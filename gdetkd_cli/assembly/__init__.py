@@ -17,6 +17,7 @@ from gdetkd_cli.assembly.origin import describe_origin, list_differences, list_r
 from gdetkd_cli.assembly.runtime import apply_runtime, resolve_runtime
 from gdetkd_cli.assembly.setup import (
     Compute,
+    Pair,
     TrainingSetup,
     adopt_runtime,
     build_accelerator,
@@ -30,6 +31,7 @@ __all__ = [
     "BuiltDetector",
     "BuiltPair",
     "Compute",
+    "Pair",
     "TermPlan",
     "TrainingSetup",
     "Which",

@@ -111,6 +111,16 @@ def run_export(
     )
 
 
+def try_export(source: Path) -> None:
+    """Writes a detector's file as ONNX into the file's folder, without a comparison.
+
+    Raises:
+        ExportError: the detector cannot be exported.
+    """
+    loaded = catalog.load(source)
+    _ONNX.write(loaded.detector, source.with_suffix(".onnx"), architecture=loaded.description)
+
+
 def _choose_path(kind: _Format, default: Path, output: Path | None, *, only: bool) -> Path:
     if output is None:
         return default.with_suffix(f".{kind.name}")

@@ -67,7 +67,8 @@ def run_init(teacher: str, student: str, data: Path, *, output: Path, observer: 
         },
     }
     valid = require_distillation(Recipe.model_validate(recipe))
-    checked = check_pair(valid, str(output), train, (student, teacher), (short, long), observer)
+    pair = assembly.build_recipe_pair(valid, train.class_names)
+    checked = check_pair(valid, str(output), pair, (student, teacher), (short, long), observer)
     _write(output, _format_checked(recipe, checked, count_epochs(valid, len(train))), recipe)
     return checked
 

@@ -8,6 +8,7 @@ from itertools import islice
 from statistics import median
 
 from gdetkd_cli import assembly
+from gdetkd_cli.commands.rehearse import rehearse
 from gdetkd_cli.engine.device import peak_memory_mb
 from gdetkd_cli.engine.events import Note, Observer, silent
 from gdetkd_cli.engine.loop import seed_everything
@@ -59,7 +60,7 @@ class Plan:
 
 
 def plan_distill(recipe: Recipe, *, observer: Observer = silent) -> Plan:
-    """Builds everything and runs a few steps. Writes nothing.
+    """Builds everything, runs a few steps, and rehearses the end of the run. Writes nothing.
 
     Raises:
         GDetKDError: a real run of the recipe would fail too.
@@ -75,6 +76,8 @@ def plan_distill(recipe: Recipe, *, observer: Observer = silent) -> Plan:
         on_device = batch.to(stepper.device)
         times.append(measure_seconds(lambda: reports.append(stepper.distil(on_device)), stepper.device))  # noqa: B023  # called at once
     per_step = median(times[1:] or times)
+    memory = peak_memory_mb(stepper.device)
+    notes = rehearse(setup.student, setup.train, setup.val, device=settings.device, observer=observer)
     size = setup.train.records[0].size
     return Plan(
         recipe=recipe.name,
@@ -91,10 +94,10 @@ def plan_distill(recipe: Recipe, *, observer: Observer = silent) -> Plan:
         batch_size=recipe.train.batch_size,
         train_images=setup.image_counts["train"],
         val_images=setup.image_counts["val"],
-        peak_memory_mb=peak_memory_mb(stepper.device),
+        peak_memory_mb=memory,
         seconds_per_step=per_step,
         estimated_seconds=per_step * recipe.train.steps,
-        notes=setup.notes,
+        notes=(*setup.notes, *notes),
     )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from gdetkd_cli import assembly
-from gdetkd_cli.data.split import Split
+from gdetkd_cli.commands.rehearse import rehearse
 from gdetkd_cli.engine.events import Note, Observer, silent
 from gdetkd_cli.recipe.checks import describe_untrained_teacher, require_distillation
 from gdetkd_cli.recipe.schema import DistillationRecipe, Recipe
@@ -56,20 +56,22 @@ def check_recipe(
             observer(Note(f"{split.name}: {note}"))
     train = splits[0]
     titles = (assembly.format_title(recipe.student), assembly.format_title(recipe.teacher))
-    checked = check_pair(recipe, source, train, titles, train.records[0].size, observer)
+    pair = assembly.build_recipe_pair(recipe, train.class_names)
+    checked = check_pair(recipe, source, pair, titles, train.records[0].size, observer)
+    train, val = (assembly.relabel(split, pair.student.detector) for split in splits)
+    rehearse(pair.student, train, val, observer=observer)
     return replace(checked, changes=tuple(changes))
 
 
 def check_pair(
     recipe: DistillationRecipe,
     source: str,
-    train: Split,
+    pair: assembly.Pair,
     titles: tuple[str, str],
     size: tuple[int, int],
     observer: Observer,
 ) -> CheckedRecipe:
-    """Builds and probes the pair, and reports the pyramids for an image of ``size`` (height, width) pixels."""
-    pair = assembly.build_recipe_pair(recipe, train.class_names)
+    """Probes the pair, and reports the pyramids for an image of ``size`` (height, width) pixels."""
     student, teacher = pair.student, pair.teacher
     if assembly.needs_labels(recipe.data, "train"):
         teacher.detector.check_detects()

@@ -38,18 +38,30 @@ class ImageFiles:
         Raises:
             DataError: the file cannot be decoded, or its size differs from that in the annotations.
         """
-        path, (height, width) = self.paths[index], self.sizes[index]
+        path = self.paths[index]
         try:
             with Image.open(path) as image:
                 pixels = _convert_to_rgb(image)
         except _UNREADABLE as error:
             raise DataError(f"The image {path} cannot be decoded ({error}): replace the file.") from error
-        if pixels.shape[:2] != (height, width):
-            raise DataError(
-                f"The image {path} should be {width} x {height} pixels according to its annotations, but it is "
-                f"{pixels.shape[1]} x {pixels.shape[0]}: restore the annotated image, or correct the annotations."
-            )
+        self._check_size(index, (pixels.shape[0], pixels.shape[1]))
         return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+
+    def check_header(self, index: int) -> None:
+        """Reads the size of one image from its header.
+
+        Raises:
+            DataError: the file is not an image, or its size differs from that in the annotations.
+        """
+        self._check_size(index, read_image_size(self.paths[index]))
+
+    def _check_size(self, index: int, size: tuple[int, int]) -> None:
+        height, width = self.sizes[index]
+        if size != (height, width):
+            raise DataError(
+                f"The image {self.paths[index]} should be {width} x {height} pixels according to its annotations, but "
+                f"it is {size[1]} x {size[0]}: restore the annotated image, or correct the annotations."
+            )
 
 
 def read_image_size(path: Path) -> tuple[int, int]:

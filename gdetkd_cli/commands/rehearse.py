@@ -1,0 +1,74 @@
+"""Tries what a run does at its end, so that it fails before the training and not after it."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from gdetkd_cli import assembly
+from gdetkd_cli.commands.export import try_export
+from gdetkd_cli.data.image_files import ImageFiles
+from gdetkd_cli.data.loader import validation_batches
+from gdetkd_cli.data.split import Split
+from gdetkd_cli.detectors import catalog
+from gdetkd_cli.engine.events import Note, Observer, report_every
+from gdetkd_cli.errors import ExportError, ModelError, first_line
+from gdetkd_cli.evaluation.coco_metrics import evaluate_coco
+from gdetkd_cli.evaluation.predict import predict_split
+
+_IMAGES = 2
+
+
+def rehearse(
+    student: assembly.BuiltDetector, train: Split, val: Split, *, device: str = "cpu", observer: Observer
+) -> tuple[str, ...]:
+    """Reads the header of every image, and evaluates, saves, loads and exports the student once.
+
+    Args:
+        student: on ``device``; it may be untrained.
+        train, val: the splits, with labels in the student's classes.
+        device: the device of the student.
+        observer: receives progress and the notes.
+
+    Returns:
+        A note if the student cannot be exported; the run itself does not need that.
+
+    Raises:
+        DataError: an image is missing or unreadable, or has another size than its annotations.
+        ModelError: the student fails at inference.
+    """
+    _check_headers((train, val), observer)
+    detector = student.detector
+    if detector.features_only:
+        return ()
+    few = replace(val, records=val.records[:_IMAGES])
+    try:
+        found = predict_split(detector, validation_batches(split=few, batch_size=_IMAGES), device)
+    except (TypeError, ValueError, RuntimeError) as error:  # torchvision checks no argument before it needs it
+        raise ModelError(
+            f"the student can be trained, but fails at inference: {first_line(error)}; check student.arguments"
+        ) from error
+    evaluate_coco(few.records, few.class_names, found)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "student.pt"
+        catalog.save(file, detector, student.description)
+        try:
+            try_export(file)
+        except ExportError as error:
+            note = f"the student can be trained, but not exported to ONNX: {error}"
+            observer(Note(note))
+            return (note,)
+    return ()
+
+
+def _check_headers(splits: Sequence[Split], observer: Observer) -> None:
+    files = [split.read for split in splits if isinstance(split.read, ImageFiles)]
+    progress = report_every(observer, "checked", sum(len(one.paths) for one in files))
+    done = 0
+    for one in files:
+        for index in range(len(one.paths)):
+            one.check_header(index)
+            done += 1
+            progress(done)
