@@ -65,5 +65,5 @@ def test_an_argument_that_fails_only_at_inference_is_found(recipe: Recipe) -> No
     student = recipe.student.model_dump(mode="json")
     student["arguments"] |= {"box_detections_per_img": "many"}
     broken = recipe.model_copy(update={"student": type(recipe.student).model_validate(student)})
-    with pytest.raises(ModelError, match="fails at inference: .*; check student.arguments"):
+    with pytest.raises(ModelError, match=r"fails at inference: .*; check student.arguments"):
         plan_distill(broken)
