@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +31,7 @@ from gdetkd_cli.detectors import catalog
 from gdetkd_cli.engine.device import ComputeSettings
 from gdetkd_cli.engine.events import Note, Observer, Phase, TrialDone
 from gdetkd_cli.engine.run_folder import RunFolder
+from gdetkd_cli.engine.signals import StopSignals
 from gdetkd_cli.errors import GDetKDError
 from gdetkd_cli.evaluation.predict import predict_split
 from gdetkd_cli.files import write_file, write_text
@@ -165,6 +166,7 @@ def run_trials(
     missing = [trial for trial in recipes if not trial.detections.exists()]
     observer(Note(f"{len(recipes)} {what}, {len(recipes) - len(missing)} of them already finished"))
     failures = []
+    children = _Children()
     free: SimpleQueue[Place] = SimpleQueue()
     for place in list_places(settings, jobs):
         free.put(place)
@@ -175,7 +177,7 @@ def run_trials(
         place = free.get()
         whole, start = not trial.run.path.exists(), perf_counter()
         try:
-            train_trial(trial, recipes[trial], place)
+            train_trial(trial, recipes[trial], place, children)
             _predict(trial, recipes[trial], settings, place)
         finally:
             time_left.remove(trial)  # failed trials, too
@@ -183,7 +185,7 @@ def run_trials(
         left, seconds = time_left.remove(trial, perf_counter() - start if whole else None)
         observer(TrialDone(trial.title, json.loads(trial.run.metrics.read_text())["AP"], left, seconds))
 
-    with ThreadPoolExecutor(max_workers=jobs) as pool:
+    with StopSignals().installed(), ThreadPoolExecutor(max_workers=jobs) as pool:
         for trial, done in [(trial, pool.submit(work, trial)) for trial in missing]:
             try:
                 done.result()
@@ -192,6 +194,7 @@ def run_trials(
                 observer(Note(failures[-1]))
             except KeyboardInterrupt as interrupt:
                 pool.shutdown(wait=False, cancel_futures=True)  # else the other trials would still run
+                children.stop()
                 interrupt.add_note("run the same command again to continue")
                 raise
     return failures
@@ -208,7 +211,39 @@ def list_places(settings: ComputeSettings, jobs: int) -> list[Place]:
     return [Place(f"cuda:{i % count}", {"CUDA_VISIBLE_DEVICES": names[i % count]}) for i in range(jobs)]
 
 
-def train_trial(trial: Trial, recipe: Recipe, place: Place) -> None:
+class _Children:
+    """The running processes of trials. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._running: set[subprocess.Popen[bytes]] = set()
+        self._stopped = False
+        self._lock = Lock()
+
+    def run(self, command: Sequence[str], log: Path, environment: Mapping[str, str]) -> int:
+        """Runs a process to its end and returns its exit code; its errors go into ``log``."""
+        with log.open("a") as stderr:
+            with self._lock:
+                if self._stopped:
+                    return -signal.SIGTERM
+                process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=stderr, env=environment)
+                self._running.add(process)
+            code = process.wait()
+        with self._lock:
+            self._running.discard(process)
+        return code
+
+    def stop(self) -> None:
+        """Lets every process write a checkpoint and end, and starts no others."""
+        with self._lock:
+            self._stopped = True
+            running = list(self._running)
+        for process in running:
+            process.terminate()
+        for process in running:
+            process.wait()
+
+
+def train_trial(trial: Trial, recipe: Recipe, place: Place, children: _Children | None = None) -> None:
     """Trains the trial's student in its own process, unless it is already trained.
 
     Raises:
@@ -225,10 +260,7 @@ def train_trial(trial: Trial, recipe: Recipe, place: Place) -> None:
     if code_is_trusted():
         command.append("--trust-code")
     log = trial.folder / "log.txt"
-    with log.open("a") as stderr:
-        environment = {**os.environ, **place.environment}
-        process = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=stderr, check=False, env=environment)
-    code = process.returncode
+    code = (children or _Children()).run(command, log, {**os.environ, **place.environment})
     if code < 0:
         name = signal.Signals(-code).name
         reason = ", often for lack of memory" if name == "SIGKILL" else ""

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import csv
 import json
+import signal
 import subprocess
 import sys
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,9 +23,11 @@ from gdetkd_cli.compare import trials
 from gdetkd_cli.compare.table import Comparison
 from gdetkd_cli.compare.trials import Trial, build_trial, run_trials
 from gdetkd_cli.engine.events import Event, Note, Phase
+from gdetkd_cli.engine.run_folder import RunFolder
 from gdetkd_cli.errors import DataError, GDetKDError, ModelError, RecipeError, RunFolderError
 from gdetkd_cli.evaluation.coco_metrics import evaluate_coco
 from gdetkd_cli.evaluation.intervals import interval_over_seeds_and_images
+from gdetkd_cli.recipe.load import dump_recipe
 from gdetkd_cli.recipe.schema import CheckpointDetector, CocoData, FolderData, Recipe
 from gdetkd_cli.structures import Detections
 
@@ -205,8 +209,8 @@ def test_a_trial_in_another_process_is_left_alone(tmp_path: Path) -> None:
 
 def test_the_error_of_a_trial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     killed = [sys.executable, "-c", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"]
-    run = subprocess.run
-    monkeypatch.setattr(trials.subprocess, "run", lambda _, **options: run(killed, **options))
+    start = subprocess.Popen
+    monkeypatch.setattr(trials.subprocess, "Popen", lambda _, **options: start(killed, **options))
     settings = resolve_runtime(toy.recipe().runtime)
     heard: list[Event] = []
     (notes,) = run_trials({make_trial(tmp_path): toy.recipe(steps=3)}, settings, jobs=1, observer=heard.append)
@@ -279,3 +283,24 @@ def test_images_that_the_teacher_labels(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(labels, "label_split", None)  # they are not labelled again
     run_compare(recipe, methods=("none", "sgfi"), seeds=1, output=folder, observer=heard.append)
     assert Note("2 trials, 2 of them already finished") in heard
+
+
+def test_a_signal_ends_the_processes_of_the_trials_and_the_table_can_be_continued(tmp_path: Path) -> None:
+    table = tmp_path / "table"
+    (tmp_path / "toy.yaml").write_text(dump_recipe(toy.recipe(steps=60, checkpoint_every=1000, log_every=1)))
+    command = [sys.executable, "-m", "gdetkd_cli", "compare", str(tmp_path / "toy.yaml"), "--output", str(table)]
+    command += ["--methods", "none,sgfi", "--seeds", "1", "--jobs", "2"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    runs = [table / f"{method}-60-0" / "run" for method in ("none", "sgfi")]
+    while process.poll() is None and not all((run / "metrics.jsonl").exists() for run in runs):
+        time.sleep(0.05)
+    process.terminate()
+    _, printed = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM, printed
+    assert printed.splitlines()[-1] == "stopped by SIGTERM; run the same command again to continue"
+    for run in runs:
+        assert RunFolder(run).checkpoints().open_latest() is not None
+        with RunFolder(run).lock():  # no process holds it any more
+            pass
+    subprocess.run(command, check=True, capture_output=True)
+    assert (table / "table.csv").exists()
