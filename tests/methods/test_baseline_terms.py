@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,10 +13,11 @@ from gdetkd_cli.detectors.protocol import Observation, RegionView
 from gdetkd_cli.errors import PairError
 from gdetkd_cli.methods.base import ObservedPair
 from gdetkd_cli.methods.baselines.cwd import CWDTerm
-from gdetkd_cli.methods.baselines.fgd import FGDTerm, Scale, focal_losses, object_masks
+from gdetkd_cli.methods.baselines.fgd import FGDTerm, FGDWeights, Scale, focal_losses, object_masks
 from gdetkd_cli.methods.baselines.fitnet import FitNetTerm
 from gdetkd_cli.methods.baselines.gt_mask import GTMaskTerm
 from gdetkd_cli.methods.baselines.logit import LogitTerm
+from gdetkd_cli.methods.baselines.maps import MapSettings
 from gdetkd_cli.methods.baselines.pkd import PKDTerm
 from gdetkd_cli.methods.baselines.roi_imitation import RoIImitationTerm
 from gdetkd_cli.structures import Batch, Frame, LevelSpec, Pyramid, Regions, Target
@@ -28,14 +30,13 @@ TERMS: dict[type[nn.Module], dict[str, Any]] = {
     PKDTerm: {},
     CWDTerm: {"tau": 1.0},
     FGDTerm: {
-        "temperature": 0.5,
-        "objects": 1e-3,
-        "background": 5e-4,
-        "attention": 1e-3,
-        "relation": 5e-6,
+        "weights": FGDWeights(temperature=0.5, objects=1e-3, background=5e-4, attention=1e-3, relation=5e-6),
         "published_cells": 1000,
     },
 }
+SETTINGS = MapSettings(STUDENT, TEACHER, counted=[True, True])
+EQUAL = MapSettings([6, 6], [6, 6], counted=[True, True])
+FINE = MapSettings(STUDENT, TEACHER, counted=[True, False])
 
 
 def make_observation(channels: list[int], strides: list[int], seed: int, *, grad: bool = False) -> Observation:
@@ -66,7 +67,7 @@ def make_pair(**views: RegionView) -> ObservedPair:
 
 def make_term(term: type[nn.Module]) -> nn.Module:
     torch.manual_seed(0)
-    return term(student_channels=STUDENT, teacher_channels=TEACHER, **TERMS[term])
+    return term(SETTINGS, **TERMS[term])
 
 
 @pytest.mark.parametrize("term", TERMS, ids=lambda term: term.__name__)
@@ -110,10 +111,7 @@ def test_with_the_teachers_head_nothing_stands_between_the_features(term: type[n
     both = make_observation([6, 6], [4, 8], 3)
     far = replace_maps(both, [100 + 7 * m for m in both.pyramid.maps])
     observed = ObservedPair(**(vars(make_pair()) | {"student_seen": far, "teacher_seen": far}))
-    losses = [
-        float(term(student_channels=[6, 6], teacher_channels=[6, 6], same_space=same, **TERMS[term])(observed).detach())
-        for same in (True, False)
-    ]
+    losses = [float(term(replace(EQUAL, same_space=same), **TERMS[term])(observed).detach()) for same in (True, False)]
     assert losses[0] == pytest.approx(0, abs=1e-5)  # FGD's context blocks add nothing at the start
     assert losses[1] > 10 * abs(losses[0])
 
@@ -127,7 +125,7 @@ def test_inside_boxes_only_their_cells_get_a_gradient() -> None:
         asked.append(regions)
         return torch.tensor([0, 1])
 
-    term = GTMaskTerm(student_channels=STUDENT, teacher_channels=TEACHER, anchors=[], share=0.5, assign=assign)
+    term = GTMaskTerm(SETTINGS, anchors=[], share=0.5, assign=assign)
     fine, coarse = torch.autograd.grad(term(observed), observed.student_seen.pyramid.maps)
     assert torch.equal(asked[0].boxes, BOXES[0])
     assert asked[0].image_index.tolist() == [0, 0]
@@ -142,7 +140,7 @@ def test_inside_boxes_only_their_cells_get_a_gradient() -> None:
 def test_levels_that_do_not_count_are_left_out(term: type[nn.Module]) -> None:
     """They have no gradient and no weights, for which several processes would wait."""
     torch.manual_seed(0)
-    alone = term(student_channels=STUDENT, teacher_channels=TEACHER, counted=[True, False], **TERMS[term])
+    alone = term(FINE, **TERMS[term])
     observed = make_pair()
     fine, coarse = observed.student_seen.pyramid.maps
     alone(observed).backward()
@@ -153,14 +151,7 @@ def test_levels_that_do_not_count_are_left_out(term: type[nn.Module]) -> None:
 
 
 def test_objects_of_a_level_that_does_not_count_belong_to_the_one_before() -> None:
-    term = GTMaskTerm(
-        student_channels=STUDENT,
-        teacher_channels=TEACHER,
-        anchors=[],
-        share=0.5,
-        assign=lambda seen, regions: torch.tensor([1, 1]),
-        counted=[True, False],
-    )
+    term = GTMaskTerm(FINE, anchors=[], share=0.5, assign=lambda seen, regions: torch.tensor([1, 1]))
     masks = term.build_masks(make_pair())
     assert list(masks) == [0]
     assert masks[0][0].sum() == 16 * 16  # the large object's box covers the image
@@ -170,14 +161,13 @@ def test_objects_of_a_level_that_does_not_count_belong_to_the_one_before() -> No
 @pytest.mark.parametrize(("scaled", "standardized"), [(True, True), (False, True), (True, False), (False, False)])
 def test_fgd_against_its_equations(scaled: bool, standardized: bool) -> None:
     """With equal channels there is no adapter, and fresh context blocks add 0."""
-    settings = {"temperature": 0.5, "objects": 2.0, "background": 3.0, "attention": 5.0, "relation": 7.0}
+    weights = FGDWeights(temperature=0.5, objects=2.0, background=3.0, attention=5.0, relation=7.0)
     observed = ObservedPair(**(vars(make_pair()) | {"student_seen": make_observation([6, 6], [4, 8], 0)}))
     term = FGDTerm(
-        student_channels=[6, 6],
-        teacher_channels=TEACHER,
+        MapSettings([6, 6], TEACHER, counted=[True, True]),
+        weights=weights,
         published_cells=1000 if scaled else None,
         standardized=standardized,
-        **settings,
     )
     expected = 0.0
     for student, teacher, stride in zip(
@@ -193,12 +183,12 @@ def test_fgd_against_its_equations(scaled: bool, standardized: bool) -> None:
 
 
 def test_equal_channels_are_correlated_as_they_are() -> None:
-    assert not list(PKDTerm(student_channels=[6, 6], teacher_channels=[6, 6]).parameters())
+    assert not list(PKDTerm(EQUAL).parameters())
     assert list(make_term(PKDTerm).parameters())
 
 
 def test_teachers_levels_may_differ_in_channels() -> None:
-    term = FitNetTerm(student_channels=STUDENT, teacher_channels=[6, 4, 6])
+    term = FitNetTerm(MapSettings(STUDENT, [6, 4, 6], counted=[True, True]))
     observed = make_pair()
     narrow = ObservedPair(**(vars(observed) | {"teacher_seen": make_observation([6, 4, 6], [4, 8, 16], 1)}))
     assert term(narrow).isfinite()

@@ -4,14 +4,12 @@ Shapes: N images, C channels, H x W cells."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 from torch.nn.functional import kl_div
 
 from gdetkd_cli.methods.base import Detectors, ObservedPair
-from gdetkd_cli.methods.baselines.maps import MapTerm, map_settings
+from gdetkd_cli.methods.baselines.maps import MapSettings, MapTerm, read_map_settings
 
 
 def channel_divergence(student: Tensor, teacher: Tensor, inside: Tensor, tau: float) -> Tensor:
@@ -36,25 +34,12 @@ class CWDTerm(MapTerm):
     """Each channel imitates where the teacher's channel is active; sum over levels, as published.
 
     Args:
+        settings: of the pair.
         tau: temperature of the softmax over cells.
     """
 
-    def __init__(
-        self,
-        *,
-        student_channels: Sequence[int],
-        teacher_channels: Sequence[int],
-        tau: float,
-        counted: Sequence[bool] | None = None,
-        same_space: bool = False,
-    ) -> None:
-        super().__init__(
-            student_channels=student_channels,
-            teacher_channels=teacher_channels,
-            counted=counted,
-            adapt=False,
-            same_space=same_space,
-        )
+    def __init__(self, settings: MapSettings, *, tau: float) -> None:
+        super().__init__(settings, adapt=False)
         self.tau = tau
 
     def forward(self, pair: ObservedPair) -> Tensor:
@@ -66,4 +51,4 @@ class CWDTerm(MapTerm):
 
 def build(pair: Detectors, *, tau: float, pooled_levels: bool) -> CWDTerm:
     """Builds the term; any pair allows it."""
-    return CWDTerm(**map_settings(pair, pooled_levels=pooled_levels), tau=tau, same_space=pair.same_space)
+    return CWDTerm(read_map_settings(pair, pooled_levels=pooled_levels), tau=tau)

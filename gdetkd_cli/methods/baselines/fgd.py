@@ -23,7 +23,7 @@ Shapes: N images, C channels, H x W cells, M boxes."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -33,7 +33,7 @@ from torch.nn.functional import l1_loss, mse_loss
 from gdetkd_cli.detectors.protocol import Detector
 from gdetkd_cli.errors import PairError
 from gdetkd_cli.methods.base import Detectors, ObservedPair
-from gdetkd_cli.methods.baselines.maps import MapTerm, boxes_in_cells, map_settings
+from gdetkd_cli.methods.baselines.maps import MapSettings, MapTerm, boxes_in_cells, read_map_settings
 
 PUBLISHED_CHANNELS = 256
 
@@ -193,8 +193,8 @@ class FGDTerm(MapTerm):
     ones for a teacher with deviation 1 on each level.
 
     Args:
-        temperature: of the attentions.
-        objects, background, attention, relation: weights of the four parts.
+        settings: of the pair; the teacher's levels have the same channels.
+        weights: temperature of the attentions, and weights of the four parts.
         published_cells: scale sums to 256 channels and to this number of cells of all levels together (see the module);
             None: do not scale.
         standardized: standardise each of the teacher's levels to mean 0 and deviation 1.
@@ -202,35 +202,20 @@ class FGDTerm(MapTerm):
 
     def __init__(
         self,
+        settings: MapSettings,
         *,
-        student_channels: Sequence[int],
-        teacher_channels: Sequence[int],
-        temperature: float,
-        objects: float,
-        background: float,
-        attention: float,
-        relation: float,
+        weights: FGDWeights,
         published_cells: int | None,
         standardized: bool = True,
-        counted: Sequence[bool] | None = None,
-        same_space: bool = False,
     ) -> None:
-        super().__init__(
-            student_channels=student_channels,
-            teacher_channels=teacher_channels,
-            counted=counted,
-            adapt=False,
-            standardize="whole" if standardized else None,
-            same_space=same_space,
-        )
-        most = max(teacher_channels)
+        super().__init__(settings, adapt=False, standardize="whole" if standardized else None)
+        channels = settings.teacher_channels[0]
         self.student_blocks, self.teacher_blocks = (
-            nn.ModuleList(ContextBlock(most) if counts else nn.Identity() for counts in self.counted) for _ in range(2)
+            nn.ModuleList(ContextBlock(channels) if counts else nn.Identity() for counts in self.counted)
+            for _ in range(2)
         )
-        if set(teacher_channels) != {most}:
-            raise ValueError("FGD's context blocks need a teacher whose levels have the same channels")
-        self.temperature = temperature
-        self.weights = (objects, background, attention, relation)
+        self.temperature = weights.temperature
+        self.weights = (weights.objects, weights.background, weights.attention, weights.relation)
         self.published_cells = published_cells
 
     def forward(self, pair: ObservedPair) -> Tensor:
@@ -286,9 +271,8 @@ def build(
     weights = replace(published, **{name: value for name, value in own.items() if value != "auto"})
     cells = TWO_STAGE_CELLS if pair.student.family == "two-stage" else DENSE_CELLS
     return FGDTerm(
-        **map_settings(pair, pooled_levels=pooled_levels),
-        **asdict(weights),
+        read_map_settings(pair, pooled_levels=pooled_levels),
+        weights=weights,
         published_cells=cells if sums == "scaled" else None,
         standardized=standardize,
-        same_space=pair.same_space,
     )

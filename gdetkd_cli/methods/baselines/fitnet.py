@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from gdetkd_cli.methods.base import Detectors, ObservedPair
-from gdetkd_cli.methods.baselines.maps import MapTerm, map_settings
+from gdetkd_cli.methods.baselines.maps import MapTerm, read_map_settings
 
 
 def map_imitation_loss(adapted: Tensor, target: Tensor, weight: Tensor) -> Tensor:
@@ -34,4 +34,4 @@ class FitNetTerm(MapTerm):
 
 def build(pair: Detectors, *, pooled_levels: bool) -> FitNetTerm:
     """Builds the term; any pair allows it."""
-    return FitNetTerm(**map_settings(pair, pooled_levels=pooled_levels), same_space=pair.same_space)
+    return FitNetTerm(read_map_settings(pair, pooled_levels=pooled_levels))

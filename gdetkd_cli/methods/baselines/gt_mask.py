@@ -24,7 +24,7 @@ from gdetkd_cli.detectors.protocol import Detector, Observation
 from gdetkd_cli.host import sent
 from gdetkd_cli.methods.base import Detectors, ObservedPair
 from gdetkd_cli.methods.baselines.fitnet import map_imitation_loss
-from gdetkd_cli.methods.baselines.maps import MapTerm, boxes_in_cells, map_settings
+from gdetkd_cli.methods.baselines.maps import MapSettings, MapTerm, boxes_in_cells, read_map_settings
 from gdetkd_cli.structures import Regions
 
 
@@ -95,28 +95,16 @@ class GTMaskTerm(MapTerm):
     """Every level imitates the cells near objects; mean over these cells.
 
     Args:
+        settings: of the pair.
         anchors: by student level, (A, 2) width and height in cells.
         share: of the best anchor's overlap with an object; see ``near_object_masks``.
         assign: assigns objects to levels, for ``inside_box_masks``; None: use ``near_object_masks``.
     """
 
     def __init__(
-        self,
-        *,
-        student_channels: Sequence[int],
-        teacher_channels: Sequence[int],
-        anchors: Sequence[Tensor],
-        share: float,
-        assign: Assign | None = None,
-        counted: Sequence[bool] | None = None,
-        same_space: bool = False,
+        self, settings: MapSettings, *, anchors: Sequence[Tensor], share: float, assign: Assign | None = None
     ) -> None:
-        super().__init__(
-            student_channels=student_channels,
-            teacher_channels=teacher_channels,
-            counted=counted,
-            same_space=same_space,
-        )
+        super().__init__(settings)
         self.anchors = anchors
         self.share = share
         self.assign = assign
@@ -162,11 +150,10 @@ class GTMaskTerm(MapTerm):
 def build(pair: Detectors, *, mask: Literal["anchors", "boxes"], share: float, pooled_levels: bool) -> GTMaskTerm:
     """Builds the term; any pair allows it."""
     return GTMaskTerm(
-        **map_settings(pair, pooled_levels=pooled_levels),
+        read_map_settings(pair, pooled_levels=pooled_levels),
         anchors=level_shapes(pair.student),
         share=share,
         assign=_build_assign(pair.student) if mask == "boxes" else None,
-        same_space=pair.same_space,
     )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -31,15 +31,29 @@ class ComparedLevel:
     inside: Tensor
 
 
+@dataclass(frozen=True)
+class MapSettings:
+    """What a term over whole maps reads from the pair.
+
+    Attributes:
+        student_channels, teacher_channels: channels of each level of both.
+        counted: by student level, whether it is compared.
+        same_space: see ``Detectors``; there is no adapter between equal channels then.
+    """
+
+    student_channels: Sequence[int]
+    teacher_channels: Sequence[int]
+    counted: Sequence[bool]
+    same_space: bool = False
+
+
 class MapTerm(nn.Module):
     """Base of the terms over whole maps.
 
     Args:
-        student_channels, teacher_channels: channels of each level of both.
-        counted: by student level, whether it is compared; None: all are.
+        settings: of the pair.
         adapt: use a 1 x 1 convolution on every student level; False: only if channels differ.
         standardize: the teacher's levels per ``channel``, as a ``whole``, or (None) not.
-        same_space: see ``Detectors``; there is no adapter between equal channels then.
     """
 
     student_needs: frozenset[View] = frozenset()
@@ -47,28 +61,25 @@ class MapTerm(nn.Module):
 
     def __init__(
         self,
+        settings: MapSettings,
         *,
-        student_channels: Sequence[int],
-        teacher_channels: Sequence[int],
-        counted: Sequence[bool] | None = None,
         adapt: bool = True,
         standardize: Literal["channel", "whole"] | None = "channel",
-        same_space: bool = False,
     ) -> None:
         super().__init__()
-        self.same_space = same_space
-        adapt = adapt and not same_space
-        most = max(teacher_channels)
-        same = set(teacher_channels) == {most}
-        self.counted = tuple(counted) if counted is not None else (True,) * len(student_channels)
+        self.same_space = settings.same_space
+        self.counted = tuple(settings.counted)
+        adapt = adapt and not self.same_space
+        most = max(settings.teacher_channels)
+        same = set(settings.teacher_channels) == {most}
         # A level that is not compared has no weights, since DistributedDataParallel would wait for their gradients.
         self.adapters = nn.ModuleList(
             nn.Conv2d(c, most, 1) if counts and (adapt or c != most or not same) else nn.Identity()
-            for c, counts in zip(student_channels, self.counted, strict=True)
+            for c, counts in zip(settings.student_channels, self.counted, strict=True)
         )
         self.normalizers = nn.ModuleList(
             RunningNormalizer(channels=c, per_channel=standardize == "channel") if standardize else nn.Identity()
-            for c in teacher_channels
+            for c in settings.teacher_channels
         )
 
     def levels(self, pair: ObservedPair) -> Iterator[ComparedLevel]:
@@ -86,18 +97,15 @@ class MapTerm(nn.Module):
             yield ComparedLevel(number, adapted, target, level.inside)
 
 
-def map_settings(pair: Detectors, *, pooled_levels: bool) -> dict[str, Any]:
-    """Arguments of ``MapTerm`` from the pair: the channels of both pyramids, and which student levels are compared.
+def read_map_settings(pair: Detectors, *, pooled_levels: bool) -> MapSettings:
+    """Reads the settings of a term over whole maps from the pair.
 
     Args:
         pair: the detectors.
         pooled_levels: also compare student levels that only subsample the one before.
     """
-    return {
-        "student_channels": pair.student_channels,
-        "teacher_channels": pair.teacher_channels,
-        "counted": [pooled_levels or not level.subsampled for level in pair.student.levels],
-    }
+    counted = [pooled_levels or not level.subsampled for level in pair.student.levels]
+    return MapSettings(pair.student_channels, pair.teacher_channels, counted, pair.same_space)
 
 
 def image_sizes(pair: ObservedPair) -> list[tuple[int, int]]:

@@ -4,13 +4,11 @@ Shapes: N images, C channels, H x W cells."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from gdetkd_cli.methods.base import Detectors, ObservedPair
-from gdetkd_cli.methods.baselines.maps import MapTerm, map_settings
+from gdetkd_cli.methods.baselines.maps import MapSettings, MapTerm, read_map_settings
 
 
 def pearson_loss(student: Tensor, teacher: Tensor, inside: Tensor) -> Tensor:
@@ -38,20 +36,8 @@ def _standardise(maps: Tensor, weight: Tensor, count: Tensor) -> Tensor:
 class PKDTerm(MapTerm):
     """Every level imitates the teacher's by correlation, channel by channel; sum over levels, as published."""
 
-    def __init__(
-        self,
-        *,
-        student_channels: Sequence[int],
-        teacher_channels: Sequence[int],
-        counted: Sequence[bool] | None = None,
-    ) -> None:
-        super().__init__(
-            student_channels=student_channels,
-            teacher_channels=teacher_channels,
-            counted=counted,
-            adapt=False,
-            standardize=None,
-        )
+    def __init__(self, settings: MapSettings) -> None:
+        super().__init__(settings, adapt=False, standardize=None)
 
     def forward(self, pair: ObservedPair) -> Tensor:
         losses = [pearson_loss(level.adapted, level.target, level.inside) for level in self.levels(pair)]
@@ -60,4 +46,4 @@ class PKDTerm(MapTerm):
 
 def build(pair: Detectors, *, pooled_levels: bool) -> PKDTerm:
     """Builds the term; any pair allows it."""
-    return PKDTerm(**map_settings(pair, pooled_levels=pooled_levels))
+    return PKDTerm(read_map_settings(pair, pooled_levels=pooled_levels))
