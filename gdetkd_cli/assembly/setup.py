@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -151,30 +151,14 @@ def build_setup(
         teacher.detector.module.to(device)  # so that its levels are measured on the run's device
         labelled = _label_splits(unlabelled, recipe, teacher.detector, compute.accelerator, most_labelled, observer)
         splits |= {which: one.split for which, one in labelled.items()}
-    student = build_detector(recipe.student, splits["train"].class_names, recipe.seed)
-    _check_student(recipe, student)
-    student.detector.module.to(device)
+    student = _build_student(recipe, splits["train"].class_names, device)
     train, val = (relabel(splits[which], student.detector) for which in SPLITS)
     pair = None
     if isinstance(recipe, DistillationRecipe) and teacher is not None:
-        pair = build_pair(
-            recipe.distill,
-            student.detector,
-            teacher.detector,
-            recipe.seed,
-            trained_head=student.trained_head,
-            device=device.type,
-            steps=recipe.train.steps,
-        )
+        pair = _build_pair(recipe, student, teacher, device.type)
     distiller = pair.distiller if pair else Distiller(student=student.detector)
     apply_runtime(compute.settings, recipe, student.detector, pair, device)
     optimizer, schedule = _build_optimizer(recipe, distiller)
-    notes = describe_scaling(unscaled, recipe)
-    notes += [advice] if (advice := describe_untrained_teacher(recipe)) else []
-    notes += [f"{split.name}: {note}" for split in (train, val) for note in split.notes]
-    notes += [describe_labels(one) for one in labelled.values()]
-    notes += [f"student: {note}" for note in student.notes]
-    notes += [f"teacher: {note}" for note in teacher.notes] if teacher else []
     counts: dict[Which, int] = {"train": len(train), "val": len(val)}
     return TrainingSetup(
         recipe=recipe,
@@ -189,7 +173,25 @@ def build_setup(
         optimizer=optimizer,
         schedule=schedule,
         batches=build_batches(recipe, train, compute.settings, **_get_rank(compute.accelerator)),
-        notes=tuple(notes),
+        notes=_collect_notes(
+            unscaled, recipe, (train, val), labelled.values(), {"student": student, "teacher": teacher}
+        ),
+    )
+
+
+def _collect_notes(
+    unscaled: Recipe,
+    recipe: Recipe,
+    splits: Iterable[Split],
+    labelled: Iterable[LabelledSplit],
+    detectors: Mapping[str, BuiltDetector | None],
+) -> tuple[str, ...]:
+    return (
+        *describe_scaling(unscaled, recipe),
+        *([advice] if (advice := describe_untrained_teacher(recipe)) else []),
+        *(f"{split.name}: {note}" for split in splits for note in split.notes),
+        *(describe_labels(one) for one in labelled),
+        *(f"{name}: {note}" for name, one in detectors.items() if one for note in one.notes),
     )
 
 
@@ -233,18 +235,30 @@ def build_recipe_pair(recipe: DistillationRecipe, class_names: tuple[str, ...]) 
     """
     teacher = build_detector(recipe.teacher, class_names, recipe.seed, keep_classes=True)
     student = build_detector(recipe.student, class_names or teacher.detector.class_names, recipe.seed)
-    built = build_pair(
-        recipe.distill, student.detector, teacher.detector, recipe.seed, trained_head=student.trained_head
+    return Pair(student, teacher, _build_pair(recipe, student, teacher, device="cpu"))
+
+
+def _build_pair(recipe: DistillationRecipe, student: BuiltDetector, teacher: BuiltDetector, device: str) -> BuiltPair:
+    return build_pair(
+        recipe.distill,
+        student.detector,
+        teacher.detector,
+        recipe.seed,
+        trained_head=student.trained_head,
+        device=device,
+        steps=recipe.train.steps,
     )
-    return Pair(student, teacher, built)
 
 
-def _check_student(recipe: Recipe, student: BuiltDetector) -> None:
+def _build_student(recipe: Recipe, class_names: tuple[str, ...], device: torch.device) -> BuiltDetector:
+    student = build_detector(recipe.student, class_names, recipe.seed)
     if student.detector.features_only and has_task_loss(recipe):
         raise PairError(
             f"{format_title(recipe.student)} accepts no targets, so it has no losses of its own; to train its features "
             "with a teacher, set distill.task_loss to none"
         )
+    student.detector.module.to(device)
+    return student
 
 
 def _build_optimizer(recipe: Recipe, distiller: Distiller) -> tuple[Optimizer, LambdaLR]:

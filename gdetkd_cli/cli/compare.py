@@ -11,18 +11,30 @@ import typer
 from gdetkd_cli.cli import options
 from gdetkd_cli.errors import ComparisonError
 
+MethodsOption = Annotated[
+    str | None,
+    typer.Option(
+        "--methods",
+        metavar="A,B,C",
+        help="none (plain training), gdetkd (the recipe as it is), or terms joined by +, as in sgfi+ckd+head. "
+        "Default: every method alone; where gdetkd copies the teacher's head, also every method with that head.",
+    ),
+]
+FoldsOption = Annotated[
+    int | None,
+    typer.Option(
+        "--folds",
+        metavar="K",
+        min=2,
+        help="Cross-validate: divide the training and validation images into K folds, run each method on each "
+        "fold, and pool the detections.",
+    ),
+]
+
 
 def compare(
     recipe: options.RecipeArgument,
-    methods: Annotated[
-        str | None,
-        typer.Option(
-            "--methods",
-            metavar="A,B,C",
-            help="none (plain training), gdetkd (the recipe as it is), or terms joined by +, as in sgfi+ckd+head. "
-            "Default: every method alone; where gdetkd copies the teacher's head, also every method with that head.",
-        ),
-    ] = None,
+    methods: MethodsOption = None,
     steps: Annotated[
         str | None,
         typer.Option("--steps", metavar="N,M", help="Budgets in optimizer steps. Default: the recipe's steps."),
@@ -30,16 +42,7 @@ def compare(
     seeds: Annotated[
         int, typer.Option("--seeds", min=1, help="Seeds per method. A single seed gives no interval.")
     ] = 3,
-    folds: Annotated[
-        int | None,
-        typer.Option(
-            "--folds",
-            metavar="K",
-            min=2,
-            help="Cross-validate: divide the training and validation images into K folds, run each method on each "
-            "fold, and pool the detections.",
-        ),
-    ] = None,
+    folds: FoldsOption = None,
     jobs: Annotated[int, typer.Option("--jobs", min=1, help="Trials to run at the same time.")] = 1,
     baseline: Annotated[
         str, typer.Option("--baseline", metavar="METHOD", help="Method to compare the others with.")

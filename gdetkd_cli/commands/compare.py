@@ -88,13 +88,7 @@ def run_compare(
     parts: list[Fold] = [] if folds is None else list_folds(recipe, folds)
     names = tuple(dict.fromkeys(methods)) or list_default_methods(head=head)
     folder = output or Path("runs") / f"compare-{recipe.name}"
-    recipes = {  # before the first trial runs, to find errors in any method early
-        build_trial(folder, method, budget, seed, fold): select_method(recipe, method, steps=budget, seed=seed)
-        for budget in tuple(dict.fromkeys(steps)) or (recipe.train.steps,)
-        for seed in range(recipe.seed, recipe.seed + seeds)
-        for fold in parts or (None,)
-        for method in names
-    }
+    recipes = _build_trials(recipe, folder, names, tuple(dict.fromkeys(steps)), seeds, parts)
     _check_baseline(baseline, names, folder, folds)
     _check_folds(folder, folds)
     recipe, settings = _claim(folder, recipe, jobs)
@@ -112,6 +106,24 @@ def run_compare(
     requested = [(trial.steps, trial.method) for trial in recipes]
     table = _Table(folder, recipe.name, split, baseline, folds)
     return _write(table, requested, teacher, failures, observer)
+
+
+def _build_trials(
+    recipe: DistillationRecipe,
+    folder: Path,
+    methods: Sequence[str],
+    steps: Sequence[int],
+    seeds: int,
+    folds: list[Fold],
+) -> dict[Trial, Recipe]:
+    """Builds every trial and its recipe, so that an error in any method is found before the first trial runs."""
+    return {
+        build_trial(folder, method, budget, seed, fold): select_method(recipe, method, steps=budget, seed=seed)
+        for budget in steps or (recipe.train.steps,)
+        for seed in range(recipe.seed, recipe.seed + seeds)
+        for fold in folds or (None,)
+        for method in methods
+    }
 
 
 @dataclass(frozen=True)
