@@ -69,10 +69,6 @@ class _Format:
     read: Callable[[Path], Predictor]
 
 
-_ONNX = _Format("onnx", export_onnx, OnnxDetector)
-_TORCHSCRIPT = _Format("torchscript", export_torchscript, ScriptedDetector)
-
-
 def run_export(
     target: str, *, onnx: bool, torchscript: bool, output: Path | None, observer: Observer = silent
 ) -> ExportResult:
@@ -95,7 +91,8 @@ def run_export(
     for note in loaded.notes:
         observer(Note(note))
     detector, architecture = loaded.detector, loaded.description
-    formats = [kind for kind, requested in ((_ONNX, onnx), (_TORCHSCRIPT, torchscript)) if requested]
+    formats = [_Format("onnx", export_onnx, OnnxDetector)] if onnx else []
+    formats += [_Format("torchscript", export_torchscript, ScriptedDetector)] if torchscript else []
     folder = Path() if target.startswith("builtin:") else source.parent
     paths = [_choose_path(kind, folder / source.stem, output, only=len(formats) == 1) for kind in formats]
     for path in paths:

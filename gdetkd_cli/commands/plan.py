@@ -19,7 +19,7 @@ from gdetkd_cli.report.pyramid import PyramidReport, describe_pyramid
 from gdetkd_cli.structures import Batch, LossReport
 
 _PLAN_STEPS = 4  # the first one warms up
-_LABELLED = 40  # maximum number of images per split that the teacher labels
+MOST_LABELLED = 40  # maximum number of images per split that the teacher labels
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def prepare_steps(recipe: Recipe, observer: Observer = silent) -> tuple[assembly
         GDetKDError: a real run of the recipe would fail too.
     """
     compute, scaled = assembly.start_compute(recipe)
-    setup = assembly.build_setup(scaled, compute, unscaled=recipe, most_labelled=_LABELLED, observer=observer)
+    setup = assembly.build_setup(scaled, compute, unscaled=recipe, most_labelled=MOST_LABELLED, observer=observer)
     for note in setup.notes:
         observer(Note(note))
     seed_everything(recipe.seed)

@@ -178,7 +178,7 @@ def run_trials(
         whole, start = not trial.run.path.exists(), perf_counter()
         try:
             train_trial(trial, recipes[trial], place, children)
-            _predict(trial, recipes[trial], settings, place)
+            write_detections(trial, recipes[trial], settings, place)
         finally:
             time_left.remove(trial)  # failed trials, too
             free.put(place)
@@ -270,7 +270,7 @@ def train_trial(trial: Trial, recipe: Recipe, place: Place, children: _Children 
         raise GDetKDError(f"{lines[-1] if lines else f'exit code {code}'} ({log})")
 
 
-def _predict(trial: Trial, recipe: Recipe, settings: ComputeSettings, place: Place) -> None:
+def write_detections(trial: Trial, recipe: Recipe, settings: ComputeSettings, place: Place) -> None:
     """Writes the student's detections on the validation images, in float32, the same as in its own evaluation."""
     loaded = catalog.load(catalog.locate(str(trial.run.path)))
     module = loaded.detector.module.to(place.device)

@@ -18,7 +18,7 @@ from gdetkd_cli.structures import LevelSpec
 
 Forward = Callable[[Tensor], Mapping[str, Tensor]]
 
-_SIDES = (512, 384)  # pixels; the geometry of a cell must not depend on the size of the image
+SIDES = (512, 384)  # pixels; the geometry of a cell must not depend on the size of the image
 
 
 def measure_levels(forward: Forward, *, device: torch.device | str = "cpu") -> tuple[LevelSpec, ...]:
@@ -32,13 +32,13 @@ def measure_levels(forward: Forward, *, device: torch.device | str = "cpu") -> t
         ModelError: a level does not respond to the image, or does not grow with it.
     """
     generator = torch.Generator().manual_seed(0)
-    sizes = [torch.rand(1, 3, side, side, generator=generator).to(device) for side in _SIDES]
+    sizes = [torch.rand(1, 3, side, side, generator=generator).to(device) for side in SIDES]
     specs, others = (_measure(forward, image) for image in sizes)
     for one, other in zip(specs, others, strict=True):
         if (one.stride, one.offset) != (other.stride, other.offset):
             raise ModelError(
-                f"pyramid level {one.name!r} has {one.shape} cells for {_SIDES[0]} pixels and {other.shape} for "
-                f"{_SIDES[1]}; expected a feature map that grows with the image"
+                f"pyramid level {one.name!r} has {one.shape} cells for {SIDES[0]} pixels and {other.shape} for "
+                f"{SIDES[1]}; expected a feature map that grows with the image"
             )
     return specs
 

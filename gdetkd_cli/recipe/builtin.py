@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-_PACKAGE = Path(__file__).parent.parent
+PACKAGE = Path(__file__).parent.parent
 
 
 @dataclass(frozen=True)
@@ -19,8 +19,8 @@ class BuiltinRecipe:
 
 def find_recipes_folder() -> Path:
     """Returns the folder of built-in recipes, in the installed package or at the top of a source checkout."""
-    installed = _PACKAGE / "builtin_recipes"
-    return installed if installed.is_dir() else _PACKAGE.parent / "recipes"
+    installed = PACKAGE / "builtin_recipes"
+    return installed if installed.is_dir() else PACKAGE.parent / "recipes"
 
 
 def list_builtin() -> list[BuiltinRecipe]:

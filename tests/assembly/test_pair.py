@@ -110,13 +110,15 @@ def test_regions_follow_the_head_and_the_device(
     ],
 )
 def test_prediction_terms_come_in_late_where_the_head_is_fresh(
-    head_transfer: Any, trained: bool, block: Any, expected: int, tiny_detector: TinyDetector
+    head_transfer: Any, trained: bool, block: Any, expected: int, tiny_detector: TinyDetector, tiny_batch: Batch
 ) -> None:
     config = Distill.model_validate({"head_transfer": head_transfer, "class_kd": block, "box_kd": block})
     student, teacher = tiny_detector("faster-rcnn"), tiny_detector("faster-rcnn", seed=1)
     pair = build_pair(config, student, teacher, seed=0, trained_head=trained, steps=100)
-    weighted = {name: pair.distiller._weights[name].warmup_steps for name in ("sgfi", "class_kd", "box_kd")}
-    assert weighted == {"sgfi": 0, "class_kd": expected, "box_kd": expected}
+    weights, whole = pair.distiller(tiny_batch).weights, {term.name: term.weight for term in pair.terms}
+    assert weights["sgfi"] == whole["sgfi"]
+    for name in ("class_kd", "box_kd"):  # the first step of a linear warm-up
+        assert weights[name] == pytest.approx(whole[name] / (expected + 1))
 
 
 def test_later_stages_of_two_cascades_are_distilled(tiny_detector: TinyDetector) -> None:
@@ -139,14 +141,13 @@ def test_later_stages_of_two_cascades_are_distilled(tiny_detector: TinyDetector)
     ],
 )
 def test_the_weight_of_contrast_suits_the_student(
-    student: str, ckd: dict[str, Any], weight: float, tiny_detector: TinyDetector
+    student: str, ckd: dict[str, Any], weight: float, tiny_detector: TinyDetector, tiny_batch: Batch
 ) -> None:
     pair = build_pair(
         Distill.model_validate({"ckd": ckd}), tiny_detector(student), tiny_detector("faster-rcnn", seed=1), seed=0
     )
-
     assert {term.name: term.weight for term in pair.terms}["ckd"] == weight
-    assert pair.distiller._weights["ckd"].weight == weight
+    assert pair.distiller(tiny_batch).weights["ckd"] == weight
 
 
 # ----------------------------------------------------------------------------------------------------- other methods

@@ -233,14 +233,17 @@ def test_simultaneous_trials_use_different_gpus(tmp_path: Path, monkeypatch: pyt
     together = threading.Barrier(2, timeout=60)
     given: list[str] = []
 
-    def run(command: list[str], *, env: dict[str, str], **_: Any) -> subprocess.CompletedProcess[str]:
-        together.wait()  # both trials of a pair are being trained
-        given.append(env["CUDA_VISIBLE_DEVICES"])
-        return subprocess.CompletedProcess(command, 0)
+    class Ended:
+        def __init__(self, _: list[str], *, env: dict[str, str], **__: Any) -> None:
+            given.append(env["CUDA_VISIBLE_DEVICES"])
+
+        def wait(self) -> int:
+            together.wait()  # both trials of a pair are being trained
+            return 0
 
     predicted: list[str] = []
-    monkeypatch.setattr(trials.subprocess, "run", run)
-    monkeypatch.setattr(trials, "_predict", lambda *args: predicted.append(args[3].device))
+    monkeypatch.setattr(trials.subprocess, "Popen", Ended)
+    monkeypatch.setattr(trials, "write_detections", lambda *args: predicted.append(args[3].device))
     recipes = {build_trial(tmp_path, "none", 3, seed): toy.recipe(steps=3) for seed in range(4)}
     failures = run_trials(recipes, settings, jobs=2, observer=lambda _: None)
     assert len(failures) == 4  # no process ran: none has metrics

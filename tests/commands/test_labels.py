@@ -110,7 +110,7 @@ def test_unusable_teacher_labels(folder: Path) -> None:
 
 
 def test_a_look_labels_a_few(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gdetkd_cli.commands.plan._LABELLED", 3)
+    monkeypatch.setattr("gdetkd_cli.commands.plan.MOST_LABELLED", 3)
     plan = plan_distill(recipe(folder))
     assert (plan.train_images, plan.val_images) == (10, 2)
     assert any("labelled by the teacher, 3 images of 10, " in note for note in plan.notes)

@@ -39,7 +39,7 @@ def case(request: pytest.FixtureRequest, small: None) -> Case:
     case = Case(spec, catalog.build(spec.description, CLASSES))
     with pytest.MonkeyPatch.context() as patch:
         if max(spec.strides) <= 128 and "ssd" not in request.param:
-            patch.setattr(measure, "_SIDES", (128, 192))  # pixels; the SSDs need more
+            patch.setattr(measure, "SIDES", (128, 192))  # pixels; the SSDs need more
         assert case.detector.levels  # measured here, once
     return case
 

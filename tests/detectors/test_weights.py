@@ -262,9 +262,8 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         raise URLError("Temporary failure in name resolution")
 
     monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
-    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path))
-    assert torch.hub.get_dir() == str(tmp_path)
-    return tmp_path / "checkpoints"
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    return tmp_path / "hub" / "checkpoints"
 
 
 def test_names_that_are_unknown_list_the_known_ones() -> None:
@@ -293,14 +292,14 @@ def test_weights_that_cannot_be_downloaded_say_where_to_put_them(hub: Path) -> N
     [("ResNet18_Weights.IMAGENET1K_V1", None), ("IMAGENET1K_V1", "resnet18"), ("DEFAULT", "resnet18")],
 )
 def test_weights_on_disk_are_read(name: str, model: str | None, hub: Path) -> None:
-    hub.mkdir()
+    hub.mkdir(parents=True)
     torch.save({"a": torch.ones(3)}, hub / Path(ResNet18_Weights.IMAGENET1K_V1.url).name)
 
     assert torchvision_weights(name, model) == {"a": pytest.approx(torch.ones(3))}
 
 
 def test_weights_on_disk_are_not_executed(hub: Path) -> None:
-    hub.mkdir()
+    hub.mkdir(parents=True)
     torch.save({"a": Malicious(hub / "executed")}, hub / Path(ResNet18_Weights.IMAGENET1K_V1.url).name)
     with pytest.raises(ModelError, match="without executing code"):
         torchvision_weights("IMAGENET1K_V1", "resnet18")

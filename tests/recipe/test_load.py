@@ -108,7 +108,7 @@ def test_a_recipe_without_comments_has_no_title(shipped: Path) -> None:
 
 
 def test_recipes_folder_is_the_checkout_or_the_installed_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(builtin, "_PACKAGE", tmp_path / "gdetkd_cli")
+    monkeypatch.setattr(builtin, "PACKAGE", tmp_path / "gdetkd_cli")
     assert builtin.find_recipes_folder() == tmp_path / "recipes"
     (tmp_path / "gdetkd_cli" / "builtin_recipes").mkdir(parents=True)
     assert builtin.find_recipes_folder() == tmp_path / "gdetkd_cli" / "builtin_recipes"
