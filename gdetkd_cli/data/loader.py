@@ -62,9 +62,7 @@ def training_batches(
     return _load(dataset, keys, workers=workers, pin_memory=pin_memory)
 
 
-def validation_batches(
-    *, split: Split, batch_size: int, rank: int = 0, world_size: int = 1, workers: int = 0
-) -> Iterator[Batch]:
+def validation_batches(*, split: Split, batch_size: int, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
     """Yields every image of the split once over all processes, unchanged. Shares differ by at most one image.
 
     The images of a batch have one size, because padding to a larger neighbour would change detections at the border,
@@ -75,7 +73,6 @@ def validation_batches(
         batch_size: images per batch; the last batch of a size may have fewer.
         rank: of this process.
         world_size: number of evaluating processes.
-        workers: number of loader processes.
 
     Raises:
         DataError: an image cannot be read.
@@ -87,7 +84,7 @@ def validation_batches(
     keys = (
         share[first : first + batch_size] for share in by_size.values() for first in range(0, len(share), batch_size)
     )
-    return _load(dataset, keys, workers=workers, pin_memory=False)
+    return _load(dataset, keys, workers=0, pin_memory=False)
 
 
 def _training_keys(

@@ -73,14 +73,7 @@ class Cut:
         return float(scores.min()) if len(scores) >= self.count else self.score
 
 
-def check_parity(
-    reference: Predictor,
-    exported: Predictor,
-    images: Sequence[Tensor],
-    *,
-    cut: Cut,
-    box_tolerance: float = BOX_TOLERANCE,
-) -> Parity:
+def check_parity(reference: Predictor, exported: Predictor, images: Sequence[Tensor], *, cut: Cut) -> Parity:
     """Compares detections, image by image.
 
     Each box needs a counterpart of its class on the other side, at any rank. Boxes with a score within tolerance of the
@@ -91,15 +84,14 @@ def check_parity(
         exported: the exported file.
         images: images (3, H, W) in 0..1.
         cut: the detector's limits.
-        box_tolerance: largest allowed difference of a box coordinate, pixels.
     """
     empty, detections, unmatched, found = 0, 0, 0, 0
     box_errors, score_errors = [torch.zeros(1)], [torch.zeros(1)]
     for image in images:
         (expected,), (got,) = reference.predict([image]), exported.predict([image])
-        rows, columns = _pair_detections(expected, got, box_tolerance)
+        rows, columns = _pair_detections(expected, got)
         # At the cut each side may keep other boxes of near-equal scores, so overlap there does not make a pair.
-        moved = (expected.boxes[rows] - got.boxes[columns]).abs().amax(dim=1) > box_tolerance
+        moved = (expected.boxes[rows] - got.boxes[columns]).abs().amax(dim=1) > BOX_TOLERANCE
         at_cut = (expected.scores[rows] - cut.find_limit(got) <= SCORE_TOLERANCE) & (
             got.scores[columns] - cut.find_limit(expected) <= SCORE_TOLERANCE
         )
@@ -122,7 +114,7 @@ def check_parity(
         max_score_error=score_error,
         # If all detections lie at the cut, nothing was compared.
         passed=unmatched == 0
-        and box_error <= box_tolerance
+        and box_error <= BOX_TOLERANCE
         and score_error <= SCORE_TOLERANCE
         and (detections > 0 or found == 0),
         unmatched=unmatched,
@@ -142,13 +134,13 @@ def image_without_detections(detector: Predictor, size: tuple[int, int]) -> Tens
     return torch.full((3, *size), math.nan)
 
 
-def _pair_detections(expected: Detections, got: Detections, box_tolerance: float) -> tuple[Tensor, Tensor]:
+def _pair_detections(expected: Detections, got: Detections) -> tuple[Tensor, Tensor]:
     """Rows of both sides with the same detection: of one class, and near each other.
 
     Scores are not used, since near-equal ones may swap ranks.
     """
     distance = (expected.boxes[:, None] - got.boxes[None]).abs().amax(dim=2)
-    near = (box_iou(expected.boxes, got.boxes) >= _SAME_OBJECT_IOU) | (distance <= box_tolerance)
+    near = (box_iou(expected.boxes, got.boxes) >= _SAME_OBJECT_IOU) | (distance <= BOX_TOLERANCE)
     distance = distance.where(near & (expected.labels[:, None] == got.labels[None]), torch.inf)
     rows, columns = [], []
     for row in range(len(expected.scores)):

@@ -18,6 +18,8 @@ from gdetkd_cli.evaluation.exported import OnnxDetector, ScriptedDetector
 from gdetkd_cli.export.onnx import export_onnx
 from gdetkd_cli.export.torchscript import export_torchscript
 
+Write = Callable[[Path, dict[type, Path]], object]
+
 
 @pytest.fixture(scope="module")
 def detector(tiny_detector: Callable[..., Detector]) -> Detector:
@@ -68,71 +70,43 @@ def _script(path: Path) -> None:
     torch.jit.save(torch.jit.script(nn.Identity()), path)
 
 
-def _part(files: dict[type, Path], reader: type) -> bytes:
-    whole = files[reader].read_bytes()
-    return whole[: len(whole) // 2]
+def _write_half(reader: type) -> Write:
+    return lambda path, files: path.write_bytes(files[reader].read_bytes()[: files[reader].stat().st_size // 2])
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
 @pytest.mark.parametrize(
-    ("write", "message"),
+    ("reader", "write", "message"),
     [
-        pytest.param(lambda path, files: None, "is not a whole ONNX file", id="missing"),
-        pytest.param(lambda path, files: path.write_bytes(b""), "is not a whole ONNX file", id="empty"),
-        pytest.param(lambda path, files: path.write_text("hello"), "is not a whole ONNX file", id="text"),
-        pytest.param(
-            lambda path, files: path.write_bytes(_part(files, OnnxDetector)), "is not a whole ONNX file", id="cut short"
-        ),
-        pytest.param(
+        (OnnxDetector, lambda path, files: None, "is not a whole ONNX file"),
+        (OnnxDetector, lambda path, files: path.write_bytes(b""), "is not a whole ONNX file"),
+        (OnnxDetector, lambda path, files: path.write_text("hello"), "is not a whole ONNX file"),
+        (OnnxDetector, _write_half(OnnxDetector), "is not a whole ONNX file"),
+        (
+            OnnxDetector,
             lambda path, files: _graph(path, ("logits",)),
             "was not exported by gdetkd: expected the outputs boxes, scores, labels, got logits",
-            id="another network",
         ),
-        pytest.param(
-            lambda path, files: _graph(path, ("boxes", "scores", "labels")),
-            "it has no class names",
-            id="no classes",
-        ),
+        (OnnxDetector, lambda path, files: _graph(path, ("boxes", "scores", "labels")), "it has no class names"),
+        (ScriptedDetector, lambda path, files: None, "is not a whole TorchScript file"),
+        (ScriptedDetector, lambda path, files: path.write_text("hello"), "is not a whole TorchScript file"),
+        (ScriptedDetector, _write_half(ScriptedDetector), "is not a whole TorchScript file"),
+        (ScriptedDetector, lambda path, files: torch.save({"a": 1}, path), "is not a whole TorchScript file"),
+        (ScriptedDetector, lambda path, files: _script(path), "it has no class names"),
     ],
 )
-def test_onnx_files_that_are_no_detector(
-    write: Callable[[Path, dict[type, Path]], object],
+def test_files_that_are_no_detector(
+    reader: type[OnnxDetector | ScriptedDetector],
+    write: Write,
     message: str,
     files: dict[type, Path],
     tmp_path: Path,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    path = tmp_path / "model.onnx"
+    path = tmp_path / "model"
     write(path, files)
     with pytest.raises(ModelError, match=message) as caught:
-        OnnxDetector(path)
+        reader(path)
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
     assert capfd.readouterr().err == ""
-
-
-@pytest.mark.filterwarnings("ignore:.*torch.jit")
-@pytest.mark.parametrize(
-    ("write", "message"),
-    [
-        pytest.param(lambda path, files: None, "is not a whole TorchScript file", id="missing"),
-        pytest.param(lambda path, files: path.write_text("hello"), "is not a whole TorchScript file", id="text"),
-        pytest.param(
-            lambda path, files: path.write_bytes(_part(files, ScriptedDetector)),
-            "is not a whole TorchScript file",
-            id="cut short",
-        ),
-        pytest.param(
-            lambda path, files: torch.save({"a": 1}, path), "is not a whole TorchScript file", id="a checkpoint"
-        ),
-        pytest.param(lambda path, files: _script(path), "it has no class names", id="another network"),
-    ],
-)
-def test_torchscript_files_that_are_no_detector(
-    write: Callable[[Path, dict[type, Path]], object], message: str, files: dict[type, Path], tmp_path: Path
-) -> None:
-    path = tmp_path / "model.torchscript"
-    write(path, files)
-    with pytest.raises(ModelError, match=message) as caught:
-        ScriptedDetector(path)
-    assert str(path) in str(caught.value)
-    assert "\n" not in str(caught.value)

@@ -38,9 +38,10 @@ def test_file_finds_what_the_detector_finds(family: str, lively: Lively, images:
         exporter = export_torchscript(detector, path, architecture=architecture)
         exported = ScriptedDetector(path)
         empty = image_without_detections(detector, (64, 80))
-        parity = check_parity(detector, exported, [*images, empty], cut=Cut.of(detector.module), box_tolerance=1e-3)
+        parity = check_parity(detector, exported, [*images, empty], cut=Cut.of(detector.module))
     assert heard == []
     assert parity.passed, parity
+    assert parity.max_box_error <= 1e-3
     assert parity.empty == 1
     assert parity.detections > 10 * len(images)
     assert exporter == f"torch.jit.script, torch {torch.__version__}"
