@@ -115,7 +115,7 @@ def try_export(source: Path) -> None:
         ExportError: the detector cannot be exported.
     """
     loaded = catalog.load(source)
-    _ONNX.write(loaded.detector, source.with_suffix(".onnx"), architecture=loaded.description)
+    export_onnx(loaded.detector, source.with_suffix(".onnx"), architecture=loaded.description)
 
 
 def _choose_path(kind: _Format, default: Path, output: Path | None, *, only: bool) -> Path:

@@ -41,7 +41,7 @@ class HookReader:
         """Compares the hooks' reading with that of ``record.read``: a model may change a value after its hook ran."""
         agrees = own is not None and own[0].shape == expected[0].shape
         if agrees and own is not None:
-            agrees = all(torch.equal(a, b) for a, b in zip(own[1], expected[1], strict=True))
+            agrees = all(_is_same(a, b) for a, b in zip(own[1], expected[1], strict=True))
         self._agrees[tuple(addresses)] = agrees
 
     @torch.no_grad()
@@ -77,6 +77,11 @@ class HookReader:
             for hook in hooks:
                 hook.remove()
         return None
+
+
+def _is_same(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are equal, where NaN equals NaN."""
+    return a.shape == b.shape and bool(((a == b) | (a.isnan() & b.isnan())).all())
 
 
 def _find_first_convolution(module: nn.Module, values: Sequence[Value]) -> nn.Module | None:

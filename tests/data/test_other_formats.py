@@ -77,7 +77,11 @@ def test_voc_other_classes(devkit: Path) -> None:
     ("path", "content", "message"),
     [
         ("VOC2007/ImageSets/Main/trainval.txt", None, "There is no list"),
-        ("VOC2007/ImageSets/Main/trainval.txt", "the quick brown\n", "one image name per line"),
+        (
+            "VOC2007/ImageSets/Main/trainval.txt",
+            "000005\nthe quick brown\n",
+            "one image name per line, but it has 'the quick brown'",
+        ),
         ("VOC2007/Annotations/000005.xml", None, "There is no annotation"),
         ("VOC2007/Annotations/000005.xml", "<annotation>", "cannot be read"),
         ("VOC2007/JPEGImages/000005.jpg", None, "There is no image"),

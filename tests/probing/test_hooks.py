@@ -51,6 +51,16 @@ def test_only_the_first_reading_is_slow(twin: type[nn.Module], monkeypatch: pyte
         assert all(torch.equal(a, b) for a, b in zip(levels, expected, strict=True))
 
 
+def test_nan_in_the_maps_does_not_make_reading_slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    network = SharedHead()
+    nn.init.constant_(network.get_submodule("neck.out3").bias, float("nan"))  # type: ignore[arg-type]
+    found, _, slow = read_levels(network, monkeypatch)
+
+    assert slow == 1
+    assert found[-1][0].isnan().all()
+
+
 class PadsItself(nn.Conv2d):
     """Pads its input before it convolves."""
 

@@ -104,9 +104,10 @@ def _read_image_names(listing: Path) -> list[str]:
             f"The list {listing} should be in ImageSets/Main, beside Annotations and JPEGImages: move it there."
         )
     rows = [line.split() for line in listing.read_text(encoding="utf-8").splitlines() if line.strip()]
-    if any(len(row) > 2 for row in rows):
+    wrong = next((row for row in rows if len(row) > 2), None)
+    if wrong is not None:
         raise DataError(
-            f"{listing} should have one image name per line, but it has {' '.join(rows[0])!r}: correct the list."
+            f"{listing} should have one image name per line, but it has {' '.join(wrong)!r}: correct the list."
         )
     return [row[0] for row in rows if len(row) == 1 or row[1] != "-1"]
 
