@@ -79,6 +79,6 @@ def _check_distinct(parts: Sequence[Split]) -> None:
     if repeated:
         names = " and ".join(dict.fromkeys(split.name for split in parts))
         raise DataError(
-            f"{names} name {len(repeated)} images more than once, {repeated[0]} first; folds need each image once: "
+            f"{names} name {len(repeated)} images more than once, {repeated[0]} first; folds need each image once; "
             "remove the repeated entries"
         )

@@ -43,7 +43,7 @@ class ImageFiles:
             with Image.open(path) as image:
                 pixels = _convert_to_rgb(image)
         except _UNREADABLE as error:
-            raise DataError(f"The image {path} cannot be decoded ({error}): replace the file.") from error
+            raise DataError(f"the image {path} cannot be decoded ({error}); replace the file") from error
         self._check_size(index, (pixels.shape[0], pixels.shape[1]))
         return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
@@ -59,8 +59,8 @@ class ImageFiles:
         height, width = self.sizes[index]
         if size != (height, width):
             raise DataError(
-                f"The image {self.paths[index]} should be {width} x {height} pixels according to its annotations, but "
-                f"it is {size[1]} x {size[0]}: restore the annotated image, or correct the annotations."
+                f"the image {self.paths[index]} should be {width} x {height} pixels according to its annotations, but "
+                f"it is {size[1]} x {size[0]}; restore the annotated image, or correct the annotations"
             )
 
 
@@ -74,7 +74,7 @@ def read_image_size(path: Path) -> tuple[int, int]:
         with Image.open(path) as image:
             return image.height, image.width
     except _UNREADABLE as error:
-        raise DataError(f"The image {path} cannot be read ({error}): replace the file.") from error
+        raise DataError(f"the image {path} cannot be read ({error}); replace the file") from error
 
 
 def _convert_to_rgb(image: Image.Image) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:

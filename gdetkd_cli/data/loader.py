@@ -50,7 +50,7 @@ def training_batches(
         DataError: the data set is empty, or an image cannot be read.
     """
     if len(dataset) == 0:
-        raise DataError(f"{dataset.split.name} has no images to train on: give a split with at least one.")
+        raise DataError(f"{dataset.split.name} has no images to train on; give a split with at least one")
     keys = _training_keys(
         images=len(dataset),
         batch_size=batch_size,

@@ -131,7 +131,7 @@ def _build_annotations(
     strangers = sorted(set(predictions) - {record.image_id for record in records})
     if strangers:
         raise DataError(
-            f"Expected predictions for the {len(records)} images of the split, got some for {len(strangers)} others "
+            f"expected predictions for the {len(records)} images of the split, got some for {len(strangers)} others "
             f"(image id {strangers[0]} first); evaluate on the split on which they were made"
         )
     classes = len(class_names)
@@ -169,7 +169,7 @@ def _list_items(image_id: int, detections: Detections, *, classes: int) -> Itera
     for (x1, y1, x2, y2), score, label in rows:
         if not 1 <= label <= classes:
             raise DataError(
-                f"Expected labels 1 to {classes}, got {label} for the image with image id {image_id}; "
+                f"expected labels 1 to {classes}, got {label} for the image with image id {image_id}; "
                 "evaluate with the class list of the detector's training"
             )
         yield {

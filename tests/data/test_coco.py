@@ -183,7 +183,7 @@ def test_missing_size_comes_from_the_image(folder: Path, key: str) -> None:
 
 @pytest.mark.parametrize("missing", ["images", "annotations", "categories"])
 def test_json_without_a_table(folder: Path, missing: str) -> None:
-    with pytest.raises(DataError, match=rf"no list of objects named {missing}:"):
+    with pytest.raises(DataError, match=rf"no list of objects named {missing};"):
         read(folder, lambda content: content.pop(missing))
 
 

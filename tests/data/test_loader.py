@@ -210,12 +210,12 @@ def test_unreadable_image_is_one_sentence(workers: int) -> None:
     """Also in a loader process, to whose errors torch adds a traceback."""
 
     def refuse(index: int) -> Tensor:
-        raise DataError("The image a.png cannot be decoded.")
+        raise DataError("the image a.png cannot be decoded")
 
     dataset = DetectionDataset(split=replace(make_split(1), read=refuse), augmentation=None, seed=0, cache_mb=0)
     with pytest.raises(DataError) as caught:
         next(training_batches(dataset=dataset, batch_size=1, steps=1, seed=0, workers=workers))
-    assert str(caught.value) == "The image a.png cannot be decoded."
+    assert str(caught.value) == "the image a.png cannot be decoded"
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="page-locked memory needs CUDA")

@@ -69,22 +69,22 @@ def test_voc_list_of_one_class(devkit: Path) -> None:
 def test_voc_other_classes(devkit: Path) -> None:
     split = read_voc_split(devkit, classes=["dog", "cat"])
     assert split.records[0].labels.tolist() == [2]
-    with pytest.raises(DataError, match=r"no object of the classes zebra.*; its objects are cat, dog: name these"):
+    with pytest.raises(DataError, match=r"no object of the classes zebra.*; its objects are cat, dog; name these"):
         read_voc_split(devkit, classes=["zebra"])
 
 
 @pytest.mark.parametrize(
     ("path", "content", "message"),
     [
-        ("VOC2007/ImageSets/Main/trainval.txt", None, "There is no list"),
+        ("VOC2007/ImageSets/Main/trainval.txt", None, "there is no list"),
         (
             "VOC2007/ImageSets/Main/trainval.txt",
             "000005\nthe quick brown\n",
             "one image name per line, but it has 'the quick brown'",
         ),
-        ("VOC2007/Annotations/000005.xml", None, "There is no annotation"),
+        ("VOC2007/Annotations/000005.xml", None, "there is no annotation"),
         ("VOC2007/Annotations/000005.xml", "<annotation>", "cannot be read"),
-        ("VOC2007/JPEGImages/000005.jpg", None, "There is no image"),
+        ("VOC2007/JPEGImages/000005.jpg", None, "there is no image"),
     ],
 )
 def test_voc_faults(devkit: Path, path: str, content: str | None, message: str) -> None:
@@ -178,7 +178,7 @@ def test_bdd_own_classes(bdd: Path) -> None:
 def test_bdd_faults(bdd: Path, content: Any, message: str) -> None:
     with pytest.raises(DataError, match=message):
         read(bdd, content)
-    with pytest.raises(DataError, match="There is no label file"):
+    with pytest.raises(DataError, match="there is no label file"):
         read_bdd100k(labels=bdd / "nothing.json", images=bdd)
 
 

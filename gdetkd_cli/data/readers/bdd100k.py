@@ -60,7 +60,7 @@ def read_bdd100k(*, labels: Path, images: Path, classes: Sequence[str] | None = 
                 }
             )
     if not any(a["category_id"] for a in tables["annotations"]):
-        raise DataError(f"{labels} has no box of the classes {', '.join(names)}: give another file, or other classes.")
+        raise DataError(f"{labels} has no box of the classes {', '.join(names)}; give another file, or other classes")
     return build_split_from_tables(tables, source=labels, images=images, classes=names)
 
 
@@ -72,20 +72,20 @@ def read_first_frame(labels: Path) -> str:
     """
     frames = _read_frames(labels)
     if not frames:
-        raise DataError(f"{labels} has no frames: give another file.")
+        raise DataError(f"{labels} has no frames; give another file")
     return str(frames[0]["name"])
 
 
 def _read_frames(file: Path) -> list[dict[str, Any]]:
     if not file.is_file():
-        raise DataError(f"There is no label file {file}: give the path of BDD100K's detection labels.")
+        raise DataError(f"there is no label file {file}; give the path of BDD100K's detection labels")
     try:
         content = json.loads(file.read_bytes())
     except ValueError as error:
-        raise DataError(f"{file} should be BDD100K's JSON, but it is not JSON ({error}).") from error
+        raise DataError(f"{file} should be BDD100K's JSON, but it is not JSON ({error})") from error
     frames = content.get("frames") if isinstance(content, dict) else content
     if not isinstance(frames, list) or not all(isinstance(f, dict) and isinstance(f.get("name"), str) for f in frames):
-        raise DataError(f"{file} should be BDD100K's list of frames, each with a name: give another file.")
+        raise DataError(f"{file} should be BDD100K's list of frames, each with a name; give another file")
     return frames
 
 

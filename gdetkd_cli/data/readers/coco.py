@@ -111,8 +111,8 @@ def align_classes(split: Split, class_names: tuple[str, ...]) -> Split:
     missing = [name for name in split.class_names if name not in class_names]
     if missing:
         raise DataError(
-            f"{split.name} has the classes {', '.join(missing)}, which are not among {', '.join(class_names)}: "
-            "choose the data's classes to match."
+            f"{split.name} has the classes {', '.join(missing)}, which are not among {', '.join(class_names)}; "
+            "choose the data's classes to match"
         )
     new_label: dict[object, int] = {
         label: class_names.index(name) + 1 for label, name in enumerate(split.class_names, start=1)
@@ -129,20 +129,20 @@ def align_classes(split: Split, class_names: tuple[str, ...]) -> Split:
 def _load(file: Path) -> dict[str, list[dict[str, Any]]]:
     """Reads the three tables of a COCO detection file, each a list of objects."""
     if not file.is_file():
-        raise DataError(f"There is no annotation file {file}: give the path of a COCO detection JSON.")
+        raise DataError(f"there is no annotation file {file}; give the path of a COCO detection JSON")
     content = file.read_bytes()
     if content.startswith(_LFS_POINTER):
-        raise DataError(f"{file} is a git-LFS pointer, not the annotations: run `git lfs pull` where it came from.")
+        raise DataError(f"{file} is a git-LFS pointer, not the annotations; run `git lfs pull` where it came from")
     try:
         parsed = json.loads(content)
     except ValueError as error:
-        raise DataError(f"{file} should be COCO detection JSON, but it is not JSON ({error}).") from error
+        raise DataError(f"{file} should be COCO detection JSON, but it is not JSON ({error})") from error
     tables = parsed if isinstance(parsed, dict) else {}
     missing = [key for key in _TABLES if not _is_table(tables.get(key))]
     if missing:
         raise DataError(
             f"{file} should be COCO detection JSON with the lists {', '.join(_TABLES)}, but it has no list of objects "
-            f"named {' or '.join(missing)}: give another file, or convert it."
+            f"named {' or '.join(missing)}; give another file, or convert it"
         )
     return tables
 
@@ -159,11 +159,11 @@ def _find_repeated(values: Iterable[object]) -> list[object]:
 def _read_category_names(categories: Sequence[Mapping[str, Any]], *, file: Path) -> dict[object, str]:
     """Returns names by category id, in the order of the ids."""
     if not all(isinstance(c.get("id"), int) and isinstance(c.get("name"), str) for c in categories):
-        raise DataError(f"{file} has a category without a whole-number id and a name: correct its categories.")
+        raise DataError(f"{file} has a category without a whole-number id and a name; correct its categories")
     for key in ("id", "name"):
         twice = _find_repeated(category[key] for category in categories)
         if twice:
-            raise DataError(f"{file} has more than one category with the {key} {twice[0]!r}: give each its own.")
+            raise DataError(f"{file} has more than one category with the {key} {twice[0]!r}; give each its own")
     return {category["id"]: category["name"] for category in sorted(categories, key=lambda category: category["id"])}
 
 
@@ -173,10 +173,10 @@ def _choose_classes(classes: Sequence[str] | None, *, names: Mapping[object, str
     there = ", ".join(names.values()) or "none"
     unknown = [name for name in chosen if name not in names.values()]
     if unknown:
-        raise DataError(f"{file} has no class {', '.join(unknown)}; its classes are: {there}.")
+        raise DataError(f"{file} has no class {', '.join(unknown)}; its classes are: {there}")
     if not chosen or _find_repeated(chosen):
         raise DataError(
-            f"Expected at least one class name and no repeated ones, got {list(chosen)}; {file} has: {there}."
+            f"expected at least one class name and no repeated ones, got {list(chosen)}; {file} has: {there}"
         )
     return chosen
 
@@ -184,20 +184,20 @@ def _choose_classes(classes: Sequence[str] | None, *, names: Mapping[object, str
 def _find_images(entries: Sequence[Mapping[str, Any]], *, folder: Path, file: Path) -> tuple[list[int], ImageFiles]:
     """Returns the images' ids and files, after checking that the files exist."""
     if not entries:
-        raise DataError(f"{file} lists no images: give a file with at least one.")
+        raise DataError(f"{file} lists no images; give a file with at least one")
     if not all(isinstance(e.get("id"), int) and isinstance(e.get("file_name"), str) for e in entries):
-        raise DataError(f"{file} has an image without a whole-number id and a file_name: correct its images.")
+        raise DataError(f"{file} has an image without a whole-number id and a file_name; correct its images")
     twice = _find_repeated(entry["id"] for entry in entries)
     if twice:
-        raise DataError(f"{file} has more than one image with the id {twice[0]}: give each its own.")
+        raise DataError(f"{file} has more than one image with the id {twice[0]}; give each its own")
     if not folder.is_dir():
-        raise DataError(f"There is no folder {folder} for the images of {file}: give their folder.")
+        raise DataError(f"there is no folder {folder} for the images of {file}; give their folder")
     paths = [folder / entry["file_name"] for entry in entries]
     missing = [path for path in paths if not path.is_file()]
     if missing:
         raise DataError(
-            f"{len(missing)} of the {len(paths)} images that {file} names are missing, {missing[0]} first: "
-            "give their folder, or add the missing files."
+            f"{len(missing)} of the {len(paths)} images that {file} names are missing, {missing[0]} first; "
+            "give their folder, or add the missing files"
         )
     sizes = [_read_size(entry) or read_image_size(path) for entry, path in zip(entries, paths, strict=True)]
     return [entry["id"] for entry in entries], ImageFiles(paths=paths, sizes=sizes)

@@ -32,7 +32,7 @@ def read_folder(folder: Path, which: Literal["train", "val", "all"] = "all") -> 
     paths = [p for i, p in enumerate(every) if which == "all" or (i % _HELD_OUT == 0) == (which == "val")]
     if not paths:
         raise DataError(
-            f"{folder} has {len(every)} images; expected at least 2, one of them for validation: add images"
+            f"{folder} has {len(every)} images; expected at least 2, one of them for validation; add images"
         )
     sizes = [read_image_size(path) for path in paths]
     nothing = torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64)

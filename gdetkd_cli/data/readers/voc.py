@@ -78,7 +78,7 @@ def read_voc(*, lists: Sequence[Path], root: Path, classes: Sequence[str] | None
     if annotations and all(a["category_id"] is None for a in annotations):
         raise DataError(
             f"{lists[0]} has no object of the classes {', '.join(names[:3])}, ...; its objects are "
-            f"{', '.join(sorted(others)[:8])}: name these under data.classes"
+            f"{', '.join(sorted(others)[:8])}; name these under data.classes"
         )
     categories = [{"id": number, "name": name} for name, number in numbers.items()]
     tables = {"images": images, "annotations": annotations, "categories": categories}
@@ -98,36 +98,34 @@ def read_object_names(lists: Sequence[Path]) -> set[str]:
 def _read_image_names(listing: Path) -> list[str]:
     """Reads a list's image names; from a list of one class (name, then 1, 0 or -1) those without -1."""
     if not listing.is_file():
-        raise DataError(f"There is no list {listing}: give a file of image names, such as ImageSets/Main/trainval.txt.")
+        raise DataError(f"there is no list {listing}; give a file of image names, such as ImageSets/Main/trainval.txt")
     if len(listing.absolute().parents) < 3 or listing.parents[1].name != "ImageSets":
         raise DataError(
-            f"The list {listing} should be in ImageSets/Main, beside Annotations and JPEGImages: move it there."
+            f"the list {listing} should be in ImageSets/Main, beside Annotations and JPEGImages; move it there"
         )
     rows = [line.split() for line in listing.read_text(encoding="utf-8").splitlines() if line.strip()]
     wrong = next((row for row in rows if len(row) > 2), None)
     if wrong is not None:
         raise DataError(
-            f"{listing} should have one image name per line, but it has {' '.join(wrong)!r}: correct the list."
+            f"{listing} should have one image name per line, but it has {' '.join(wrong)!r}; correct the list"
         )
     return [row[0] for row in rows if len(row) == 1 or row[1] != "-1"]
 
 
 def _parse(file: Path) -> ElementTree.Element:
     if not file.is_file():
-        raise DataError(f"There is no annotation {file}: complete the folder, or correct the list.")
+        raise DataError(f"there is no annotation {file}; complete the folder, or correct the list")
     try:
         return ElementTree.parse(file).getroot()
     except ElementTree.ParseError as error:
-        raise DataError(f"{file} should be VOC's XML, but it cannot be read ({error}): replace the file.") from error
+        raise DataError(f"{file} should be VOC's XML, but it cannot be read ({error}); replace the file") from error
 
 
 def _find_image(folder: Path, stem: str) -> Path:
     for ending in _ENDINGS:
         if (folder / (stem + ending)).is_file():
             return folder / (stem + ending)
-    raise DataError(
-        f"There is no image {folder / stem}.jpg: give the folder that contains JPEGImages, or add the file."
-    )
+    raise DataError(f"there is no image {folder / stem}.jpg; give the folder that contains JPEGImages, or add the file")
 
 
 def _read_size(tree: ElementTree.Element) -> dict[str, int]:
