@@ -8,7 +8,6 @@ from statistics import median
 from time import perf_counter
 
 import torch
-from pydantic import TypeAdapter
 from torch import Tensor
 
 from gdetkd_cli import assembly
@@ -72,7 +71,7 @@ def run_eval(target: str, *, data: Data | Path | None, observer: Observer = sile
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if isinstance(data, Path):
-        data = TypeAdapter(Data).validate_python(find_data(data, observer)[0])
+        data = find_data(data, observer)[0]
     if Path(target).suffix in (".yaml", ".yml") or target in {recipe.name for recipe in list_builtin()}:
         recipe = load_recipe(target)
         if recipe.teacher is None:

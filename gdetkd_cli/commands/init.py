@@ -55,7 +55,7 @@ def run_init(teacher: str, student: str, data: Path, *, output: Path, observer: 
     batch_size = 8 if cuda else 4
     recipe: dict[str, Any] = {
         "name": _choose_name(output),
-        "data": block,
+        "data": block.model_dump(mode="json", exclude_unset=True),
         "student": _describe_detector(student, (short, long), is_student=True),
         "teacher": _describe_detector(teacher, (short, long), is_student=False),
         "distill": {},
