@@ -73,9 +73,7 @@ class DenseDetector(Detector):
             losses = self.module(batch.images, common.targets_for(batch))
         images, _ = tap.output("transform")
         features = common.features_by_name(tap.output("backbone"))
-        pyramid = Pyramid(
-            maps=tuple(features.values()), levels=self.levels, frame=common.frame_of(batch.images, images)
-        )
+        pyramid = Pyramid(tuple(features.values()), self.levels, common.frame_of(batch.images, images))
         boxes, cell = None, None
         if candidates:
             boxes, cell = self._select_candidates(tap.output("head"), tap.output("anchor_generator"), pyramid, images)
@@ -90,9 +88,7 @@ class DenseDetector(Detector):
 
     def extract_features(self, batch: Batch) -> DenseObservation:
         images, features = common.extract_features(self.module, batch.images)
-        pyramid = Pyramid(
-            maps=tuple(features.values()), levels=self.levels, frame=common.frame_of(batch.images, images)
-        )
+        pyramid = Pyramid(tuple(features.values()), self.levels, common.frame_of(batch.images, images))
         return DenseObservation(losses={}, pyramid=pyramid, candidates=None, tower=None, cell=None, class_logits=None)
 
     def region_outputs(self, seen: Observation, regions: Regions, needs: frozenset[View]) -> RegionView:

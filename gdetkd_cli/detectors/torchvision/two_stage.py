@@ -98,7 +98,7 @@ class TwoStageDetector(Detector):
         class_logits, box_deltas = tap.output(_PREDICTOR)
         return TwoStageObservation(
             losses=losses,
-            pyramid=Pyramid(maps=tuple(features.values()), levels=self.levels, frame=frame),
+            pyramid=Pyramid(tuple(features.values()), self.levels, frame),
             candidates=Candidates(
                 boxes=boxes, image_index=image_index, sampled=True, counts=tuple(len(p) for p in proposals)
             ),
@@ -119,9 +119,7 @@ class TwoStageDetector(Detector):
         images, features = common.extract_features(self.module, batch.images)
         return TwoStageObservation(
             losses={},
-            pyramid=Pyramid(
-                maps=tuple(features.values()), levels=self.levels, frame=common.frame_of(batch.images, images)
-            ),
+            pyramid=Pyramid(tuple(features.values()), self.levels, common.frame_of(batch.images, images)),
             candidates=None,
             features=features,
             image_sizes=images.image_sizes,
