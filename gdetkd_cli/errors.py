@@ -60,6 +60,10 @@ class StoppedError(KeyboardInterrupt):
         self.exit_code = 128 + number
 
 
+class LostProcessError(GDetKDError):
+    """Another process of the run ended or cannot be reached."""
+
+
 class TapError(GDetKDError):
     """A tapped module is missing, did not run, or ran more than once."""
 

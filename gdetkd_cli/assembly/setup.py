@@ -30,6 +30,7 @@ from gdetkd_cli.detectors.protocol import Detector
 from gdetkd_cli.distill.distiller import Distiller
 from gdetkd_cli.engine.device import ComputeSettings
 from gdetkd_cli.engine.events import Observer, silent
+from gdetkd_cli.engine.processes import join_processes
 from gdetkd_cli.engine.schedule import build_optimizer, build_schedule
 from gdetkd_cli.errors import PairError
 from gdetkd_cli.recipe.checks import describe_untrained_teacher, has_task_loss, narrow_recipe
@@ -94,6 +95,7 @@ def start_compute(recipe: Recipe) -> tuple[Compute, Recipe]:
     """
     settings = resolve_runtime(recipe.runtime)
     torch.set_num_threads(settings.threads)
+    join_processes(settings.device)
     accelerator = build_accelerator(settings, recipe)
     return Compute(settings, accelerator), scale_to_batch(recipe, accelerator.num_processes)
 

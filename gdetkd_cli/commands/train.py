@@ -25,6 +25,7 @@ from gdetkd_cli.engine.checkpoints import Checkpoint
 from gdetkd_cli.engine.device import environment, peak_memory_mb
 from gdetkd_cli.engine.events import Note, Observer, report_every, silent
 from gdetkd_cli.engine.loop import Loop, LoopOptions, seed_everything
+from gdetkd_cli.engine.processes import lost_processes_reported
 from gdetkd_cli.engine.run_folder import RunFolder
 from gdetkd_cli.engine.signals import StopSignals
 from gdetkd_cli.errors import DiskError, RecipeError, RunFolderError
@@ -144,6 +145,7 @@ def _run(recipe: Recipe, target: _Target, observer: Observer) -> TrainResult:
     signals = StopSignals()
     with ExitStack() as stack:
         stack.enter_context(signals.installed())
+        stack.enter_context(lost_processes_reported())
         compute, scaled = assembly.start_compute(recipe)
         main = compute.accelerator.is_main_process
         folder, resume = _open_folder(scaled, target, compute.accelerator, stack)
@@ -186,7 +188,9 @@ def _open_folder(recipe: Recipe, target: _Target, accelerator: Accelerator, stac
         choice = [(str(folder.path), resume)]
     broadcast_object_list(choice)
     assert choice[0] is not None
-    return RunFolder(Path(choice[0][0])), choice[0][1]
+    folder, resume = RunFolder(Path(choice[0][0])), choice[0][1]
+    folder.check_shared()
+    return folder, resume
 
 
 def _read_own_recipe(folder: RunFolder, given: Recipe, target: _Target) -> Recipe:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from signal import Signals
 from time import perf_counter
@@ -79,6 +79,15 @@ class _Window:
         self.norm = reading.student_norm
         for name, value in reading.parts.items():
             self.parts[name] = self.parts.get(name, 0.0) + value
+
+    def average_over(self, processes: int, group: Any) -> _Window:
+        """The images of all processes, and the mean of their sums; every process of the group calls it."""
+        if processes == 1:
+            return self
+        sums = torch.tensor([self.images, self.loss, *self.parts.values()], dtype=torch.float64)
+        torch.distributed.all_reduce(sums, group=group)
+        loss, *parts = (sums[1:] / processes).tolist()
+        return replace(self, images=int(sums[0]), loss=loss, parts=dict(zip(self.parts, parts, strict=True)))
 
     def measure_seconds(self) -> float:
         return self.seconds + perf_counter() - self.started
@@ -250,11 +259,10 @@ class Loop:
         )
 
     def _log(self, done: int, start: int, weights: dict[str, float], spent: float) -> None:
+        window = self._window.average_over(self._accelerator.num_processes, self._control)
         if not self._accelerator.is_main_process:
             return
-        window = self._window
-        seconds = window.measure_seconds()
-        rate = window.images * self._accelerator.num_processes / seconds
+        rate = window.images / window.measure_seconds()
         parts = {name: value / window.steps for name, value in window.parts.items()}
         lr = float(self._schedule.get_last_lr()[0])
         line = {

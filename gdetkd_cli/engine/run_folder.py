@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from platform import node
 from typing import Any
 
 from filelock import FileLock, Timeout
@@ -75,6 +76,18 @@ class RunFolder:
             (self.path / _LOCK).unlink(missing_ok=True)
             lock.release()
             _remove_empty(made)
+
+    def check_shared(self) -> None:
+        """Checks that the run's first process, perhaps on another machine, holds this very folder.
+
+        Raises:
+            RunFolderError: the machines do not share the folder.
+        """
+        if not (self.path / _LOCK).exists():
+            raise RunFolderError(
+                f"{self.path} on {node()} is not the folder that the run's first process opened; choose an --output on "
+                "a file system that all machines share, and start the command in the same folder everywhere"
+            )
 
     def is_empty(self) -> bool:
         """Whether the folder has no file except its lock."""
