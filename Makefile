@@ -1,5 +1,6 @@
 # make demo   environment if missing, then the whole job on the built-in data: teacher, student, distilled student
 # make test   environment if missing, then lint, types, layers, tests
+# make restarts  a run of two processes on two agents, killed at 16 different points
 # make quick  the parts of `make test` that take a minute: for the time between two edits
 # make site   environment if missing, then the documentation as a site in site/; fails on a dead link
 # Another Python: make test PYTHON=python3.12
@@ -9,7 +10,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO_ARGS ?=
 
-.PHONY: demo test quick site env clean
+.PHONY: demo test quick restarts site env clean
 
 env: $(VENV)/.installed
 
@@ -32,6 +33,9 @@ quick: env
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/pytest tests/recipe tests/methods tests/data tests/evaluation tests/engine tests/docs tests/test_api.py
+
+restarts: env
+	GDETKD_KILLS=16 $(BIN)/pytest tests/commands/test_processes.py
 
 site: env
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'

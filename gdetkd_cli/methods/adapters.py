@@ -7,6 +7,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from gdetkd_cli.methods.processes import sum_over_processes
+
 
 def build_adapter(student_channels: int, teacher_channels: int, identity: bool) -> nn.Conv2d:
     """Builds f_adapt, a 1x1 convolution; ``identity`` starts it as the identity, for equal channels."""
@@ -55,6 +57,8 @@ class RunningNormalizer(nn.Module):
     def update(self, features: Tensor, channels: Tensor | None = None, inside: Tensor | None = None) -> None:
         """Adds (R, C, h, w) to the statistics; channels without values in the batch (all, for R = 0) do not change.
 
+        Every process must call this at every step, even with R = 0: their sums are added.
+
         Args:
             features: (R, C, h, w).
             channels: (R,) how many of the C channels a region has; the others are padded with zeros. None: all.
@@ -69,6 +73,7 @@ class RunningNormalizer(nn.Module):
         total, squares = values.sum(dim=(0, 2, 3)), values.square().sum(dim=(0, 2, 3))  # (C,): padding adds nothing
         if not self.per_channel:
             count, total, squares = count.sum(0, True), total.sum(0, True), squares.sum(0, True)
+        count, total, squares = sum_over_processes(torch.stack([count.float(), total, squares]))
         updated = count > 0
         self.updates += updated
         rate = updated * (1.0 / self.updates.clamp(min=1)).clamp(min=0.002)

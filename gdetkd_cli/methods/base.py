@@ -75,3 +75,8 @@ def collect_needs(terms: Sequence[Term]) -> tuple[frozenset[View], frozenset[Vie
     student: frozenset[View] = frozenset().union(*(term.student_needs for term in terms))
     teacher: frozenset[View] = frozenset().union(*(term.teacher_needs for term in terms))
     return student, teacher
+
+
+def averages_regions(term: Term) -> bool:
+    """Whether the loss is a mean over regions: that of every term that reads outputs for regions."""
+    return bool((term.student_needs | term.teacher_needs) - {"class_maps"})

@@ -4,12 +4,12 @@ Shapes: R regions of one process's batch, Q remembered rows, D embedding channel
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, distributed, nn
-from torch.nn.functional import pad
+from torch import Tensor, nn
+
+from gdetkd_cli.methods.processes import gather_counts, gather_rows
 
 
 class RegionQueue(nn.Module):
@@ -74,33 +74,3 @@ def _forget_count(queue: nn.Module, _: Any) -> None:
     """Forgets the host's count after a checkpoint replaced the buffer."""
     assert isinstance(queue, RegionQueue)
     queue._count = None
-
-
-def gather_counts(count: int, device: torch.device) -> list[int]:
-    """Gathers ``count`` of every process in rank order; several processes wait for the device once."""
-    if _count_processes() == 1:
-        return [count]
-    counts = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(_count_processes())]
-    distributed.all_gather(counts, torch.full((1,), count, dtype=torch.int64, device=device))
-    return torch.cat(counts).tolist()
-
-
-def gather_rows(rows: Tensor, counts: Sequence[int] | None = None) -> Tensor:
-    """Gathers the rows of every process in rank order: (R_p, ...) -> (sum of R_p, ...).
-
-    Args:
-        rows: this process's.
-        counts: R_p by process, from ``gather_counts``; None: gather them.
-    """
-    if _count_processes() == 1:
-        return rows
-    counts = gather_counts(len(rows), rows.device) if counts is None else counts
-    padded = pad(rows, (0, 0) * (rows.dim() - 1) + (0, max(counts) - len(rows)))
-    parts = [torch.zeros_like(padded) for _ in counts]
-    distributed.all_gather(parts, padded.contiguous())
-    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
-
-
-def _count_processes() -> int:
-    joined = distributed.is_available() and distributed.is_initialized()
-    return distributed.get_world_size() if joined else 1

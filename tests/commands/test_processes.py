@@ -1,61 +1,134 @@
-"""Two processes on one machine (gloo): one run folder, a gathered queue, one stream of output."""
+"""Two processes (gloo): one run folder, a gathered queue, one stream of output; torchrun restarts them."""
 
 from __future__ import annotations
 
 import json
+import os
 import signal
+import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import psutil
+import pytest
 import torch
 import toy
 
+from gdetkd_cli.commands import run_distill
 from gdetkd_cli.engine.run_folder import RunFolder
+from gdetkd_cli.errors import RunFolderError
 from gdetkd_cli.recipe.load import dump_recipe
+from gdetkd_cli.recipe.schema import Recipe
+
+STEPS = 40
+KILLS = int(os.environ.get("GDETKD_KILLS", "1"))  # more in `make restarts`
 
 
-def test_two_processes_distil_one_student(tmp_path: Path) -> None:
-    # A dense student's regions depend on the truth, so the two processes have different numbers of them.
-    recipe = tmp_path / "toy.yaml"
-    recipe.write_text(dump_recipe(toy.recipe(student="retinanet", steps=4, checkpoint_every=2)))
-    run = tmp_path / "run"
-    command = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += ["-m", "gdetkd_cli", "distill", "--recipe", str(recipe), "--output", str(run), "--json"]
-    done = subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True, timeout=300)
+def make_recipe(root: Path, **train: Any) -> Recipe:
+    """Five images with 2, 0, 1, 0 and 0 objects: one process often has none, and validation has an odd image.
+
+    A dense student's regions depend on the truth, so the two processes have different numbers of them.
+    """
+    names = [f"{i}.png" for i in range(5)]
+    toy.write_images(root / "images", names)
+    tables = {
+        "images": [{"id": i + 1, "file_name": name, "width": 64, "height": 64} for i, name in enumerate(names)],
+        "categories": [{"id": 1, "name": "a"}],
+        "annotations": [
+            {"id": i, "image_id": image, "category_id": 1, "bbox": [9 * i, 8, 20, 30], "area": 600, "iscrowd": 0}
+            for i, image in enumerate((1, 1, 3))
+        ],
+    }
+    for split in ("train", "val"):
+        (root / f"{split}.json").write_text(json.dumps(tables))
+    fields = toy.recipe(student="retinanet", keep_checkpoints=100, **train).model_dump(mode="json")
+    fields["student"]["norm"] = "frozen"
+    return Recipe.model_validate(fields | {"data": {"format": "coco", "root": str(root)}})
+
+
+def build_command(launch: Sequence[str], recipe: Path, run: Path) -> list[str]:
+    return [
+        *(sys.executable, "-m", "torch.distributed.run", "--monitor-interval", "0.1", *launch),
+        *("-m", "gdetkd_cli", "distill", "--recipe", str(recipe), "--output", str(run), "--resume", "auto", "--json"),
+    ]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two processes that nothing stopped, beside its recipe."""
+    folder = tmp_path_factory.mktemp("processes")
+    recipe = make_recipe(folder / "data", steps=STEPS, batch_size=1, checkpoint_every=2)
+    (folder / "toy.yaml").write_text(dump_recipe(recipe))
+    command = build_command(["--standalone", "--nproc-per-node", "2"], folder / "toy.yaml", folder / "run")
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    printed = json.loads(done.stdout)  # one document: the second process says nothing
-    assert printed["run"] == str(run)
-    assert [p.name for p in tmp_path.iterdir() if p.is_dir()] == ["run"]
-    steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in steps if "loss" in line] == [1, 2, 3, 4]
-    assert json.loads((run / "environment.json").read_text())["processes"] == 2
-
-    saved = torch.load(run / "resume" / "step-00000002" / "state.pt", weights_only=True)["distiller"]
-    name = next(key for key in saved if key.endswith("queue.written"))
-    written, ids = int(saved[name]), saved[name.replace("written", "image_ids")]
-    # 2 steps x 2 processes x 2 images, at most 8 regions each: one process alone could not have written as many.
-    assert written > 2 * 2 * 8
-    assert len(set(ids[ids > 0].tolist())) > 4
+    assert json.loads(done.stdout)["run"] == str(folder / "run")  # one document: the second process says nothing
+    return folder / "run"
 
 
-def test_two_processes_stop_after_the_same_step(tmp_path: Path) -> None:
-    recipe, run = tmp_path / "toy.yaml", tmp_path / "run"
-    recipe.write_text(dump_recipe(toy.recipe(student="retinanet", steps=400, checkpoint_every=1000)))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += ["-m", "gdetkd_cli", "distill", "--recipe", str(recipe), "--output", str(run), "--resume", "auto"]
-    with (tmp_path / "log.txt").open("w") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log)
-        log_lines = run / "metrics.jsonl"
-        while process.poll() is None and not (log_lines.exists() and log_lines.read_text().count("\n") >= 2):
-            time.sleep(0.05)
-        process.send_signal(signal.SIGTERM)  # the launcher passes it on to both
-        process.wait(timeout=120)
-    checkpoint = RunFolder(run).checkpoints().open_latest()
-    assert checkpoint is not None, (tmp_path / "log.txt").read_text()[-3000:]
-    assert checkpoint.progress.processes == 2
-    step = checkpoint.progress.step
-    assert 2 <= step < 400
-    lines = [json.loads(line)["step"] for line in log_lines.read_text().splitlines()]
-    assert lines == list(range(1, step + 1))
+def test_two_processes_distil_one_student(whole: Path) -> None:
+    steps = [line["step"] for line in RunFolder(whole).read_log() if "loss" in line]
+    assert steps == list(range(1, STEPS + 1))
+    assert json.loads((whole / "environment.json").read_text())["processes"] == 2
+    assert json.loads((whole / "metrics.json").read_text())["images"] == 5
+
+    saved = torch.load(whole / "resume" / "step-00000002" / "state.pt", weights_only=True)["distiller"]
+    (ids,) = (value for name, value in saved.items() if name.endswith("queue.image_ids"))
+    assert len(set(ids[ids > 0].tolist())) == 4  # 2 steps x 2 processes x 1 image
+
+
+def test_logged_losses_are_of_all_processes(whole: Path, tmp_path: Path) -> None:
+    """The first step of two processes has the images of the first step of one with twice the batch."""
+    recipe = make_recipe(tmp_path / "data", steps=1, batch_size=2)
+    one = next(RunFolder(run_distill(recipe, output=tmp_path / "run").run).read_log())
+    two = next(RunFolder(whole).read_log())
+    for name in ("classification", "bbox_regression"):
+        assert two[name] == pytest.approx(one[name], rel=1e-4), name
+
+
+@pytest.mark.parametrize("number", range(KILLS))
+def test_a_run_on_two_machines_survives_a_killed_process(number: int, whole: Path, tmp_path: Path) -> None:
+    run, recipe = tmp_path / "run", whole.parent / "toy.yaml"
+    rank, saved = str(number % 2), 4 + 2 * (number % 8)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    launch = ["--nnodes", "2", "--nproc-per-node", "1", "--max-restarts", "3", "--local-addr", "127.0.0.1"]
+    launch += ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", "toy"]
+    agents = [
+        subprocess.Popen(build_command(launch, recipe, run), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    try:
+        manifest = run / "resume" / f"step-{saved:08}" / "manifest.json"
+        deadline = time.monotonic() + 200
+        while not manifest.exists():
+            assert time.monotonic() < deadline and all(agent.poll() is None for agent in agents)
+            time.sleep(0.01)
+        written = manifest.stat().st_mtime_ns
+        time.sleep(0.01 * number)  # at another point between two checkpoints
+        children = [child for agent in agents for child in psutil.Process(agent.pid).children()]
+        os.kill(next(child.pid for child in children if child.environ()["RANK"] == rank), signal.SIGKILL)
+        messages = [agent.communicate(timeout=200)[1] for agent in agents]
+    finally:
+        for agent in agents:
+            agent.terminate()
+            agent.wait(timeout=60)
+    assert [agent.returncode for agent in agents] == [0, 0], messages
+    assert sum("exitcode: -9" in text for text in messages) == 1
+    assert "internal error" not in "".join(messages)
+    assert manifest.stat().st_mtime_ns == written  # the run went on from a checkpoint
+    assert (run / "student.pt").read_bytes() == (whole / "student.pt").read_bytes()
+    logs = [[{**line, "images_per_second": 0} for line in RunFolder(path).read_log()] for path in (run, whole)]
+    assert logs[0] == logs[1]
+
+
+def test_machines_without_a_shared_folder_are_refused(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    with pytest.raises(RunFolderError, match="choose an --output on a file system that all machines share"):
+        folder.check_shared()
+    with folder.lock():
+        folder.check_shared()

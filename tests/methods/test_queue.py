@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, distributed, nn
-from torch.multiprocessing.spawn import start_processes
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from two_processes import run_in_two_processes
 
 from gdetkd_cli.distill.distiller import Distiller, WeightedTerm
 from gdetkd_cli.methods.adapters import RunningNormalizer
-from gdetkd_cli.methods.queue import RegionQueue, gather_rows
+from gdetkd_cli.methods.processes import gather_rows
+from gdetkd_cli.methods.queue import RegionQueue
 
 
 def add(queue: RegionQueue, *values: int) -> None:
@@ -118,25 +117,6 @@ def test_is_saved_with_the_run() -> None:
 
 
 # ------------------------------------------------------------------------------------------------------- processes
-
-
-def run_in_two_processes(work: Callable[[int], tuple[Tensor, Tensor]], folder: Path) -> list[tuple[Tensor, Tensor]]:
-    """Runs ``work(rank)`` in two processes joined by gloo; a hang is an error."""
-
-    def enter(rank: int) -> None:
-        distributed.init_process_group(
-            "gloo",
-            init_method=f"file://{folder / 'rendezvous'}",
-            rank=rank,
-            world_size=2,
-            timeout=timedelta(seconds=30),
-        )
-        torch.save(work(rank), folder / f"{rank}.pt")
-        distributed.destroy_process_group()
-
-    # fork, not spawn: the children need not import torch again.
-    start_processes(enter, nprocs=2, start_method="fork")
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
 
 
 def test_gather_rows_of_one_process() -> None:
