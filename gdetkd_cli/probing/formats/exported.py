@@ -1,18 +1,19 @@
 """Reads programs written by ``torch.export.save`` without executing code from the file.
 
-torch's reader unpickles objects, evaluates sizes as Python and looks up any torch function that a node names. So the
-file is checked first and refused if it contains more than operators and weights.
+torch's reader unpickles objects, evaluates sizes as Python, writes names into Python code that it runs, imports
+modules, loads compiled libraries and looks up any torch function that a node names. So the file is checked first and
+refused if it contains more than operators, weights and plain names.
 """
 
 from __future__ import annotations
 
+import ast
 import io
 import json
 import logging
 import pickle
 import re
 import warnings
-import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,18 +21,59 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch._export.verifier import SpecViolationError
 from torch.fx import GraphModule, Interpreter, Node
 
 from gdetkd_cli.errors import NO_CONVOLUTION, ModelError, NoPyramidError, first_line
+from gdetkd_cli.probing.formats.archive import Archive
 from gdetkd_cli.probing.formats.operators import allows_target
 from gdetkd_cli.probing.formats.runner import CALLS, ModuleRunner
 from gdetkd_cli.probing.inputs import Call, stack_images, with_channels_last
 from gdetkd_cli.probing.record import AddName
 
-# Sizes are sympy expressions such as Mul(Integer(32), Symbol('s0', positive=True)). Allowed are quoted names and calls
-# of classes (capitalised); attributes, other strings and Python's functions are not.
-_EXPRESSION = re.compile(r"([A-Za-z0-9_+\-*/(),<>=!&|~%. ]|'\w+')*")
-_UNSAFE = re.compile(r"__|[A-Za-z_)']\s*\.|\b[a-z_]\w*\s*\(|\)\s*\(")
+_READ_ERRORS = (RuntimeError, ValueError, LookupError, AssertionError, TypeError, AttributeError, SyntaxError)
+# What torch.export.save writes: no compiled libraries, no models under another ending.
+_FILES = re.compile(
+    r"archive_(format|version)|byteorder|version|\.data/\w+|models/\w+\.json|data/(weights|constants)/\w+(\.json|\.pt)?"
+    r"|data/sample_inputs/\w+\.pt|extra/.*"
+)
+# Strings that torch keeps, prints or gives to an operator. All others become names in Python code.
+_TEXTS = frozenset(
+    {
+        "as_string",
+        "as_strings",
+        "custom",
+        "from_node",
+        "guards_code",
+        "nn_module_stack",
+        "source_fn_stack",
+        "stack_trace",
+    }
+    | {"torch_fn", "torch_version"}
+)
+_NAME = re.compile(r"[\w.+:/@ -]*")
+_CONTAINERS = frozenset(
+    {None, "builtins.tuple", "builtins.list", "builtins.dict", "collections.OrderedDict", "collections.deque"}
+)
+_KEYS = re.compile(r"""[\w.,:/+\- "\[\]]*""")  # of a dictionary, as a JSON list
+# Sizes are sympy expressions such as Mul(Integer(32), Symbol('s0', positive=True)).
+_FUNCTIONS = frozenset(
+    re.findall(
+        r"\w+",
+        """
+        Abs Add And CeilDiv CeilToInt CleanDiv Eq Equality Float FloatPow FloatTrueDiv FloorDiv FloorToInt Ge
+        GreaterThan Gt ITE Identity IntTrueDiv Integer IsNonOverlappingAndDenseIndicator LShift Le LessThan Lt Max Min
+        Mod ModularIndexing Mul Ne Not Or Piecewise Pow PowByNatural PythonMod RShift Rational RoundDecimal RoundToInt
+        StrictGreaterThan StrictLessThan Symbol ToFloat TruncToFloat TruncToInt Unequality Where
+        """,
+    )
+)
+_SIZE = re.compile(r"([A-Za-z0-9_+\-*/(),<>=!&|~%. ]|'\w+')*", re.ASCII)
+_SYMBOL = re.compile(r"[a-z]+\d+|(int_)?oo|true|false")
+_ARITHMETIC = (
+    *(ast.Expression, ast.Call, ast.keyword, ast.Name, ast.Load, ast.Constant, ast.Tuple),
+    *(ast.BinOp, ast.UnaryOp, ast.BoolOp, ast.Compare, ast.operator, ast.unaryop, ast.boolop, ast.cmpop),
+)
 
 
 def load_exported(path: Path) -> ModuleRunner:
@@ -47,7 +89,7 @@ def load_exported(path: Path) -> ModuleRunner:
             program = torch.export.load(file)
         # Guards are Python code from the file, so they are skipped; the operators check sizes themselves.
         module = _Program(program.module(check_guards=False))
-    except (RuntimeError, ValueError, LookupError, AssertionError, TypeError) as error:
+    except (*_READ_ERRORS, SpecViolationError) as error:
         raise ModelError(
             f"torch {torch.__version__} cannot read the program in {path} ({first_line(error)})"
         ) from error
@@ -129,18 +171,18 @@ def _read_convention(path: Path, shape: tuple[Any, ...]) -> dict[str, Any]:
 
 
 def _check_file(path: Path) -> None:
-    """Raises a ModelError if the file is incomplete, or would execute code when it is read."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            for name in archive.namelist():
-                if name.endswith(".json"):
-                    _check_json(path, name, json.loads(archive.read(name)))
-                elif "/sample_inputs/" in name or name.endswith(".pt"):
-                    _check_pickle(path, archive.read(name))
-    except (zipfile.BadZipFile, ValueError, EOFError) as error:
-        raise ModelError(
-            f"{path} is not a complete file of torch.export.save ({first_line(error)}); export it again"
-        ) from error
+    """Raises a ModelError if the file is incomplete, or would execute code when it is read or run."""
+    archive = Archive(path)
+    for name in archive.names:
+        if not _FILES.fullmatch(name):
+            raise _refusal(path, f"it contains {name[:60]!r}")
+        if name.endswith(".pt"):
+            _check_pickle(path, archive.read(name))
+        elif name.endswith(".json") and not name.startswith("extra/"):
+            try:
+                _check_json(path, name, json.loads(archive.read(name)))
+            except (ValueError, LookupError, TypeError, RecursionError) as error:
+                raise ModelError(f"{path} is damaged: {name} is not a program ({first_line(error)})") from error
 
 
 def _check_pickle(path: Path, content: bytes) -> None:
@@ -152,29 +194,60 @@ def _check_pickle(path: Path, content: bytes) -> None:
         raise _refusal(path, "its example inputs or weights") from error
 
 
-def _check_json(path: Path, name: str, content: Any) -> None:
-    stack = [content]
+def _check_json(path: Path, name: str, content: object) -> None:
+    stack: list[tuple[str, object]] = [("", content)]
     while stack:
-        entry = stack.pop()
+        key, entry = stack.pop()
         if isinstance(entry, dict):
-            if entry.get("use_pickle"):
-                raise _refusal(path, f"{name} uses pickle")
-            kind = str(entry.get("path_name", "weight_")).partition("_")[0]
-            if kind not in ("weight", "tensor"):
-                raise _refusal(path, f"{name} names {entry['path_name']}")
-            expression = entry.get("expr_str")
-            if isinstance(expression, str) and not _is_harmless(expression):
-                raise _refusal(path, f"a size is {expression[:60]!r}")
-            target = entry.get("target")
-            if isinstance(target, str) and "inputs" in entry and not allows_target(target):
-                raise _refusal(path, f"a node calls {target[:60]}")
-            stack.extend(entry.values())
+            stack.extend(entry.items())
+            stack.extend(("", key) for key in entry)
         elif isinstance(entry, list):
-            stack.extend(entry)
+            stack.extend((key, value) for value in entry)
+        elif (fault := _find_fault(key, entry)) is not None:
+            raise _refusal(path, f"in {name}, {fault}")
 
 
-def _is_harmless(expression: str) -> bool:
-    return bool(_EXPRESSION.fullmatch(expression)) and not _UNSAFE.search(expression)
+def _find_fault(key: str, value: object) -> str | None:
+    """Returns why torch would do more with a value of the JSON than compute; None if it would not."""
+    text = value if isinstance(value, str) else ""
+    match key:
+        case "use_pickle":
+            return "a weight is pickled" if value else None
+        case "path_name":
+            return None if re.fullmatch(r"(weight|tensor)_\w+", text) else f"a weight is {text[:60]!r}"
+        case "target" | "as_operator":
+            return None if allows_target(text) else f"a node calls {text[:60]}"
+        case "expr_str":
+            return None if _is_arithmetic(text) else f"a size is {text[:60]!r}"
+        case "in_spec" | "out_spec":
+            return None if _is_plain(json.loads(text)[1]) else f"arguments are {text[:60]!r}"
+        case "name" | "as_name" | "forward_arg_names":
+            return None if text.isidentifier() or not text else f"a value is named {text[:60]!r}"
+    return None if key in _TEXTS or _NAME.fullmatch(text) else f"a name is {text[:60]!r}"
+
+
+def _is_plain(spec: Any) -> bool:
+    """Whether arguments are tensors in plain containers; torch imports the modules of others."""
+    return (
+        spec["type"] in _CONTAINERS
+        and bool(_KEYS.fullmatch(spec["context"] or ""))
+        and all(map(_is_plain, spec["children_spec"]))
+    )
+
+
+def _is_arithmetic(expression: str) -> bool:
+    try:
+        nodes = list(ast.walk(ast.parse(expression, mode="eval")))
+    except (SyntaxError, MemoryError):  # the second: too many brackets
+        return False
+    names = [node.id for node in nodes if isinstance(node, ast.Name)]
+    called = [getattr(node.func, "id", "") for node in nodes if isinstance(node, ast.Call)]
+    return (
+        bool(_SIZE.fullmatch(expression))
+        and all(isinstance(node, _ARITHMETIC) for node in nodes)
+        and all(name in _FUNCTIONS or _SYMBOL.fullmatch(name) for name in names)
+        and all(name in _FUNCTIONS for name in called)
+    )
 
 
 def _refusal(path: Path, reason: str) -> ModelError:

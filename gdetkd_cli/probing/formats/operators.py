@@ -3,7 +3,8 @@
 TorchScript and exported programs are programs. Reading a TorchScript file can already run parts of it, so its code is
 checked as text before it is loaded. An operator is allowed by its signature: it belongs to a namespace of operators
 that compute, and takes no string, through which alone it could name a file; or it is on the list of operators whose
-string is a mode, a text or a message.
+string is a mode, a text or a message. Operators of sparse tensors are refused, because torch does not check their
+indices: they write outside a tensor's memory.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ import ast
 import io
 import re
 import tokenize
-import zipfile
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -21,13 +21,16 @@ import torch
 import torchvision  # noqa: F401  # registers its operators
 
 from gdetkd_cli.errors import ModelError, first_line
+from gdetkd_cli.probing.formats.archive import Archive
+from gdetkd_cli.probing.formats.pickles import check_pickle
 from gdetkd_cli.trust import code_is_trusted
 
 _NAMESPACES = frozenset({"aten", "prim", "prims", "torchvision", "quantized", "_quantized"})
 _CLASSES = frozenset({"quantized", "rnn"})  # of torch.classes: packed weights
 _REFUSED = frozenset(
-    {"prim::rpc_async", "prim::rpc_remote", "prim::rpc_sync", "prim::PythonOp", "prim::IgnoredPythonOp"}
+    f"prim::{name}" for name in ("rpc_async", "rpc_remote", "rpc_sync", "PythonOp", "IgnoredPythonOp", "Print")
 )
+_UNCHECKED = re.compile(r"(?<!is_)sparse|nested_view")
 # Their strings are modes, texts and messages.
 _STRINGS = frozenset(
     re.findall(
@@ -71,16 +74,17 @@ def allows_target(target: str) -> bool:
     """Whether an exported program's node may call ``target``, as ``torch.ops.aten.add.Tensor``."""
     kind, _, rest = target.partition(".")
     if kind == "math":
-        return rest.isidentifier()
+        return rest.isidentifier() and not rest.startswith("_")
     if kind == "_operator":
         return rest in _PYTHON_OPERATORS
     if target.startswith("torch.sym_"):
         return rest.isidentifier()
-    parts = target.split(".")
-    if parts[:2] != ["torch", "ops"] or len(parts) not in (4, 5):
-        return False
-    namespace, name = parts[2:4]
-    return name in _HIGHER_ORDER if namespace == "higher_order" else allows_operator(namespace, name)
+    match target.split("."):
+        case ["torch", "ops", "higher_order", name]:
+            return name in _HIGHER_ORDER
+        case ["torch", "ops", namespace, name, overload] if allows_operator(namespace, name):
+            return overload in getattr(getattr(torch.ops, namespace), name).overloads()  # no other attribute
+    return False
 
 
 def check_torchscript(path: Path) -> None:
@@ -91,27 +95,20 @@ def check_torchscript(path: Path) -> None:
     """
     if code_is_trusted():
         return
-    refused: set[str] = set()
-    try:
-        with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
-            folded = [name.casefold() for name in names]  # torch's reader may find a file by another case
-            if len(set(folded)) < len(names):
-                raise ModelError(f"{path} holds two files of one name, so it cannot be checked")
-            if any(name.endswith("/model.json") for name in folded):  # may keep code under any name
-                raise ModelError(f"{path} has TorchScript's format of before 2019; save it anew with a current torch")
-            sources = [archive.read(name).decode() for name in names if name.casefold().endswith(".py")]
-            pickles = [archive.read(name) for name in names if name.casefold().endswith(".pkl")]
-    except (zipfile.BadZipFile, UnicodeDecodeError, EOFError, OSError) as error:
-        raise ModelError(f"{path} is not a whole TorchScript file ({first_line(error)})") from error
-    for source in sources:
-        try:
-            refused |= set(_refused_in(source))
-        except (tokenize.TokenError, SyntaxError, ValueError) as error:
-            raise ModelError(f"{path}: its code cannot be checked ({first_line(error)})") from error
-    for content in pickles:
-        classes = re.findall(rb"torch\.classes\.(\w+)", content)
-        refused |= {f"torch.classes.{name.decode()}" for name in classes if name.decode() not in _CLASSES}
+    archive, refused = Archive(path), set[str]()
+    if "model.json" in map(str.casefold, archive.names):  # may keep code under any name
+        raise ModelError(f"{path} has TorchScript's format of before 2019; save it anew with a current torch")
+    for name in archive.names:
+        ending = name.casefold().rpartition(".")[2]
+        if ending == "py":
+            try:
+                refused |= set(_refused_in(archive.read(name).decode()))
+            except (tokenize.TokenError, SyntaxError, ValueError, TypeError) as error:
+                raise ModelError(f"{path}: its code cannot be checked ({first_line(error)})") from error
+        elif name.casefold() in ("constants.pkl", "data.pkl"):
+            check_pickle(path, name, archive)
+            classes = re.findall(rb"torch\.classes\.(\w+)", archive.read(name))
+            refused |= {f"torch.classes.{found.decode()}" for found in classes if found.decode() not in _CLASSES}
     if refused:
         raise ModelError(
             f"{path} calls {', '.join(sorted(refused))}, which can do more than compute; if you trust the file, add "
@@ -128,7 +125,7 @@ def _computing() -> frozenset[str]:
         namespace, _, name = schema.name.partition("::")
         takes_text = any("str" in str(argument.type) for argument in schema.arguments)
         harmless = not takes_text or (namespace == "aten" and name in _STRINGS) or schema.name == "prim::RaiseException"
-        computes = namespace in _NAMESPACES and harmless
+        computes = namespace in _NAMESPACES and harmless and not _UNCHECKED.search(name)
         (good if computes else bad).add(schema.name)
     return frozenset(good - bad)
 
@@ -145,8 +142,10 @@ def _refused_in(source: str) -> Iterator[str]:
     tokens = [
         token
         for token in tokenize.generate_tokens(io.StringIO(source).readline)
-        if token.type in (tokenize.NAME, tokenize.OP, tokenize.STRING)
+        if token.type in (tokenize.NAME, tokenize.OP, tokenize.STRING, tokenize.ERRORTOKEN)
     ]
+    if any(token.type == tokenize.ERRORTOKEN for token in tokens):  # torch may read on differently
+        raise ValueError("a character that is no part of Python")
     texts = [token.string for token in tokens] + ["", ""]
     name = ""  # of neighbouring strings, which are one: getattr takes a name as a string
     for at, token in enumerate(tokens):
@@ -182,5 +181,9 @@ def _refused_chain(chain: list[str]) -> Iterator[str]:
                 yield f"{namespace}::{name}"
         case ["ops", *_]:
             yield "ops"
+        case ["print", _]:
+            yield "prim::Print"
+        case ["__torch__", _] | ["__torch__", "torch", _]:
+            yield "__torch__"
         case ["__torch__", "torch", "classes", namespace, *_] if namespace not in _CLASSES:
             yield f"torch.classes.{namespace}"

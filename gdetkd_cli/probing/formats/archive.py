@@ -1,0 +1,57 @@
+"""Reads the archive of a TorchScript file or exported program as torch reads it, without loading the model.
+
+A ZIP file lists its files in several places. Python and torch can disagree about which of them counts, so a check that
+reads with ``zipfile`` could see other files than torch loads. So torch's own reader reads here, and a file about which
+the two disagree is refused.
+"""
+
+from __future__ import annotations
+
+import zipfile
+from pathlib import Path
+
+from torch._C import PyTorchFileReader
+
+from gdetkd_cli.errors import ModelError, first_line
+
+
+class Archive:
+    """The files in an archive, without its top folder.
+
+    Attributes:
+        names: of all files.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Opens an archive.
+
+        Raises:
+            ModelError: it is incomplete, or readers could disagree about its files.
+        """
+        self._path = path
+        try:
+            self._reader = PyTorchFileReader(str(path))
+            self.names = self._reader.get_all_records()
+            with zipfile.ZipFile(path) as archive:
+                others = [name.partition("/")[2] for name in archive.namelist()]
+        except (RuntimeError, ValueError, zipfile.BadZipFile, EOFError, OSError) as error:
+            raise ModelError(f"{path} is not a whole file of torch ({first_line(error)}); save it anew") from error
+        # torch finds a file under its name in any case, but not under a name that it lists cut off.
+        distinct = len({name.casefold() for name in self.names}) == len(self.names)
+        readable = all(map(self._reader.has_record, self.names))  # type: ignore[attr-defined]  # torch's stub lacks it
+        if not distinct or not readable or others != self.names:
+            raise ModelError(
+                f"{path} is not a plain archive: it holds two files of one name, or its tables of files differ; "
+                "save it anew"
+            )
+
+    def read(self, name: str) -> bytes:
+        """Reads one file.
+
+        Raises:
+            ModelError: it is missing or damaged.
+        """
+        try:
+            return self._reader.get_record(name)
+        except RuntimeError as error:
+            raise ModelError(f"{self._path} has no whole file {name!r} ({first_line(error)}); save it anew") from error
