@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic import Field
 
-from gdetkd_cli.recipe.base import Fraction, Strict
+from gdetkd_cli.recipe.base import Channels, Count, Flag, Fraction, NotNegative, Positive, Strict, Whole
 
 
 class RegionChoice(Strict):
     """The boxes on which the terms compare student and teacher."""
 
-    per_image: PositiveInt | Literal["auto"] = Field(
+    per_image: Annotated[Count, Field(le=10**6)] | Literal["auto"] = Field(
         "auto",
         description="maximum number of regions per image; auto: the number that the student's head samples (as in the "
         "paper), or 512 if it samples none; at most 64 on a CPU",
     )
     positive_iou: Fraction = Field(0.5, description="dense students: minimum IoU of a positive region with an object")
-    negatives_per_positive: NonNegativeFloat = Field(
+    negatives_per_positive: NotNegative = Field(
         3.0, description="dense students: number of negative regions per positive"
     )
 
@@ -26,31 +26,31 @@ class RegionChoice(Strict):
 class Warmed(Strict):
     """A term with a warm-up."""
 
-    warmup_steps: int = Field(0, ge=0, description="steps over which the weight rises linearly from 0")
+    warmup_steps: Whole = Field(0, description="steps over which the weight rises linearly from 0")
 
 
 class Term(Warmed):
     """A term with a fixed weight."""
 
-    weight: NonNegativeFloat = Field(1.0, description="weight of the term")
+    weight: NotNegative = Field(1.0, description="weight of the term")
 
 
 class SGFI(Term):
     """Semantic-guided feature imitation (G-DetKD, arXiv 2108.07482)."""
 
-    weight: NonNegativeFloat = Field(
+    weight: NotNegative = Field(
         10.0, description="weight of the term; 10 suits most pairs, because the target is standardized"
     )
     normalize: Literal["channel", "scalar", "none"] = Field(
         "channel",
         description="how to standardize the teacher's features: per channel, as a whole, or not (as in the paper)",
     )
-    embed_channels: PositiveInt = Field(64, description="channels of the embedding in which levels are matched")
-    tau: PositiveFloat = Field(1.0, description="initial temperature of the level matching; training adjusts it")
+    embed_channels: Channels = Field(64, description="channels of the embedding in which levels are matched")
+    tau: Positive = Field(1.0, description="initial temperature of the level matching; training adjusts it")
     similarity: Literal["cosine", "product"] = Field(
         "cosine", description="similarity of embeddings: their cosine, or their dot product (as in the paper)"
     )
-    prior: NonNegativeFloat = Field(
+    prior: NotNegative = Field(
         3.0,
         description="how strongly the matching favours student levels near `center`: each level's logit decreases by "
         "`prior` times the squared distance in octaves of stride; 0: no preference (as in the paper)",
@@ -60,28 +60,30 @@ class SGFI(Term):
         description="center of the prior: the level to which the student assigns the region, or the stride of the "
         "level from which the teacher pools it",
     )
-    sampling_ratio: PositiveInt = Field(2, description="RoIAlign samples per bin and axis")
+    sampling_ratio: Annotated[Count, Field(le=64)] = Field(2, description="RoIAlign samples per bin and axis")
 
 
 class CKD(Warmed):
     """Contrastive distillation over regions (G-DetKD, arXiv 2108.07482)."""
 
-    weight: NonNegativeFloat | Literal["auto"] = Field(
+    weight: NotNegative | Literal["auto"] = Field(
         "auto", description="weight of the term; auto: 1 for a two-stage student, else 0.05"
     )
-    gamma: PositiveFloat = Field(0.07, description="temperature of the contrastive loss")
+    gamma: Positive = Field(0.07, description="temperature of the contrastive loss")
     negative_iou: Fraction = Field(
         0.5, description="maximum IoU of two regions of one image that count as negatives of each other"
     )
-    queue: int = Field(4096, ge=0, description="earlier teacher embeddings kept as additional negatives")
-    project_channels: PositiveInt = Field(128, description="channels of the space in which regions are compared")
+    queue: Annotated[Whole, Field(le=10**8)] = Field(
+        4096, description="earlier teacher embeddings kept as additional negatives"
+    )
+    project_channels: Channels = Field(128, description="channels of the space in which regions are compared")
 
 
 class PredictionKD(Strict):
     """Class or box predictions of the teacher's RoI head as targets (G-DetKD, arXiv 2108.07482)."""
 
-    weight: NonNegativeFloat = Field(1.0, description="weight of the term")
-    warmup_steps: Annotated[int, Field(ge=0)] | Literal["auto"] = Field(
+    weight: NotNegative = Field(1.0, description="weight of the term")
+    warmup_steps: Whole | Literal["auto"] = Field(
         "auto",
         description="steps over which the weight rises linearly from 0; auto: half of the run if the student's head is "
         "fresh, since confident targets slow its training down, else 0 (as in the paper)",
@@ -91,7 +93,7 @@ class PredictionKD(Strict):
 class WholeMaps(Warmed):
     """A term that compares whole feature maps."""
 
-    pooled_levels: bool = Field(
+    pooled_levels: Flag = Field(
         False,
         description="also compare student levels that only subsample the previous level, such as the last level of "
         "torchvision's two-stage detectors",
@@ -104,19 +106,19 @@ _SQUARED_ERROR_WEIGHT = "weight of the term; the default equals SGFI's, as for a
 class FitNet(WholeMaps):
     """For comparison: imitates whole maps, level by level (Romero et al., ICLR 2015)."""
 
-    weight: NonNegativeFloat = Field(10.0, description=_SQUARED_ERROR_WEIGHT)
+    weight: NotNegative = Field(10.0, description=_SQUARED_ERROR_WEIGHT)
 
 
 class GTMask(WholeMaps):
     """For comparison: imitates the cells near objects (Wang et al., CVPR 2019) or inside their boxes."""
 
-    weight: NonNegativeFloat = Field(10.0, description=_SQUARED_ERROR_WEIGHT)
+    weight: NotNegative = Field(10.0, description=_SQUARED_ERROR_WEIGHT)
     mask: Literal["anchors", "boxes"] = Field(
         "anchors",
         description="cells to imitate: cells with an anchor that overlaps an object nearly as much as the best anchor "
         "does, or cells inside an object's box on the level to which the student assigns it",
     )
-    share: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
+    share: Annotated[Fraction, Field(lt=1.0)] = Field(
         0.5, description="with `mask: anchors`, the fraction of the best anchor's overlap that a cell must reach"
     )
 
@@ -124,13 +126,13 @@ class GTMask(WholeMaps):
 class RoIImitation(Term):
     """For comparison: imitates regions on the one level that each detector assigns (Li et al., CVPR 2017)."""
 
-    weight: NonNegativeFloat = Field(10.0, description=_SQUARED_ERROR_WEIGHT)
+    weight: NotNegative = Field(10.0, description=_SQUARED_ERROR_WEIGHT)
 
 
 class PKD(WholeMaps):
     """For comparison: correlates maps (Cao et al., NeurIPS 2022)."""
 
-    weight: NonNegativeFloat | Literal["auto"] = Field(
+    weight: NotNegative | Literal["auto"] = Field(
         "auto", description="weight of the term; auto: as published, 6 for a two-stage student, else 10"
     )
 
@@ -138,11 +140,11 @@ class PKD(WholeMaps):
 class CWD(WholeMaps):
     """For comparison: matches each channel's distribution over cells (Shu et al., ICCV 2021)."""
 
-    weight: NonNegativeFloat = Field(10.0, description="weight of the term, as published")
-    tau: PositiveFloat = Field(1.0, description="temperature of the softmax over cells")
+    weight: NotNegative = Field(10.0, description="weight of the term, as published")
+    tau: Positive = Field(1.0, description="temperature of the softmax over cells")
 
 
-FGDWeight = NonNegativeFloat | Literal["auto"]
+FGDWeight = NotNegative | Literal["auto"]
 
 
 class FGD(WholeMaps):
@@ -152,8 +154,8 @@ class FGD(WholeMaps):
     family: two-stage, FCOS, or RetinaNet for any other.
     """
 
-    weight: NonNegativeFloat = Field(1.0, description="weight of the four parts together")
-    temperature: PositiveFloat | Literal["auto"] = Field(
+    weight: NotNegative = Field(1.0, description="weight of the four parts together")
+    temperature: Positive | Literal["auto"] = Field(
         "auto", description="temperature of the attention maps; auto: 0.8 for FCOS, else 0.5"
     )
     objects: FGDWeight = Field("auto", description="auto: 5e-5 for two-stage, 1.6e-3 for FCOS, else 1e-3")
@@ -165,7 +167,7 @@ class FGD(WholeMaps):
         description="scaled: scale sums over channels and cells to 256 channels and 800-pixel images, for which the "
         "weights were published; published: do not scale",
     )
-    standardize: bool = Field(
+    standardize: Flag = Field(
         True, description="standardize each teacher level to mean 0 and deviation 1; the paper does not"
     )
 
@@ -194,7 +196,7 @@ class Distill(Strict):
     cwd: CWD | None = None
     fgd: FGD | None = None
     logit: Logit | None = None
-    head_transfer: bool | Literal["auto"] = Field(
+    head_transfer: Flag | Literal["auto"] = Field(
         "auto",
         description="initialize the student's head from the teacher's; auto: if it fits a fresh head",
     )

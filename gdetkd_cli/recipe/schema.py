@@ -8,9 +8,21 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, model_validator
 
-from gdetkd_cli.recipe.base import Fraction, Strict
+from gdetkd_cli.recipe.base import (
+    Channels,
+    Count,
+    Flag,
+    Fraction,
+    NotNegative,
+    Pixels,
+    Positive,
+    Real,
+    Seed,
+    Strict,
+    Whole,
+)
 from gdetkd_cli.recipe.distillation import Distill
 
 # ----------------------------------------------------------------------------------------------------------- data
@@ -19,8 +31,8 @@ from gdetkd_cli.recipe.distillation import Distill
 class Fold(Strict):
     """One fold of a cross-validation over the training and validation images together."""
 
-    number: PositiveInt = Field(description="number of the held-out fold, from 1; the others are for training")
-    of: Annotated[int, Field(ge=2)] = Field(description="number of folds")
+    number: Count = Field(description="number of the held-out fold, from 1; the others are for training")
+    of: Annotated[Count, Field(ge=2)] = Field(description="number of folds")
 
     @model_validator(mode="after")
     def _check_number(self) -> Fold:
@@ -43,13 +55,13 @@ class SyntheticData(Strict):
     """Built-in scenes, drawn in code; nothing to download."""
 
     format: Literal["synthetic"] = "synthetic"
-    train_images: PositiveInt = Field(1200, description="scenes in the training split")
-    val_images: PositiveInt = Field(1000, description="scenes in the validation split")
-    size: Annotated[int, Field(ge=64)] = Field(128, description="side of a scene in pixels")
-    smallest: Annotated[float, Field(ge=0.02, le=0.5)] = Field(
+    train_images: Count = Field(1200, description="scenes in the training split")
+    val_images: Count = Field(1000, description="scenes in the validation split")
+    size: Annotated[Pixels, Field(ge=64, le=4096)] = Field(128, description="side of a scene in pixels")
+    smallest: Annotated[Fraction, Field(ge=0.02, le=0.5)] = Field(
         0.12, description="outer diameter of the smallest object, as a fraction of the side"
     )
-    seed: int = Field(0, description="seed of the scenes")
+    seed: Seed = Field(0, description="seed of the scenes")
     fold: OneFold = None
 
 
@@ -137,16 +149,16 @@ class Augment(Strict):
     """Random changes to training images. Validation images stay unchanged."""
 
     flip: Fraction = Field(0.5, description="probability of a horizontal flip")
-    multi_scale: list[PositiveInt] | None = Field(
-        None, description="short sides in pixels from which to choose; default: the student's image size"
+    multi_scale: list[Pixels] | None = Field(
+        None, min_length=1, description="short sides in pixels from which to choose; default: the student's image size"
     )
-    max_size: PositiveInt = Field(1333, description="maximum long side in pixels with multi_scale")
+    max_size: Pixels = Field(1333, description="maximum long side in pixels with multi_scale")
     copy_paste: Fraction = Field(
         0.0,
         description="probability of pasting a slightly resized copy of an object near it, cut along its COCO outline "
         "or, without one, its box",
     )
-    photometric: bool = Field(False, description="jitter brightness, contrast, saturation and hue")
+    photometric: Flag = Field(False, description="jitter brightness, contrast, saturation and hue")
 
 
 # ------------------------------------------------------------------------------------------------------ detectors
@@ -182,18 +194,18 @@ class ComposedDetector(Strict):
         description="torchvision backbone, for example resnet18, resnext101_32x8d or mobilenet_v3_small"
     )
     head: Literal["faster-rcnn", "cascade-rcnn", "retinanet", "fcos"]
-    width: PositiveFloat | None = Field(
+    width: Annotated[Positive, Field(le=2**12)] | None = Field(
         None, description="ResNet: channels after the stem (64 in the original); MobileNet: width multiplier"
     )
-    blocks: list[PositiveInt] | None = Field(
+    blocks: list[Annotated[Count, Field(le=200)]] | None = Field(
         None, min_length=4, max_length=4, description="number of ResNet blocks per stage"
     )
-    pyramid_channels: PositiveInt = Field(256, description="channels of each pyramid level")
-    pyramid_levels: tuple[int, int] | None = Field(
+    pyramid_channels: Channels = Field(256, description="channels of each pyramid level")
+    pyramid_levels: tuple[Whole, Whole] | None = Field(
         None,
         description="first and last level; level l has stride 2**l; default: [2, 6] for two-stage heads, else [3, 7]",
     )
-    image_size: tuple[PositiveInt, PositiveInt] = Field(
+    image_size: tuple[Pixels, Pixels] = Field(
         (800, 1333), description="short side and maximum long side in pixels to which the detector resizes images"
     )
     arguments: dict[str, Any] = Field(default_factory=dict, description="keyword arguments for the torchvision class")
@@ -229,14 +241,12 @@ class ModelInput(Strict):
     layout: Literal["chw", "hwc"] = Field(
         "chw", description="channels first or last; ONNX files and exported programs define it themselves"
     )
-    mean: tuple[float, float, float] | None = Field(None, description="mean per channel to subtract, in `range`")
-    std: tuple[float, float, float] | None = Field(
+    mean: tuple[Real, Real, Real] | None = Field(None, description="mean per channel to subtract, in `range`")
+    std: tuple[Positive, Positive, Positive] | None = Field(
         None, description="standard deviation per channel by which to divide, in `range`"
     )
-    size: tuple[PositiveInt, PositiveInt] = Field(
-        (480, 640), description="height and width of the probe image in pixels"
-    )
-    fit: bool = Field(
+    size: tuple[Pixels, Pixels] = Field((480, 640), description="height and width of the probe image in pixels")
+    fit: Flag = Field(
         False, description="resize every image to `size`, padded to keep its shape; for models with a fixed input size"
     )
 
@@ -282,35 +292,37 @@ Detector = Annotated[
 
 class Optimizer(Strict):
     name: Literal["adamw", "sgd"] = "adamw"
-    lr: PositiveFloat = Field(1e-3, description="peak learning rate")
-    weight_decay: NonNegativeFloat = 1e-4
+    lr: Positive = Field(1e-3, description="peak learning rate")
+    weight_decay: NotNegative = 1e-4
     momentum: Fraction = Field(0.9, description="momentum; sgd only")
 
 
 class Schedule(Strict):
     name: Literal["cosine", "multistep", "constant"] = "cosine"
-    warmup_steps: int = Field(50, ge=0, description="steps of linear warm-up")
+    warmup_steps: Whole = Field(50, description="steps of linear warm-up")
     milestones: list[Fraction] = Field(
-        [0.667, 0.917], description="multistep: fractions of the run after which the learning rate drops"
+        [0.667, 0.917], max_length=20, description="multistep: fractions of the run after which the learning rate drops"
     )
-    gamma: PositiveFloat = Field(0.1, description="multistep: factor of the learning rate at each milestone")
+    gamma: Annotated[Positive, Field(le=10)] = Field(
+        0.1, description="multistep: factor of the learning rate at each milestone"
+    )
 
 
 class Train(Strict):
-    steps: PositiveInt = Field(description="number of optimizer steps")
-    batch_size: PositiveInt = Field(8, description="images per step and process")
-    reference_batch: PositiveInt | None = Field(
+    steps: Count = Field(description="number of optimizer steps")
+    batch_size: Annotated[Count, Field(le=10**5)] = Field(8, description="images per step and process")
+    reference_batch: Annotated[Count, Field(le=10**7)] | None = Field(
         None,
         description="images per step, over all processes, for which steps and lr are chosen; for another batch the "
         "linear scaling rule adapts both; null: never adapt them",
     )
     optimizer: Optimizer = Optimizer()
     schedule: Schedule = Schedule()
-    clip_norm: PositiveFloat | None = Field(10.0, description="maximum gradient norm; null: no clipping")
-    log_every: PositiveInt = Field(20, description="steps between lines of metrics.jsonl")
-    evaluate_every: PositiveInt | None = Field(None, description="steps between evaluations; null: only at the end")
-    checkpoint_every: PositiveInt = Field(200, description="steps between resume checkpoints")
-    keep_checkpoints: PositiveInt = Field(2, description="number of resume checkpoints to keep, the newest first")
+    clip_norm: Positive | None = Field(10.0, description="maximum gradient norm; null: no clipping")
+    log_every: Count = Field(20, description="steps between lines of metrics.jsonl")
+    evaluate_every: Count | None = Field(None, description="steps between evaluations; null: only at the end")
+    checkpoint_every: Count = Field(200, description="steps between resume checkpoints")
+    keep_checkpoints: Count = Field(2, description="number of resume checkpoints to keep, the newest first")
 
 
 class Runtime(Strict):
@@ -318,17 +330,19 @@ class Runtime(Strict):
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         "auto", description="auto: bf16 on a GPU that supports it, else fp32"
     )
-    channels_last: bool | Literal["auto"] = Field(
+    channels_last: Flag | Literal["auto"] = Field(
         "auto", description="use the channels-last memory format; auto: true, as fast or faster on CUDA and CPU"
     )
-    compile: bool = Field(False, description="compile the backbones with torch.compile")
-    threads: PositiveInt | Literal["auto"] = Field(
+    compile: Flag = Field(False, description="compile the backbones with torch.compile")
+    threads: Annotated[Count, Field(le=1024)] | Literal["auto"] = Field(
         "auto", description="number of CPU threads; auto: the fastest, measured at the start"
     )
-    workers: Annotated[int, Field(ge=0)] | Literal["auto"] = Field(
+    workers: Annotated[Whole, Field(le=1024)] | Literal["auto"] = Field(
         "auto", description="number of data loader processes; auto: 4 on a GPU, 0 on a CPU"
     )
-    cache_mb: Annotated[int, Field(ge=0)] = Field(1024, description="memory for decoded images, in MiB per process")
+    cache_mb: Annotated[Whole, Field(le=10**8)] = Field(
+        1024, description="memory for decoded images, in MiB per process"
+    )
 
 
 class Recipe(Strict):
@@ -337,7 +351,7 @@ class Recipe(Strict):
     name: str = Field(
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="name of the recipe and, by default, of its run folder"
     )
-    seed: int = Field(0, ge=0, description="seed of fresh weights and the order of images")
+    seed: Seed = Field(0, description="seed of fresh weights and the order of images")
     data: Annotated[Data, Field(discriminator="format")]
     augment: Augment = Augment()
     student: Detector

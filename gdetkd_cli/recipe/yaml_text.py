@@ -1,4 +1,8 @@
-"""YAML for recipes: plain data only, ``3e-4`` is a number, and a repeated key is an error."""
+"""YAML for recipes: plain data only, ``3e-4`` is a number, and a repeated key is an error.
+
+PyYAML follows YAML 1.1, which reads 1:30 in base 60 and 010 in base 8. Recipes read both as strings, so a field that needs
+a number refuses them.
+"""
 
 from __future__ import annotations
 
@@ -10,14 +14,25 @@ import yaml
 from yaml.composer import ComposerError
 from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
-# PyYAML follows YAML 1.1, where an exponent needs a point and a sign: it reads 3e-4 as a string.
-_EXPONENT = re.compile(r"^[-+]?(\.[0-9]+|[0-9][0-9_]*(\.[0-9_]*)?)[eE][-+]?[0-9]+$")
-_FLOAT = "tag:yaml.org,2002:float"
-_TIMESTAMP = "tag:yaml.org,2002:timestamp"
+_INT = re.compile(r"^[-+]?(0|[1-9][0-9_]*|0x[0-9a-fA-F]+)$")
+_FLOAT = re.compile(
+    r"^[-+]?(\.[0-9]+([eE][-+]?[0-9]+)?|[0-9]+\.[0-9]*([eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+|\.(inf|Inf|INF))$"
+    r"|^\.(nan|NaN|NAN)$"
+)
+_TAG = "tag:yaml.org,2002:"
+_NUMBERS = {f"{_TAG}int": _INT, f"{_TAG}float": _FLOAT}
+_KINDS = ("null", "bool", "int", "float", "str", "seq", "map")
+_MOST_NODES, _MOST_DEPTH = 10_000, 30  # of a document, with every alias written out
 
 
 class _Loader(yaml.SafeLoader):
     """A safe loader that rejects repeated keys and reads dates as strings."""
+
+    yaml_constructors = {  # noqa: RUF012  # PyYAML's own pattern
+        tag: function
+        for tag, function in yaml.SafeLoader.yaml_constructors.items()
+        if tag is None or tag.removeprefix(_TAG) in _KINDS
+    }
 
     def compose_mapping_node(self, anchor: Any) -> MappingNode:
         node = super().compose_mapping_node(anchor)
@@ -34,11 +49,12 @@ class _Dumper(yaml.SafeDumper):
 
 
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag != _TIMESTAMP]
+    first: [(tag, pattern) for tag, pattern in resolvers if tag not in (*_NUMBERS, f"{_TAG}timestamp")]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 for _side in (_Loader, _Dumper):
-    _side.add_implicit_resolver(_FLOAT, _EXPONENT, list("-+.0123456789"))
+    for _tag, _pattern in _NUMBERS.items():
+        _side.add_implicit_resolver(_tag, _pattern, list("-+.0123456789"))
 
 
 class YamlError(ValueError):
@@ -56,17 +72,48 @@ def parse(text: str) -> tuple[object, Node | None]:
         The value and its node tree with line numbers; None and None for an empty document.
 
     Raises:
-        YamlError: the text is not YAML, repeats a key, or has a tag that is not plain data.
+        YamlError: the text is not YAML, repeats a key, has a tag that is not plain data, contains itself, or is
+            larger or deeper than a recipe can be.
     """
     try:
         loader = _Loader(text)
         node = loader.get_single_node()
-        return (None if node is None else loader.construct_document(node)), node
+        if node is None:
+            return None, None
+        _count_nodes(node, {})
+        return loader.construct_document(node), node
     except yaml.MarkedYAMLError as error:
         line = None if error.problem_mark is None else error.problem_mark.line + 1
         raise YamlError(error.problem or "unreadable", line) from error
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: a number such as 0b_ that int() cannot parse
+    except YamlError:
+        raise
+    except RecursionError as error:
+        raise YamlError(f"nested more than {_MOST_DEPTH} levels deep", None) from error
+    except KeyError as error:
+        raise YamlError(f"{error.args[0]!r} is not true or false", None) from error
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a number of thousands of digits
         raise YamlError(str(error).splitlines()[0], None) from error
+
+
+def _count_nodes(node: Node, counts: dict[int, int], depth: int = 1) -> int:
+    """Counts the nodes of a tree with its aliases written out, each node once.
+
+    Raises:
+        YamlError: the tree is too large or too deep, or contains itself.
+    """
+    line = node.start_mark.line + 1
+    if counts.get(id(node)) == 0:
+        raise YamlError("a block contains itself through its anchor", line)
+    if depth > _MOST_DEPTH:
+        raise YamlError(f"nested more than {_MOST_DEPTH} levels deep", line)
+    if id(node) not in counts:
+        counts[id(node)] = 0  # unfinished
+        below = [part for pair in node.value for part in pair] if isinstance(node, MappingNode) else node.value
+        inner = below if isinstance(node, MappingNode | SequenceNode) else []
+        counts[id(node)] = 1 + sum(_count_nodes(part, counts, depth + 1) for part in inner)
+    if counts[id(node)] > _MOST_NODES:
+        raise YamlError(f"more than {_MOST_NODES} values, with every alias written out", line)
+    return counts[id(node)]
 
 
 def dump(value: object) -> str:

@@ -232,7 +232,8 @@ train:
         "21: train.batch_size: input should be a valid integer (got 1.5)",
         (
             "22: train.lr: unknown field; expected one of: steps, batch_size, reference_batch, optimizer, schedule, "
-            "clip_norm, log_every, evaluate_every, checkpoint_every"
+            "clip_norm, log_every, evaluate_every, checkpoint_every, "
+        "keep_checkpoints"
         ),
     ]
     assert set(refusal(path).splitlines()) == {f"{path}:{line}" for line in expected}
@@ -306,7 +307,7 @@ def test_a_missing_recipe_names_close_ones(shipped: Path) -> None:
         ),
         (b"a: 1\n--- \nb: 2\n", "{path}:2: not valid YAML: but found another document"),
         (b"a: \x07\n", "{path}: not valid YAML: unacceptable character #x0007: special characters are not allowed"),
-        (b"a: 0b_\n", "{path}: not valid YAML: invalid literal for int() with base 2: ''"),
+        (b"a: !!int x\n", "{path}: not valid YAML: invalid literal for int() with base 10: 'x'"),
     ],
 )
 def test_an_unreadable_recipe_is_one_sentence(tmp_path: Path, content: bytes, sentence: str) -> None:
