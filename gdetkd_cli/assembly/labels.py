@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -128,7 +129,7 @@ def _build_tables(
         "images": [
             {
                 "id": record.image_id,
-                "file_name": path.relative_to(folder).as_posix(),
+                "file_name": Path(os.path.relpath(path, folder)).as_posix(),
                 "height": record.size[0],
                 "width": record.size[1],
             }

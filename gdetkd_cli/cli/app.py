@@ -39,12 +39,12 @@ class _ErrorBoundary(TyperGroup):
         except (Exception, KeyboardInterrupt) as error:
             if ctx.params["debug"]:
                 typer.echo("".join(traceback.format_exception(error)), err=True)
-            message, code = _describe_error(error)
+            message, code = describe_error(error)
             typer.echo(message, err=True)
             raise typer.Exit(code) from error
 
 
-def _describe_error(error: BaseException) -> tuple[str, int]:
+def describe_error(error: BaseException) -> tuple[str, int]:
     """Returns the message for the user and the exit code."""
     prefix = typer.style("Error:", fg=typer.colors.RED, bold=True)
     match error:

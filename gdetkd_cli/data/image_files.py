@@ -13,6 +13,10 @@ from torch import Tensor
 
 from gdetkd_cli.errors import DataError
 
+# Others are rare as photographs, and Pillow starts another program to read some of them.
+_FORMATS = ("JPEG", "PNG", "BMP", "DIB", "GIF", "PPM", "TGA", "TIFF", "WEBP", "JPEG2000", "AVIF")
+Image.init()  # loads all readers
+FORMATS = tuple(format for format in _FORMATS if format in Image.OPEN)
 # Pillow's errors for a file that is not an image, is incomplete, or is far too large.
 _UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
@@ -40,7 +44,7 @@ class ImageFiles:
         """
         path = self.paths[index]
         try:
-            with Image.open(path) as image:
+            with Image.open(path, formats=FORMATS) as image:
                 pixels = _convert_to_rgb(image)
         except _UNREADABLE as error:
             raise DataError(f"the image {path} cannot be decoded ({error}); replace the file") from error
@@ -71,7 +75,7 @@ def read_image_size(path: Path) -> tuple[int, int]:
         DataError: the file is not an image.
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
             return image.height, image.width
     except _UNREADABLE as error:
         raise DataError(f"the image {path} cannot be read ({error}); replace the file") from error
@@ -79,6 +83,8 @@ def read_image_size(path: Path) -> tuple[int, int]:
 
 def _convert_to_rgb(image: Image.Image) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
     """Converts to (H, W, 3) uint8. Pillow would clip 16-bit grey to white, so it is scaled here."""
+    if 0 in image.size:
+        raise ValueError("it has no pixels")
     if image.mode in ("I", "F"):
         raise ValueError("the white point of 32 bits per channel is unknown; save it with 8 or 16 bits")
     if image.mode.startswith("I;16"):

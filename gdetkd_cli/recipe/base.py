@@ -1,7 +1,7 @@
 """The base class of a recipe's blocks, and their kinds of numbers.
 
-Numbers are strict, because YAML reads ``yes`` as true and pydantic reads true as 1. They are finite and bounded, because
-a number beyond these bounds is a slip, and would end in a full memory or a run without end.
+Numbers are strict, because YAML reads ``yes`` as true and pydantic reads true as 1. They are finite and bounded,
+because a number beyond these bounds is a slip, and would end in a full memory or a run without end.
 """
 
 from __future__ import annotations

@@ -56,13 +56,13 @@ def _replace(node: object, override: Override, depth: int) -> object:
     key = override.path[depth]
     here = ".".join(override.path[:depth])
     if isinstance(node, list):
-        if not key.isdigit() or int(key) >= len(node):
+        if not _is_index(key) or int(key) >= len(node):
             expected = f"expected an index from 0 to {len(node) - 1}, got {key}" if node else f"it has no index {key}"
             raise RecipeError(f"--set {override.text}: {here} is a list of length {len(node)}; {expected}")
         items = list(node)
         items[int(key)] = _replace(items[int(key)], override, depth + 1)
         return items
-    if node is None and key.isdigit():
+    if node is None and _is_index(key):
         raise RecipeError(
             f"--set {override.text}: the recipe does not contain the list {here}; set the whole list: "
             f"--set '{here}=[...]'"
@@ -74,3 +74,7 @@ def _replace(node: object, override: Override, depth: int) -> object:
         )
     fields = node or {}
     return {**fields, key: _replace(fields.get(key), override, depth + 1)}
+
+
+def _is_index(key: str) -> bool:
+    return key.isascii() and key.isdecimal() and len(key) < 10

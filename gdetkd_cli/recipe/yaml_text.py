@@ -1,7 +1,7 @@
 """YAML for recipes: plain data only, ``3e-4`` is a number, and a repeated key is an error.
 
-PyYAML follows YAML 1.1, which reads 1:30 in base 60 and 010 in base 8. Recipes read both as strings, so a field that needs
-a number refuses them.
+PyYAML follows YAML 1.1, which reads 1:30 in base 60 and 010 in base 8. Recipes read both as strings, so a field that
+needs a number refuses them.
 """
 
 from __future__ import annotations

@@ -178,7 +178,7 @@ def test_bdd_own_classes(bdd: Path) -> None:
 def test_bdd_faults(bdd: Path, content: Any, message: str) -> None:
     with pytest.raises(DataError, match=message):
         read(bdd, content)
-    with pytest.raises(DataError, match="there is no label file"):
+    with pytest.raises(DataError, match="there is no annotation file"):
         read_bdd100k(labels=bdd / "nothing.json", images=bdd)
 
 

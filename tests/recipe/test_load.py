@@ -233,7 +233,7 @@ train:
         (
             "22: train.lr: unknown field; expected one of: steps, batch_size, reference_batch, optimizer, schedule, "
             "clip_norm, log_every, evaluate_every, checkpoint_every, "
-        "keep_checkpoints"
+            "keep_checkpoints"
         ),
     ]
     assert set(refusal(path).splitlines()) == {f"{path}:{line}" for line in expected}

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from gdetkd_cli.data.readers.coco import build_split_from_tables
+from gdetkd_cli.data.readers.json_file import is_number, read_json
 from gdetkd_cli.data.split import Split
 from gdetkd_cli.errors import DataError
 
@@ -47,7 +47,7 @@ def read_bdd100k(*, labels: Path, images: Path, classes: Sequence[str] | None = 
     for image_id, frame in enumerate(_read_frames(labels), start=1):
         tables["images"].append({"id": image_id, "file_name": frame["name"]})
         for label in frame.get("labels") or []:
-            if not isinstance(label, dict) or not isinstance(label.get("box2d"), dict):
+            if label.get("box2d") is None:  # a lane or an area
                 continue
             name = str(label.get("category"))
             attributes = label.get("attributes")
@@ -77,22 +77,26 @@ def read_first_frame(labels: Path) -> str:
 
 
 def _read_frames(file: Path) -> list[dict[str, Any]]:
-    if not file.is_file():
-        raise DataError(f"there is no label file {file}; give the path of BDD100K's detection labels")
-    try:
-        content = json.loads(file.read_bytes())
-    except ValueError as error:
-        raise DataError(f"{file} should be BDD100K's JSON, but it is not JSON ({error})") from error
+    content = read_json(file, "BDD100K's detection labels")
     frames = content.get("frames") if isinstance(content, dict) else content
-    if not isinstance(frames, list) or not all(isinstance(f, dict) and isinstance(f.get("name"), str) for f in frames):
-        raise DataError(f"{file} should be BDD100K's list of frames, each with a name; give another file")
+    if not isinstance(frames, list) or not all(map(_is_frame, frames)):
+        raise DataError(
+            f"{file} should be BDD100K's list of frames, each with a name and a list of labels; give another file"
+        )
     return frames
 
 
-def _convert_box(corners: dict[str, Any]) -> list[float] | None:
+def _is_frame(frame: object) -> bool:
+    if not isinstance(frame, dict) or not isinstance(frame.get("name"), str):
+        return False
+    labels = frame.get("labels")
+    return labels is None or (isinstance(labels, list) and all(isinstance(label, dict) for label in labels))
+
+
+def _convert_box(corners: object) -> list[float] | None:
     """Converts corners to xywh in pixels; None if they are not four numbers."""
-    try:
-        x1, y1, x2, y2 = (float(corners[key]) for key in ("x1", "y1", "x2", "y2"))
-    except (KeyError, TypeError, ValueError):
+    found = [corners.get(key) for key in ("x1", "y1", "x2", "y2")] if isinstance(corners, dict) else []
+    if len(found) < 4 or not all(map(is_number, found)):
         return None
+    x1, y1, x2, y2 = map(float, found)
     return [x1, y1, x2 - x1, y2 - y1]

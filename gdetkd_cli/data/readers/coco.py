@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import json
-import math
+import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 import numpy as np
 import torch
 
 from gdetkd_cli.data.image_files import ImageFiles, read_image_size
+from gdetkd_cli.data.readers.json_file import is_number, is_text, is_whole, read_json
+from gdetkd_cli.data.readers.run_lengths import is_mask
 from gdetkd_cli.data.split import Outline, Record, Split
 from gdetkd_cli.errors import DataError
 
 _TABLES = ("images", "annotations", "categories")
-_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 _ROUNDING = 0.01  # pixels; smaller sides and smaller distances over the image's edge are rounding errors
 
 # The notes of a split, in this order.
@@ -71,8 +71,9 @@ def build_split_from_tables(
     truth: dict[int, list[dict[str, object]]] = {image_id: [] for image_id in ids}
     shapes: dict[int, list[Outline]] = {image_id: [] for image_id in ids}
     for annotation in tables["annotations"]:
-        image_id, name = annotation.get("image_id"), names.get(annotation.get("category_id"))
-        if image_id not in sizes:
+        image_id, category = annotation.get("image_id"), annotation.get("category_id")
+        name = names.get(category) if is_number(category) else None
+        if not is_number(image_id) or image_id not in sizes:
             counts[_NO_IMAGE] += 1
         elif name is None:
             counts[_NO_CATEGORY] += 1
@@ -83,7 +84,7 @@ def build_split_from_tables(
             if item is not None:
                 truth[image_id].append(item)
                 if outlines:
-                    shapes[image_id].append(_convert_outline(annotation.get("segmentation")))
+                    shapes[image_id].append(_convert_outline(annotation.get("segmentation"), sizes[image_id]))
 
     records = [_build_record(image_id, sizes[image_id], truth[image_id], shapes[image_id]) for image_id in ids]
     counts[_NEGATIVE] = sum(len(record.labels) == 0 for record in records)
@@ -128,15 +129,7 @@ def align_classes(split: Split, class_names: tuple[str, ...]) -> Split:
 
 def _load(file: Path) -> dict[str, list[dict[str, Any]]]:
     """Reads the three tables of a COCO detection file, each a list of objects."""
-    if not file.is_file():
-        raise DataError(f"there is no annotation file {file}; give the path of a COCO detection JSON")
-    content = file.read_bytes()
-    if content.startswith(_LFS_POINTER):
-        raise DataError(f"{file} is a git-LFS pointer, not the annotations; run `git lfs pull` where it came from")
-    try:
-        parsed = json.loads(content)
-    except ValueError as error:
-        raise DataError(f"{file} should be COCO detection JSON, but it is not JSON ({error})") from error
+    parsed = read_json(file, "COCO detection JSON")
     tables = parsed if isinstance(parsed, dict) else {}
     missing = [key for key in _TABLES if not _is_table(tables.get(key))]
     if missing:
@@ -158,7 +151,7 @@ def _find_repeated(values: Iterable[object]) -> list[object]:
 
 def _read_category_names(categories: Sequence[Mapping[str, Any]], *, file: Path) -> dict[object, str]:
     """Returns names by category id, in the order of the ids."""
-    if not all(isinstance(c.get("id"), int) and isinstance(c.get("name"), str) for c in categories):
+    if not all(is_whole(c.get("id")) and is_text(c.get("name")) for c in categories):
         raise DataError(f"{file} has a category without a whole-number id and a name; correct its categories")
     for key in ("id", "name"):
         twice = _find_repeated(category[key] for category in categories)
@@ -185,7 +178,7 @@ def _find_images(entries: Sequence[Mapping[str, Any]], *, folder: Path, file: Pa
     """Returns the images' ids and files, after checking that the files exist."""
     if not entries:
         raise DataError(f"{file} lists no images; give a file with at least one")
-    if not all(isinstance(e.get("id"), int) and isinstance(e.get("file_name"), str) for e in entries):
+    if not all(is_whole(e.get("id")) and isinstance(e.get("file_name"), str) for e in entries):
         raise DataError(f"{file} has an image without a whole-number id and a file_name; correct its images")
     twice = _find_repeated(entry["id"] for entry in entries)
     if twice:
@@ -193,7 +186,7 @@ def _find_images(entries: Sequence[Mapping[str, Any]], *, folder: Path, file: Pa
     if not folder.is_dir():
         raise DataError(f"there is no folder {folder} for the images of {file}; give their folder")
     paths = [folder / entry["file_name"] for entry in entries]
-    missing = [path for path in paths if not path.is_file()]
+    missing = [path for path in paths if not os.path.isfile(path)]  # unlike Path, also false for impossible names
     if missing:
         raise DataError(
             f"{len(missing)} of the {len(paths)} images that {file} names are missing, {missing[0]} first; "
@@ -206,7 +199,7 @@ def _find_images(entries: Sequence[Mapping[str, Any]], *, folder: Path, file: Pa
 def _read_size(entry: Mapping[str, Any]) -> tuple[int, int] | None:
     """Returns (height, width) pixels from the JSON; None if they are missing or invalid."""
     height, width = entry.get("height"), entry.get("width")
-    if isinstance(height, int) and isinstance(width, int) and height > 0 and width > 0:
+    if is_whole(height) and is_whole(width) and height > 0 and width > 0:
         return height, width
     return None
 
@@ -223,7 +216,7 @@ def _convert_annotation(
         counts: how often each note applies; updated.
     """
     box = annotation.get("bbox")
-    if not (isinstance(box, list) and len(box) == 4 and all(_is_finite(number) for number in box)):
+    if not (isinstance(box, list) and len(box) == 4 and all(is_number(number) for number in box)):
         counts[_NO_BOX] += 1
         return None
     left, top, width, height = box
@@ -240,23 +233,25 @@ def _convert_annotation(
     area = annotation.get("area")
     return {
         "bbox": [x1, y1, x2 - x1, y2 - y1],
-        "area": float(area) if _is_finite(area) else (x2 - x1) * (y2 - y1),
+        # An area larger than the image would hide the object from the metrics of every size.
+        "area": float(area) if is_number(area) and 0 <= area <= size[0] * size[1] else (x2 - x1) * (y2 - y1),
         "category_id": label,
         "iscrowd": int(crowd),
     }
 
 
-def _is_finite(value: object) -> TypeGuard[float]:
-    return isinstance(value, (int, float)) and math.isfinite(value)
-
-
-def _convert_outline(segmentation: object) -> Outline:
-    """Converts polygons to arrays and keeps run lengths; None for anything else."""
+def _convert_outline(segmentation: object, size: tuple[int, int]) -> Outline:
+    """Converts polygons to arrays and keeps run lengths; None for anything else, and for what leaves the image."""
     if isinstance(segmentation, dict):
-        return segmentation if "counts" in segmentation and "size" in segmentation else None
+        return segmentation if is_mask(segmentation, size) else None
     if not isinstance(segmentation, list):
         return None
-    polygons = [p for p in segmentation if isinstance(p, list) and len(p) >= 6 and all(map(_is_finite, p))]
+    reach = 2 * max(size)  # pixels; drawing does not end for points that are far away
+    polygons = [
+        p
+        for p in segmentation
+        if isinstance(p, list) and len(p) >= 6 and len(p) % 2 == 0 and all(is_number(v) and abs(v) < reach for v in p)
+    ]
     return [np.asarray(polygon, dtype=np.float32) for polygon in polygons] or None
 
 

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from PIL import Image
 
-from gdetkd_cli.data.image_files import ImageFiles, read_image_size
+from gdetkd_cli.data.image_files import FORMATS, ImageFiles, read_image_size
 from gdetkd_cli.data.split import Record, Split
 from gdetkd_cli.errors import DataError
 
@@ -60,6 +60,5 @@ def check_no_labels(folder: Path) -> None:
 
 
 def _find_images(folder: Path) -> Iterator[Path]:
-    endings = Image.registered_extensions()  # includes formats that Pillow can only write
-    known = {ending for ending, format in endings.items() if format in Image.OPEN}
+    known = {ending for ending, format in Image.registered_extensions().items() if format in FORMATS}
     return (path for path in folder.rglob("*") if path.suffix.lower() in known and path.is_file())

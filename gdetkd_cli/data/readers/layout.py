@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,7 +91,7 @@ def _read_first_image(file: Path) -> str | None:
     """Reads the file name of a COCO detection file's first image; None for other files."""
     try:
         tables = json.loads(file.read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     if not isinstance(tables, dict) or not all(isinstance(tables.get(k), list) for k in ("images", "annotations")):
         return None
@@ -110,6 +111,6 @@ def _find_split_file(files: Iterable[Path], root: Path, words: tuple[str, ...]) 
 def _find_image_folder(file: Path, name: str, root: Path) -> Path:
     nested = (folder for folder in sorted(root.glob("**/*")) if folder.is_dir())
     for folder in (file.parent, root / "images", root, *nested):
-        if (folder / name).is_file():
+        if os.path.isfile(folder / name):
             return folder
     raise DataError(f"{file} names the image {name}, which is nowhere in {root}; put the images there")

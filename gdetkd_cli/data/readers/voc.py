@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -58,11 +60,11 @@ def read_voc(*, lists: Sequence[Path], root: Path, classes: Sequence[str] | None
     others: set[str] = set()
     for listing in lists:
         for stem in _read_image_names(listing):
-            year = listing.parents[2]
+            year = listing.absolute().parents[2]
             tree = _parse(year / "Annotations" / f"{stem}.xml")
             image = _find_image(year / "JPEGImages", stem)
             image_id = len(images) + 1
-            images.append({"id": image_id, "file_name": str(image.relative_to(root)), **_read_size(tree)})
+            images.append({"id": image_id, "file_name": os.path.relpath(image, root), **_read_size(tree)})
             for item in tree.iter("object"):
                 name = (item.findtext("name") or "").strip()
                 if name not in numbers:
@@ -88,7 +90,7 @@ def read_voc(*, lists: Sequence[Path], root: Path, classes: Sequence[str] | None
 def read_object_names(lists: Sequence[Path]) -> set[str]:
     """Reads the names of the objects in the listed images."""
     trees = (
-        _parse(listing.parents[2] / "Annotations" / f"{stem}.xml")
+        _parse(listing.absolute().parents[2] / "Annotations" / f"{stem}.xml")
         for listing in lists
         for stem in _read_image_names(listing)
     )
@@ -99,11 +101,14 @@ def _read_image_names(listing: Path) -> list[str]:
     """Reads a list's image names; from a list of one class (name, then 1, 0 or -1) those without -1."""
     if not listing.is_file():
         raise DataError(f"there is no list {listing}; give a file of image names, such as ImageSets/Main/trainval.txt")
-    if len(listing.absolute().parents) < 3 or listing.parents[1].name != "ImageSets":
+    if listing.absolute().parents[1].name != "ImageSets":
         raise DataError(
             f"the list {listing} should be in ImageSets/Main, beside Annotations and JPEGImages; move it there"
         )
-    rows = [line.split() for line in listing.read_text(encoding="utf-8").splitlines() if line.strip()]
+    try:
+        rows = [line.split() for line in listing.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except UnicodeDecodeError as error:
+        raise DataError(f"{listing} should be a list of image names, but it is not UTF-8 text; replace it") from error
     wrong = next((row for row in rows if len(row) > 2), None)
     if wrong is not None:
         raise DataError(
@@ -113,17 +118,17 @@ def _read_image_names(listing: Path) -> list[str]:
 
 
 def _parse(file: Path) -> ElementTree.Element:
-    if not file.is_file():
+    if not os.path.isfile(file):
         raise DataError(f"there is no annotation {file}; complete the folder, or correct the list")
     try:
         return ElementTree.parse(file).getroot()
-    except ElementTree.ParseError as error:
+    except (ElementTree.ParseError, ValueError, LookupError) as error:  # the last two: of the encoding that it names
         raise DataError(f"{file} should be VOC's XML, but it cannot be read ({error}); replace the file") from error
 
 
 def _find_image(folder: Path, stem: str) -> Path:
     for ending in _ENDINGS:
-        if (folder / (stem + ending)).is_file():
+        if os.path.isfile(folder / (stem + ending)):
             return folder / (stem + ending)
     raise DataError(f"there is no image {folder / stem}.jpg; give the folder that contains JPEGImages, or add the file")
 
@@ -145,6 +150,7 @@ def _read_box(item: ElementTree.Element) -> list[float] | None:
 
 def _read_number(element: ElementTree.Element | None) -> float | None:
     try:
-        return float(element.text) if element is not None and element.text else None
+        number = float(element.text) if element is not None and element.text else math.nan
     except ValueError:
         return None
+    return number if math.isfinite(number) else None

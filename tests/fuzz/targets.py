@@ -1,0 +1,7 @@
+"""Every target by name."""
+
+from __future__ import annotations
+
+import fuzz_recipes
+
+TARGETS = {target.name: target for target in (*fuzz_recipes.TARGETS,)}
