@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Iterator
 from itertools import product
@@ -17,7 +16,7 @@ from gdetkd_cli.detectors.recognise import Recognised, recognise
 from gdetkd_cli.detectors.torchvision.common import predict
 from gdetkd_cli.detectors.weights import load_state, torchvision_categories
 from gdetkd_cli.errors import ModelError
-from gdetkd_cli.probing.formats.class_names import OWN
+from gdetkd_cli.probing.formats.class_names import OWN, parse_notes, read_class_names
 from gdetkd_cli.probing.formats.files import DESCRIPTION_FILE, load_torchscript
 from gdetkd_cli.probing.pyramid import probe_image
 
@@ -56,9 +55,9 @@ def load_scripted(path: Path, class_names: tuple[str, ...]) -> catalog.Loaded:
     files = {DESCRIPTION_FILE: ""}
     module = load_torchscript(path, extra_files=files).eval()
     state = module.state_dict()
-    if files[DESCRIPTION_FILE]:
-        entries = json.loads(files[DESCRIPTION_FILE])
-        description, names = json.loads(entries[ARCHITECTURE]), tuple(json.loads(entries[CLASSES]))
+    entries = parse_notes(files[DESCRIPTION_FILE])
+    description, names = parse_notes(str(entries.get(ARCHITECTURE, ""))), read_class_names(entries)
+    if description:
         state = {name.removeprefix("detector."): value for name, value in state.items()}
         detector = catalog.build(description, names)
         load_state(detector.module, state, str(path))

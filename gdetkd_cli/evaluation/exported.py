@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from gdetkd_cli import __version__
 from gdetkd_cli.detectors.protocol import Detector
 from gdetkd_cli.detectors.scripted import ARCHITECTURE, CLASSES
 from gdetkd_cli.errors import ModelError, first_line
+from gdetkd_cli.probing.formats.class_names import parse_notes, read_class_names
 from gdetkd_cli.probing.formats.files import DESCRIPTION_FILE, load_torchscript
 from gdetkd_cli.structures import Detections
 
@@ -98,7 +100,7 @@ class ScriptedDetector:
         """
         files = {DESCRIPTION_FILE: ""}
         self._module = load_torchscript(path, device, files)
-        self.class_names = _read_class_names(path, json.loads(files[DESCRIPTION_FILE] or "{}"))
+        self.class_names = _read_class_names(path, parse_notes(files[DESCRIPTION_FILE]))
 
     @torch.no_grad()
     def predict(self, images: list[Tensor]) -> list[Detections]:
@@ -106,7 +108,8 @@ class ScriptedDetector:
         return [Detections(*self._module(image)) for image in images]
 
 
-def _read_class_names(path: Path, description: dict[str, str]) -> tuple[str, ...]:
-    if CLASSES not in description:
+def _read_class_names(path: Path, description: Mapping[str, object]) -> tuple[str, ...]:
+    names = read_class_names(description) if CLASSES in description else ()
+    if not names:
         raise NotOursError(f"{path} was not exported by gdetkd: it has no class names")
-    return tuple(json.loads(description[CLASSES]))
+    return names

@@ -5,24 +5,31 @@ from __future__ import annotations
 import ast
 import json
 from collections.abc import Mapping
+from typing import Any
 
 OWN = "gdetkd.classes"  # gdetkd's key: a JSON list
 _YOLO = "names"  # ultralytics' key: {0: "person", ...}, in ONNX as the text of a Python dictionary
 
 
+def parse_notes(text: str) -> dict[str, Any]:
+    """Parses a file's metadata; empty if it is not a JSON object, as other tools' own formats are not."""
+    try:
+        notes = json.loads(text or "{}")
+    except (ValueError, RecursionError):
+        return {}
+    return notes if isinstance(notes, dict) else {}
+
+
 def read_class_names(notes: Mapping[str, object]) -> tuple[str, ...]:
     """Reads the names in the order of the labels; empty if a file's metadata has none."""
-    if isinstance(notes.get(OWN), str):
-        return tuple(json.loads(str(notes[OWN])))
-    names = notes.get(_YOLO)
-    if isinstance(names, str):
-        try:
+    own, names = notes.get(OWN), notes.get(_YOLO)
+    try:
+        if isinstance(own, str):
+            names = json.loads(own)
+        elif isinstance(names, str):
             names = ast.literal_eval(names)
-        except (ValueError, SyntaxError):
-            return ()
-    if isinstance(names, dict):
-        try:
+        if isinstance(names, dict):
             names = [name for _, name in sorted(names.items(), key=lambda item: int(item[0]))]
-        except ValueError:
-            return ()
+    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):  # the last: too many brackets
+        return ()
     return tuple(map(str, names)) if isinstance(names, list) else ()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 import zipfile
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Literal
 import torch
 
 from gdetkd_cli.errors import ModelError, first_line
-from gdetkd_cli.probing.formats.class_names import read_class_names
+from gdetkd_cli.probing.formats.class_names import parse_notes, read_class_names
 from gdetkd_cli.probing.formats.exported import load_exported
 from gdetkd_cli.probing.formats.operators import check_torchscript
 from gdetkd_cli.probing.formats.runner import ModuleRunner, Runner, calls_for
@@ -29,8 +28,11 @@ def kind_of(path: Path) -> Kind:
         if file.read(1) == _ONNX_START:
             return "onnx"
     if zipfile.is_zipfile(path):  # all of torch's formats are ZIP files; only TorchScript has constants
-        with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
+        try:
+            with zipfile.ZipFile(path) as archive:
+                names = archive.namelist()
+        except (zipfile.BadZipFile, UnicodeDecodeError, NotImplementedError):  # damaged
+            return "checkpoint"
         if any(name.endswith("/constants.pkl") for name in names):
             return "torchscript"
         if any(name.endswith("/archive_format") for name in names):
@@ -57,7 +59,7 @@ def open_runner(path: Path, kind: Kind, *, last: bool = False) -> Runner:
         return load_exported(path)
     texts = {DESCRIPTION_FILE: "", _YOLO_FILE: ""}
     module = load_torchscript(path, extra_files=texts).eval()
-    notes = _parse_notes(texts[DESCRIPTION_FILE] or texts[_YOLO_FILE])
+    notes = parse_notes(texts[DESCRIPTION_FILE] or texts[_YOLO_FILE])
     calls = calls_for(last=last)
     return ModuleRunner(module, calls=calls, size=_read_size(notes.get("imgsz")), class_names=read_class_names(notes))
 
@@ -67,14 +69,6 @@ def _read_size(value: object) -> tuple[int, int] | None:
     if isinstance(value, list) and len(value) == 2 and all(isinstance(side, int) and side > 0 for side in value):
         return value[0], value[1]
     return None
-
-
-def _parse_notes(text: str) -> dict[str, object]:
-    try:
-        notes = json.loads(text or "{}")
-    except ValueError:  # another tool's own format
-        return {}
-    return notes if isinstance(notes, dict) else {}
 
 
 def load_torchscript(
@@ -91,7 +85,7 @@ def load_torchscript(
         with warnings.catch_warnings(action="ignore"):  # torch.jit's deprecation
             # Not map_location=device: SSD keeps tensors on the CPU that are not buffers.
             module = torch.jit.load(path, map_location="cpu", _extra_files=extra_files)
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError, LookupError) as error:
         unknown = [line.strip() for line in str(error).splitlines() if "Unknown builtin op" in line]
         if unknown:
             raise ModelError(

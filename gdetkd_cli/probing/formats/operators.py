@@ -38,7 +38,7 @@ _STRINGS = frozenset(
         """
         Delete Float Int __contains__ __getitem__ __interpolate __upsample _assert_async _assert_scalar
         _convolution_mode _functional_assert_async _functional_assert_scalar _linalg_check_errors _linalg_eigh
-        _linalg_svd _print _set_item add any capitalize center clear conv1d conv2d conv3d copy count device dict div
+        _linalg_svd _set_item add any capitalize center clear conv1d conv2d conv3d copy count device dict div
         div_ divide divide_ einsum endswith eq expandtabs fft_fft fft_fft2 fft_fftn fft_hfft fft_hfft2 fft_hfftn
         fft_ifft fft_ifft2 fft_ifftn fft_ihfft fft_ihfft2 fft_ihfftn fft_irfft fft_irfft2 fft_irfftn fft_rfft
         fft_rfft2 fft_rfftn
