@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import zipfile
 from pathlib import Path
 
@@ -11,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from gdetkd_cli.errors import ModelError
-from gdetkd_cli.probing.formats.exported import load_exported
-from gdetkd_cli.probing.formats.files import load_torchscript
+from gdetkd_cli.probing.formats.files import kind_of, load_torchscript, open_runner
 from gdetkd_cli.probing.formats.operators import allows_operator, allows_target
 from gdetkd_cli.trust import trust_code
+from tests.probing.archives import read_files, write_files, write_with_two_tables
 
 VICTIM = "victim.bin"
 
@@ -44,15 +43,12 @@ def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return path
 
 
-def rewrite(path: Path, old: str, new: str) -> None:
-    """Changes the code inside a TorchScript file."""
-    with zipfile.ZipFile(path) as archive:
-        files = {name: archive.read(name) for name in archive.namelist()}
-    changed = {name: content.replace(old.encode(), new.encode()) for name, content in files.items()}
+def rewrite(path: Path, old: bytes, new: bytes) -> None:
+    """Changes bytes in the files inside a TorchScript file."""
+    files = read_files(path)
+    changed = {name: content.replace(old, new) for name, content in files.items()}
     assert changed != files
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
-        for name, content in changed.items():
-            archive.writestr(name, content)
+    write_files(path, changed)
 
 
 def test_a_file_that_computes_is_read(script: Path) -> None:
@@ -92,23 +88,71 @@ def test_consent_lets_it_run(script: Path) -> None:
         ("ops.c10d.barrier(input)", "c10d::barrier"),
         ("ops.a_library.an_operator(input)", "a_library::an_operator"),
         ("__torch__.torch.classes.dist_rpc.WorkerInfo(input)", "torch.classes.dist_rpc"),
+        ("__torch__.torch", "__torch__"),
+        ("getattr(__torch__, 'torch')", "__torch__"),
+        ("print(input)", "prim::Print"),
+        ('ops.prim.Print("text")', "prim::Print"),
+        ('torch._print("text")', "aten::_print"),
+        ("torch.sparse_coo_tensor(input, input)", "aten::sparse_coo_tensor"),
     ],
 )
 def test_ways_to_call_other_operators(code: str, refused: str, script: Path) -> None:
-    rewrite(script, "    body = self.body\n", f"    input = x\n    found = {code}\n    body = self.body\n")
+    rewrite(script, b"    body = self.body\n", f"    input = x\n    found = {code}\n    body = self.body\n".encode())
     with pytest.raises(ModelError, match=rf"calls {refused}, which can do more than compute"):
+        load_torchscript(script)
+
+
+@pytest.mark.parametrize("code", ['"a" b"b"', "x ? y"])
+def test_code_that_torch_could_read_differently(code: str, script: Path) -> None:
+    rewrite(script, b"    body = self.body\n", f"    found = {code}\n    body = self.body\n".encode())
+    with pytest.raises(ModelError, match="its code cannot be checked"):
         load_torchscript(script)
 
 
 def test_code_under_another_case_is_checked(script: Path) -> None:
     torch.jit.script(Overwrites()).save(str(script))
-    with zipfile.ZipFile(script) as archive:
-        files = {name: archive.read(name) for name in archive.namelist()}
-    with zipfile.ZipFile(script, "w", zipfile.ZIP_STORED) as archive:
-        for name, content in files.items():
-            archive.writestr(name.removesuffix(".py") + ".PY" if name.endswith(".py") else name, content)
+    files = read_files(script)
+    write_files(
+        script, {name.removesuffix(".py") + ".PY" if name.endswith(".py") else name: files[name] for name in files}
+    )
     with pytest.raises(ModelError, match="calls aten::from_file"):
         load_torchscript(script)
+
+
+def test_code_in_a_second_table_of_files_is_checked(tmp_path: Path, script: Path) -> None:
+    """Python would read the second table, torch the first."""
+    benign = tmp_path / "benign.pt"
+    benign.write_bytes(script.read_bytes())
+    rewrite(script, b"    body = self.body\n", b'    ops.aten.save(x, "victim.bin")\n    body = self.body\n')
+    write_with_two_tables(script, hostile=read_files(script), benign=read_files(benign))
+    with pytest.raises(ModelError, match="calls aten::save"):
+        load_torchscript(script)
+
+
+def test_a_name_that_torch_lists_cut_off_is_refused(script: Path) -> None:
+    write_files(script, read_files(script) | {"model/code/" + "a" * 600 + ".py": b"import"})
+    with pytest.raises(ModelError, match="not a plain archive"):
+        load_torchscript(script)
+
+
+def test_a_tensor_larger_than_its_bytes_is_refused(script: Path) -> None:
+    """torch would read, and write, the memory beside it."""
+    rewrite(script, b"K\x04tQ", b"J\x00\x00\x10\x00tQ")
+    with pytest.raises(ModelError, match="storage 1 has fewer than the 4194304 bytes that data states"):
+        load_torchscript(script)
+
+
+@pytest.mark.parametrize("notes", ["{", "[1]", "[" * 100_000, '{"gdetkd.classes": "{"}', '{"names": {"a": "b"}}'])
+def test_a_damaged_description_gives_no_class_names(notes: str, tmp_path: Path) -> None:
+    path = tmp_path / "model.pt"
+    torch.jit.script(Maps()).save(str(path), _extra_files={"gdetkd.json": notes})
+    assert open_runner(path, kind_of(path)).class_names == ()
+
+
+def test_a_damaged_table_of_files_is_no_model_file(script: Path) -> None:
+    content = script.read_bytes()
+    script.write_bytes(content.replace(b"PK\x01\x02", b"PK\x01\xff"))
+    assert kind_of(script) == "checkpoint"
 
 
 def test_the_legacy_format_is_refused(script: Path) -> None:
@@ -143,25 +187,12 @@ def test_two_files_of_one_name_are_refused(script: Path) -> None:
         ("_operator.attrgetter", False),
         ("os.system", False),
         ("math.os.system", False),
+        ("math.__loader__", False),
+        ("torch.ops.aten.relu.__class__", False),
     ],
 )
 def test_what_a_node_of_an_exported_program_may_call(target: str, allowed: bool) -> None:
     assert allows_target(target) is allowed
-
-
-def test_an_exported_program_that_calls_another_operator(tmp_path: Path) -> None:
-    path = tmp_path / "model.pt2"
-    torch.export.save(torch.export.export(Maps().eval(), (torch.zeros(1, 3, 8, 8),)), path)
-    with zipfile.ZipFile(path) as archive:
-        files = {name: archive.read(name) for name in archive.namelist()}
-    name = next(name for name in files if name.endswith(".json") and b"torch.ops.aten.relu" in files[name])
-    files[name] = files[name].replace(b"torch.ops.aten.relu.default", b"torch.ops.aten.from_file.default")
-    json.loads(files[name])
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
-        for key, content in files.items():
-            archive.writestr(key, content)
-    with pytest.raises(ModelError, match=r"a node calls torch\.ops\.aten\.from_file"):
-        load_exported(path)
 
 
 def test_no_allowed_operator_takes_a_file_name() -> None:

@@ -27,16 +27,17 @@ def kind_of(path: Path) -> Kind:
     with path.open("rb") as file:
         if file.read(1) == _ONNX_START:
             return "onnx"
-    if zipfile.is_zipfile(path):  # all of torch's formats are ZIP files; only TorchScript has constants
-        try:
+    names: list[str] = []
+    try:
+        if zipfile.is_zipfile(path):  # all of torch's formats are ZIP files; only TorchScript has constants
             with zipfile.ZipFile(path) as archive:
                 names = archive.namelist()
-        except (zipfile.BadZipFile, UnicodeDecodeError, NotImplementedError):  # damaged
-            return "checkpoint"
-        if any(name.endswith("/constants.pkl") for name in names):
-            return "torchscript"
-        if any(name.endswith("/archive_format") for name in names):
-            return "exported"
+    except (zipfile.BadZipFile, UnicodeDecodeError, NotImplementedError):  # damaged
+        return "checkpoint"
+    if any(name.endswith("/constants.pkl") for name in names):
+        return "torchscript"
+    if any(name.endswith("/archive_format") for name in names):
+        return "exported"
     return "checkpoint"
 
 
