@@ -82,6 +82,12 @@ class ComparisonError(GDetKDError):
     """A comparison of methods lacks trials."""
 
 
+class LauncherError(GDetKDError):
+    """A launcher of trials is not installed, is not available here, or refuses its settings."""
+
+    exit_code = 2
+
+
 class ExportError(GDetKDError):
     """An export failed, or the exported file's results differ from the detector's."""
 

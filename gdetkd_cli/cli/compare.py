@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -32,6 +32,30 @@ FoldsOption = Annotated[
 ]
 
 
+BaselineOption = Annotated[str, typer.Option("--baseline", metavar="METHOD", help="Method to compare the others with.")]
+OutputOption = Annotated[
+    Path | None,
+    typer.Option("--output", metavar="DIR", help="Folder for the trials and the table. An existing one is continued."),
+]
+LauncherOption = Annotated[
+    Literal["slurm", "local"] | None,
+    typer.Option(
+        "--launcher",
+        help="Run each trial as a job that can be requeued: with slurm, or with local for a try on this machine. Needs "
+        "gdetkd[slurm].",
+    ),
+]
+LauncherSettings = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set-launcher",
+        metavar="NAME=VALUE",
+        help="What each job asks of the scheduler, as in --set-launcher partition=gpu --set-launcher gpus_per_node=1. "
+        "Repeatable.",
+    ),
+]
+
+
 def compare(
     recipe: options.RecipeArgument,
     methods: MethodsOption = None,
@@ -44,16 +68,11 @@ def compare(
     ] = 3,
     folds: FoldsOption = None,
     jobs: Annotated[int, typer.Option("--jobs", min=1, help="Trials to run at the same time.")] = 1,
-    baseline: Annotated[
-        str, typer.Option("--baseline", metavar="METHOD", help="Method to compare the others with.")
-    ] = "none",
+    baseline: BaselineOption = "none",
     overrides: options.SetOption = None,
-    output: Annotated[
-        Path | None,
-        typer.Option(
-            "--output", metavar="DIR", help="Folder for the trials and the table. An existing one is continued."
-        ),
-    ] = None,
+    output: OutputOption = None,
+    launcher: LauncherOption = None,
+    launcher_settings: LauncherSettings = None,
     trust_code: options.TrustOption = False,
     as_json: options.JsonOption = False,
 ) -> None:
@@ -69,11 +88,15 @@ def compare(
 
     loaded = load_recipe(recipe, overrides or ())
     budgets = _parse_budgets(steps)
+    settings = _parse_launcher_settings(launcher, launcher_settings or [])
     from gdetkd_cli.commands import run_compare
+    from gdetkd_cli.compare.cluster import Launcher
 
+    chosen = None if launcher is None else Launcher(launcher, settings)
     names = tuple(name.strip() for name in methods.split(",")) if methods else ()
     work = partial(run_compare, loaded, methods=names, steps=budgets, seeds=seeds, folds=folds, baseline=baseline)
-    result = perform(partial(work, jobs=jobs, output=output), render.format_comparison, as_json=as_json)
+    work = partial(work, jobs=jobs, output=output, launcher=chosen)
+    result = perform(work, render.format_comparison, as_json=as_json)
     if result is not None and result.failures:
         count = len(result.failures)
         raise ComparisonError(f"{count} trial{'s' * (count > 1)} failed; the first: {result.failures[0]}")
@@ -84,3 +107,20 @@ def _parse_budgets(text: str | None) -> tuple[int, ...]:
     if not all(word.isdecimal() and int(word) for word in words):
         raise options.UsageError(f"--steps: expected whole numbers joined by commas, as in 500,8000; got {text!r}")
     return tuple(map(int, words))
+
+
+def _parse_launcher_settings(launcher: str | None, texts: list[str]) -> dict[str, object]:
+    from gdetkd_cli.recipe import yaml_text
+
+    if texts and launcher is None:
+        raise options.UsageError("--set-launcher needs --launcher slurm or --launcher local")
+    settings: dict[str, object] = {}
+    for text in texts:
+        name, sign, value = text.partition("=")
+        if not (name.isidentifier() and sign):
+            raise options.UsageError(f"--set-launcher {text}: expected NAME=VALUE, as in partition=gpu")
+        try:
+            settings[name], _ = yaml_text.parse(value)
+        except yaml_text.YamlError as error:
+            raise options.UsageError(f"--set-launcher {text}: the value is not valid YAML: {error}") from error
+    return settings

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from gdetkd_cli import assembly
 from gdetkd_cli.assembly.labels import label_data
 from gdetkd_cli.commands.evaluate import evaluate_teacher, run_eval
+from gdetkd_cli.compare.cluster import Cluster, Launcher
 from gdetkd_cli.compare.folds import build_fold_recipe, list_folds, plan_fold_teachers, pool_teacher_ap, select_fold
 from gdetkd_cli.compare.plot import draw_comparison
 from gdetkd_cli.compare.table import (
@@ -36,7 +38,7 @@ from gdetkd_cli.recipe.checks import require_distillation, require_trained_teach
 from gdetkd_cli.recipe.load import dump_recipe, load_recipe
 from gdetkd_cli.recipe.methods import NONE, list_default_methods, select_method
 from gdetkd_cli.recipe.scaling import scale_to_batch
-from gdetkd_cli.recipe.schema import DistillationRecipe, Fold, Recipe
+from gdetkd_cli.recipe.schema import DistillationRecipe, Fold, Recipe, Runtime
 
 # Fields that may differ between calls: each trial sets them, or they change no number.
 _MAY_DIFFER = (
@@ -59,6 +61,7 @@ def run_compare(
     jobs: int = 1,
     baseline: str = NONE,
     output: Path | None = None,
+    launcher: Launcher | None = None,
     observer: Observer = silent,
 ) -> Comparison:
     """Runs the missing trials of a table, and writes a table of all finished trials in the folder.
@@ -72,6 +75,7 @@ def run_compare(
         jobs: number of trials that run at the same time.
         baseline: the method to compare the others with.
         output: folder of the trials and the table, new or existing; default: ``runs/compare-NAME``.
+        launcher: the scheduler that runs each trial as a job; None: this machine runs them.
         observer: receives progress.
 
     Raises:
@@ -79,11 +83,11 @@ def run_compare(
             no detections, or the data cannot be divided into folds.
         RunFolderError: the folder belongs to another recipe, or has other folds.
         DataError: there are fewer images than folds.
+        LauncherError: the launcher is not available, or refuses its settings.
     """
     recipe = require_distillation(recipe)
     require_trained_teacher(recipe)
-    # Scale here, not in the trials' processes, so that trials run exactly the budget.
-    recipe = scale_to_batch(recipe, processes=1)
+    recipe = scale_to_batch(recipe, processes=1)  # not in the trials' processes: they run exactly the budget
     head = transfers_head(recipe)
     parts: list[Fold] = [] if folds is None else list_folds(recipe, folds)
     names = tuple(dict.fromkeys(methods)) or list_default_methods(head=head)
@@ -91,21 +95,22 @@ def run_compare(
     recipes = _build_trials(recipe, folder, names, tuple(dict.fromkeys(steps)), seeds, parts)
     _check_baseline(baseline, names, folder, folds)
     _check_folds(folder, folds)
-    recipe, settings = _claim(folder, recipe, jobs)
+    cluster = None if launcher is None else Cluster(launcher, folder / "jobs")
+    recipe, settings = _claim(folder, recipe, jobs, here=cluster is None)
     torch.set_num_threads(settings.threads)
+    run = partial(run_trials, settings=settings, jobs=jobs, cluster=cluster, observer=observer)
     data = label_data(recipe, folder / "labels", settings.device, observer)
     split = assembly.build_all_folds(select_fold(data, parts[0])) if parts else assembly.build_split(data, "val")
     teachers = _plan_teachers(recipe, folder, parts, observer)
-    failures = run_trials(dict(teachers.values()), settings, jobs=jobs, observer=observer, what="teachers of folds")
+    failures = run(dict(teachers.values()), what="teachers of folds")
     shared = {"runtime": recipe.runtime, "data": data}
     recipes = {
         trial: build_fold_recipe(own.model_copy(update=shared), trial.fold, teachers) for trial, own in recipes.items()
     }
-    failures += run_trials(recipes, settings, jobs=jobs, observer=observer)
+    failures += run(recipes)
     teacher = _measure_teacher(folder, recipe, split if parts else None, teachers, observer)
-    requested = [(trial.steps, trial.method) for trial in recipes]
     table = _Table(folder, recipe.name, split, baseline, folds)
-    return _write(table, requested, teacher, failures, observer)
+    return _write(table, [(trial.steps, trial.method) for trial in recipes], teacher, failures, observer)
 
 
 def _build_trials(
@@ -235,8 +240,12 @@ def _plan_teachers(
     return teachers
 
 
-def _claim(folder: Path, recipe: DistillationRecipe, jobs: int) -> tuple[DistillationRecipe, ComputeSettings]:
+def _claim(
+    folder: Path, recipe: DistillationRecipe, jobs: int, *, here: bool
+) -> tuple[DistillationRecipe, ComputeSettings]:
     """Stores the recipe in the folder, with runtime settings that all trials share; returns both.
+
+    Trials that do not run ``here`` choose theirs where they run; the settings are for the rest of the work.
 
     Raises:
         RunFolderError: the folder has trials of another recipe.
@@ -247,9 +256,12 @@ def _claim(folder: Path, recipe: DistillationRecipe, jobs: int) -> tuple[Distill
     runtime = recipe.runtime
     if before is not None and runtime.threads == "auto":
         runtime = runtime.model_copy(update={"threads": before.runtime.threads})
-    settings = assembly.resolve_runtime(runtime, local_processes=jobs)
-    resolved = {name: getattr(settings, name) for name in ("device", "precision", "channels_last", "threads")}
-    recipe = recipe.model_copy(update={"runtime": runtime.model_copy(update=resolved)})
+    if here:
+        settings = assembly.resolve_runtime(runtime, local_processes=jobs)
+        resolved = {name: getattr(settings, name) for name in ("device", "precision", "channels_last", "threads")}
+        recipe = recipe.model_copy(update={"runtime": runtime.model_copy(update=resolved)})
+    else:
+        settings = assembly.resolve_runtime(Runtime(threads=runtime.threads))
     if before is not None:
         then, now = (dict(_flatten(r.model_dump())) for r in (before, recipe))
         changed = sorted(name for name in then.keys() | now.keys() if then.get(name) != now.get(name))

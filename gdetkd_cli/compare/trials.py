@@ -21,7 +21,7 @@ from queue import SimpleQueue
 from statistics import mean
 from threading import Lock
 from time import perf_counter
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -154,9 +154,22 @@ def _format_fold(fold: Fold | None) -> str:
 
 
 def run_trials(
-    recipes: Mapping[Trial, Recipe], settings: ComputeSettings, *, jobs: int, observer: Observer, what: str = "trials"
+    recipes: Mapping[Trial, Recipe],
+    settings: ComputeSettings,
+    *,
+    jobs: int,
+    observer: Observer,
+    cluster: Cluster | None = None,
+    what: str = "trials",
 ) -> list[str]:
     """Runs the trials that are not finished, ``jobs`` at a time, on separate GPUs if there are enough.
+
+    Args:
+        recipes: by trial.
+        settings: of this machine.
+        jobs, observer: as in ``run_compare``.
+        cluster: runs the trials instead of this machine.
+        what: what the trials are, for a note.
 
     Returns:
         Titles and errors of the failed trials.
@@ -165,8 +178,7 @@ def run_trials(
         return []
     missing = [trial for trial in recipes if not trial.detections.exists()]
     observer(Note(f"{len(recipes)} {what}, {len(recipes) - len(missing)} of them already finished"))
-    failures = []
-    children = _Children()
+    failures, children = [], Children()
     free: SimpleQueue[Place] = SimpleQueue()
     for place in list_places(settings, jobs):
         free.put(place)
@@ -177,8 +189,11 @@ def run_trials(
         place = free.get()
         whole, start = not trial.run.path.exists(), perf_counter()
         try:
-            train_trial(trial, recipes[trial], place, children)
-            write_detections(trial, recipes[trial], settings, place)
+            if cluster:
+                cluster.run(trial, recipes[trial])
+            else:
+                train_trial(trial, recipes[trial], place, children)
+                write_detections(trial, recipes[trial], settings, place)
         finally:
             time_left.remove(trial)  # failed trials, too
             free.put(place)
@@ -194,7 +209,7 @@ def run_trials(
                 observer(Note(failures[-1]))
             except KeyboardInterrupt as interrupt:
                 pool.shutdown(wait=False, cancel_futures=True)  # else the other trials would still run
-                children.stop()
+                (cluster or children).stop()
                 interrupt.add_note("run the same command again to continue")
                 raise
     return failures
@@ -211,7 +226,17 @@ def list_places(settings: ComputeSettings, jobs: int) -> list[Place]:
     return [Place(f"cuda:{i % count}", {"CUDA_VISIBLE_DEVICES": names[i % count]}) for i in range(jobs)]
 
 
-class _Children:
+class Cluster(Protocol):
+    """Runs trials elsewhere. Thread-safe."""
+
+    def run(self, trial: Trial, recipe: Recipe) -> None:
+        """Runs one trial to its end; raises a GDetKDError if it failed."""
+
+    def stop(self) -> None:
+        """Ends the running trials, and starts no others."""
+
+
+class Children:
     """The running processes of trials. Thread-safe."""
 
     def __init__(self) -> None:
@@ -243,7 +268,7 @@ class _Children:
             process.wait()
 
 
-def train_trial(trial: Trial, recipe: Recipe, place: Place, children: _Children | None = None) -> None:
+def train_trial(trial: Trial, recipe: Recipe, place: Place, children: Children | None = None) -> None:
     """Trains the trial's student in its own process, unless it is already trained.
 
     Raises:
@@ -260,7 +285,7 @@ def train_trial(trial: Trial, recipe: Recipe, place: Place, children: _Children 
     if code_is_trusted():
         command.append("--trust-code")
     log = trial.folder / "log.txt"
-    code = (children or _Children()).run(command, log, {**os.environ, **place.environment})
+    code = (children or Children()).run(command, log, {**os.environ, **place.environment})
     if code < 0:
         name = signal.Signals(-code).name
         reason = ", often for lack of memory" if name == "SIGKILL" else ""
