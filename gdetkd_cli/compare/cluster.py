@@ -18,7 +18,7 @@ from gdetkd_cli.trust import code_is_trusted, trust_code
 
 _SHARED = {"name", "timeout_min", "mem_gb", "nodes", "cpus_per_task", "gpus_per_node", "tasks_per_node"}
 _DEFAULTS: dict[str, dict[str, Any]] = {
-    "slurm": {"timeout_min": 240, "cpus_per_task": 4},
+    "slurm": {"timeout_min": 240, "cpus_per_task": 4, "additional_parameters": {"requeue": True}},
     "local": {"timeout_min": 7 * 24 * 60},
 }
 _REQUEUES = 1000  # after a time limit

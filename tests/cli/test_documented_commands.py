@@ -162,6 +162,9 @@ def shorten(words: list[str]) -> list[str]:
     for option, value in values.items():
         if option in words:
             words = [value if before == option else word for before, word in zip(["", *words], words, strict=False)]
+    launching = {"--launcher", "--set-launcher"}  # trials of a scheduler run here
+    pairs = zip(["", *words], words, strict=False)
+    words = [word for before, word in pairs if not launching & {before, word}]
     command = next(word for word in words if not word.startswith("-"))
     if command == "bench" and "--steps" not in words:
         words = [*words, "--steps", "1"]
