@@ -6,7 +6,6 @@ import importlib
 import json
 import shlex
 import shutil
-import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
@@ -49,7 +48,6 @@ from gdetkd_cli import portable
 def detector(width=8):
     return portable.build(toy.detector("fcos", width) | {"kind": "composed"}, 3)
 """
-RUN = subprocess.run
 SMALL = ["train.steps=2", "train.batch_size=2", "runtime.threads=1", "runtime.workers=0"]
 
 # ------------------------------------------------------------------------------------------------------ stand-ins
@@ -185,13 +183,12 @@ def find_outputs(words: list[str]) -> list[Path]:
     return named + ([Path(words[2])] if words[:2] == ["recipe", "init"] else [])
 
 
-def run_trial_here(command: list[str], **options: Any) -> subprocess.CompletedProcess[Any]:
+def run_trial_here(children: trials.Children, command: list[str], log: Path, environment: dict[str, str]) -> int:
     """Runs a trial of ``compare`` in this process: another one would import torch for several seconds."""
-    if "gdetkd_cli" not in command:
-        return RUN(command, **options)
     result = invoke.gdetkd(*command[command.index("gdetkd_cli") + 1 :])
-    options["stderr"].write(result.stderr)
-    return subprocess.CompletedProcess(command, result.exit_code)
+    with log.open("a") as file:
+        file.write(result.stderr)
+    return int(result.exit_code)
 
 
 @pytest.fixture
@@ -200,7 +197,7 @@ def folder(tmp_path: Path, stand_ins: Path, monkeypatch: pytest.MonkeyPatch) -> 
     shutil.copytree(stand_ins, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
-    monkeypatch.setattr(trials.subprocess, "run", run_trial_here)
+    monkeypatch.setattr(trials.Children, "run", run_trial_here)
     yield tmp_path
     trust_code(False)
     for name in ("my_package", "my_package.models"):
