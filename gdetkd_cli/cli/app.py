@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import traceback
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,9 +23,11 @@ from gdetkd_cli.cli.probe import probe
 from gdetkd_cli.cli.recipe import app as recipe_app
 from gdetkd_cli.cli.train import train
 from gdetkd_cli.errors import GDetKDError
+from gdetkd_cli.text import show_hidden
 
 _INTERRUPTED = 130
 _INTERNAL_ERROR = 70
+_show = partial(show_hidden, keep="\n")
 
 
 class _ErrorBoundary(TyperGroup):
@@ -38,7 +41,7 @@ class _ErrorBoundary(TyperGroup):
             raise  # Typer handles these: usage errors, --help, a closed stdout.
         except (Exception, KeyboardInterrupt) as error:
             if ctx.params["debug"]:
-                typer.echo("".join(traceback.format_exception(error)), err=True)
+                typer.echo(_show("".join(traceback.format_exception(error))), err=True)
             message, code = describe_error(error)
             typer.echo(message, err=True)
             raise typer.Exit(code) from error
@@ -47,17 +50,17 @@ class _ErrorBoundary(TyperGroup):
 def describe_error(error: BaseException) -> tuple[str, int]:
     """Returns the message for the user and the exit code."""
     prefix = typer.style("Error:", fg=typer.colors.RED, bold=True)
+    notes = getattr(error, "__notes__", ())
     match error:
         case GDetKDError():
-            return "; ".join([f"{prefix} {error}", *getattr(error, "__notes__", ())]), error.exit_code
+            return f"{prefix} {_show('; '.join([str(error), *notes]))}", error.exit_code
         case KeyboardInterrupt():
             # Interrupted functions add a note on how to continue.
-            message = "; ".join([str(error) or "interrupted", *getattr(error, "__notes__", ())])
-            return message, getattr(error, "exit_code", _INTERRUPTED)
+            return _show("; ".join([str(error) or "interrupted", *notes])), getattr(error, "exit_code", _INTERRUPTED)
         case OSError(filename=str() | Path() as path, strerror=str() as reason):
-            return f"{prefix} {path}: {reason}", 1
+            return f"{prefix} {_show(f'{path}: {reason}')}", 1
         case _:
-            problem = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            problem = _show(f"{type(error).__name__}: {' '.join(str(error).split())}")
             return f"internal error: {problem}; run `gdetkd --debug ...` to see the traceback", _INTERNAL_ERROR
 
 

@@ -22,6 +22,7 @@ from gdetkd_cli.engine.events import (
     TrialDone,
     silent,
 )
+from gdetkd_cli.text import show_hidden
 
 
 @contextmanager
@@ -45,7 +46,7 @@ def narration(terminal: Console | None = None) -> Iterator[Observer]:
         ) as progress:
             yield _Bar(progress)
     else:
-        yield lambda event: terminal.print(_format_event(event), soft_wrap=True)
+        yield lambda event: _print_event(terminal, event)
 
 
 class _Bar:
@@ -60,7 +61,7 @@ class _Bar:
         if isinstance(event, StepDone):
             self._draw(event)
             return
-        self._progress.console.print(_format_event(event), soft_wrap=True)
+        _print_event(self._progress.console, event)
         if isinstance(event, Phase):
             self._title, self._task = event.title, None
 
@@ -70,6 +71,10 @@ class _Bar:
             self._task = self._progress.add_task(self._title, total=event.steps, completed=event.step, numbers=numbers)
         else:
             self._progress.update(self._task, completed=event.step, numbers=numbers)
+
+
+def _print_event(terminal: Console, event: Event) -> None:
+    terminal.print(show_hidden(_format_event(event), keep="\n"), soft_wrap=True)
 
 
 def _format_event(event: Event) -> str:

@@ -26,10 +26,12 @@ def list_recipes() -> None:
 
 @app.command("show")
 def show_recipe(recipe: options.RecipeArgument) -> None:
-    """Print a recipe's file unchanged."""
+    """Print a recipe's file unchanged, but hidden characters as visible text."""
     from gdetkd_cli.recipe.load import find_recipe
+    from gdetkd_cli.text import show_hidden
 
-    typer.echo(find_recipe(recipe).read_bytes(), nl=False)
+    text = find_recipe(recipe).read_bytes().decode(errors="surrogateescape")
+    typer.echo(show_hidden(text, keep="\ufeff\r\n\t").encode(), nl=False)
 
 
 @app.command("init")

@@ -12,6 +12,8 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from gdetkd_cli.text import show_hidden
+
 if TYPE_CHECKING:
     from gdetkd_cli.commands.bench import Profile
     from gdetkd_cli.commands.demo import DemoResult
@@ -64,7 +66,7 @@ def _format_millions(parameters: int | None) -> str:
 
 def _line(text: str) -> Text:
     """A line that never wraps, so that you can copy its paths."""
-    return Text(text, no_wrap=True, overflow="ignore")
+    return Text(show_hidden(text), no_wrap=True, overflow="ignore")
 
 
 def _table(title: str | None, columns: Sequence[str], rows: Iterable[Sequence[str]], *, words: int = 1) -> Table:
@@ -73,7 +75,7 @@ def _table(title: str | None, columns: Sequence[str], rows: Iterable[Sequence[st
     for index, column in enumerate(columns):
         table.add_column(column, justify="left" if index < words else "right", overflow="fold")  # names stay whole
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(show_hidden, row))
     return table
 
 
@@ -120,12 +122,12 @@ def format_comparison(result: Comparison) -> RenderableType:
         column.justify = "right"
     for row in result.rows:
         if row.mean is None:
-            table.add_row(row.method, str(row.steps), "not run")
+            table.add_row(show_hidden(row.method), str(row.steps), "not run")
             continue
         spread = "" if row.deviation is None else f" ± {format_number(row.deviation)}"
         low_high = "-" if row.interval is None else " … ".join(f"{value:+.1f}" for value in row.interval)
         table.add_row(
-            row.method,
+            show_hidden(row.method),
             str(row.steps),
             " / ".join(format_number(value) for value in row.ap.values()),
             f"{format_number(row.mean)}{spread}",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from math import ceil
 from pathlib import Path
 from statistics import median
@@ -23,6 +24,7 @@ from gdetkd_cli.recipe.checks import require_distillation
 from gdetkd_cli.recipe.scaling import count_epochs
 from gdetkd_cli.recipe.schema import Recipe
 from gdetkd_cli.report.pyramid import PyramidReport
+from gdetkd_cli.text import show_hidden
 
 _EPOCHS = 24  # the usual "2x" schedule
 _LEAST_STEPS, _MOST_STEPS = 1000, 90_000
@@ -175,16 +177,22 @@ def _format_checked(recipe: dict[str, Any], checked: CheckedRecipe, passes: floa
 
 
 def _format_recipe(path: Path, title: str, recipe: dict[str, Any], comments: dict[str, list[str]]) -> str:
-    lines = [
-        f"# gdetkd distill --recipe {path}",
-        f"# {title}.",
-        f"# First:  gdetkd distill --recipe {path} --dry-run",
-        "# All fields:  gdetkd recipe schema",
+    head = [
+        f"gdetkd distill --recipe {path}",
+        f"{title}.",
+        f"First:  gdetkd distill --recipe {path} --dry-run",
+        "All fields:  gdetkd recipe schema",
     ]
+    lines = _format_comments(head)
     for key, value in recipe.items():
-        lines += [f"# {comment}" for comment in comments.get(key, [])]
+        lines += _format_comments(comments.get(key, []))
         lines.append(yaml.safe_dump({key: value}, sort_keys=False).rstrip())
     return "\n".join(lines) + "\n"
+
+
+def _format_comments(comments: Sequence[str]) -> list[str]:
+    """Makes a line of each comment; a line break in the name of a class must not end it."""
+    return [f"# {show_hidden(comment)}" for comment in comments]
 
 
 def _write(path: Path, text: str, recipe: dict[str, Any]) -> None:

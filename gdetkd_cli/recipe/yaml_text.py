@@ -14,6 +14,8 @@ import yaml
 from yaml.composer import ComposerError
 from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
+from gdetkd_cli.text import show_hidden
+
 _INT = re.compile(r"^[-+]?(0|[1-9][0-9_]*|0x[0-9a-fA-F]+)$")
 _FLOAT = re.compile(
     r"^[-+]?(\.[0-9]+([eE][-+]?[0-9]+)?|[0-9]+\.[0-9]*([eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+|\.(inf|Inf|INF))$"
@@ -118,7 +120,10 @@ def _count_nodes(node: Node, counts: dict[int, int], depth: int = 1) -> int:
 
 def dump(value: object) -> str:
     """Returns plain data as YAML in block style, with its keys in order."""
-    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    text = yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    if show_hidden(text, keep="\n") == text:
+        return text
+    return yaml.dump(value, Dumper=_Dumper, sort_keys=False)  # escapes all that is not ASCII
 
 
 def find_line(node: Node, path: Sequence[str | int]) -> int:

@@ -14,6 +14,7 @@ from torch import Tensor
 from gdetkd_cli.data.split import Split
 from gdetkd_cli.evaluation.predict import Predictor
 from gdetkd_cli.structures import Detections
+from gdetkd_cli.text import show_hidden
 
 _MIN_SCORE = 0.5
 
@@ -84,4 +85,8 @@ def _draw(
         colour = colours[(label - 1) % len(colours)]
         axis.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=colour, linewidth=1.5))
         text = class_names[label - 1] + (f" {scores[i]:.2f}" if scores is not None else "")
-        axis.text(x0, y0 - 1, text, fontsize=5.5, color="black", backgroundcolor=(*colour, 0.7), va="bottom")
+        text, background = show_hidden(text), (*colour, 0.7)
+        # parse_math: a class may be named "$"
+        axis.text(
+            x0, y0 - 1, text, fontsize=5.5, color="black", backgroundcolor=background, va="bottom", parse_math=False
+        )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from twins import TwoWay
 
 from gdetkd_cli.commands import check_recipe, plan_distill, run_init, run_probe_to_recipe, run_train
 from gdetkd_cli.commands.probe import ProbeOptions
+from gdetkd_cli.detectors import catalog
 from gdetkd_cli.errors import DataError, ModelError, RecipeError
 from gdetkd_cli.recipe.load import load_recipe
 from gdetkd_cli.recipe.schema import (
@@ -129,6 +131,15 @@ def test_a_recipe_from_a_probe(teacher: str, tmp_path: Path) -> None:
     assert recipe.student.head == "fcos"
     with pytest.raises(RecipeError, match=r"odd\.yaml already exists; choose another file with --recipe"):
         run_probe_to_recipe(teacher, ProbeOptions(), path)
+
+
+def test_names_of_classes_add_no_line_to_a_recipe(tmp_path: Path, tiny_detector: Any, tiny_description: Any) -> None:
+    file = tmp_path / "evil.pt"
+    evil = "cat\nseed: 7\nname: evil\x1b[2J"
+    catalog.save(file, tiny_detector("fcos", classes=(evil,)), tiny_description("fcos"))
+    run_probe_to_recipe(str(file), ProbeOptions(size=(64, 64)), tmp_path / "mine.yaml")
+    assert load_recipe(tmp_path / "mine.yaml").seed == 0
+    assert r"# classes: cat\nseed: 7\nname: evil\x1b[2J" in (tmp_path / "mine.yaml").read_text().splitlines()
 
 
 def test_nothing_is_overwritten(data: Path, teacher: str, tmp_path: Path) -> None:
