@@ -1,9 +1,13 @@
-"""Files are written whole or not at all, so that no crash and no full disk leaves half a file under its final name."""
+"""Files are written whole or not at all, so that no crash and no full disk leaves half a file under its final name.
+
+Only regular files are read: a pipe, a socket or a device could wait for ever, or never end.
+"""
 
 from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +16,22 @@ from typing import BinaryIO
 from gdetkd_cli.errors import DiskError
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_URL = re.compile(r"(^|/)[a-z][a-z0-9+.-]+:/")
+_ARCHIVES = {".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".zst", ".7z", ".rar"}
+
+
+def name_kind(path: str | Path) -> str:
+    """What stands where something else was expected, in brackets and with advice; empty for nothing or a file."""
+    path = Path(path)
+    if _URL.search(path.as_posix()):
+        return " (a URL: download it first)"
+    if any(place.suffix.lower() in _ARCHIVES and os.path.isfile(place) for place in (path, *path.parents)):
+        return " (an archive: unpack it first)"
+    if os.path.isdir(path):  # unlike Path, os.path also accepts impossible names
+        return " (a folder)"
+    if os.path.exists(path) and not os.path.isfile(path):
+        return " (a pipe, a socket or a device: copy its content to a file first)"
+    return ""
 
 
 def write_file(path: Path, write: Callable[[BinaryIO], object], *, size: int | None = None) -> None:

@@ -20,6 +20,7 @@ from gdetkd_cli.data.split import Split
 from gdetkd_cli.detectors.factory import is_reference
 from gdetkd_cli.engine.events import Observer, silent
 from gdetkd_cli.errors import ModelError, RecipeError
+from gdetkd_cli.files import name_kind
 from gdetkd_cli.recipe.checks import require_distillation
 from gdetkd_cli.recipe.scaling import count_epochs
 from gdetkd_cli.recipe.schema import Recipe
@@ -152,9 +153,12 @@ def _describe_detector(reference: str, size: tuple[int, int], *, is_student: boo
     if not Path(reference).exists() and is_reference(reference) and not reference.startswith("builtin:"):
         return {"arch": "factory", "factory": reference, "input": {"size": list(size)}}
     if not reference.startswith("builtin:") and not Path(reference).exists():
+        heads = [f"{backbone}+{known}" for known in portable.HEADS]
+        near = portable.suggest(reference, heads if plus else portable.TORCHVISION_DETECTORS)
         raise ModelError(
-            f"unknown detector {reference!r}; expected a file, a run folder, package.module:function, a torchvision "
-            f"detector, or BACKBONE+HEAD, where HEAD is one of {', '.join(portable.HEADS)}"
+            f"unknown detector {reference!r}{name_kind(reference)}; expected a file, a run folder, "
+            "package.module:function, a torchvision detector, or BACKBONE+HEAD, where HEAD is one of "
+            f"{', '.join(portable.HEADS)}{near}"
         )
     return {"arch": "checkpoint", "path": reference, "input": {"size": list(size)}}
 

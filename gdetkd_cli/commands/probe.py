@@ -16,6 +16,7 @@ from gdetkd_cli.detectors.factory import is_reference, make
 from gdetkd_cli.detectors.protocol import Detector
 from gdetkd_cli.engine.events import Note, Observer, silent
 from gdetkd_cli.errors import ModelError
+from gdetkd_cli.files import name_kind
 from gdetkd_cli.probing.formats.files import kind_of, open_runner
 from gdetkd_cli.probing.formats.runner import ModuleRunner, Runner, calls_for
 from gdetkd_cli.probing.inputs import ModelInput
@@ -79,8 +80,8 @@ def run_probe(model: str, options: ProbeOptions | None = None, *, observer: Obse
             return _report_custom(model, options, observer)
         known = ", ".join(portable.TORCHVISION_DETECTORS)
         raise ModelError(
-            f"unknown detector {model!r}; expected a file, a run folder, package.module:function, or a torchvision "
-            f"detector: {known}"
+            f"unknown detector {model!r}{name_kind(model)}; expected a file, a run folder, package.module:function, or "
+            f"a torchvision detector: {known}{portable.suggest(model, portable.TORCHVISION_DETECTORS)}"
         )
     path = catalog.locate(model)
     kind = kind_of(path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from gdetkd_cli.errors import DataError
+from gdetkd_cli.files import name_kind
 
 # Others are rare as photographs, and Pillow starts another program to read some of them.
 _FORMATS = ("JPEG", "PNG", "BMP", "DIB", "GIF", "PPM", "TGA", "TIFF", "WEBP", "JPEG2000", "AVIF")
@@ -44,7 +46,7 @@ class ImageFiles:
         """
         path = self.paths[index]
         try:
-            with Image.open(path, formats=FORMATS) as image:
+            with Image.open(_check_regular(path), formats=FORMATS) as image:
                 pixels = _convert_to_rgb(image)
         except _UNREADABLE as error:
             raise DataError(f"the image {path} cannot be decoded ({error}); replace the file") from error
@@ -75,10 +77,16 @@ def read_image_size(path: Path) -> tuple[int, int]:
         DataError: the file is not an image.
     """
     try:
-        with Image.open(path, formats=FORMATS) as image:
+        with Image.open(_check_regular(path), formats=FORMATS) as image:
             return image.height, image.width
     except _UNREADABLE as error:
         raise DataError(f"the image {path} cannot be read ({error}); replace the file") from error
+
+
+def _check_regular(path: Path) -> Path:
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise DataError(f"the image {path}{name_kind(path)} is not a regular file; replace it")
+    return path
 
 
 def _convert_to_rgb(image: Image.Image) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:

@@ -29,7 +29,7 @@ from gdetkd_cli.detectors.weights import (
     torchvision_categories,
 )
 from gdetkd_cli.errors import ModelError
-from gdetkd_cli.files import write_file
+from gdetkd_cli.files import name_kind, write_file
 from gdetkd_cli.probing.inputs import ModelInput
 
 FILE_VERSION = 1
@@ -212,8 +212,9 @@ def locate(reference: str) -> Path:
     if reference.startswith("builtin:"):
         path = BUILTIN / f"{reference.removeprefix('builtin:')}.pt"
         if not path.exists():
-            known = ", ".join(sorted(f"builtin:{p.stem}" for p in BUILTIN.glob("*.pt"))) or "none"
-            raise ModelError(f"there is no built-in detector {reference!r}; expected one of: {known}")
+            known = sorted(f"builtin:{p.stem}" for p in BUILTIN.glob("*.pt"))
+            near = portable.suggest(reference, known)
+            raise ModelError(f"there is no built-in detector {reference!r}; expected one of: {', '.join(known)}{near}")
         return path
     path = Path(reference)
     if path.is_dir():
@@ -221,7 +222,11 @@ def locate(reference: str) -> Path:
             raise ModelError(f"{path} has no student.pt; expected the folder of a finished run")
         return path / "student.pt"
     if not path.exists():
-        raise ModelError(f"{path} does not exist; expected a run folder, a detector's file, or builtin:NAME")
-    if not path.is_file():  # reading a pipe or a device could wait for ever
-        raise ModelError(f"{path} is not a regular file; expected a run folder, a detector's file, or builtin:NAME")
+        raise ModelError(
+            f"{path}{name_kind(path)} does not exist; expected a run folder, a detector's file, or builtin:NAME"
+        )
+    if not path.is_file():
+        raise ModelError(
+            f"{path}{name_kind(path)} is not a regular file; expected a run folder, a detector's file, or builtin:NAME"
+        )
     return path

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torchvision.models import WeightsEnum, get_model_weights, get_weight, list_models
 
 from gdetkd_cli.errors import ModelError
+from gdetkd_cli.files import name_kind
 
 # Prefixes of the parameters whose shape depends on the number of classes.
 CLASS_LAYERS = (
@@ -41,7 +42,9 @@ def read_torch_file(path: Path) -> Any:
         ModelError: the file is missing, of another kind, cut short, or needs pickled code.
     """
     if not path.is_file():
-        raise ModelError(f"{path} does not exist or is not a file; expected a file written by torch.save")
+        raise ModelError(
+            f"{path}{name_kind(path)} does not exist or is not a file; expected a file written by torch.save"
+        )
     try:
         with path.open("rb") as file:
             start = file.read(32)
@@ -60,14 +63,14 @@ def read_torch_file(path: Path) -> Any:
         # torch's own message recommends executing the file's code.
         code = re.search(r"GLOBAL (\S+)", str(error))
         if code is None:
-            raise ModelError(f"{path} is not a file written by torch.save") from error
+            raise ModelError(f"{path}{name_kind(path)} is not a file written by torch.save") from error
         raise ModelError(
             f"{path} cannot be read without executing code from it ({code[1]}), which gdetkd never does; expected "
             "only weights, as written by torch.save(model.state_dict(), path)"
         ) from error
     except (RuntimeError, EOFError, ValueError, LookupError, OSError) as error:
         reason = str(error).splitlines()[0].split(". ")[0] if str(error) else "it is empty"
-        raise ModelError(f"{path} is not a complete file written by torch.save ({reason})") from error
+        raise ModelError(f"{path}{name_kind(path)} is not a complete file written by torch.save ({reason})") from error
 
 
 def state_dict_of(saved: Any, source: str) -> dict[str, Tensor]:

@@ -19,12 +19,12 @@ import torch
 from torch import nn
 from torchvision.models import detection
 
-from .arguments import CLASSES, check_arguments, check_sizes, list_arguments
+from .arguments import CLASSES, check_arguments, check_sizes, list_arguments, suggest
 from .bodies import MOBILENETS, RESNETS, build_backbone
 from .heads import DEFAULT_LEVELS, HEAD_ARGUMENTS, HEADS
 from .named import TORCHVISION_DETECTORS, build_named
 
-__all__ = ["HEADS", "MOBILENETS", "RESNETS", "TORCHVISION_DETECTORS", "build", "load"]
+__all__ = ["HEADS", "MOBILENETS", "RESNETS", "TORCHVISION_DETECTORS", "build", "load", "suggest"]
 
 
 def build(description: dict[str, Any], num_classes: int) -> nn.Module:

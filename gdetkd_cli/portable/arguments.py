@@ -1,9 +1,10 @@
-"""Checks the names and values of a detector's arguments."""
+"""Checks the names and values of a detector's parts and arguments."""
 
 from __future__ import annotations
 
+import difflib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torchvision.models import detection
@@ -19,6 +20,12 @@ CLASSES = {
     "ssd300": SSD,
     "ssdlite320": SSD,
 }
+
+
+def suggest(name: str, known: Iterable[str]) -> str:
+    """The end of a message about an unknown name: the nearest known one; empty if none is near."""
+    near = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.5)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 def list_arguments(function: Callable[..., Any]) -> set[str]:

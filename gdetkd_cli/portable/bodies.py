@@ -13,6 +13,8 @@ from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock, LastLevelMaxPool, LastLevelP6P7
 from torchvision.ops.misc import FrozenBatchNorm2d
 
+from .arguments import suggest
+
 RESNETS = (
     "resnet18",
     "resnet34",
@@ -47,7 +49,8 @@ def build_backbone(description: dict[str, Any], channels: int, first: int, last:
         body = getattr(mobilenet, name)(weights=None, width_mult=multiplier, norm_layer=norm).features
         stages, widths = _find_stages(body, [2**level for level in stride_levels])
     else:
-        raise ValueError(f"unknown backbone {name!r}; known: {', '.join(RESNETS + MOBILENETS)}")
+        known = RESNETS + MOBILENETS
+        raise ValueError(f"unknown backbone {name!r}; known: {', '.join(known)}{suggest(name, known)}")
     extra = {5: NoExtraLevel, 6: LastLevelMaxPool, 7: partial(LastLevelP6P7, channels, channels)}[last]()
     returned = {stage: str(i) for i, stage in enumerate(stages)}
     return BackboneWithFPN(body, returned, widths, channels, extra_blocks=extra)

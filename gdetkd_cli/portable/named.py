@@ -8,7 +8,7 @@ from torch import nn
 from torchvision.models import detection
 from torchvision.ops.misc import FrozenBatchNorm2d
 
-from .arguments import CLASSES, check_arguments, list_arguments
+from .arguments import CLASSES, check_arguments, list_arguments, suggest
 
 TORCHVISION_DETECTORS = (
     "fasterrcnn_resnet50_fpn",
@@ -28,7 +28,8 @@ TORCHVISION_DETECTORS = (
 def build_named(description: dict[str, Any], num_classes: int) -> nn.Module:
     name, arguments = description["name"], dict(description.get("arguments") or {})
     if name not in TORCHVISION_DETECTORS:
-        raise ValueError(f"unknown torchvision detector {name!r}; known: {', '.join(TORCHVISION_DETECTORS)}")
+        known, near = ", ".join(TORCHVISION_DETECTORS), suggest(name, TORCHVISION_DETECTORS)
+        raise ValueError(f"unknown torchvision detector {name!r}; known: {known}{near}")
     builder = getattr(detection, name)
     check_arguments(name, arguments, list_arguments(builder) | list_arguments(CLASSES[name.partition("_")[0]]))
     try:

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from yaml.nodes import Node
 
 from gdetkd_cli.errors import RecipeError
+from gdetkd_cli.files import name_kind
 from gdetkd_cli.recipe import yaml_text
 from gdetkd_cli.recipe.builtin import list_builtin
 from gdetkd_cli.recipe.checks import narrow_recipe
@@ -77,7 +78,7 @@ def find_recipe(source: str | Path) -> Path:
         raise RecipeError(f"{source} is a folder; expected a recipe file (YAML), or a name from: gdetkd recipe list")
     near = difflib.get_close_matches(name.removesuffix(".yaml"), builtin, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(near)}?" if near else "to list the built-in recipes, run: gdetkd recipe list"
-    raise RecipeError(f"no recipe file or built-in recipe is named {source}; {hint}")
+    raise RecipeError(f"no recipe file or built-in recipe is named {source}{name_kind(path)}; {hint}")
 
 
 def load_data(source: str) -> Data:
@@ -111,7 +112,9 @@ def _read(path: Path) -> tuple[object, Node]:
     except OSError as error:
         raise RecipeError(f"cannot read {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise RecipeError(f"{path} is not UTF-8 text (byte {error.start}); a recipe is a YAML file") from error
+        raise RecipeError(
+            f"{path}{name_kind(path)} is not UTF-8 text (byte {error.start}); a recipe is a YAML file"
+        ) from error
     except yaml_text.YamlError as error:
         place = path if error.line is None else f"{path}:{error.line}"
         raise RecipeError(f"{place}: not valid YAML: {error}") from error

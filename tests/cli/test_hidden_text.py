@@ -25,7 +25,7 @@ HIDDEN = set("\x1b\u202e\r\x07")
 @pytest.mark.parametrize(
     ("text", "shown"),
     [
-        ("Größe – 大小 🙂 [bold]", "Größe – 大小 🙂 [bold]"),
+        ("Größe: 大小 🙂 [bold]", "Größe: 大小 🙂 [bold]"),
         (EVIL, SHOWN),
         ("a\nb\tc", r"a\nb\tc"),
         ("\x7f\x9b\u200b\u2028", r"\x7f\x9b\u200b\u2028"),

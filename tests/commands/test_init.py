@@ -155,6 +155,8 @@ def test_a_student_that_is_nothing(data: Path, teacher: str, tmp_path: Path) -> 
         ModelError, match=r"unknown detector 'small'; expected a file, .* or BACKBONE\+HEAD, where HEAD is one of"
     ):
         run_init(teacher, "small", data, output=tmp_path / "mine.yaml")
+    with pytest.raises(ModelError, match=r"did you mean resnet18\+retinanet\?$"):
+        run_init(teacher, "resnet18+retinannet", data, output=tmp_path / "mine.yaml")
     assert not (tmp_path / "mine.yaml").exists()
 
 

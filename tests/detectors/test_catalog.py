@@ -53,7 +53,7 @@ def test_classes_of_weights_by_the_data_and_of_other_weights() -> None:
     ("change", "message"),
     [
         ({"kind": "hf"}, "unknown architecture kind 'hf'; expected 'torchvision' or 'composed'"),
-        ({"backbone": "resnet19"}, "unknown backbone 'resnet19'; known: resnet18, resnet34"),
+        ({"backbone": "resnet19"}, r"unknown backbone 'resnet19'; known: resnet18, .*; did you mean resnet18\?$"),
         ({"head": "yolo"}, "unknown head 'yolo'; known: faster-rcnn, cascade-rcnn, retinanet, fcos"),
         (
             {"arguments": {"colour": 1}},
@@ -72,7 +72,11 @@ def test_classes_of_weights_by_the_data_and_of_other_weights() -> None:
         ),
         ({"width": 0.001}, "resnet18: width must be at least 1 channel, got 0.001"),
         ({"backbone": "mobilenet_v2"}, "'blocks' applies to ResNets only, not to mobilenet_v2"),
-        ({"kind": "torchvision", "name": "yolo"}, "unknown torchvision detector 'yolo'; known: fasterrcnn_resnet50"),
+        (
+            {"kind": "torchvision", "name": "yolo"},
+            "unknown torchvision detector 'yolo'; known: fasterrcnn_resnet50.*e$",
+        ),
+        ({"kind": "torchvision", "name": "RetinaNet"}, r"; did you mean retinanet_resnet50_fpn\?$"),
         (
             {"kind": "torchvision", "name": "fcos_resnet50_fpn", "arguments": {"colour": 1}},
             "fcos_resnet50_fpn does not take these arguments: colour; it takes anchor_generator",

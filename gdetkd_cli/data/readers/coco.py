@@ -17,6 +17,7 @@ from gdetkd_cli.data.readers.json_file import is_number, is_text, is_whole, read
 from gdetkd_cli.data.readers.run_lengths import is_mask
 from gdetkd_cli.data.split import Outline, Record, Split
 from gdetkd_cli.errors import DataError
+from gdetkd_cli.files import name_kind
 
 _TABLES = ("images", "annotations", "categories")
 _ROUNDING = 0.01  # pixels; smaller sides and smaller distances over the image's edge are rounding errors
@@ -184,13 +185,13 @@ def _find_images(entries: Sequence[Mapping[str, Any]], *, folder: Path, file: Pa
     if twice:
         raise DataError(f"{file} has more than one image with the id {twice[0]}; give each its own")
     if not folder.is_dir():
-        raise DataError(f"there is no folder {folder} for the images of {file}; give their folder")
+        raise DataError(f"there is no folder {folder}{name_kind(folder)} for the images of {file}; give their folder")
     paths = [folder / entry["file_name"] for entry in entries]
     missing = [path for path in paths if not os.path.isfile(path)]  # unlike Path, also false for impossible names
     if missing:
         raise DataError(
-            f"{len(missing)} of the {len(paths)} images that {file} names are missing, {missing[0]} first; "
-            "give their folder, or add the missing files"
+            f"{len(missing)} of the {len(paths)} images that {file} names are missing, {missing[0]} first"
+            f"{name_kind(missing[0])}; give their folder, or add the missing files"
         )
     sizes = [_read_size(entry) or read_image_size(path) for entry, path in zip(entries, paths, strict=True)]
     return [entry["id"] for entry in entries], ImageFiles(paths=paths, sizes=sizes)

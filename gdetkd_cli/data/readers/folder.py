@@ -12,6 +12,7 @@ from PIL import Image
 from gdetkd_cli.data.image_files import FORMATS, ImageFiles, read_image_size
 from gdetkd_cli.data.split import Record, Split
 from gdetkd_cli.errors import DataError
+from gdetkd_cli.files import name_kind
 
 _HELD_OUT = 10  # every tenth image is for validation
 
@@ -27,7 +28,7 @@ def read_folder(folder: Path, which: Literal["train", "val", "all"] = "all") -> 
         DataError: the folder does not exist, or has too few images.
     """
     if not folder.is_dir():
-        raise DataError(f"there is no folder {folder}; name a folder with images")
+        raise DataError(f"there is no folder {folder}{name_kind(folder)}; name a folder with images")
     every = sorted(_find_images(folder))
     paths = [p for i, p in enumerate(every) if which == "all" or (i % _HELD_OUT == 0) == (which == "val")]
     if not paths:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TypeGuard
 
 from gdetkd_cli.errors import DataError
+from gdetkd_cli.files import name_kind
 
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
@@ -23,7 +24,7 @@ def read_json(file: Path, kind: str) -> object:
         DataError: the file does not exist, or is not JSON in UTF-8.
     """
     if not file.is_file():
-        raise DataError(f"there is no annotation file {file}; give the path of {kind}")
+        raise DataError(f"there is no annotation file {file}{name_kind(file)}; give the path of {kind}")
     content = file.read_bytes()
     if content.startswith(_LFS_POINTER):
         raise DataError(f"{file} is a git-LFS pointer, not the annotations; run `git lfs pull` where it came from")

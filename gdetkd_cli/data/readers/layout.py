@@ -10,6 +10,7 @@ from pathlib import Path
 
 from gdetkd_cli.data.readers.bdd100k import read_first_frame
 from gdetkd_cli.errors import DataError
+from gdetkd_cli.files import name_kind
 
 _TRAIN = ("train",)
 _VAL = ("val", "valid", "validation", "test")  # the first match counts
@@ -39,7 +40,7 @@ def find_layout(root: Path, files: Mapping[Path, str] | None = None) -> Layout:
         DataError: a split's annotations or images are missing.
     """
     if not root.is_dir():
-        raise DataError(f"{root} is not a folder; name a folder with COCO annotations and images")
+        raise DataError(f"{root}{name_kind(root)} is not a folder; name a folder with COCO annotations and images")
     found = find_detection_files(root) if files is None else files
     train, val = (_find_split_file(found, root, words) for words in (_TRAIN, _VAL))
     if train is None or val is None:
@@ -55,7 +56,7 @@ def find_layout(root: Path, files: Mapping[Path, str] | None = None) -> Layout:
 
 def find_detection_files(root: Path) -> dict[Path, str]:
     """Finds COCO detection files; returns the file name of each one's first image."""
-    files = sorted([*root.glob("*.json"), *root.glob("*/*.json")])
+    files = sorted(file for file in (*root.glob("*.json"), *root.glob("*/*.json")) if file.is_file())
     return {file: name for file in files if (name := _read_first_image(file)) is not None}
 
 

@@ -12,6 +12,7 @@ from xml.etree import ElementTree
 from gdetkd_cli.data.readers.coco import build_split_from_tables
 from gdetkd_cli.data.split import Split
 from gdetkd_cli.errors import DataError
+from gdetkd_cli.files import name_kind
 
 VOC_CLASSES = (
     "aeroplane",
@@ -100,7 +101,10 @@ def read_object_names(lists: Sequence[Path]) -> set[str]:
 def _read_image_names(listing: Path) -> list[str]:
     """Reads a list's image names; from a list of one class (name, then 1, 0 or -1) those without -1."""
     if not listing.is_file():
-        raise DataError(f"there is no list {listing}; give a file of image names, such as ImageSets/Main/trainval.txt")
+        raise DataError(
+            f"there is no list {listing}{name_kind(listing)}; give a file of image names, such as "
+            "ImageSets/Main/trainval.txt"
+        )
     if listing.absolute().parents[1].name != "ImageSets":
         raise DataError(
             f"the list {listing} should be in ImageSets/Main, beside Annotations and JPEGImages; move it there"
@@ -119,7 +123,7 @@ def _read_image_names(listing: Path) -> list[str]:
 
 def _parse(file: Path) -> ElementTree.Element:
     if not os.path.isfile(file):
-        raise DataError(f"there is no annotation {file}; complete the folder, or correct the list")
+        raise DataError(f"there is no annotation {file}{name_kind(file)}; complete the folder, or correct the list")
     try:
         return ElementTree.parse(file).getroot()
     except (ElementTree.ParseError, ValueError, LookupError) as error:  # the last two: of the encoding that it names
@@ -130,7 +134,10 @@ def _find_image(folder: Path, stem: str) -> Path:
     for ending in _ENDINGS:
         if os.path.isfile(folder / (stem + ending)):
             return folder / (stem + ending)
-    raise DataError(f"there is no image {folder / stem}.jpg; give the folder that contains JPEGImages, or add the file")
+    image = folder / f"{stem}.jpg"
+    raise DataError(
+        f"there is no image {image}{name_kind(image)}; give the folder that contains JPEGImages, or add the file"
+    )
 
 
 def _read_size(tree: ElementTree.Element) -> dict[str, int]:
