@@ -9,6 +9,7 @@ from typing import Any, assert_never
 import torch
 from torch import nn
 
+from gdetkd_cli.assembly.warnings import warn_about_weights
 from gdetkd_cli.detectors import catalog
 from gdetkd_cli.detectors.probed import ProbedDetector
 from gdetkd_cli.detectors.protocol import Detector
@@ -65,9 +66,18 @@ def build_detector(
         ModelError: the detector cannot be built, or its weights cannot be read or do not fit.
     """
     if isinstance(spec, CheckpointDetector):
-        return _build_from_file(spec, class_names, seed, keep_classes=keep_classes)
-    if isinstance(spec, FactoryDetector):
-        return _build_custom(spec, class_names, seed)
+        built = _build_from_file(spec, class_names, seed, keep_classes=keep_classes)
+    elif isinstance(spec, FactoryDetector):
+        built = _build_custom(spec, class_names, seed)
+    else:
+        built = _build_named(spec, class_names, seed, keep_classes=keep_classes)
+    return replace(built, notes=(*built.notes, *warn_about_weights(built.detector)))
+
+
+def _build_named(
+    spec: TorchvisionDetector | ComposedDetector, class_names: tuple[str, ...], seed: int, *, keep_classes: bool
+) -> BuiltDetector:
+    """Builds one of torchvision's detectors, or one that is composed of torchvision's parts."""
     state, source = _read_weights(spec)
     norm = spec.norm
     if norm == "auto":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +25,7 @@ from gdetkd_cli.assembly.detector import BuiltDetector, build_detector, format_t
 from gdetkd_cli.assembly.distillation import BuiltPair, build_pair
 from gdetkd_cli.assembly.labels import LabelledSplit, Tables, describe_labels, label_split
 from gdetkd_cli.assembly.runtime import apply_runtime, resolve_runtime
+from gdetkd_cli.assembly.warnings import warn_about_data, warn_about_sizes
 from gdetkd_cli.data.split import Split
 from gdetkd_cli.detectors.protocol import Detector
 from gdetkd_cli.distill.distiller import Distiller
@@ -175,25 +176,27 @@ def build_setup(
         optimizer=optimizer,
         schedule=schedule,
         batches=build_batches(recipe, train, compute.settings, **_get_rank(compute.accelerator)),
-        notes=_collect_notes(
-            unscaled, recipe, (train, val), labelled.values(), {"student": student, "teacher": teacher}
-        ),
+        notes=_collect_notes(unscaled, recipe, (train, val), labelled.values(), student, teacher),
     )
 
 
 def _collect_notes(
     unscaled: Recipe,
     recipe: Recipe,
-    splits: Iterable[Split],
+    splits: tuple[Split, Split],
     labelled: Iterable[LabelledSplit],
-    detectors: Mapping[str, BuiltDetector | None],
+    student: BuiltDetector,
+    teacher: BuiltDetector | None,
 ) -> tuple[str, ...]:
     return (
         *describe_scaling(unscaled, recipe),
         *([advice] if (advice := describe_untrained_teacher(recipe)) else []),
         *(f"{split.name}: {note}" for split in splits for note in split.notes),
+        *warn_about_data(*splits),
         *(describe_labels(one) for one in labelled),
-        *(f"{name}: {note}" for name, one in detectors.items() if one for note in one.notes),
+        *(f"student: {note}" for note in student.notes),
+        *(f"teacher: {note}" for note in (teacher.notes if teacher else ())),
+        *(warn_about_sizes(student.detector, teacher.detector) if teacher else ()),
     )
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from gdetkd_cli import assembly
 from gdetkd_cli.assembly.detector import DetectorSpec
 from gdetkd_cli.assembly.find_data import find_data
+from gdetkd_cli.assembly.warnings import warn_about_weights
 from gdetkd_cli.data.loader import validation_batches
 from gdetkd_cli.data.readers.coco import align_classes
 from gdetkd_cli.data.split import Split
@@ -146,6 +147,8 @@ def _open(path: Path, device: torch.device, class_names: tuple[str, ...], *, run
     kind = kind_of(path)
     exported = _open_exported(path, kind, device)
     if exported is not None:
+        for warning in warn_about_weights(exported):
+            observer(Note(warning))
         return _Subject(exported, exported.class_names, kind, None, path.stat().st_size / 1e6)
     subject = _build(CheckpointDetector(arch="checkpoint", path=str(path)), device, class_names, observer)
     return replace(subject, format="run" if run else kind) if kind == "checkpoint" else subject

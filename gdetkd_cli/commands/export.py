@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from gdetkd_cli import assembly
+from gdetkd_cli.assembly.warnings import warn_about_weights
 from gdetkd_cli.detectors import catalog
 from gdetkd_cli.detectors.protocol import Detector
 from gdetkd_cli.engine.events import Note, Observer, silent
@@ -88,7 +89,7 @@ def run_export(
     """
     source = catalog.locate(target)
     loaded = catalog.load(source)
-    for note in loaded.notes:
+    for note in (*loaded.notes, *warn_about_weights(loaded.detector)):
         observer(Note(note))
     detector, architecture = loaded.detector, loaded.description
     formats = [_Format("onnx", export_onnx, OnnxDetector)] if onnx else []
@@ -147,7 +148,7 @@ def _export(
     finally:
         fresh.unlink(missing_ok=True)
     if not parity.detections:
-        observer(Note("the detector detects nothing in the parity images, so the comparison proves little"))
+        observer(Note("warning: the detector detects nothing in the parity images, so the comparison proves little"))
     return ExportedFile(
         path=path, format=kind.name, exporter=exporter, size_mb=path.stat().st_size / 1e6, parity=parity
     )

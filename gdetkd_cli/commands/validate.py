@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from gdetkd_cli import assembly
+from gdetkd_cli.assembly.warnings import warn_about_data, warn_about_sizes
 from gdetkd_cli.commands.rehearse import rehearse
 from gdetkd_cli.engine.events import Note, Observer, silent
 from gdetkd_cli.recipe.checks import describe_untrained_teacher, require_distillation
@@ -59,6 +60,8 @@ def check_recipe(
     pair = assembly.build_recipe_pair(recipe, train.class_names)
     checked = check_pair(recipe, source, pair, titles, train.records[0].size, observer)
     train, val = (assembly.relabel(split, pair.student.detector) for split in splits)
+    for warning in [] if assembly.needs_labels(recipe.data, "train") else warn_about_data(train, val):
+        observer(Note(warning))
     rehearse(pair.student, train, val, observer=observer)
     return replace(checked, changes=tuple(changes))
 
@@ -76,7 +79,8 @@ def check_pair(
     if assembly.needs_labels(recipe.data, "train"):
         teacher.detector.check_detects()
     untrained = describe_untrained_teacher(recipe)
-    for note in (*((untrained,) if untrained else ()), *student.notes, *teacher.notes):
+    warnings = warn_about_sizes(student.detector, teacher.detector)
+    for note in (*((untrained,) if untrained else ()), *student.notes, *teacher.notes, *warnings):
         observer(Note(note))
     student_report, teacher_report = (
         describe_pyramid(built.detector, source=title, size=size)

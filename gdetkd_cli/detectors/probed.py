@@ -78,6 +78,9 @@ class ProbedDetector(Detector):
     def parameter_count(self) -> int:
         return self._runner.parameters
 
+    def list_bad_weights(self) -> list[str]:
+        return self._runner.list_bad_weights()
+
     @property
     def finding(self) -> Finding:
         probed, form = self.probed, self.probed.detections

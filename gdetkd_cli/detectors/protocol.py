@@ -10,6 +10,7 @@ from typing import Literal, Protocol
 
 from torch import Tensor, nn
 
+from gdetkd_cli.probing.formats.runner import list_not_finite
 from gdetkd_cli.structures import Batch, Detections, LevelSpec, Pyramid, Regions
 
 Family = Literal["two-stage", "dense", "unknown"]
@@ -141,6 +142,10 @@ class Detector(Protocol):
     @property
     def parameter_count(self) -> int:
         return sum(parameter.numel() for parameter in self.module.parameters())
+
+    def list_bad_weights(self) -> list[str]:
+        """Names of the weights with NaN or infinity."""
+        return list_not_finite(self.module.state_dict())
 
     @property
     def finding(self) -> Finding | None:

@@ -17,6 +17,7 @@ from gdetkd_cli.detectors.scripted import ARCHITECTURE, CLASSES
 from gdetkd_cli.errors import ModelError, first_line
 from gdetkd_cli.probing.formats.class_names import parse_notes, read_class_names
 from gdetkd_cli.probing.formats.files import DESCRIPTION_FILE, load_torchscript
+from gdetkd_cli.probing.formats.runner import list_not_finite
 from gdetkd_cli.structures import Detections
 
 INPUT = "image"
@@ -73,6 +74,13 @@ class OnnxDetector:
                 f"got {', '.join(outputs)}"
             )
         self.class_names = _read_class_names(path, self._session.get_modelmeta().custom_metadata_map)
+        self._path = path
+
+    def list_bad_weights(self) -> list[str]:
+        """Names of the weights with NaN or infinity."""
+        from gdetkd_cli.probing.formats.onnx import read_bad_initializers  # onnx is slow to import
+
+        return read_bad_initializers(self._path)
 
     def predict(self, images: list[Tensor]) -> list[Detections]:
         """Inference on images (3, H, W) in 0..1, one at a time; boxes in each image's own pixels."""
@@ -101,6 +109,10 @@ class ScriptedDetector:
         files = {DESCRIPTION_FILE: ""}
         self._module = load_torchscript(path, device, files)
         self.class_names = _read_class_names(path, parse_notes(files[DESCRIPTION_FILE]))
+
+    def list_bad_weights(self) -> list[str]:
+        """Names of the weights with NaN or infinity."""
+        return list_not_finite(self._module.state_dict())
 
     @torch.no_grad()
     def predict(self, images: list[Tensor]) -> list[Detections]:

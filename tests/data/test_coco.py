@@ -123,6 +123,26 @@ def test_crowds_are_for_evaluation_only(folder: Path) -> None:
     assert split.notes == ("1 crowd annotation left out of training and kept for evaluation.",)
 
 
+@pytest.mark.parametrize(("value", "crowds"), [("0", 0), ("1", 1), ("no", 0), (2, 0), (None, 0), ([1], 0)])
+def test_an_iscrowd_that_is_no_number_is_never_read_as_true(folder: Path, value: object, crowds: int) -> None:
+    split = read(folder, add(annotation([1, 1, 5, 5], iscrowd=value)))
+
+    assert sum(item["iscrowd"] == 1 for item in split.records[1].truth) == crowds
+    assert split.notes[-1] == (
+        "warning: 1 annotation with an iscrowd other than the number 0 or 1: the text '1' is read as 1, all else as 0."
+    )
+
+
+def test_a_file_that_loses_most_annotations_warns(folder: Path) -> None:
+    broken = [annotation([1, 1, 0, 5]), annotation(None), annotation([1, 1, 5, 5], image_id=99)]
+    warning = "warning: 3 of 5 annotations are dropped; check the boxes, ids and classes."
+
+    assert warning in read(folder, add(*broken)).notes
+    assert not any("warning" in note for note in read(folder, add(*broken[:2])).notes)  # 2 of 4 are not most
+    chosen = read(folder, add(*[annotation([1, 1, 5, 5])] * 5), classes=["dog"])
+    assert not any("warning" in note for note in chosen.notes)  # left out on purpose
+
+
 def test_boxes_over_the_edge_are_clipped(folder: Path) -> None:
     split = read(folder, add(annotation([-2, 4, 6, 9]), annotation([15, -1, 5, 2], area=10)))
 
@@ -168,6 +188,7 @@ def test_annotations_of_unknown_ids_are_dropped(folder: Path) -> None:
     assert split.notes == (
         "2 annotations dropped: image_id is not among the images.",
         "1 annotation dropped: category_id is not among the categories.",
+        "warning: 3 of 5 annotations are dropped; check the boxes, ids and classes.",
     )
 
 

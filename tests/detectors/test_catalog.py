@@ -74,7 +74,7 @@ def test_classes_of_weights_by_the_data_and_of_other_weights() -> None:
         ({"backbone": "mobilenet_v2"}, "'blocks' applies to ResNets only, not to mobilenet_v2"),
         (
             {"kind": "torchvision", "name": "yolo"},
-            "unknown torchvision detector 'yolo'; known: fasterrcnn_resnet50.*e$",
+            "unknown torchvision detector 'yolo'; known: fasterrcnn_.*_large$",
         ),
         ({"kind": "torchvision", "name": "RetinaNet"}, r"; did you mean retinanet_resnet50_fpn\?$"),
         (

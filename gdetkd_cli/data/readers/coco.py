@@ -31,7 +31,11 @@ _NO_AREA = "{n} annotation{s} dropped: the box has no area inside the image."
 _NO_IMAGE = "{n} annotation{s} dropped: image_id is not among the images."
 _NO_CATEGORY = "{n} annotation{s} dropped: category_id is not among the categories."
 _LEFT_OUT = "{n} annotation{s} dropped: the category is not among the chosen classes."
-_NOTES = (_NEGATIVE, _CROWD, _CLIPPED, _NO_BOX, _NO_AREA, _NO_IMAGE, _NO_CATEGORY, _LEFT_OUT)
+_CROWD_TEXT = (
+    "warning: {n} annotation{s} with an iscrowd other than the number 0 or 1: the text '1' is read as 1, all else as 0."
+)
+_FAULTS = (_NO_BOX, _NO_AREA, _NO_IMAGE, _NO_CATEGORY)
+_NOTES = (_NEGATIVE, _CROWD, _CLIPPED, *_FAULTS, _LEFT_OUT, _CROWD_TEXT)
 
 
 def read_coco(
@@ -89,12 +93,16 @@ def build_split_from_tables(
 
     records = [_build_record(image_id, sizes[image_id], truth[image_id], shapes[image_id]) for image_id in ids]
     counts[_NEGATIVE] = sum(len(record.labels) == 0 for record in records)
+    notes = [note.format(n=counts[note], s="" if counts[note] == 1 else "s") for note in _NOTES if counts[note]]
+    dropped, given = sum(counts[fault] for fault in _FAULTS), len(tables["annotations"])
+    if 2 * dropped > given:
+        notes.append(f"warning: {dropped} of {given} annotations are dropped; check the boxes, ids and classes.")
     return Split(
         name="/".join(source.absolute().parts[-2:]),
         class_names=class_names,
         records=records,
         read=files,
-        notes=tuple(note.format(n=counts[note], s="" if counts[note] == 1 else "s") for note in _NOTES if counts[note]),
+        notes=tuple(notes),
     )
 
 
@@ -229,7 +237,9 @@ def _convert_annotation(
         counts[_NO_AREA] += 1
         return None
     counts[_CLIPPED] += any(abs(a - b) >= _ROUNDING for a, b in zip(corners, clipped, strict=True))
-    crowd = bool(annotation.get("iscrowd", 0))
+    given = annotation.get("iscrowd", 0)
+    counts[_CROWD_TEXT] += not isinstance(given, (int, float)) or given not in (0, 1)
+    crowd = given in (1, "1")
     counts[_CROWD] += crowd
     area = annotation.get("area")
     return {

@@ -85,6 +85,9 @@ class OnnxRunner:
         self.class_names = read_class_names({entry.key: entry.value for entry in self._model.metadata_props})
         self._call, self.size = self._read_convention(list(self._image.shape))
 
+    def list_bad_weights(self) -> list[str]:
+        return _list_bad_initializers(self._model)
+
     def _read_convention(self, shape: list[Any]) -> tuple[Call, tuple[int, int] | None]:
         """Returns the way of calling the model, and its input size (height, width) if that is fixed."""
         last = shape[-1] == 3 and shape[-3] != 3
@@ -280,6 +283,16 @@ class OnnxRunner:
                 for a in (0, 1)
             ]
         return Window(*((int(p[0]), int(p[1])) for p in (kernel, stride, padding, dilation)))
+
+
+def read_bad_initializers(path: Path) -> list[str]:
+    """Names of a whole file's weights with NaN or infinity."""
+    return _list_bad_initializers(onnx.load(path))
+
+
+def _list_bad_initializers(model: ModelProto) -> list[str]:
+    arrays = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    return [name for name, one in arrays.items() if one.dtype.kind == "f" and not np.isfinite(one).all()]
 
 
 def _select_arrays(names: Sequence[str], rows: Sequence[Any]) -> dict[str, Tensor]:

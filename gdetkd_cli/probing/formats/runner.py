@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol, runtime_checkable
@@ -72,6 +72,9 @@ class Runner(Protocol):
     @property
     def class_names(self) -> tuple[str, ...]: ...
 
+    def list_bad_weights(self) -> list[str]:
+        """Names of the weights with NaN or infinity."""
+
     def record(self, image: Tensor) -> RecordedCall:
         """Finds a way of calling the model and records a forward of one image (3, H, W).
 
@@ -90,6 +93,11 @@ class Runner(Protocol):
 
     def run(self, call: Call, images: Sequence[Tensor]) -> object:
         """Runs the model on images in one call; returns tensors by name if the file names its outputs."""
+
+
+def list_not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Names of the floating-point tensors with NaN or infinity."""
+    return [name for name, one in tensors.items() if one.is_floating_point() and not one.isfinite().all()]
 
 
 def reason_of(error: Exception) -> str:
@@ -128,6 +136,9 @@ class ModuleRunner:
     @property
     def parameters(self) -> int:
         return sum(p.numel() for p in self.module.parameters())
+
+    def list_bad_weights(self) -> list[str]:
+        return list_not_finite(self.module.state_dict())
 
     def record(self, image: Tensor) -> RecordedCall:
         weights = dict(self.module.named_parameters()) | dict(self.module.named_buffers())
