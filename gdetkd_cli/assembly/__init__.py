@@ -10,6 +10,7 @@ from gdetkd_cli.assembly.data import (
     read_split,
     read_unlabelled_split,
     relabel,
+    report_bad_images,
 )
 from gdetkd_cli.assembly.detector import BuiltDetector, build_detector, format_title
 from gdetkd_cli.assembly.distillation import BuiltPair, TermPlan, build_pair
@@ -53,6 +54,7 @@ __all__ = [
     "read_split",
     "read_unlabelled_split",
     "relabel",
+    "report_bad_images",
     "resolve_runtime",
     "start_compute",
 ]

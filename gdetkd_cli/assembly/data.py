@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal, TypeGuard
 
+from gdetkd_cli.data.bad_images import BadImages
 from gdetkd_cli.data.dataset import DetectionDataset
 from gdetkd_cli.data.folds import build_fold
 from gdetkd_cli.data.loader import training_batches
@@ -19,6 +20,7 @@ from gdetkd_cli.data.synthetic import synthetic_split
 from gdetkd_cli.data.transforms import build_augmentation
 from gdetkd_cli.detectors.protocol import Detector
 from gdetkd_cli.engine.device import ComputeSettings
+from gdetkd_cli.engine.events import Note, Observer
 from gdetkd_cli.errors import DataError
 from gdetkd_cli.recipe.schema import Bdd100kData, CocoData, Data, Fold, FolderData, Recipe, SyntheticData, VocData
 from gdetkd_cli.structures import Batch
@@ -27,7 +29,14 @@ Which = Literal["train", "val"]
 SPLITS: tuple[Which, ...] = ("train", "val")
 
 
-def build_split(data: Data, which: Which, labels: Path | None = None, *, outlines: bool = False) -> Split:
+def build_split(
+    data: Data,
+    which: Which,
+    labels: Path | None = None,
+    *,
+    outlines: bool = False,
+    bad: BadImages | None = None,
+) -> Split:
     """Builds the ``train`` or ``val`` split.
 
     Args:
@@ -35,11 +44,13 @@ def build_split(data: Data, which: Which, labels: Path | None = None, *, outline
         which: the split to build.
         labels: a run's folder of teacher labels.
         outlines: keep the objects' outlines, if the annotations have any.
+        bad: collects the images that are left out; None: a new collection, if the recipe leaves images out.
 
     Raises:
         DataError: the data cannot be read, or the teacher has not labelled them yet.
     """
     fold = None if isinstance(data, FolderData) else data.fold
+    bad = bad or _collect_bad_images(data)
     if fold is not None:
         return _build_fold(data, fold, which, outlines=outlines)
     if isinstance(data, SyntheticData):
@@ -47,14 +58,14 @@ def build_split(data: Data, which: Which, labels: Path | None = None, *, outline
         return synthetic_split(split=which, images=images, size=data.size, seed=data.seed, smallest=data.smallest)
     if isinstance(data, VocData):
         lists = data.train if which == "train" else data.val
-        return read_voc(lists=[data.root / path for path in lists], root=data.root, classes=data.classes)
+        return read_voc(lists=[data.root / path for path in lists], root=data.root, classes=data.classes, bad=bad)
     if needs_labels(data, which):
         if labels is None:
             raise DataError(
                 f"the {which} images in {data.root / data.train_images} have no annotations; run `gdetkd distill`, "
                 "whose teacher labels them and stores COCO files in the run's folder `labels`"
             )
-        return read_coco(annotations=labels / f"{which}.json", images=data.root / data.train_images)
+        return read_coco(annotations=labels / f"{which}.json", images=data.root / data.train_images, bad=bad)
     if not isinstance(data, FolderData) and which == "train":
         annotations, folder = data.train, data.train_images
     else:
@@ -62,8 +73,8 @@ def build_split(data: Data, which: Which, labels: Path | None = None, *, outline
         annotations, folder = data.val, data.val_images
     annotations, folder = data.root / annotations, data.root / folder
     if isinstance(data, Bdd100kData):
-        return read_bdd100k(labels=annotations, images=folder, classes=data.classes)
-    return read_coco(annotations=annotations, images=folder, classes=data.classes, outlines=outlines)
+        return read_bdd100k(labels=annotations, images=folder, classes=data.classes, bad=bad)
+    return read_coco(annotations=annotations, images=folder, classes=data.classes, outlines=outlines, bad=bad)
 
 
 def build_all_folds(data: Data) -> Split:
@@ -81,8 +92,23 @@ def build_all_folds(data: Data) -> Split:
 
 def _build_fold(data: Data, fold: Fold, which: Literal["train", "val", "all"], *, outlines: bool = False) -> Split:
     whole = data.model_copy(update={"fold": None})
-    train, val = (build_split(whole, part, outlines=outlines) for part in SPLITS)
+    bad = _collect_bad_images(data)
+    train, val = (build_split(whole, part, outlines=outlines, bad=bad) for part in SPLITS)
     return build_fold(train, val, number=fold.number, of=fold.of, which=which)
+
+
+def _collect_bad_images(data: Data) -> BadImages | None:
+    """Returns a collection for the images that cannot be read, or None if such an image is an error."""
+    if isinstance(data, SyntheticData) or data.on_bad_sample == "error":
+        return None
+    return BadImages(data.max_bad_samples)
+
+
+def report_bad_images(splits: Iterable[Split], observer: Observer) -> None:
+    """Makes the observer receive a note about each image that is left out, from now on and so far."""
+    for split in splits:
+        if split.bad is not None:
+            split.bad.report_to(lambda text: observer(Note(text)))
 
 
 def needs_labels(data: Data, which: Which) -> TypeGuard[CocoData | FolderData]:
@@ -103,11 +129,11 @@ def read_split(data: Data, which: Which) -> Split:
 
 def read_unlabelled_split(data: CocoData | FolderData, which: Which) -> Split:
     """Reads the images for the teacher to label; the split has no classes if it takes the teacher's."""
-    folder = data.root / data.train_images
+    folder, bad = data.root / data.train_images, _collect_bad_images(data)
     if isinstance(data, FolderData):
-        split = read_folder(folder, "all" if data.val is not None else which)
+        split = read_folder(folder, "all" if data.val is not None else which, bad=bad)
         return replace(split, class_names=tuple(data.classes or ()))
-    return read_coco(annotations=data.root / data.train, images=folder, classes=data.classes)
+    return read_coco(annotations=data.root / data.train, images=folder, classes=data.classes, bad=bad)
 
 
 def relabel(split: Split, detector: Detector) -> Split:

@@ -18,11 +18,11 @@ from gdetkd_cli.assembly.detector import build_detector
 from gdetkd_cli.data.image_files import ImageFiles
 from gdetkd_cli.data.loader import validation_batches
 from gdetkd_cli.data.readers.coco import build_split_from_tables
-from gdetkd_cli.data.split import Split
+from gdetkd_cli.data.split import Record, Split
 from gdetkd_cli.detectors.protocol import Detector
 from gdetkd_cli.engine.events import Note, Observer, report_every, silent
 from gdetkd_cli.errors import DataError
-from gdetkd_cli.evaluation.predict import gather_predictions, predict_split
+from gdetkd_cli.evaluation.predict import gather_predictions, list_predicted, predict_split
 from gdetkd_cli.files import write_text
 from gdetkd_cli.recipe.schema import CocoData, Data, DistillationRecipe, FolderData, TeacherLabels
 from gdetkd_cli.structures import Detections
@@ -79,8 +79,11 @@ def label_split(
     batches = validation_batches(split=split, batch_size=1, rank=rank, world_size=world_size)
     progress = report_every(observer, "labelled", ceil(len(split) / world_size))
     detections = gather_predictions(predict_split(teacher, batches, device, progress))
+    assert isinstance(split.read, ImageFiles), "only image files can be labelled"
+    kept = list_predicted(split, detections)
+    files = {record.image_id: path for record, path in zip(split.records, split.read.paths, strict=False)}
     categories = {name: number for number, name in enumerate(class_names, start=1)}
-    annotations = _build_annotations(split, detections, teacher.class_names, categories, options)
+    annotations = _build_annotations(kept, detections, teacher.class_names, categories, options)
     if not annotations:
         best = max((float(one.scores.max()) for one in detections.values() if len(one.scores)), default=0.0)
         raise DataError(
@@ -88,12 +91,13 @@ def label_split(
             f"{best:.2f}); lower data.labels.score, or check the teacher's input format (teacher.input)"
         )
     folder = data.root / data.train_images
-    tables = _build_tables(split, folder, categories, annotations)
-    return LabelledSplit(build_split_from_tables(tables, source=Path(split.name), images=folder), tables, total)
+    tables = _build_tables([(record, files[record.image_id]) for record in kept], folder, categories, annotations)
+    labelled = build_split_from_tables(tables, source=Path(split.name), images=folder, bad=split.bad)
+    return LabelledSplit(labelled, tables, total)
 
 
 def _build_annotations(
-    split: Split,
+    records: Sequence[Record],
     detections: Mapping[int, Detections],
     teacher_classes: Sequence[str],
     categories: Mapping[str, int],
@@ -101,7 +105,7 @@ def _build_annotations(
 ) -> list[dict[str, Any]]:
     """Converts the confident detections in the categories to COCO annotations."""
     annotations: list[dict[str, Any]] = []
-    for record in split.records:
+    for record in records:
         one = detections[record.image_id]
         for box, score, number in zip(one.boxes.tolist(), one.scores.tolist(), one.labels.tolist(), strict=True):
             name = teacher_classes[number - 1]
@@ -121,10 +125,12 @@ def _build_annotations(
 
 
 def _build_tables(
-    split: Split, folder: Path, categories: Mapping[str, int], annotations: list[dict[str, Any]]
+    images: Sequence[tuple[Record, Path]],
+    folder: Path,
+    categories: Mapping[str, int],
+    annotations: list[dict[str, Any]],
 ) -> Tables:
     """Builds COCO's tables; file names are relative to ``folder``."""
-    assert isinstance(split.read, ImageFiles), "only image files can be labelled"
     return {
         "images": [
             {
@@ -133,7 +139,7 @@ def _build_tables(
                 "height": record.size[0],
                 "width": record.size[1],
             }
-            for record, path in zip(split.records, split.read.paths, strict=False)
+            for record, path in images
         ],
         "categories": [{"id": number, "name": name} for name, number in categories.items()],
         "annotations": annotations,
@@ -191,4 +197,5 @@ def label_data(recipe: DistillationRecipe, folder: Path, device: str, observer: 
     else:
         assert data.val is not None
         paths |= {"val": data.val, "val_images": data.val_images}
-    return CocoData(format="coco", root=data.root, classes=data.classes, labels="annotations", **paths)
+    same = {name: getattr(data, name) for name in ("root", "classes", "on_bad_sample", "max_bad_samples")}
+    return CocoData(format="coco", labels="annotations", **same, **paths)

@@ -19,6 +19,8 @@ _MAY_DIFFER = {
     "data.val",
     "data.train_images",
     "data.val_images",
+    "data.on_bad_sample",
+    "data.max_bad_samples",
     "teacher.path",
     "train.checkpoint_every",
     "train.evaluate_every",

@@ -20,6 +20,7 @@ from gdetkd_cli.assembly.data import (
     needs_labels,
     read_unlabelled_split,
     relabel,
+    report_bad_images,
 )
 from gdetkd_cli.assembly.detector import BuiltDetector, build_detector, format_title
 from gdetkd_cli.assembly.distillation import BuiltPair, build_pair
@@ -156,6 +157,7 @@ def build_setup(
         splits |= {which: one.split for which, one in labelled.items()}
     student = _build_student(recipe, splits["train"].class_names, device)
     train, val = (relabel(splits[which], student.detector) for which in SPLITS)
+    report_bad_images((train, val), observer)
     pair = None
     if isinstance(recipe, DistillationRecipe) and teacher is not None:
         pair = _build_pair(recipe, student, teacher, device.type)

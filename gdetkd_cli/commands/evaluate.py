@@ -24,7 +24,7 @@ from gdetkd_cli.engine.run_folder import RunFolder
 from gdetkd_cli.errors import DataError, RecipeError
 from gdetkd_cli.evaluation.coco_metrics import CocoMetrics, evaluate_coco
 from gdetkd_cli.evaluation.exported import NotOursError, OnnxDetector, ScriptedDetector
-from gdetkd_cli.evaluation.predict import Predictor, predict_split
+from gdetkd_cli.evaluation.predict import Predictor, list_predicted, predict_split
 from gdetkd_cli.probing.formats.files import Kind, kind_of
 from gdetkd_cli.recipe.builtin import list_builtin
 from gdetkd_cli.recipe.checks import require_trained_teacher
@@ -85,6 +85,7 @@ def run_eval(target: str, *, data: Data | Path | None, observer: Observer = sile
         block, labels = (data, None) if data else (_read_data_beside(path), _find_labels(path))
         split = assembly.build_split(block, "val", labels)
         subject = _open(path, device, split.class_names, run=Path(target).is_dir(), observer=observer)
+    assembly.report_bad_images([split], observer)
     for note in split.notes:
         observer(Note(f"{split.name}: {note}"))
     if len(split) == 0:
@@ -97,7 +98,7 @@ def run_eval(target: str, *, data: Data | Path | None, observer: Observer = sile
         source=target,
         format=subject.format,
         data=split.name,
-        metrics=evaluate_coco(split.records, split.class_names, detections),
+        metrics=evaluate_coco(list_predicted(split, detections), split.class_names, detections),
         parameters=subject.parameters,
         size_mb=subject.size_mb,
         ms_per_image=stopwatch.ms_per_call,
@@ -117,7 +118,7 @@ def evaluate_teacher(recipe: Recipe, split: Split, observer: Observer) -> CocoMe
     split = align_classes(split, subject.class_names)
     progress = report_every(observer, "evaluated", len(split))
     detections = predict_split(subject.predictor, validation_batches(split=split, batch_size=1), device, progress)
-    return evaluate_coco(split.records, split.class_names, detections)
+    return evaluate_coco(list_predicted(split, detections), split.class_names, detections)
 
 
 class _Stopwatch:

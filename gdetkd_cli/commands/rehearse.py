@@ -9,6 +9,7 @@ from pathlib import Path
 
 from gdetkd_cli import assembly
 from gdetkd_cli.commands.export import try_export
+from gdetkd_cli.data.bad_images import BadImageError
 from gdetkd_cli.data.image_files import ImageFiles
 from gdetkd_cli.data.loader import validation_batches
 from gdetkd_cli.data.split import Split
@@ -16,7 +17,7 @@ from gdetkd_cli.detectors import catalog
 from gdetkd_cli.engine.events import Note, Observer, report_every
 from gdetkd_cli.errors import ExportError, ModelError, first_line
 from gdetkd_cli.evaluation.coco_metrics import evaluate_coco
-from gdetkd_cli.evaluation.predict import predict_split
+from gdetkd_cli.evaluation.predict import list_predicted, predict_split
 
 _IMAGES = 2
 
@@ -50,7 +51,8 @@ def rehearse(
         raise ModelError(
             f"the student can be trained, but fails at inference: {first_line(error)}; check student.arguments"
         ) from error
-    evaluate_coco(few.records, few.class_names, found)
+    if found:  # the few may all be left out
+        evaluate_coco(list_predicted(few, found), few.class_names, found)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "student.pt"
         catalog.save(file, detector, student.description)
@@ -64,11 +66,16 @@ def rehearse(
 
 
 def _check_headers(splits: Sequence[Split], observer: Observer) -> None:
-    files = [split.read for split in splits if isinstance(split.read, ImageFiles)]
-    progress = report_every(observer, "checked", sum(len(one.paths) for one in files))
+    files = [(split.read, split.bad) for split in splits if isinstance(split.read, ImageFiles)]
+    progress = report_every(observer, "checked", sum(len(one.paths) for one, _ in files))
     done = 0
-    for one in files:
+    for one, bad in files:
         for index in range(len(one.paths)):
-            one.check_header(index)
+            try:
+                one.check_header(index)
+            except BadImageError as error:
+                if bad is None:
+                    raise
+                bad.add(error)
             done += 1
             progress(done)

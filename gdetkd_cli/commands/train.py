@@ -30,7 +30,7 @@ from gdetkd_cli.engine.run_folder import RunFolder
 from gdetkd_cli.engine.signals import StopSignals
 from gdetkd_cli.errors import DiskError, RecipeError, RunFolderError
 from gdetkd_cli.evaluation.coco_metrics import CocoMetrics, evaluate_coco
-from gdetkd_cli.evaluation.predict import gather_predictions, predict_split
+from gdetkd_cli.evaluation.predict import gather_predictions, list_predicted, predict_split
 from gdetkd_cli.files import write_text
 from gdetkd_cli.recipe.checks import remove_teacher, require_distillation, require_trained_teacher
 from gdetkd_cli.recipe.load import dump_recipe, load_recipe
@@ -160,6 +160,9 @@ def _run(recipe: Recipe, target: _Target, observer: Observer) -> TrainResult:
         if checkpoint is not None and (finished := _read_result(folder, setup, checkpoint)):
             observer(Note(f"{folder.path} is finished; add --steps N to train it further"))
             return finished
+        for split in (setup.train, setup.val):
+            if split.bad is not None:
+                split.bad.list_in(folder.bad_images)
         _announce(setup, observer)
         if main:
             _write_facts(folder, setup, replace=target.steps is not None)
@@ -334,7 +337,7 @@ def evaluate_split(
     detections = gather_predictions(predict_split(detector, batches, accelerator.device, progress))
     if not accelerator.is_main_process:
         return None
-    return evaluate_coco(split.records, split.class_names, detections)
+    return evaluate_coco(list_predicted(split, detections), split.class_names, detections)
 
 
 def _announce(setup: assembly.TrainingSetup, observer: Observer) -> None:

@@ -52,6 +52,7 @@ def check_recipe(
     """
     recipe = require_distillation(recipe)
     splits = [assembly.read_split(recipe.data, which) for which in assembly.SPLITS]
+    assembly.report_bad_images(splits, observer)
     for split in splits:
         for note in split.notes:
             observer(Note(f"{split.name}: {note}"))

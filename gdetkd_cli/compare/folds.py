@@ -11,6 +11,7 @@ from gdetkd_cli.compare.trials import Trial, build_teacher_trial
 from gdetkd_cli.detectors import catalog
 from gdetkd_cli.errors import RecipeError, RunFolderError
 from gdetkd_cli.evaluation.coco_metrics import evaluate_coco
+from gdetkd_cli.evaluation.predict import list_predicted
 from gdetkd_cli.recipe.load import load_recipe
 from gdetkd_cli.recipe.schema import (
     CheckpointDetector,
@@ -122,7 +123,7 @@ def pool_teacher_ap(teachers: Mapping[Fold, tuple[Trial, Recipe]]) -> float | No
             raise RunFolderError(f"{trial.folder} has no finished teacher; run the same command again")
         detections |= trial.read_detections()
     split = assembly.build_all_folds(next(recipe.data for _, recipe in teachers.values()))
-    return evaluate_coco(split.records, split.class_names, detections).ap
+    return evaluate_coco(list_predicted(split, detections), split.class_names, detections).ap
 
 
 def _find_overlap(spec: Detector, data: Data) -> Literal["nothing", "some", "all"]:

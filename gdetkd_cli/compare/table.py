@@ -15,6 +15,7 @@ from gdetkd_cli.data.split import Split
 from gdetkd_cli.evaluation.bootstrap import MatchedImages, deviation_of_difference, draw_again
 from gdetkd_cli.evaluation.coco_metrics import evaluate_coco
 from gdetkd_cli.evaluation.intervals import interval_over_folds, interval_over_seeds_and_images
+from gdetkd_cli.evaluation.predict import list_predicted
 from gdetkd_cli.recipe.methods import NONE
 from gdetkd_cli.structures import Detections
 
@@ -107,6 +108,9 @@ def make_rows(
     Returns:
         The rows, and the facts behind them by method, budget and seed; with folds, pooled over all folds.
     """
+    if split.bad is not None:  # images that no trial could read
+        predicted = {number: one for trial in finished for number, one in trial.read_detections().items()}
+        split = replace(split, records=list_predicted(split, predicted))
     known = dict.fromkeys([*requested, *((trial.steps, trial.method) for trial in finished)])
     runs = _pool_folds(finished, split, folds) if folds else {_get_key(trial): fact for trial, fact in finished.items()}
     rows = [_make_row(method, steps, runs, baseline) for steps, method in sorted(known, key=lambda row: row[0])]

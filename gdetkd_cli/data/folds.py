@@ -67,6 +67,7 @@ def build_fold(train: Split, val: Split, *, number: int, of: int, which: Literal
         records=records,
         read=_PooledReader(reads=[split.read for split in parts], places=[places[i] for i in chosen]),
         notes=tuple(f"{split.name}: {note}" for split in parts for note in split.notes),
+        bad=train.bad,
     )
 
 

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from gdetkd_cli.errors import DataError
+from gdetkd_cli.data.bad_images import BadImageError, BadImages
 from gdetkd_cli.files import name_kind
 
 # Others are rare as photographs, and Pillow starts another program to read some of them.
@@ -42,14 +42,14 @@ class ImageFiles:
             (3, H, W) uint8 RGB.
 
         Raises:
-            DataError: the file cannot be decoded, or its size differs from that in the annotations.
+            BadImageError: the file cannot be decoded, or its size differs from that in the annotations.
         """
         path = self.paths[index]
         try:
             with Image.open(_check_regular(path), formats=FORMATS) as image:
                 pixels = _convert_to_rgb(image)
         except _UNREADABLE as error:
-            raise DataError(f"the image {path} cannot be decoded ({error}); replace the file") from error
+            raise BadImageError(path, f"cannot be decoded ({error}); replace the file") from error
         self._check_size(index, (pixels.shape[0], pixels.shape[1]))
         return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
@@ -57,16 +57,17 @@ class ImageFiles:
         """Reads the size of one image from its header.
 
         Raises:
-            DataError: the file is not an image, or its size differs from that in the annotations.
+            BadImageError: the file is not an image, or its size differs from that in the annotations.
         """
         self._check_size(index, read_image_size(self.paths[index]))
 
     def _check_size(self, index: int, size: tuple[int, int]) -> None:
         height, width = self.sizes[index]
         if size != (height, width):
-            raise DataError(
-                f"the image {self.paths[index]} should be {width} x {height} pixels according to its annotations, but "
-                f"it is {size[1]} x {size[0]}; restore the annotated image, or correct the annotations"
+            raise BadImageError(
+                self.paths[index],
+                f"should be {width} x {height} pixels according to its annotations, but it is {size[1]} x {size[0]}; "
+                "restore the annotated image, or correct the annotations",
             )
 
 
@@ -74,18 +75,37 @@ def read_image_size(path: Path) -> tuple[int, int]:
     """Reads (height, width) pixels from the file's header, without decoding the image.
 
     Raises:
-        DataError: the file is not an image.
+        BadImageError: the file is not an image.
     """
     try:
         with Image.open(_check_regular(path), formats=FORMATS) as image:
             return image.height, image.width
     except _UNREADABLE as error:
-        raise DataError(f"the image {path} cannot be read ({error}); replace the file") from error
+        raise BadImageError(path, f"cannot be read ({error}); replace the file") from error
+
+
+def read_sizes(
+    paths: Sequence[Path], known: Sequence[tuple[int, int] | None], bad: BadImages | None
+) -> list[tuple[int, int] | None]:
+    """Reads (height, width) pixels of the images whose size is not known; None for one that is left out.
+
+    Raises:
+        DataError: a file is not an image, and ``bad`` allows no more.
+    """
+    sizes = list(known)
+    for index, path in enumerate(paths):
+        try:
+            sizes[index] = sizes[index] or read_image_size(path)
+        except BadImageError as error:
+            if bad is None:
+                raise
+            bad.add(error)
+    return sizes
 
 
 def _check_regular(path: Path) -> Path:
     if os.path.exists(path) and not os.path.isfile(path):
-        raise DataError(f"the image {path}{name_kind(path)} is not a regular file; replace it")
+        raise BadImageError(path, f"is not a regular file{name_kind(path)}; replace it")
     return path
 
 

@@ -13,7 +13,8 @@ from functools import lru_cache
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from gdetkd_cli.data.dataset import DetectionDataset, Key, mix_seed
+from gdetkd_cli.data.bad_images import BadImageError
+from gdetkd_cli.data.dataset import DetectionDataset, Example, Key, mix_seed
 from gdetkd_cli.data.split import Split
 from gdetkd_cli.errors import DataError
 from gdetkd_cli.structures import Batch
@@ -33,7 +34,8 @@ def training_batches(
 ) -> Iterator[Batch]:
     """Yields the batches of steps ``start_step`` to ``steps - 1``.
 
-    Each pass over the data is a new permutation of the images. A batch may span two passes.
+    Each pass over the data is a new permutation of the images. A batch may span two passes. The next image takes the
+    place of one that is left out (``Split.bad``).
 
     Args:
         dataset: training examples.
@@ -59,11 +61,13 @@ def training_batches(
         rank=rank,
         world_size=world_size,
     )
-    return _load(dataset, keys, workers=workers, pin_memory=pin_memory)
+    return _load(dataset, keys, workers=workers, pin_memory=pin_memory, replace=True)
 
 
 def validation_batches(*, split: Split, batch_size: int, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
     """Yields every image of the split once over all processes, unchanged. Shares differ by at most one image.
+
+    Images that are left out (``Split.bad``) are in no batch.
 
     The images of a batch have one size, because padding to a larger neighbour would change detections at the border,
     and with them the AP.
@@ -84,7 +88,7 @@ def validation_batches(*, split: Split, batch_size: int, rank: int = 0, world_si
     keys = (
         share[first : first + batch_size] for share in by_size.values() for first in range(0, len(share), batch_size)
     )
-    return _load(dataset, keys, workers=0, pin_memory=False)
+    return _load(dataset, keys, workers=0, pin_memory=False, replace=False)
 
 
 def _training_keys(
@@ -103,24 +107,51 @@ def _training_keys(
         yield [(draw, order(draw)[position]) for draw, position in places]
 
 
-class _BatchDataset(Dataset[Batch | DataError]):
-    """Whole batches by their keys. Returns errors, because torch adds a traceback to errors of a loader process."""
+_Loaded = tuple[Batch | None, list[BadImageError]] | DataError
 
-    def __init__(self, dataset: DetectionDataset) -> None:
+
+class _BatchDataset(Dataset[_Loaded]):
+    """Whole batches by their keys. Returns errors, because torch adds a traceback to errors of a loader process.
+
+    Args:
+        dataset: the examples.
+        replace: whether the next readable image takes the place of an image that is left out.
+    """
+
+    def __init__(self, dataset: DetectionDataset, *, replace: bool) -> None:
         self._dataset = dataset
+        self._replace = replace
 
-    def __getitem__(self, keys: list[Key]) -> Batch | DataError:
+    def __getitem__(self, keys: list[Key]) -> _Loaded:
+        bad: list[BadImageError] = []
         try:
-            images, targets, image_ids = zip(*(self._dataset[key] for key in keys), strict=True)
+            examples = [example for key in keys if (example := self._read(key, bad)) is not None]
         except DataError as error:
             return error
-        return Batch(images=list(images), targets=list(targets), image_ids=torch.tensor(image_ids))
+        if not examples:
+            return None, bad
+        images, targets, image_ids = zip(*examples, strict=True)
+        return Batch(images=list(images), targets=list(targets), image_ids=torch.tensor(image_ids)), bad
+
+    def _read(self, key: Key, bad: list[BadImageError]) -> Example | None:
+        """Reads an example and adds images that are left out to ``bad``."""
+        allowed = self._dataset.split.bad
+        for offset in range(1 + allowed.most if allowed and self._replace else 1):
+            try:
+                return self._dataset[key[0], (key[1] + offset) % len(self._dataset)]
+            except BadImageError as error:
+                if allowed is None:
+                    raise
+                bad.append(error)
+        return None
 
 
-def _load(dataset: DetectionDataset, keys: Iterable[list[Key]], *, workers: int, pin_memory: bool) -> Iterator[Batch]:
-    """Yields batches in the order of ``keys``, read ahead."""
+def _load(
+    dataset: DetectionDataset, keys: Iterable[list[Key]], *, workers: int, pin_memory: bool, replace: bool
+) -> Iterator[Batch]:
+    """Yields batches in the order of ``keys``, read ahead; ``replace``: see ``_BatchDataset``."""
     loader = DataLoader(
-        _BatchDataset(dataset),
+        _BatchDataset(dataset, replace=replace),
         sampler=keys,  # each "sample" is already a batch, hence:
         batch_size=None,
         num_workers=workers,
@@ -128,10 +159,17 @@ def _load(dataset: DetectionDataset, keys: Iterable[list[Key]], *, workers: int,
         worker_init_fn=_ignore_stop_signals,
         generator=torch.Generator(),  # the loader draws its processes' seed here instead of from the main generator
     )
-    for batch in loader:
-        if isinstance(batch, DataError):
-            raise batch
-        yield batch
+    for loaded in loader:
+        if isinstance(loaded, DataError):
+            raise loaded
+        batch, bad = loaded
+        for error in bad:
+            assert dataset.split.bad is not None
+            dataset.split.bad.add(error)
+        if batch is not None:
+            yield batch
+        elif replace:
+            raise DataError(f"no image of {dataset.split.name} can be read; give other data")
 
 
 def _ignore_stop_signals(worker: int) -> None:

@@ -13,6 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from gdetkd_cli.data.bad_images import BadImages
+
 Outline = list[NDArray[np.float32]] | dict[str, Any] | None
 
 
@@ -48,6 +50,7 @@ class Split:
         class_names: K names; label k is ``class_names[k - 1]``.
         records: one per image.
         read: record index -> (3, H, W) uint8 RGB.
+        bad: collects the images that cannot be read, which are left out; None: such an image is an error.
         notes: remarks and changes of the reader, shown to the user ("3 boxes clipped to the image").
     """
 
@@ -56,6 +59,7 @@ class Split:
     records: Sequence[Record]
     read: Callable[[int], Tensor]
     notes: tuple[str, ...] = ()
+    bad: BadImages | None = None
 
     def __len__(self) -> int:
         return len(self.records)

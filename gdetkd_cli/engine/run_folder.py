@@ -33,6 +33,7 @@ class RunFolder:
     student/           code that rebuilds it without this package
     metrics.json       the last evaluation
     images/            validation images with predicted boxes
+    bad_images.txt     images that could not be read and were left out, if there are any
     """
 
     def __init__(self, path: Path) -> None:
@@ -48,6 +49,7 @@ class RunFolder:
         self.student_code = path / "student"
         self.metrics = path / "metrics.json"
         self.images = path / "images"
+        self.bad_images = path / "bad_images.txt"
 
     def checkpoints(self, keep: int = 1) -> Checkpoints:
         """The run's checkpoints, of which ``keep`` remain."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor, distributed
 
+from gdetkd_cli.data.split import Record, Split
+from gdetkd_cli.errors import DataError
 from gdetkd_cli.structures import Batch, Detections
 
 
@@ -32,6 +34,18 @@ def predict_split(
         if progress is not None:
             progress(len(predictions))
     return predictions
+
+
+def list_predicted(split: Split, predictions: Mapping[int, Detections]) -> Sequence[Record]:
+    """Returns the records of the images that were predicted: all but those left out (``Split.bad``).
+
+    Raises:
+        DataError: all are left out.
+    """
+    kept = [record for record in split.records if split.bad is None or record.image_id in predictions]
+    if split.records and not kept:
+        raise DataError(f"no image of {split.name} can be read; give other data")
+    return kept
 
 
 def gather_predictions(own: dict[int, Detections]) -> dict[int, Detections]:

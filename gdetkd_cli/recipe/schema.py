@@ -47,6 +47,16 @@ OneFold = Annotated[
 ]
 
 
+OnBadSample = Annotated[
+    Literal["error", "skip"],
+    Field(description="what follows from an image that cannot be read: the end of the run, or a run without the image"),
+]
+MaxBadSamples = Annotated[
+    Count,
+    Field(description="with on_bad_sample: skip, images of a split that each process may leave out before it stops"),
+]
+
+
 def _root_field() -> Any:
     return Field(Path("."), description="folder from which the other paths start")
 
@@ -85,6 +95,8 @@ class CocoData(Strict):
     labels: Literal["annotations", "teacher"] | TeacherLabels = Field(
         "annotations", description="targets of the training images: their annotations, or the teacher's detections"
     )
+    on_bad_sample: OnBadSample = "error"
+    max_bad_samples: MaxBadSamples = 100
     fold: OneFold = None
 
     @model_validator(mode="after")
@@ -110,6 +122,8 @@ class VocData(Strict):
         [Path("VOC2007/ImageSets/Main/test.txt")], min_length=1, description="lists of validation images"
     )
     classes: list[str] | None = Field(None, description="class names to use, in this order; default: VOC's twenty")
+    on_bad_sample: OnBadSample = "error"
+    max_bad_samples: MaxBadSamples = 100
     fold: OneFold = None
 
 
@@ -123,6 +137,8 @@ class Bdd100kData(Strict):
     train_images: Path = Field(Path("images/100k/train"), description="folder of the training images")
     val_images: Path = Field(Path("images/100k/val"), description="folder of the validation images")
     classes: list[str] | None = Field(None, description="class names to use, in this order; default: BDD100K's ten")
+    on_bad_sample: OnBadSample = "error"
+    max_bad_samples: MaxBadSamples = 100
     fold: OneFold = None
 
 
@@ -140,6 +156,8 @@ class FolderData(Strict):
     labels: Literal["teacher"] | TeacherLabels = Field(
         "teacher", description="how detections become targets; teacher: the defaults of TeacherLabels"
     )
+    on_bad_sample: OnBadSample = "error"
+    max_bad_samples: MaxBadSamples = 100
 
 
 Data = SyntheticData | CocoData | VocData | Bdd100kData | FolderData

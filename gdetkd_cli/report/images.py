@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor
 
+from gdetkd_cli.data.bad_images import BadImageError
 from gdetkd_cli.data.split import Split
 from gdetkd_cli.evaluation.predict import Predictor
 from gdetkd_cli.structures import Detections
@@ -25,7 +26,7 @@ def draw_predictions(
     """Draws the truth and each predictor's boxes (score at least 0.5) side by side, one file per image.
 
     Args:
-        split: the first ``count`` images are drawn.
+        split: the first ``count`` images are drawn; images that are left out (``Split.bad``) are passed over.
         predictors: by title, left to right after the truth.
         folder: made if it is missing.
         count: number of images.
@@ -35,7 +36,12 @@ def draw_predictions(
     written = []
     for index in range(min(count, len(split))):
         path = folder / f"{index:02d}.png"
-        draw_grid(split=split, predictors=predictors, path=path, indices=[index], device=device)
+        try:
+            draw_grid(split=split, predictors=predictors, path=path, indices=[index], device=device)
+        except BadImageError:
+            if split.bad is None:
+                raise
+            continue
         written.append(path)
     return written
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from gdetkd_cli.data.bad_images import BadImages
 from gdetkd_cli.data.readers.coco import build_split_from_tables
 from gdetkd_cli.data.readers.json_file import is_number, read_json
 from gdetkd_cli.data.split import Split
@@ -26,13 +27,16 @@ BDD_CLASSES = (
 _OLD_NAMES = {"person": "pedestrian", "bike": "bicycle", "motor": "motorcycle"}  # in the format of 2018
 
 
-def read_bdd100k(*, labels: Path, images: Path, classes: Sequence[str] | None = None) -> Split:
+def read_bdd100k(
+    *, labels: Path, images: Path, classes: Sequence[str] | None = None, bad: BadImages | None = None
+) -> Split:
     """Reads one label file. Frames without labels become images without objects; lanes and areas are skipped.
 
     Args:
         labels: ``det_train.json`` or ``bdd100k_labels_images_train.json``.
         images: the folder of the frames, for example ``images/100k/train``.
         classes: names to use; by default the ten of the detection task.
+        bad: collects the images that cannot be read; None: such an image is an error.
 
     Raises:
         DataError: the file or images are missing, or the file has another format.
@@ -61,7 +65,7 @@ def read_bdd100k(*, labels: Path, images: Path, classes: Sequence[str] | None = 
             )
     if not any(a["category_id"] for a in tables["annotations"]):
         raise DataError(f"{labels} has no box of the classes {', '.join(names)}; give another file, or other classes")
-    return build_split_from_tables(tables, source=labels, images=images, classes=names)
+    return build_split_from_tables(tables, source=labels, images=images, classes=names, bad=bad)
 
 
 def read_first_frame(labels: Path) -> str:

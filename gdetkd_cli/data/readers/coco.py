@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from gdetkd_cli.data.image_files import ImageFiles, read_image_size
+from gdetkd_cli.data.bad_images import BadImages
+from gdetkd_cli.data.image_files import ImageFiles, read_sizes
 from gdetkd_cli.data.readers.json_file import is_number, is_text, is_whole, read_json
 from gdetkd_cli.data.readers.run_lengths import is_mask
 from gdetkd_cli.data.split import Outline, Record, Split
@@ -39,7 +40,12 @@ _NOTES = (_NEGATIVE, _CROWD, _CLIPPED, *_FAULTS, _LEFT_OUT, _CROWD_TEXT)
 
 
 def read_coco(
-    *, annotations: Path, images: Path, classes: Sequence[str] | None = None, outlines: bool = False
+    *,
+    annotations: Path,
+    images: Path,
+    classes: Sequence[str] | None = None,
+    outlines: bool = False,
+    bad: BadImages | None = None,
 ) -> Split:
     """Reads one annotation file. Images must exist, but are decoded only on demand.
 
@@ -48,13 +54,16 @@ def read_coco(
         images: the folder to which ``file_name`` is relative.
         classes: category names to use, label k for the k-th; by default all, in the order of their ids.
         outlines: whether to keep the objects' outlines.
+        bad: collects the images that cannot be read; None: such an image is an error.
 
     Raises:
         DataError: the file or images are missing, the file is not COCO detection JSON, or ``classes`` does not
             fit its categories.
     """
     tables = _load(annotations)
-    return build_split_from_tables(tables, source=annotations, images=images, classes=classes, outlines=outlines)
+    return build_split_from_tables(
+        tables, source=annotations, images=images, classes=classes, outlines=outlines, bad=bad
+    )
 
 
 def build_split_from_tables(
@@ -64,11 +73,12 @@ def build_split_from_tables(
     images: Path,
     classes: Sequence[str] | None = None,
     outlines: bool = False,
+    bad: BadImages | None = None,
 ) -> Split:
     """Builds a split from COCO's three tables. ``source`` names them in messages; for the rest see ``read_coco``."""
     names = _read_category_names(tables["categories"], file=source)
     class_names = _choose_classes(classes, names=names, file=source)
-    ids, files = _find_images(tables["images"], folder=images, file=source)
+    ids, files = _find_images(tables["images"], folder=images, file=source, bad=bad)
 
     counts: Counter[str] = Counter()
     sizes = dict(zip(ids, files.sizes, strict=True))
@@ -103,6 +113,7 @@ def build_split_from_tables(
         records=records,
         read=files,
         notes=tuple(notes),
+        bad=bad,
     )
 
 
@@ -183,7 +194,9 @@ def _choose_classes(classes: Sequence[str] | None, *, names: Mapping[object, str
     return chosen
 
 
-def _find_images(entries: Sequence[Mapping[str, Any]], *, folder: Path, file: Path) -> tuple[list[int], ImageFiles]:
+def _find_images(
+    entries: Sequence[Mapping[str, Any]], *, folder: Path, file: Path, bad: BadImages | None
+) -> tuple[list[int], ImageFiles]:
     """Returns the images' ids and files, after checking that the files exist."""
     if not entries:
         raise DataError(f"{file} lists no images; give a file with at least one")
@@ -201,8 +214,9 @@ def _find_images(entries: Sequence[Mapping[str, Any]], *, folder: Path, file: Pa
             f"{len(missing)} of the {len(paths)} images that {file} names are missing, {missing[0]} first"
             f"{name_kind(missing[0])}; give their folder, or add the missing files"
         )
-    sizes = [_read_size(entry) or read_image_size(path) for entry, path in zip(entries, paths, strict=True)]
-    return [entry["id"] for entry in entries], ImageFiles(paths=paths, sizes=sizes)
+    sizes = read_sizes(paths, [_read_size(entry) for entry in entries], bad)
+    kept = [(entry["id"], path, size) for entry, path, size in zip(entries, paths, sizes, strict=True) if size]
+    return [one[0] for one in kept], ImageFiles(paths=[one[1] for one in kept], sizes=[one[2] for one in kept])
 
 
 def _read_size(entry: Mapping[str, Any]) -> tuple[int, int] | None:

@@ -9,7 +9,8 @@ from typing import Literal
 import torch
 from PIL import Image
 
-from gdetkd_cli.data.image_files import FORMATS, ImageFiles, read_image_size
+from gdetkd_cli.data.bad_images import BadImages
+from gdetkd_cli.data.image_files import FORMATS, ImageFiles, read_sizes
 from gdetkd_cli.data.split import Record, Split
 from gdetkd_cli.errors import DataError
 from gdetkd_cli.files import name_kind
@@ -17,12 +18,13 @@ from gdetkd_cli.files import name_kind
 _HELD_OUT = 10  # every tenth image is for validation
 
 
-def read_folder(folder: Path, which: Literal["train", "val", "all"] = "all") -> Split:
+def read_folder(folder: Path, which: Literal["train", "val", "all"] = "all", *, bad: BadImages | None = None) -> Split:
     """Reads the images in a folder and its subfolders, in the order of their paths, as a split without annotations.
 
     Args:
         folder: to search.
         which: every tenth image is ``val``, the others are ``train``.
+        bad: collects the images that cannot be read; None: such an image is an error.
 
     Raises:
         DataError: the folder does not exist, or has too few images.
@@ -35,13 +37,15 @@ def read_folder(folder: Path, which: Literal["train", "val", "all"] = "all") -> 
         raise DataError(
             f"{folder} has {len(every)} images; expected at least 2, one of them for validation; add images"
         )
-    sizes = [read_image_size(path) for path in paths]
+    found = zip(paths, read_sizes(paths, [None] * len(paths), bad), strict=True)
+    sizes = {path: size for path, size in found if size is not None}
     nothing = torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64)
     return Split(
         name=f"{folder.name}/{which}",
         class_names=(),
-        records=[Record(number, size, *nothing) for number, size in enumerate(sizes, start=1)],
-        read=ImageFiles(paths=paths, sizes=sizes),
+        records=[Record(number, size, *nothing) for number, size in enumerate(sizes.values(), start=1)],
+        read=ImageFiles(paths=list(sizes), sizes=list(sizes.values())),
+        bad=bad,
     )
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+from gdetkd_cli.data.bad_images import BadImages
 from gdetkd_cli.data.readers.coco import build_split_from_tables
 from gdetkd_cli.data.split import Split
 from gdetkd_cli.errors import DataError
@@ -39,7 +40,9 @@ VOC_CLASSES = (
 _ENDINGS = (".jpg", ".jpeg", ".png", ".JPG", ".JPEG", ".PNG")
 
 
-def read_voc(*, lists: Sequence[Path], root: Path, classes: Sequence[str] | None = None) -> Split:
+def read_voc(
+    *, lists: Sequence[Path], root: Path, classes: Sequence[str] | None = None, bad: BadImages | None = None
+) -> Split:
     """Reads the images in lists of image names.
 
     Objects marked ``difficult`` are treated like COCO's crowds: left out of training and ignored in evaluation, as in
@@ -50,6 +53,7 @@ def read_voc(*, lists: Sequence[Path], root: Path, classes: Sequence[str] | None
             ``Annotations`` and ``JPEGImages`` are beside ``ImageSets``.
         root: the folder that contains all of them.
         classes: names to use; by default the twenty of Pascal VOC.
+        bad: collects the images that cannot be read; None: such an image is an error.
 
     Raises:
         DataError: a file is missing or malformed, or no object belongs to the classes.
@@ -85,7 +89,7 @@ def read_voc(*, lists: Sequence[Path], root: Path, classes: Sequence[str] | None
         )
     categories = [{"id": number, "name": name} for name, number in numbers.items()]
     tables = {"images": images, "annotations": annotations, "categories": categories}
-    return build_split_from_tables(tables, source=lists[0], images=root, classes=names)
+    return build_split_from_tables(tables, source=lists[0], images=root, classes=names, bad=bad)
 
 
 def read_object_names(lists: Sequence[Path]) -> set[str]:
