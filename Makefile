@@ -1,5 +1,5 @@
 # make demo   environment if missing, then the whole job on the built-in data: teacher, student, distilled student
-# make test   environment if missing, then lint, types, layers, tests
+# make test   environment if missing, then lint, types, layers, known vulnerabilities, tests
 # make restarts  a run of two processes on two agents, killed at 16 different points
 # make quick  the parts of `make test` that take a minute: for the time between two edits
 # make site   environment if missing, then the documentation as a site in site/; fails on a dead link
@@ -27,6 +27,7 @@ test: env
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python tests/audit.py
 	$(BIN)/pytest
 
 quick: env
