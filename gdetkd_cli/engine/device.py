@@ -114,7 +114,7 @@ def _read_git_revision() -> str | None:
     """The git revision of the current folder, with ``-dirty`` if it has uncommitted changes."""
     try:
         result = subprocess.run(
-            # The folder's own configuration may name a program under core.fsmonitor. S607: git is where the PATH has it.
+            # The folder's own configuration may name a program as core.fsmonitor. S607: git is where the PATH has it.
             ["git", "-c", "core.fsmonitor=false", "describe", "--always", "--dirty", "--abbrev=40"],  # noqa: S607
             capture_output=True,
             text=True,
