@@ -26,7 +26,8 @@ from gdetkd_cli.recipe.schema import Recipe
 # YAML as a user could type it where a number belongs; none of them is a number that a recipe takes.
 NO_NUMBERS = (
     "yes", "no", "true", "010", "1:30", ".inf", "-.inf", ".nan", "1e400", "'12'", "1_0.5", "0b11", "12px", "-1e12",
-    "9" * 400, "-" + "9" * 400, "[]", "[1]", "{}", "{a: 1}", "2026-01-31", "!!str 5", "1e-", "0o17", "١٢", "1,5", "&a [*a]",
+    "9" * 400, "-" + "9" * 400, "[]", "[1]", "{}", "{a: 1}", "2026-01-31", "!!str 5", "1e-", "0o17", "١٢", "1,5",
+    "&a [*a]",
 )  # fmt: skip
 _MARK = "raw value"
 _FREE = ("arguments",)  # the user's own keywords; checked when the detector is built

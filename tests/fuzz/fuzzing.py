@@ -1,7 +1,7 @@
 """Runs inputs by their numbers and names what became of each.
 
-An input is made from (seed, target, number) alone. A target whose input can end the interpreter runs in a child process with
-a limit of memory.
+An input is made from (seed, target, number) alone. A target whose input can end the interpreter runs in a child process
+with a limit of memory.
 """
 
 from __future__ import annotations

@@ -100,7 +100,8 @@ def _is_frame(frame: object) -> bool:
 def _convert_box(corners: object) -> list[float] | None:
     """Converts corners to xywh in pixels; None if they are not four numbers."""
     found = [corners.get(key) for key in ("x1", "y1", "x2", "y2")] if isinstance(corners, dict) else []
-    if len(found) < 4 or not all(map(is_number, found)):
+    numbers = [float(value) for value in found if is_number(value)]
+    if len(numbers) < 4:
         return None
-    x1, y1, x2, y2 = map(float, found)
+    x1, y1, x2, y2 = numbers
     return [x1, y1, x2 - x1, y2 - y1]
