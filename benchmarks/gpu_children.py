@@ -16,8 +16,8 @@ import torch
 from precision import load_for_large_images, measure_ap
 from torch import distributed
 
-from gdetkd_cli.commands.plan import endless_batches, prepare_steps
-from gdetkd_cli.engine.device import peak_memory_mb
+from gdetkd_cli.commands.plan import prepare_steps, repeat_batches
+from gdetkd_cli.engine.device import get_peak_memory_mb
 from gdetkd_cli.engine.loop import seed_everything
 from gdetkd_cli.recipe.checks import remove_teacher
 from gdetkd_cli.recipe.load import load_recipe
@@ -31,11 +31,11 @@ def measure_memory(options: dict[str, Any]) -> dict[str, Any]:
     if options.get("plain"):
         recipe = remove_teacher(recipe)
     setup, stepper = prepare_steps(recipe)
-    batches = endless_batches(setup)
+    batches = repeat_batches(setup)
     for _ in range(2 if options["small"] else _MEMORY_STEPS):
         stepper.distil(next(batches).to(stepper.device))
     name = torch.cuda.get_device_name() if options["device"] == "cuda" else "cpu"
-    return {"peak_memory_mb": peak_memory_mb(stepper.device), "device": name}
+    return {"peak_memory_mb": get_peak_memory_mb(stepper.device), "device": name}
 
 
 def measure_pasted(options: dict[str, Any]) -> dict[str, Any]:

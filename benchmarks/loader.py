@@ -13,7 +13,7 @@ import torch
 
 from gdetkd_cli import assembly
 from gdetkd_cli.data.dataset import DetectionDataset
-from gdetkd_cli.data.loader import training_batches
+from gdetkd_cli.data.loader import load_training_batches
 from gdetkd_cli.data.transforms import build_augmentation
 from gdetkd_cli.recipe.schema import CocoData
 
@@ -39,7 +39,7 @@ def main() -> None:
             cache_mb=0,  # decodes every image each time, as for a data set larger than memory
         )
         steps = WARMUP + max(workers, 1) * options.steps
-        batches = training_batches(dataset=dataset, batch_size=BATCH, steps=steps, seed=0, workers=workers)
+        batches = load_training_batches(dataset=dataset, batch_size=BATCH, steps=steps, seed=0, workers=workers)
         for _ in range(WARMUP):
             next(batches)
         start = perf_counter()

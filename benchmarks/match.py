@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gdetkd_cli.commands.plan import endless_batches, prepare_steps
+from gdetkd_cli.commands.plan import prepare_steps, repeat_batches
 from gdetkd_cli.engine.run_folder import RunFolder
 from gdetkd_cli.methods.sgfi import LevelMatcher
 from gdetkd_cli.recipe.load import load_recipe
@@ -53,7 +53,7 @@ def read_weights(run: Path) -> tuple[int, Tensor, Tensor, float]:
     choose = distiller._choose_regions
     distiller._choose_regions = lambda *seen: regions.append(choose(*seen)) or regions[-1]
     distiller.train()
-    batches = endless_batches(setup)
+    batches = repeat_batches(setup)
     for _ in range(BATCHES):
         distiller(next(batches))
     boxes = torch.cat([chosen.boxes for chosen in regions])

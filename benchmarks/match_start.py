@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from gdetkd_cli.commands.plan import endless_batches, prepare_steps
+from gdetkd_cli.commands.plan import prepare_steps, repeat_batches
 from gdetkd_cli.recipe.load import load_recipe
 from gdetkd_cli.recipe.methods import select_method
 
@@ -40,7 +40,7 @@ def main() -> None:
     matcher = distiller.terms["sgfi"].matcher
     matcher.register_forward_hook(add_weight)
     losses: list[float] = []
-    batches = endless_batches(setup)
+    batches = repeat_batches(setup)
     for step in range(1, options.steps + 1):
         losses.append(float(stepper.distil(next(batches)).parts["sgfi"]))
         if step % EVERY == 0:

@@ -21,7 +21,7 @@ from torchvision.models.detection._utils import BoxCoder
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
 
-from gdetkd_cli.data.synthetic import CLASS_NAMES, synthetic_split
+from gdetkd_cli.data.synthetic import CLASS_NAMES, draw_split
 from gdetkd_cli.detectors import catalog
 from gdetkd_cli.detectors.torchvision import common
 from gdetkd_cli.evaluation.coco_metrics import evaluate_coco
@@ -86,7 +86,7 @@ def load_for_large_images(model: str, device: str) -> Any:
 
 def measure_ap(detector: Any, scenes: int, device: str, dtype: torch.dtype | None) -> float:
     """Measures COCO box AP in 0-100 on the moved scenes, under autocast if a dtype is given."""
-    split = synthetic_split(split="val", images=scenes, size=SIDE, seed=0)
+    split = draw_split(split="val", images=scenes, size=SIDE, seed=0)
     batches = (
         Batch([paste_on_canvas(split.read(i))], [], torch.tensor([record.image_id]))
         for i, record in enumerate(split.records)

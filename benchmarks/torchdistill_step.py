@@ -22,7 +22,7 @@ import torch
 from torchdistill.core.distillation import DistillationBox
 from torchdistill.losses.registry import register_func2extract_model_output
 
-from gdetkd_cli.commands.plan import endless_batches, prepare_steps
+from gdetkd_cli.commands.plan import prepare_steps, repeat_batches
 from gdetkd_cli.engine.stepper import measure_seconds
 from gdetkd_cli.recipe.checks import require_distillation
 from gdetkd_cli.recipe.load import load_recipe
@@ -118,7 +118,7 @@ def main() -> None:
         name = "torchdistill, feature imitation, " + ("full teacher forward" if whole else "backbone and pyramid")
         steps[name] = build_torchdistill_step(recipe, *pair, whole=whole)
 
-    source = endless_batches(setup)
+    source = repeat_batches(setup)
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for number in range(WARMUP + options.steps):
         batch = next(source).to(stepper.device)

@@ -19,7 +19,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from gdetkd_cli.recipe.load import json_schema
+from gdetkd_cli.recipe.load import build_json_schema
 
 FOLDER = Path(__file__).parent / "reference"
 _NOTE = "<!-- docs/generate.py writes this page from the program: change the program's help texts instead. -->\n\n"
@@ -52,7 +52,7 @@ def main() -> None:
 
 def pages() -> dict[str, str]:
     """Text of each generated page by file name."""
-    return {"cli.md": _NOTE + command_page(), "recipe.md": _NOTE + recipe_page(json_schema())}
+    return {"cli.md": _NOTE + command_page(), "recipe.md": _NOTE + recipe_page(build_json_schema())}
 
 
 def command_page() -> str:

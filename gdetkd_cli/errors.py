@@ -97,7 +97,7 @@ class ExportError(GDetKDError):
 NO_CONVOLUTION = "no convolution reads an image in this model, so it has no feature maps"
 
 
-def first_line(error: Exception) -> str:
+def get_first_line(error: Exception) -> str:
     """Returns the first line of an error's message, or its type if the message is empty."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__

@@ -11,6 +11,6 @@ def trust_code(given: bool = True) -> None:
     _given = given
 
 
-def code_is_trusted() -> bool:
+def is_code_trusted() -> bool:
     """Whether the user has given consent."""
     return _given

@@ -10,13 +10,13 @@ from typing import Literal, TypeGuard
 from gdetkd_cli.data.bad_images import BadImages
 from gdetkd_cli.data.dataset import DetectionDataset
 from gdetkd_cli.data.folds import build_fold
-from gdetkd_cli.data.loader import training_batches
+from gdetkd_cli.data.loader import load_training_batches
 from gdetkd_cli.data.readers.bdd100k import read_bdd100k
 from gdetkd_cli.data.readers.coco import align_classes, read_coco
 from gdetkd_cli.data.readers.folder import read_folder
 from gdetkd_cli.data.readers.voc import read_voc
 from gdetkd_cli.data.split import Split
-from gdetkd_cli.data.synthetic import synthetic_split
+from gdetkd_cli.data.synthetic import draw_split
 from gdetkd_cli.data.transforms import build_augmentation
 from gdetkd_cli.detectors.protocol import Detector
 from gdetkd_cli.engine.device import ComputeSettings
@@ -55,7 +55,7 @@ def build_split(
         return _build_fold(data, fold, which, outlines=outlines)
     if isinstance(data, SyntheticData):
         images = data.train_images if which == "train" else data.val_images
-        return synthetic_split(split=which, images=images, size=data.size, seed=data.seed, smallest=data.smallest)
+        return draw_split(split=which, images=images, size=data.size, seed=data.seed, smallest=data.smallest)
     if isinstance(data, VocData):
         lists = data.train if which == "train" else data.val
         return read_voc(lists=[data.root / path for path in lists], root=data.root, classes=data.classes, bad=bad)
@@ -160,7 +160,7 @@ def build_batches(
     )
 
     def batches(start_step: int) -> Iterator[Batch]:
-        return training_batches(
+        return load_training_batches(
             dataset=dataset,
             batch_size=recipe.train.batch_size,
             steps=recipe.train.steps,

@@ -16,17 +16,17 @@ from gdetkd_cli.detectors.protocol import Detector
 from gdetkd_cli.detectors.scripted import NotRebuiltError, load_scripted
 from gdetkd_cli.detectors.weights import (
     BATCH_COUNT,
+    extract_state_dict,
+    find_norm_eps,
     find_refitted_layers,
     has_frozen_norms,
+    list_torchvision_categories,
     load_state,
     read_torch_file,
-    state_dict_of,
-    torchvision_categories,
-    torchvision_norm_eps,
-    torchvision_weights,
+    read_torchvision_weights,
 )
 from gdetkd_cli.errors import ModelError
-from gdetkd_cli.probing.formats.files import Kind, kind_of, open_runner
+from gdetkd_cli.probing.formats.files import Kind, detect_kind, open_runner
 from gdetkd_cli.probing.formats.runner import Runner
 from gdetkd_cli.probing.inputs import ModelInput
 from gdetkd_cli.recipe import schema
@@ -85,11 +85,11 @@ def _build_named(
         norm = "frozen" if frozen or spec.backbone_weights else "batch"
     description = _describe(spec, norm)
     if norm == "frozen" and isinstance(spec, TorchvisionDetector) and spec.weights and not _is_file(spec.weights):
-        eps = torchvision_norm_eps(spec.weights, spec.name)
+        eps = find_norm_eps(spec.weights, spec.name)
         if eps is not None:
             description["norm_eps"] = eps
     if keep_classes and state is not None:
-        class_names = catalog.classes_of(state, description, class_names, _read_categories(spec))
+        class_names = catalog.name_classes(state, description, class_names, _read_categories(spec))
     torch.manual_seed(seed)
     detector = catalog.build(description, class_names)
     notes: list[str] = []
@@ -105,7 +105,7 @@ def _build_from_file(
     spec: CheckpointDetector, class_names: tuple[str, ...], seed: int, *, keep_classes: bool
 ) -> BuiltDetector:
     path = catalog.locate(spec.path)
-    kind = kind_of(path)
+    kind = detect_kind(path)
     if kind in ("onnx", "exported"):
         return _build_probed(spec, path, kind, is_teacher=keep_classes)
     if kind == "checkpoint":
@@ -144,7 +144,7 @@ def _build_custom(spec: FactoryDetector, class_names: tuple[str, ...], seed: int
     notes, trained = [f"made by {spec.factory}"], False
     if spec.weights is not None:
         path = catalog.locate(spec.weights)
-        state = state_dict_of(read_torch_file(path), str(path))
+        state = extract_state_dict(read_torch_file(path), str(path))
         notes += load_state(detector.module, state, str(path))
         trained = not find_refitted_layers(detector.module, state)
     return BuiltDetector(detector, description, tuple(notes), trained_head=trained)
@@ -208,9 +208,9 @@ def _read_weights(spec: TorchvisionDetector | ComposedDetector) -> tuple[dict[st
         return None, ""
     if _is_file(spec.weights):
         path = catalog.locate(spec.weights)
-        return state_dict_of(read_torch_file(path), str(path)), str(path)
+        return extract_state_dict(read_torch_file(path), str(path)), str(path)
     model = spec.name if isinstance(spec, TorchvisionDetector) else None
-    return torchvision_weights(spec.weights, model), spec.weights
+    return read_torchvision_weights(spec.weights, model), spec.weights
 
 
 def _is_file(weights: str) -> bool:
@@ -237,7 +237,7 @@ def _read_categories(spec: TorchvisionDetector | ComposedDetector) -> tuple[str,
     """Returns the class names that torchvision publishes with its weights; None for files."""
     if not isinstance(spec, TorchvisionDetector) or spec.weights is None or _is_file(spec.weights):
         return None
-    return torchvision_categories(spec.weights, spec.name)
+    return list_torchvision_categories(spec.weights, spec.name)
 
 
 def _load_backbone(detector: Detector, spec: TorchvisionDetector | ComposedDetector) -> list[str]:
@@ -245,9 +245,9 @@ def _load_backbone(detector: Detector, spec: TorchvisionDetector | ComposedDetec
     assert spec.backbone_weights is not None
     name = spec.backbone_weights
     if _is_file(name):
-        state = state_dict_of(read_torch_file(Path(name)), name)
+        state = extract_state_dict(read_torch_file(Path(name)), name)
     else:
-        state = torchvision_weights(name, spec.backbone if isinstance(spec, ComposedDetector) else None)
+        state = read_torchvision_weights(name, spec.backbone if isinstance(spec, ComposedDetector) else None)
     body: nn.Module = detector.module.backbone  # type: ignore[assignment]  # torchvision's detectors have one
     body = getattr(body, "body", body)
     own = body.state_dict()

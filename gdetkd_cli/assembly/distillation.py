@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import torch
 
-from gdetkd_cli.detectors.compatibility import PairKind, pair_kind
+from gdetkd_cli.detectors.compatibility import PairKind, classify_pair
 from gdetkd_cli.detectors.protocol import Detector, Observation
 from gdetkd_cli.distill.distiller import ChooseRegions, Distiller, WeightedTerm
-from gdetkd_cli.distill.policy import auto_weight, prediction_warmup, regions_per_image
+from gdetkd_cli.distill.policy import choose_prediction_warmup, choose_region_count, choose_weight
 from gdetkd_cli.distill.regions import choose_regions
 from gdetkd_cli.distill.transfer import match_head, transfer_head
 from gdetkd_cli.errors import PairError
@@ -84,7 +84,7 @@ def build_pair(
     Raises:
         PairError: a term in the recipe does not fit the pair.
     """
-    kind = pair_kind(student, teacher)
+    kind = classify_pair(student, teacher)
     if config.pair not in ("auto", kind):
         raise PairError(
             f"distill.pair is {config.pair}, but {teacher.family} -> {student.family} is a {kind} pair; set it to auto"
@@ -94,12 +94,12 @@ def build_pair(
     torch.manual_seed(seed)  # the terms' fresh weights
     channels = {level.channels for detector in (student, teacher) for level in detector.levels}
     pair = Detectors(student, teacher, same_space=transferred and len(channels) == 1)
-    plans, terms = _build_terms(config, pair, prediction_warmup(steps, trained_head=transferred or trained_head))
+    plans, terms = _build_terms(config, pair, choose_prediction_warmup(steps, trained_head=transferred or trained_head))
     if not terms:
         raise PairError("no distillation term is left; add one, or use `gdetkd train` for plain training")
     per_image = config.regions.per_image
     if per_image == "auto":
-        per_image = regions_per_image(student, device)
+        per_image = choose_region_count(student, device)
     distiller = Distiller(
         student=student,
         teacher=teacher,
@@ -149,7 +149,7 @@ def _build_terms(config: Distill, pair: Detectors, fresh_warmup: int) -> tuple[l
             plans.append(TermPlan(name=name, weight=None, reason=str(error)))
             continue
         if weight == "auto":
-            weight = auto_weight(name, pair.student)  # type: ignore[arg-type]  # the two whose weight can be auto
+            weight = choose_weight(name, pair.student)  # type: ignore[arg-type]  # the two whose weight can be auto
         terms[name] = WeightedTerm(term, weight, fresh_warmup if warmup == "auto" else warmup)
         plans.append(TermPlan(name=name, weight=weight, reason=""))
     return plans, terms

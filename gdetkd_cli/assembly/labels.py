@@ -16,7 +16,7 @@ import torch
 from gdetkd_cli.assembly.data import SPLITS, Which, needs_labels, read_unlabelled_split
 from gdetkd_cli.assembly.detector import build_detector
 from gdetkd_cli.data.image_files import ImageFiles
-from gdetkd_cli.data.loader import validation_batches
+from gdetkd_cli.data.loader import load_validation_batches
 from gdetkd_cli.data.readers.coco import build_split_from_tables
 from gdetkd_cli.data.split import Record, Split
 from gdetkd_cli.detectors.protocol import Detector
@@ -76,7 +76,7 @@ def label_split(
         raise DataError(
             f"the teacher cannot label {', '.join(unknown)}; choose from its classes: {', '.join(teacher.class_names)}"
         )
-    batches = validation_batches(split=split, batch_size=1, rank=rank, world_size=world_size)
+    batches = load_validation_batches(split=split, batch_size=1, rank=rank, world_size=world_size)
     progress = report_every(observer, "labelled", ceil(len(split) / world_size))
     detections = gather_predictions(predict_split(teacher, batches, device, progress))
     assert isinstance(split.read, ImageFiles), "only image files can be labelled"

@@ -9,7 +9,7 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 from gdetkd_cli.assembly.distillation import BuiltPair
 from gdetkd_cli.detectors.protocol import Detector
-from gdetkd_cli.engine.device import ComputeSettings, best_thread_count
+from gdetkd_cli.engine.device import ComputeSettings, choose_thread_count
 from gdetkd_cli.errors import ModelError
 from gdetkd_cli.recipe.schema import Recipe, Runtime
 
@@ -36,7 +36,7 @@ def resolve_runtime(runtime: Runtime, *, local_processes: int | None = None) -> 
         precision=_choose_precision(on_cuda) if runtime.precision == "auto" else runtime.precision,
         channels_last=True if runtime.channels_last == "auto" else runtime.channels_last,
         compile=runtime.compile,
-        threads=best_thread_count(local_processes) if runtime.threads == "auto" else runtime.threads,
+        threads=choose_thread_count(local_processes) if runtime.threads == "auto" else runtime.threads,
         workers=(4 if on_cuda else 0) if runtime.workers == "auto" else runtime.workers,
     )
 

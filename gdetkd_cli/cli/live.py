@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
 from gdetkd_cli.cli.render import format_duration, format_metrics, format_number
-from gdetkd_cli.cli.terminal import console, is_first_process
+from gdetkd_cli.cli.terminal import build_console, is_first_process
 from gdetkd_cli.engine.events import (
     Evaluated,
     Event,
@@ -32,7 +32,7 @@ def narration(terminal: Console | None = None) -> Iterator[Observer]:
     Args:
         terminal: where to print; stderr by default.
     """
-    terminal = terminal or console(stderr=True)
+    terminal = terminal or build_console(stderr=True)
     if not is_first_process():
         yield silent
     elif terminal.is_terminal:

@@ -13,7 +13,7 @@ import typer
 from rich.console import RenderableType
 
 from gdetkd_cli.cli.live import narration
-from gdetkd_cli.cli.terminal import console, is_first_process
+from gdetkd_cli.cli.terminal import build_console, is_first_process
 from gdetkd_cli.engine.events import Observer
 
 Result = TypeVar("Result")
@@ -44,7 +44,7 @@ def perform(work: Work[Result], render: Callable[[Result], RenderableType], *, a
     if as_json:
         typer.echo(json.dumps({"schema": 1, **to_json(result)}, indent=2, allow_nan=False))
     else:
-        console().print(render(result), crop=False)
+        build_console().print(render(result), crop=False)
     return result
 
 

@@ -81,6 +81,6 @@ def print_schema() -> None:
     """Print the JSON Schema of recipes, for use in editors."""
     import json
 
-    from gdetkd_cli.recipe.load import json_schema
+    from gdetkd_cli.recipe.load import build_json_schema
 
-    typer.echo(json.dumps(json_schema(), indent=2))
+    typer.echo(json.dumps(build_json_schema(), indent=2))

@@ -12,6 +12,6 @@ def is_first_process() -> bool:
     return int(os.environ.get("RANK") or os.environ.get("LOCAL_RANK") or 0) == 0
 
 
-def console(*, stderr: bool = False) -> Console:
+def build_console(*, stderr: bool = False) -> Console:
     """A console that prints text unchanged, without markup or coloured numbers."""
     return Console(stderr=stderr, markup=False, emoji=False, highlight=False)

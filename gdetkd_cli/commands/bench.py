@@ -7,9 +7,9 @@ from statistics import median
 from time import perf_counter
 
 from gdetkd_cli import assembly
-from gdetkd_cli.commands.plan import endless_batches, prepare_steps
+from gdetkd_cli.commands.plan import prepare_steps, repeat_batches
 from gdetkd_cli.distill.distiller import synchronize
-from gdetkd_cli.engine.device import peak_memory_mb
+from gdetkd_cli.engine.device import get_peak_memory_mb
 from gdetkd_cli.engine.events import Observer, silent
 from gdetkd_cli.engine.stepper import measure_seconds
 from gdetkd_cli.recipe.checks import require_distillation
@@ -33,7 +33,7 @@ def profile_distill(recipe: Recipe, *, steps: int, observer: Observer = silent) 
     whole: list[float] = []
     floors: list[float] = []
     loader = _measure_loader(setup, steps)
-    batches = endless_batches(setup)
+    batches = repeat_batches(setup)
     for number in range(_WARMUP + steps):
         start = perf_counter()
         batch = next(batches).to(stepper.device)
@@ -59,7 +59,7 @@ def profile_distill(recipe: Recipe, *, steps: int, observer: Observer = silent) 
         images_per_second=train.batch_size / step,
         loader_images_per_second=loader,
         workers=settings.workers,
-        peak_memory_mb=peak_memory_mb(stepper.device),
+        peak_memory_mb=get_peak_memory_mb(stepper.device),
         recipe_steps=train.steps,
         recipe_hours=train.steps * step / 3600,
         floor=median(floors),
@@ -71,7 +71,7 @@ def profile_distill(recipe: Recipe, *, steps: int, observer: Observer = silent) 
 
 def _measure_loader(setup: assembly.TrainingSetup, steps: int) -> float:
     """Measures the images per second of the loader alone, after its start."""
-    source = endless_batches(setup)
+    source = repeat_batches(setup)
     next(source)
     start = perf_counter()
     for _ in range(steps):

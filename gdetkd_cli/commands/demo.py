@@ -14,7 +14,7 @@ from gdetkd_cli.commands.export import run_export
 from gdetkd_cli.commands.train import TrainResult, run_distill, run_train
 from gdetkd_cli.detectors import catalog
 from gdetkd_cli.engine import run_folder
-from gdetkd_cli.engine.device import available_cores
+from gdetkd_cli.engine.device import count_cores
 from gdetkd_cli.engine.events import Evaluated, Note, Observer, Phase, silent
 from gdetkd_cli.evaluation.coco_metrics import CocoMetrics
 from gdetkd_cli.recipe.load import load_recipe
@@ -120,7 +120,7 @@ def _train_both(recipe: Recipe, folder: Path, observer: Observer) -> tuple[Train
     # Both students must compute with the same number of threads.
     runtime = recipe.runtime.model_copy(update={"threads": settings.threads})
     recipe = recipe.model_copy(update={"runtime": runtime})
-    if settings.device != "cpu" or settings.threads == available_cores():
+    if settings.device != "cpu" or settings.threads == count_cores():
         observer(Phase("student alone"))
         plain = run_train(recipe, output=folder / "alone", observer=observer)
         observer(Phase("student distilled"))

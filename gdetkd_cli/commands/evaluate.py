@@ -14,7 +14,7 @@ from gdetkd_cli import assembly
 from gdetkd_cli.assembly.detector import DetectorSpec
 from gdetkd_cli.assembly.find_data import find_data
 from gdetkd_cli.assembly.warnings import warn_about_weights
-from gdetkd_cli.data.loader import validation_batches
+from gdetkd_cli.data.loader import load_validation_batches
 from gdetkd_cli.data.readers.coco import align_classes
 from gdetkd_cli.data.split import Split
 from gdetkd_cli.detectors import catalog
@@ -25,7 +25,7 @@ from gdetkd_cli.errors import DataError, RecipeError
 from gdetkd_cli.evaluation.coco_metrics import CocoMetrics, evaluate_coco
 from gdetkd_cli.evaluation.exported import NotOursError, OnnxDetector, ScriptedDetector
 from gdetkd_cli.evaluation.predict import Predictor, list_predicted, predict_split
-from gdetkd_cli.probing.formats.files import Kind, kind_of
+from gdetkd_cli.probing.formats.files import Kind, detect_kind
 from gdetkd_cli.recipe.builtin import list_builtin
 from gdetkd_cli.recipe.checks import require_trained_teacher
 from gdetkd_cli.recipe.load import load_recipe
@@ -93,7 +93,7 @@ def run_eval(target: str, *, data: Data | Path | None, observer: Observer = sile
     split = align_classes(split, subject.class_names)
     stopwatch = _Stopwatch(subject.predictor, device)
     progress = report_every(observer, "evaluated", len(split))
-    detections = predict_split(stopwatch, validation_batches(split=split, batch_size=1), device, progress)
+    detections = predict_split(stopwatch, load_validation_batches(split=split, batch_size=1), device, progress)
     return EvalResult(
         source=target,
         format=subject.format,
@@ -117,7 +117,7 @@ def evaluate_teacher(recipe: Recipe, split: Split, observer: Observer) -> CocoMe
     subject = _build(recipe.teacher, device, split.class_names, observer)
     split = align_classes(split, subject.class_names)
     progress = report_every(observer, "evaluated", len(split))
-    detections = predict_split(subject.predictor, validation_batches(split=split, batch_size=1), device, progress)
+    detections = predict_split(subject.predictor, load_validation_batches(split=split, batch_size=1), device, progress)
     return evaluate_coco(list_predicted(split, detections), split.class_names, detections)
 
 
@@ -145,7 +145,7 @@ class _Stopwatch:
 
 def _open(path: Path, device: torch.device, class_names: tuple[str, ...], *, run: bool, observer: Observer) -> _Subject:
     """Opens a detector file by its content; ``class_names`` are the data's, for a file without class names."""
-    kind = kind_of(path)
+    kind = detect_kind(path)
     exported = _open_exported(path, kind, device)
     if exported is not None:
         for warning in warn_about_weights(exported):

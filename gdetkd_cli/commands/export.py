@@ -25,8 +25,8 @@ from gdetkd_cli.export.parity import (
     SCORE_TOLERANCE,
     Cut,
     Parity,
+    build_empty_image,
     check_parity,
-    image_without_detections,
 )
 from gdetkd_cli.export.torchscript import export_torchscript
 from gdetkd_cli.recipe.load import load_recipe
@@ -99,7 +99,7 @@ def run_export(
     for path in paths:
         if path.exists():
             raise ExportError(f"{path} already exists; remove it, or choose another file with --output")
-    images = [*_read_images(source, observer), image_without_detections(detector, _EMPTY_SIZE)]
+    images = [*_read_images(source, observer), build_empty_image(detector, _EMPTY_SIZE)]
     return ExportResult(
         source=target,
         files=tuple(

@@ -9,7 +9,7 @@ from statistics import median
 
 from gdetkd_cli import assembly
 from gdetkd_cli.commands.rehearse import rehearse
-from gdetkd_cli.engine.device import peak_memory_mb
+from gdetkd_cli.engine.device import get_peak_memory_mb
 from gdetkd_cli.engine.events import Note, Observer, silent
 from gdetkd_cli.engine.loop import seed_everything
 from gdetkd_cli.engine.stepper import Stepper, measure_seconds
@@ -72,11 +72,11 @@ def plan_distill(recipe: Recipe, *, observer: Observer = silent) -> Plan:
     student = setup.student.detector
     times: list[float] = []
     reports: list[LossReport] = []
-    for batch in islice(endless_batches(setup), min(_PLAN_STEPS, recipe.train.steps)):
+    for batch in islice(repeat_batches(setup), min(_PLAN_STEPS, recipe.train.steps)):
         on_device = batch.to(stepper.device)
         times.append(measure_seconds(lambda: reports.append(stepper.distil(on_device)), stepper.device))  # noqa: B023  # called at once
     per_step = median(times[1:] or times)
-    memory = peak_memory_mb(stepper.device)
+    memory = get_peak_memory_mb(stepper.device)
     notes = rehearse(setup.student, setup.train, setup.val, device=settings.device, observer=observer)
     size = setup.train.records[0].size
     return Plan(
@@ -122,7 +122,7 @@ def prepare_steps(recipe: Recipe, observer: Observer = silent) -> tuple[assembly
     return setup, stepper
 
 
-def endless_batches(setup: assembly.TrainingSetup) -> Iterator[Batch]:
+def repeat_batches(setup: assembly.TrainingSetup) -> Iterator[Batch]:
     """Yields the run's batches, and starts again at the end of the run."""
     while True:
         yield from setup.batches(0)

@@ -17,11 +17,11 @@ from gdetkd_cli.detectors.protocol import Detector
 from gdetkd_cli.engine.events import Note, Observer, silent
 from gdetkd_cli.errors import ModelError
 from gdetkd_cli.files import name_kind
-from gdetkd_cli.probing.formats.files import kind_of, open_runner
-from gdetkd_cli.probing.formats.runner import ModuleRunner, Runner, calls_for
+from gdetkd_cli.probing.formats.files import detect_kind, open_runner
+from gdetkd_cli.probing.formats.runner import ModuleRunner, Runner, list_calls
 from gdetkd_cli.probing.inputs import ModelInput
 from gdetkd_cli.probing.pyramid import probe, probe_image
-from gdetkd_cli.report.pyramid import Alternative, LevelReport, PyramidReport, describe_on_image, level_statistics
+from gdetkd_cli.report.pyramid import Alternative, LevelReport, PyramidReport, describe_on_image, measure_level
 
 _SIZE = (480, 640)  # pixels
 _COCO_CLASSES = 90  # torchvision's detection weights have this many, background left out
@@ -84,7 +84,7 @@ def run_probe(model: str, options: ProbeOptions | None = None, *, observer: Obse
             f"a torchvision detector: {known}{portable.suggest(model, portable.TORCHVISION_DETECTORS)}"
         )
     path = catalog.locate(model)
-    kind = kind_of(path)
+    kind = detect_kind(path)
     if kind != "checkpoint":
         return _report_runner(open_runner(path, kind, last=options.last), model, kind, options, observer)
     loaded = catalog.load(path)
@@ -98,7 +98,7 @@ def _report_custom(reference: str, options: ProbeOptions, observer: Observer) ->
     """Probes a model from the user's own code."""
     model = make(reference, {})
     if isinstance(model, nn.Module):
-        runner = ModuleRunner(model.eval(), calls=calls_for(last=options.last))
+        runner = ModuleRunner(model.eval(), calls=list_calls(last=options.last))
         return _report_runner(runner, reference, "factory", options, observer)
     return _report_detector(model, reference, "factory", options, observer)
 
@@ -145,7 +145,7 @@ def _report_runner(
                 shape=level.shape,
                 stride=level.geometry.stride,
                 offset=level.geometry.offset,
-                **level_statistics(features),
+                **measure_level(features),
             )
             for level, features in zip(found.levels, maps, strict=True)
         ),

@@ -11,11 +11,11 @@ from gdetkd_cli import assembly
 from gdetkd_cli.commands.export import try_export
 from gdetkd_cli.data.bad_images import BadImageError
 from gdetkd_cli.data.image_files import ImageFiles
-from gdetkd_cli.data.loader import validation_batches
+from gdetkd_cli.data.loader import load_validation_batches
 from gdetkd_cli.data.split import Split
 from gdetkd_cli.detectors import catalog
 from gdetkd_cli.engine.events import Note, Observer, report_every
-from gdetkd_cli.errors import ExportError, ModelError, first_line
+from gdetkd_cli.errors import ExportError, ModelError, get_first_line
 from gdetkd_cli.evaluation.coco_metrics import evaluate_coco
 from gdetkd_cli.evaluation.predict import list_predicted, predict_split
 
@@ -46,10 +46,10 @@ def rehearse(
         return ()
     few = replace(val, records=val.records[:_IMAGES])
     try:
-        found = predict_split(detector, validation_batches(split=few, batch_size=_IMAGES), device)
+        found = predict_split(detector, load_validation_batches(split=few, batch_size=_IMAGES), device)
     except (TypeError, ValueError, RuntimeError) as error:  # torchvision checks no argument before it needs it
         raise ModelError(
-            f"the student can be trained, but fails at inference: {first_line(error)}; check student.arguments"
+            f"the student can be trained, but fails at inference: {get_first_line(error)}; check student.arguments"
         ) from error
     if found:  # the few may all be left out
         evaluate_coco(list_predicted(few, found), few.class_names, found)

@@ -16,13 +16,13 @@ from accelerate.utils import broadcast_object_list
 
 from gdetkd_cli import assembly, portable
 from gdetkd_cli.assembly.labels import write_labels
-from gdetkd_cli.data.loader import validation_batches
+from gdetkd_cli.data.loader import load_validation_batches
 from gdetkd_cli.data.split import Split
 from gdetkd_cli.detectors import catalog
 from gdetkd_cli.detectors.protocol import Detector
 from gdetkd_cli.engine import run_folder
 from gdetkd_cli.engine.checkpoints import Checkpoint
-from gdetkd_cli.engine.device import environment, peak_memory_mb
+from gdetkd_cli.engine.device import describe_environment, get_peak_memory_mb
 from gdetkd_cli.engine.events import Note, Observer, report_every, silent
 from gdetkd_cli.engine.loop import Loop, LoopOptions, seed_everything
 from gdetkd_cli.engine.processes import lost_processes_reported
@@ -316,7 +316,7 @@ def _build_result(
         metrics=metrics or _NO_METRICS,  # none outside the main process, and for a student without detections
         seconds=seconds,
         seconds_per_step=train.batch_size * accelerator.num_processes / median(rates),
-        peak_memory_mb=peak_memory_mb(accelerator.device),
+        peak_memory_mb=get_peak_memory_mb(accelerator.device),
     )
 
 
@@ -328,7 +328,7 @@ def evaluate_split(
     Predicts in float32 whatever the run's precision, so that ``gdetkd eval`` reports the same AP for the saved file.
     """
     progress = report_every(observer, "evaluated", ceil(len(split) / accelerator.num_processes))
-    batches = validation_batches(
+    batches = load_validation_batches(
         split=split,
         batch_size=batch_size,
         rank=accelerator.process_index,
@@ -372,7 +372,8 @@ def _write_facts(folder: RunFolder, setup: assembly.TrainingSetup, *, replace: b
         runtime = setup.recipe.runtime.model_copy(update={"threads": setup.compute.settings.threads})
         write_text(folder.recipe, dump_recipe(setup.recipe.model_copy(update={"runtime": runtime})))
         write_text(
-            folder.environment, json.dumps(environment(setup.compute.settings, setup.recipe.seed, processes), indent=2)
+            folder.environment,
+            json.dumps(describe_environment(setup.compute.settings, setup.recipe.seed, processes), indent=2),
         )
     if setup.labels:
         write_labels(folder.labels, setup.labels)

@@ -12,9 +12,9 @@ from typing import Any, Literal
 from gdetkd_cli import assembly
 from gdetkd_cli.compare.trials import Children, Place, Trial, train_trial, write_detections
 from gdetkd_cli.engine.signals import StopSignals
-from gdetkd_cli.errors import GDetKDError, LauncherError, first_line
+from gdetkd_cli.errors import GDetKDError, LauncherError, get_first_line
 from gdetkd_cli.recipe.schema import Recipe
-from gdetkd_cli.trust import code_is_trusted, trust_code
+from gdetkd_cli.trust import is_code_trusted, trust_code
 
 _SHARED = {"name", "timeout_min", "mem_gb", "nodes", "cpus_per_task", "gpus_per_node", "tasks_per_node"}
 _DEFAULTS: dict[str, dict[str, Any]] = {
@@ -65,7 +65,7 @@ class Cluster:
             self._executor = submitit.AutoExecutor(folder, cluster=name, slurm_max_num_timeout=_REQUEUES)
             self._executor.update_parameters(**{"name": "gdetkd"} | parameters)
         except (RuntimeError, NameError, AssertionError, ValueError, TypeError) as error:
-            raise LauncherError(f"--launcher {name}: {first_line(error)}") from error
+            raise LauncherError(f"--launcher {name}: {get_first_line(error)}") from error
         self._submitting = Lock()
         self._jobs: set[Any] = set()
         self._stopped = Event()
@@ -79,7 +79,7 @@ class Cluster:
         with self._submitting:
             if self._stopped.is_set():
                 raise GDetKDError("stopped before its job was submitted")
-            job = self._executor.submit(TrialJob(trial, recipe, trusted=code_is_trusted()))
+            job = self._executor.submit(TrialJob(trial, recipe, trusted=is_code_trusted()))
             self._jobs.add(job)
         while not job.done():
             if self._stopped.wait(_PAUSE):
@@ -87,7 +87,7 @@ class Cluster:
         self._jobs.discard(job)
         error = job.exception()
         if error is not None:
-            raise GDetKDError(f"job {job.job_id} ended without a result: {first_line(error)} ({job.paths.stderr})")
+            raise GDetKDError(f"job {job.job_id} ended without a result: {get_first_line(error)} ({job.paths.stderr})")
         if failure := job.result():
             raise GDetKDError(failure)
 

@@ -26,7 +26,7 @@ from typing import Any, Protocol
 import torch
 
 from gdetkd_cli import assembly
-from gdetkd_cli.data.loader import validation_batches
+from gdetkd_cli.data.loader import load_validation_batches
 from gdetkd_cli.detectors import catalog
 from gdetkd_cli.engine.device import ComputeSettings
 from gdetkd_cli.engine.events import Note, Observer, Phase, TrialDone
@@ -38,7 +38,7 @@ from gdetkd_cli.files import write_file, write_text
 from gdetkd_cli.recipe.load import dump_recipe
 from gdetkd_cli.recipe.schema import Fold, Recipe
 from gdetkd_cli.structures import Detections
-from gdetkd_cli.trust import code_is_trusted
+from gdetkd_cli.trust import is_code_trusted
 
 _FOLD = r"-fold-(\d+)-of-(\d+)"
 _TRIAL = re.compile(rf"(.+)-(\d+)-(\d+)(?:{_FOLD})?")
@@ -282,7 +282,7 @@ def train_trial(trial: Trial, recipe: Recipe, place: Place, children: Children |
     write_text(path, dump_recipe(recipe))
     command = [sys.executable, "-m", "gdetkd_cli", "distill" if recipe.distill else "train", "--json"]
     command += ["--recipe", str(path), "--output", str(run.path), "--resume", "auto"]
-    if code_is_trusted():
+    if is_code_trusted():
         command.append("--trust-code")
     log = trial.folder / "log.txt"
     code = (children or Children()).run(command, log, {**os.environ, **place.environment})
@@ -302,7 +302,7 @@ def write_detections(trial: Trial, recipe: Recipe, settings: ComputeSettings, pl
     if settings.channels_last:
         module.to(memory_format=torch.channels_last)
     split = assembly.relabel(assembly.build_split(recipe.data, "val"), loaded.detector)
-    batches = validation_batches(split=split, batch_size=recipe.train.batch_size)
+    batches = load_validation_batches(split=split, batch_size=recipe.train.batch_size)
     detections = predict_split(loaded.detector, batches, place.device)
     content = {number: vars(one) for number, one in detections.items()}
     write_file(trial.detections, lambda file: torch.save(content, file))

@@ -54,7 +54,7 @@ def paste_copies(
         under = image[:, top : top + height, left : left + width]
         under.copy_((pixels * alpha + under * (1 - alpha)).round().to(torch.uint8))
         solid = alpha >= 0.5
-        visible = [_hidden_share(box, solid, left, top) <= _MAX_HIDDEN for box in found]
+        visible = [_compute_hidden_share(box, solid, left, top) <= _MAX_HIDDEN for box in found]
         rows, columns = solid.any(dim=1).nonzero(), solid.any(dim=0).nonzero()
         box = [left + columns[0, 0], top + rows[0, 0], left + columns[-1, 0] + 1, top + rows[-1, 0] + 1]
         found = [box for box, kept in zip(found, visible, strict=True) if kept] + [torch.tensor(box, dtype=boxes.dtype)]
@@ -111,7 +111,7 @@ def _place(box: Tensor, shift: tuple[float, float], size: Sequence[int], image: 
     return starts[0], starts[1]
 
 
-def _hidden_share(box: Tensor, solid: Tensor, left: int, top: int) -> float:
+def _compute_hidden_share(box: Tensor, solid: Tensor, left: int, top: int) -> float:
     """Returns the share of a box that a mask at (left, top) hides."""
     x1, y1, x2, y2 = (int(v) for v in box.round())
     inside = solid[max(y1 - top, 0) : max(y2 - top, 0), max(x1 - left, 0) : max(x2 - left, 0)]

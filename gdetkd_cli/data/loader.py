@@ -20,7 +20,7 @@ from gdetkd_cli.errors import DataError
 from gdetkd_cli.structures import Batch
 
 
-def training_batches(
+def load_training_batches(
     *,
     dataset: DetectionDataset,
     batch_size: int,
@@ -53,7 +53,7 @@ def training_batches(
     """
     if len(dataset) == 0:
         raise DataError(f"{dataset.split.name} has no images to train on; give a split with at least one")
-    keys = _training_keys(
+    keys = _list_training_keys(
         images=len(dataset),
         batch_size=batch_size,
         steps=range(start_step, steps),
@@ -64,7 +64,7 @@ def training_batches(
     return _load(dataset, keys, workers=workers, pin_memory=pin_memory, replace=True)
 
 
-def validation_batches(*, split: Split, batch_size: int, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
+def load_validation_batches(*, split: Split, batch_size: int, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
     """Yields every image of the split once over all processes, unchanged. Shares differ by at most one image.
 
     Images that are left out (``Split.bad``) are in no batch.
@@ -91,7 +91,7 @@ def validation_batches(*, split: Split, batch_size: int, rank: int = 0, world_si
     return _load(dataset, keys, workers=0, pin_memory=False, replace=False)
 
 
-def _training_keys(
+def _list_training_keys(
     *, images: int, batch_size: int, steps: range, seed: int, rank: int, world_size: int
 ) -> Iterator[list[Key]]:
     """Yields the keys of one process's batch for each step."""

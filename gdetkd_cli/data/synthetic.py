@@ -45,7 +45,7 @@ class _DrawnObject:
 
 
 @lru_cache(maxsize=2)  # a demo uses the same validation scenes several times
-def synthetic_split(*, split: str, images: int, size: int, seed: int, smallest: float = 0.12) -> Split:
+def draw_split(*, split: str, images: int, size: int, seed: int, smallest: float = 0.12) -> Split:
     """Draws ``images`` scenes of ``size`` x ``size`` pixels.
 
     Args:

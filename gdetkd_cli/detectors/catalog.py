@@ -23,10 +23,10 @@ from gdetkd_cli.detectors.torchvision.two_stage import TwoStageDetector
 from gdetkd_cli.detectors.trainable import TrainableDetector
 from gdetkd_cli.detectors.weights import (
     CLASS_LAYERS,
+    extract_state_dict,
+    list_torchvision_categories,
     load_state,
     read_torch_file,
-    state_dict_of,
-    torchvision_categories,
 )
 from gdetkd_cli.errors import ModelError
 from gdetkd_cli.files import name_kind, write_file
@@ -102,7 +102,7 @@ def _count_outputs(module: Any) -> int:
     return int(head.num_columns if isinstance(module, SSD) else head.num_classes)
 
 
-def classes_of(
+def name_classes(
     state: dict[str, Tensor], description: dict[str, Any], data: tuple[str, ...], published: tuple[str, ...] | None
 ) -> tuple[str, ...]:
     """Names the classes that weights were trained on.
@@ -171,7 +171,7 @@ def load(path: Path, class_names: tuple[str, ...] | None = None) -> Loaded:
     """
     saved = read_torch_file(path)
     if not isinstance(saved, dict) or "gdetkd" not in saved:
-        return _load_state_dict(state_dict_of(saved, str(path)), path, class_names)
+        return _load_state_dict(extract_state_dict(saved, str(path)), path, class_names)
     if saved["gdetkd"] > FILE_VERSION:
         raise ModelError(
             f"{path} was written by a newer gdetkd (format {saved['gdetkd']}); this version reads format {FILE_VERSION}"
@@ -190,7 +190,7 @@ def load(path: Path, class_names: tuple[str, ...] | None = None) -> Loaded:
 def _load_state_dict(state: dict[str, Tensor], path: Path, class_names: tuple[str, ...] | None) -> Loaded:
     found = recognise(state, str(path))
     name = found.description["name"]
-    names = classes_of(state, found.description, class_names or (), torchvision_categories("DEFAULT", name))
+    names = name_classes(state, found.description, class_names or (), list_torchvision_categories("DEFAULT", name))
     detector = build(found.description, names)
     weights = {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
     notes = [f"{path}: recognised as torchvision's {name}, {len(names)} classes"]

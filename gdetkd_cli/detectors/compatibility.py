@@ -15,13 +15,13 @@ from gdetkd_cli.errors import PairError
 PairKind = Literal["homogeneous", "heterogeneous"]
 
 
-def pair_kind(student: Detector, teacher: Detector) -> PairKind:
+def classify_pair(student: Detector, teacher: Detector) -> PairKind:
     """``homogeneous`` if both are two-stage and so have RoI heads to compare."""
     both = student.family == teacher.family == "two-stage"
     return "homogeneous" if both else "heterogeneous"
 
 
-def class_columns(student: Detector, teacher: Detector) -> Tensor:
+def match_classes(student: Detector, teacher: Detector) -> Tensor:
     """(K + 1,) int64: the teacher's output column for each of the student's, by class name; background is 0.
 
     Raises:
@@ -36,8 +36,8 @@ def class_columns(student: Detector, teacher: Detector) -> Tensor:
     return torch.tensor([0] + [teacher.class_names.index(name) + 1 for name in student.class_names])
 
 
-def prediction_columns(student: Detector, teacher: Detector) -> Tensor:
-    """Checks that the predictions of two RoI heads can be compared; returns ``class_columns``.
+def match_predictions(student: Detector, teacher: Detector) -> Tensor:
+    """Checks that the predictions of two RoI heads can be compared; returns ``match_classes``.
 
     Raises:
         PairError: a detector without a RoI head, different class lists, or different box coders.
@@ -49,16 +49,16 @@ def prediction_columns(student: Detector, teacher: Detector) -> Tensor:
         )
     if student.box_weights != teacher.box_weights:
         raise PairError(f"the box coders differ: weights {teacher.box_weights} -> {student.box_weights}")
-    return class_columns(student, teacher)
+    return match_classes(student, teacher)
 
 
-def stage_weights(student: Detector, teacher: Detector) -> tuple[float, ...]:
+def choose_stage_weights(student: Detector, teacher: Detector) -> tuple[float, ...]:
     """Loss weights of the student's later stages if both detectors are cascades with the same stages; else empty."""
     return student.later_weights if student.later_box_weights == teacher.later_box_weights else ()
 
 
-def class_map_columns(student: Detector, teacher: Detector) -> Tensor:
-    """Checks that two dense heads score a cell in the same way; returns ``class_columns``.
+def match_class_maps(student: Detector, teacher: Detector) -> Tensor:
+    """Checks that two dense heads score a cell in the same way; returns ``match_classes``.
 
     Raises:
         PairError: the heads are not two RetinaNets or two FCOS, no level of the teacher has the anchors of a student
@@ -73,7 +73,7 @@ def class_map_columns(student: Detector, teacher: Detector) -> Tensor:
     for level in range(len(agree)):
         if not agree[level].any():
             raise _build_anchor_error(student, teacher, level, _find_nearest_level(student, teacher, level))
-    return class_columns(student, teacher)
+    return match_classes(student, teacher)
 
 
 def compare_anchors(student: Detector, teacher: Detector) -> Tensor:
@@ -97,7 +97,7 @@ def check_anchors(student: Detector, teacher: Detector) -> None:
             raise _build_anchor_error(student, teacher, level, other)
 
 
-def level_shapes(detector: Detector) -> list[Tensor]:
+def list_shapes(detector: Detector) -> list[Tensor]:
     """By level (A, 2), width and height in cells of the boxes that a level detects: its anchors.
 
     For detectors without such anchors (FCOS, SSD, the user's own module): a dense level's middle size in three shapes.

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from gdetkd_cli.errors import ModelError
-from gdetkd_cli.trust import code_is_trusted
+from gdetkd_cli.trust import is_code_trusted
 
 # Required members of ``protocol.Detector``.
 _DETECTOR = ("module", "levels", "forward_train", "extract_features", "region_outputs", "predict")
@@ -37,7 +37,7 @@ def make(reference: str, arguments: Mapping[str, Any]) -> Any:
     """
     if not is_reference(reference):
         raise ModelError(f"{reference!r} is not the name of a function; expected package.module:function")
-    if not code_is_trusted():
+    if not is_code_trusted():
         raise ModelError(
             f"{reference} is Python code and runs only with your consent; if you trust it, add --trust-code"
         )

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torchvision.ops import roi_align
 
-from gdetkd_cli.host import beside, sent
+from gdetkd_cli.host import copy_numbers, copy_tensor
 from gdetkd_cli.structures import LevelSpec, Pyramid, Regions, count_by_image
 
 # Side of a level's regions in its cells, at the middle of an octave. Two-stage detectors use 14 to 28 cells (from 224
@@ -23,17 +23,17 @@ POOLED_SIZE = 7  # bins per axis of a pooled region
 SEPARABLE_CELLS = 4096  # 64 x 64 cells; on larger maps the matrix products cost more than RoIAlign's samples
 
 
-def cells(pixels: Tensor, level: LevelSpec) -> Tensor:
+def convert_to_cells(pixels: Tensor, level: LevelSpec) -> Tensor:
     """Converts (R, 4) xyxy from model pixels to continuous cells; the centre of cell (0, 0) is at (0.5, 0.5)."""
     (stride_y, stride_x), (offset_y, offset_x) = level.stride, level.offset
-    stride = beside([stride_x, stride_y, stride_x, stride_y], pixels)
-    offset = beside([offset_x, offset_y, offset_x, offset_y], pixels)
+    stride = copy_numbers([stride_x, stride_y, stride_x, stride_y], pixels)
+    offset = copy_numbers([offset_x, offset_y, offset_x, offset_y], pixels)
     return (pixels - offset) / stride + 0.5
 
 
 def pool_level(pyramid: Pyramid, level: int, regions: Regions, *, size: int, sampling_ratio: int) -> Tensor:
     """RoIAlign on one level: (R, C_l, size, size), float32."""
-    boxes = cells(pyramid.frame.to_model(regions.boxes, regions.image_index), pyramid.levels[level])
+    boxes = convert_to_cells(pyramid.frame.to_model(regions.boxes, regions.image_index), pyramid.levels[level])
     features = pyramid.maps[level].float()
     # Without a gradient there is no scattering backward, and torchvision's operator is faster.
     if features.requires_grad and features.shape[-2] * features.shape[-1] <= SEPARABLE_CELLS:
@@ -68,7 +68,7 @@ def separable_roi_align(
 
     Args:
         features: (N, C, H, W) float32.
-        boxes: (R, 4) xyxy in cells, see ``cells``.
+        boxes: (R, 4) xyxy in cells, see ``convert_to_cells``.
         image_index: (R,) non-decreasing.
         size: bins per axis.
         sampling_ratio: samples per bin and axis.
@@ -78,8 +78,8 @@ def separable_roi_align(
         (R, C, size, size).
     """
     images, channels, height, width = features.shape
-    along_y = _bin_weights(boxes[:, 1], boxes[:, 3], height, size, sampling_ratio)  # (R, size, H)
-    along_x = _bin_weights(boxes[:, 0], boxes[:, 2], width, size, sampling_ratio)  # (R, size, W)
+    along_y = _compute_bin_weights(boxes[:, 1], boxes[:, 3], height, size, sampling_ratio)  # (R, size, H)
+    along_x = _compute_bin_weights(boxes[:, 0], boxes[:, 2], width, size, sampling_ratio)  # (R, size, W)
     rows_first = features.permute(0, 2, 3, 1).flatten(2)  # (N, H, W C)
     counts = count_by_image(image_index, images) if counts is None else list(counts)
     # Half precision would blur the position of a region; torchvision's operator also runs in float32.
@@ -93,7 +93,7 @@ def separable_roi_align(
         return (along_x[:, None] @ partly).permute(0, 3, 1, 2)
 
 
-def _bin_weights(low: Tensor, high: Tensor, length: int, size: int, sampling_ratio: int) -> Tensor:
+def _compute_bin_weights(low: Tensor, high: Tensor, length: int, size: int, sampling_ratio: int) -> Tensor:
     """(R, size, length): the weight of each cell along one axis in each bin of the region [low, high]."""
     samples = size * sampling_ratio
     fraction = (torch.arange(samples, device=low.device) + 0.5) / samples
@@ -126,15 +126,15 @@ def assign_levels(pyramid: Pyramid, regions: Regions, *, cells_per_side: float, 
     """
     pixels = pyramid.frame.to_model(regions.boxes, regions.image_index)
     side = (pixels[:, 2:] - pixels[:, :2]).clamp(min=1e-3).prod(dim=1).sqrt()
-    strides = beside([(spec.stride[0] * spec.stride[1]) ** 0.5 for spec in pyramid.levels[:among]], pixels)
+    strides = copy_numbers([(spec.stride[0] * spec.stride[1]) ** 0.5 for spec in pyramid.levels[:among]], pixels)
     octaves = torch.log2(side[:, None] / (cells_per_side * strides[None])).abs()
     return octaves.argmin(dim=1)
 
 
-def channels_of(levels: Sequence[LevelSpec], assignment: Tensor) -> Tensor | None:
+def get_channels(levels: Sequence[LevelSpec], assignment: Tensor) -> Tensor | None:
     """(R,) channels of each region's level; None if all levels have the same number."""
     channels = [level.channels for level in levels]
-    return beside(channels, assignment)[assignment] if len(set(channels)) > 1 else None
+    return copy_numbers(channels, assignment)[assignment] if len(set(channels)) > 1 else None
 
 
 def pool_assigned(pyramid: Pyramid, regions: Regions, assignment: Tensor) -> Tensor:
@@ -150,7 +150,7 @@ def pool_assigned(pyramid: Pyramid, regions: Regions, assignment: Tensor) -> Ten
     order = own.argsort(stable=True)
     image = torch.arange(images).repeat_interleave(torch.tensor(regions.count_by_image(images)))
     counts = torch.bincount(own * images + image, minlength=len(pyramid.levels) * images).view(-1, images).tolist()
-    there = sent(order, assignment)
+    there = copy_tensor(order, assignment)
     boxes, index, candidate = regions.boxes[there], regions.image_index[there], regions.candidate[there]
     parts, start = [], 0
     for level, (spec, of_images) in enumerate(zip(pyramid.levels, counts, strict=True)):
@@ -160,4 +160,4 @@ def pool_assigned(pyramid: Pyramid, regions: Regions, assignment: Tensor) -> Ten
             part = pool_level(pyramid, level, chosen, size=POOLED_SIZE, sampling_ratio=2)
             parts.append(pad(part, (0, 0, 0, 0, 0, channels - spec.channels)))
         start = end
-    return torch.cat(parts)[sent(order.argsort(), assignment)]
+    return torch.cat(parts)[copy_tensor(order.argsort(), assignment)]

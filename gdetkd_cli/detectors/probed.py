@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from gdetkd_cli.detectors.pooling import DENSE_CELLS, TWO_STAGE_CELLS, assign_levels, channels_of, pool_assigned
+from gdetkd_cli.detectors.pooling import DENSE_CELLS, TWO_STAGE_CELLS, assign_levels, get_channels, pool_assigned
 from gdetkd_cli.detectors.protocol import Detector, Family, Finding, Observation, RegionView, View
-from gdetkd_cli.detectors.torchvision.common import device_of, use_eval_mode
+from gdetkd_cli.detectors.torchvision.common import get_device, use_eval_mode
 from gdetkd_cli.errors import ModelError, PairError
-from gdetkd_cli.probing.formats.runner import RUN_ERRORS, Runner, reason_of
+from gdetkd_cli.probing.formats.runner import RUN_ERRORS, Runner, find_reason
 from gdetkd_cli.probing.geometry import Geometry
 from gdetkd_cli.probing.inputs import ModelInput
 from gdetkd_cli.probing.outputs import OutputForm
@@ -125,7 +125,7 @@ class ProbedDetector(Detector):
         form = self._require_form()
         prepared = [self._input.prepare(image) for image in images]
         # Unknown code would decode boxes in autocast's dtype, so it runs without autocast.
-        with use_eval_mode(self.module), torch.autocast(device_of(self.module).type, enabled=False):
+        with use_eval_mode(self.module), torch.autocast(get_device(self.module).type, enabled=False):
             groups = [form.read(self._run(group), len(group)) for group in self.probed.call.groups(prepared)]
         detections = list(chain(*groups))
         unknown = [label for d in detections for label in d.labels.tolist() if label > len(self.class_names)]
@@ -161,7 +161,7 @@ class ProbedDetector(Detector):
         pooled = pool_assigned(seen.pyramid, regions, assignment)
         return RegionView(
             pooled=pooled,
-            pooled_channels=channels_of(self.levels, assignment),
+            pooled_channels=get_channels(self.levels, assignment),
             embedding=pooled.mean(dim=(2, 3)) if "embedding" in needs else None,
             level=assignment,
         )
@@ -180,7 +180,7 @@ class ProbedDetector(Detector):
         except RUN_ERRORS as error:
             height, width = images[0].shape[-2:]
             raise ModelError(
-                f"{self._source} fails on an image of {height} x {width} pixels ({reason_of(error)}); if it accepts "
+                f"{self._source} fails on an image of {height} x {width} pixels ({find_reason(error)}); if it accepts "
                 "only one size, set input.size and input.fit: true"
             ) from error
 

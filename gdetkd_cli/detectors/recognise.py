@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gdetkd_cli import portable
-from gdetkd_cli.detectors.weights import BATCH_COUNT, CLASS_LAYERS, has_frozen_norms, norm_eps_of_file
+from gdetkd_cli.detectors.weights import BATCH_COUNT, CLASS_LAYERS, find_norm_eps_of_file, has_frozen_norms
 from gdetkd_cli.errors import ModelError
 
 
@@ -62,7 +62,7 @@ def recognise(state: dict[str, Tensor], source: str) -> Recognised:
         "arguments": {},
         "norm": "frozen" if frozen else "batch",
     }
-    eps = norm_eps_of_file(Path(source).name) if frozen else None
+    eps = find_norm_eps_of_file(Path(source).name) if frozen else None
     if eps is not None:
         description["norm_eps"] = eps
     return Recognised(description=description, alternatives=tuple(fitting[1:]))

@@ -14,7 +14,7 @@ from torch import nn
 from gdetkd_cli.detectors import catalog
 from gdetkd_cli.detectors.recognise import Recognised, recognise
 from gdetkd_cli.detectors.torchvision.common import predict
-from gdetkd_cli.detectors.weights import load_state, torchvision_categories
+from gdetkd_cli.detectors.weights import list_torchvision_categories, load_state
 from gdetkd_cli.errors import ModelError
 from gdetkd_cli.probing.formats.class_names import OWN, parse_notes, read_class_names
 from gdetkd_cli.probing.formats.files import DESCRIPTION_FILE, load_torchscript
@@ -71,8 +71,8 @@ def load_scripted(path: Path, class_names: tuple[str, ...]) -> catalog.Loaded:
         reason = "it is neither a file that gdetkd exported nor a scripted torchvision detector"
         raise NotRebuiltError(path, reason) from error
     for description in _list_descriptions(found, module):
-        published = torchvision_categories("DEFAULT", description["name"])
-        names = catalog.classes_of(state, description, class_names, published)
+        published = list_torchvision_categories("DEFAULT", description["name"])
+        names = catalog.name_classes(state, description, class_names, published)
         detector = catalog.build(description, names)
         notes = load_state(detector.module, state, str(path))
         detector.module.eval()

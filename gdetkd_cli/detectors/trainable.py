@@ -18,10 +18,10 @@ from gdetkd_cli.detectors.protocol import Candidates, Observation
 from gdetkd_cli.detectors.tap import Tap
 from gdetkd_cli.detectors.torchvision import common
 from gdetkd_cli.errors import PairError
-from gdetkd_cli.probing.formats.runner import ModuleRunner, calls_for
+from gdetkd_cli.probing.formats.runner import ModuleRunner, list_calls
 from gdetkd_cli.probing.inputs import ModelInput
 from gdetkd_cli.probing.pyramid import probe_image
-from gdetkd_cli.probing.record import Output, tensors_in
+from gdetkd_cli.probing.record import Output, list_tensors
 from gdetkd_cli.structures import Batch, Pyramid
 
 _JITTERED = 4  # candidates near each true box
@@ -73,7 +73,7 @@ class TrainableDetector(ProbedDetector):
         """
         training = module.training
         module.eval()
-        runner = ModuleRunner(module, calls=calls_for(last=last))
+        runner = ModuleRunner(module, calls=list_calls(last=last))
         super().__init__(
             runner=runner, source=source, kind="factory", model_input=model_input, size=size, levels=levels
         )
@@ -111,7 +111,7 @@ class TrainableDetector(ProbedDetector):
             losses: Any = {}
         else:
             argument = self.probed.call.argument(prepared)
-            groups = [self._call(outputs, argument, common.targets_for(batch))]
+            groups = [self._call(outputs, argument, common.convert_targets(batch))]
             losses = groups[0].returned
             if not isinstance(losses, dict) or not losses or not all(isinstance(v, Tensor) for v in losses.values()):
                 raise PairError(
@@ -137,7 +137,7 @@ class TrainableDetector(ProbedDetector):
             raise PairError(f"{self._source} cannot be trained: called with {called}, {error}") from error
         finally:
             handle.remove()
-        values = [tensors_in(tap.outputs(output.module)[output.call])[output.leaf] for output in outputs]
+        values = [list_tensors(tap.outputs(output.module)[output.call])[output.leaf] for output in outputs]
         size = network[0].shape[-2:]
         maps = [level.as_map(value, size) for value, level in zip(values, self.probed.levels, strict=True)]
         return _Call(returned, network[0], maps)

@@ -73,7 +73,7 @@ def read_torch_file(path: Path) -> Any:
         raise ModelError(f"{path}{name_kind(path)} is not a complete file written by torch.save ({reason})") from error
 
 
-def state_dict_of(saved: Any, source: str) -> dict[str, Tensor]:
+def extract_state_dict(saved: Any, source: str) -> dict[str, Tensor]:
     """Finds the weights in a file's content: at the top, or nested like in reference scripts.
 
     Raises:
@@ -92,7 +92,7 @@ def state_dict_of(saved: Any, source: str) -> dict[str, Tensor]:
     return dict(saved)
 
 
-def torchvision_weights(name: str, model: str | None) -> dict[str, Tensor]:
+def read_torchvision_weights(name: str, model: str | None) -> dict[str, Tensor]:
     """The state_dict of a torchvision weights name; downloads it when it is not on disk.
 
     Args:
@@ -105,7 +105,7 @@ def torchvision_weights(name: str, model: str | None) -> dict[str, Tensor]:
     weights = _get_entry(name, model)
     target = Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name
     if target.exists():
-        return state_dict_of(read_torch_file(target), str(target))
+        return extract_state_dict(read_torch_file(target), str(target))
     try:
         return dict(weights.get_state_dict(progress=False, check_hash=True, weights_only=True))
     except (OSError, RuntimeError) as error:  # URLError is an OSError; a hash mismatch is a RuntimeError
@@ -115,7 +115,7 @@ def torchvision_weights(name: str, model: str | None) -> dict[str, Tensor]:
         ) from error
 
 
-def torchvision_categories(name: str, model: str | None) -> tuple[str, ...] | None:
+def list_torchvision_categories(name: str, model: str | None) -> tuple[str, ...] | None:
     """The classes that torchvision weights were trained on, without background; None if none are listed."""
     categories = _get_entry(name, model).meta.get("categories")
     if not categories:
@@ -128,13 +128,13 @@ def has_frozen_norms(state: dict[str, Tensor]) -> bool:
     return not any(name.endswith(BATCH_COUNT) for name in state)
 
 
-def torchvision_norm_eps(name: str, model: str | None) -> float | None:
+def find_norm_eps(name: str, model: str | None) -> float | None:
     """Epsilon of frozen normalisation that torchvision sets for these weights; None: the layer's own."""
     return 0.0 if str(_get_entry(name, model)) in _WITHOUT_EPS else None
 
 
-def norm_eps_of_file(name: str) -> float | None:
-    """Like ``torchvision_norm_eps``, by the name of torchvision's file."""
+def find_norm_eps_of_file(name: str) -> float | None:
+    """Like ``find_norm_eps``, by the name of torchvision's file."""
     return 0.0 if name in {Path(get_weight(weights).url).name for weights in _WITHOUT_EPS} else None
 
 

@@ -24,18 +24,18 @@ MOST_REGIONS_ON_CPU = 64
 FRESH_HEAD_WARMUP = 0.5  # of the run's steps
 
 
-def auto_weight(method: Literal["ckd", "pkd"], student: Detector) -> float:
+def choose_weight(method: Literal["ckd", "pkd"], student: Detector) -> float:
     """The weight of a term that depends on the student's family."""
     family: Literal["two-stage", "dense"] = "two-stage" if student.family == "two-stage" else "dense"
     return (CKD_WEIGHTS if method == "ckd" else PKD_WEIGHTS)[family]
 
 
-def regions_per_image(student: Detector, device: str) -> int:
+def choose_region_count(student: Detector, device: str) -> int:
     """Maximum of regions per image for the terms: as many as the student's head trains on, fewer on a CPU."""
     own = student.sampled_proposals or MOST_REGIONS
     return min(own, MOST_REGIONS_ON_CPU) if device == "cpu" else own
 
 
-def prediction_warmup(steps: int, *, trained_head: bool) -> int:
+def choose_prediction_warmup(steps: int, *, trained_head: bool) -> int:
     """Steps over which prediction KD comes in; ``trained_head``: the student's head is transferred or trained."""
     return 0 if trained_head else int(FRESH_HEAD_WARMUP * steps)

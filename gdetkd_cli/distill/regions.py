@@ -14,7 +14,7 @@ from torch import Generator, Tensor
 from torchvision.ops import box_iou
 
 from gdetkd_cli.detectors.protocol import Candidates
-from gdetkd_cli.host import sent
+from gdetkd_cli.host import copy_tensor
 from gdetkd_cli.structures import Batch, Regions, count_by_image
 
 
@@ -55,9 +55,9 @@ def choose_regions(
     boxes = candidates.boxes if overlaps is None else torch.cat([candidates.boxes, *(t.boxes for t in batch.targets)])
     image_index = torch.arange(len(batch)).repeat_interleave(torch.tensor(chosen_counts))
     return Regions(
-        boxes=boxes.detach()[sent(torch.cat(rows), boxes)],
-        image_index=sent(image_index, boxes),
-        candidate=sent(torch.cat(candidate), boxes),
+        boxes=boxes.detach()[copy_tensor(torch.cat(rows), boxes)],
+        image_index=copy_tensor(image_index, boxes),
+        candidate=copy_tensor(torch.cat(candidate), boxes),
         counts=tuple(chosen_counts),
         all_candidates=True if candidates.sampled else None,
     )

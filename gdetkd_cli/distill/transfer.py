@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from gdetkd_cli.detectors.compatibility import check_anchors, class_map_columns, prediction_columns
+from gdetkd_cli.detectors.compatibility import check_anchors, match_class_maps, match_predictions
 from gdetkd_cli.detectors.protocol import Detector
 from gdetkd_cli.errors import PairError
 
@@ -35,7 +35,7 @@ def match_head(student: Detector, teacher: Detector) -> dict[str, Tensor]:
 
 def _match_dense_head(student: Detector, teacher: Detector) -> dict[str, Tensor]:
     """The teacher's values for a dense student's head, by name."""
-    columns = class_map_columns(student, teacher)
+    columns = match_class_maps(student, teacher)
     check_anchors(student, teacher)
     copies = {}
     for name, value in _match_part("head", student.module, teacher.module).items():
@@ -47,7 +47,7 @@ def _match_dense_head(student: Detector, teacher: Detector) -> dict[str, Tensor]
 
 def _match_roi_heads(student: Detector, teacher: Detector) -> dict[str, Tensor]:
     """The teacher's values for a two-stage student's RoI heads, by name."""
-    columns = prediction_columns(student, teacher)
+    columns = match_predictions(student, teacher)
     copies: dict[str, Tensor] = {}
     heads = {
         name.rpartition(".")[0]

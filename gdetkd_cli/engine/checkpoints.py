@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from gdetkd_cli.errors import RunFolderError, first_line
+from gdetkd_cli.errors import RunFolderError, get_first_line
 from gdetkd_cli.files import write_file, write_text
 
 _MANIFEST, _PROGRESS, _STATE = "manifest.json", "progress.json", "state.pt"
@@ -152,7 +152,7 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, ValueError, OSError, UnpicklingError) as error:
-        raise RunFolderError(f"{path} cannot be read: {first_line(error)}; start the run again") from error
+        raise RunFolderError(f"{path} cannot be read: {get_first_line(error)}; start the run again") from error
     return content
 
 

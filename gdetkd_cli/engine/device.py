@@ -54,12 +54,12 @@ class ComputeSettings:
     workers: int
 
 
-def available_cores() -> int:
+def count_cores() -> int:
     """CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
 
 
-def best_thread_count(local_processes: int | None = None) -> int:
+def choose_thread_count(local_processes: int | None = None) -> int:
     """Measures whether one CPU thread or one per core is faster on a small convolution.
 
     If other programs use the cores, threads that wait for each other are slower than a single one.
@@ -68,7 +68,7 @@ def best_thread_count(local_processes: int | None = None) -> int:
         local_processes: processes that share this machine's cores; None: as many as the launcher started.
     """
     sharing = local_processes or int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    most = max(1, min(16, available_cores() // sharing))
+    most = max(1, min(16, count_cores() // sharing))
     if most == 1:
         return 1
     return min((most, 1), key=_time_convolution)
@@ -87,7 +87,7 @@ def _time_convolution(threads: int) -> float:
     return sorted(times)[len(times) // 2]
 
 
-def environment(settings: ComputeSettings, seed: int, processes: int) -> dict[str, object]:
+def describe_environment(settings: ComputeSettings, seed: int, processes: int) -> dict[str, object]:
     """Everything except the recipe that a result depends on."""
     return {
         "python": platform.python_version(),
@@ -127,7 +127,7 @@ def _read_git_revision() -> str | None:
     return result.stdout.strip()
 
 
-def peak_memory_mb(device: torch.device) -> float:
+def get_peak_memory_mb(device: torch.device) -> float:
     """Peak memory so far, of the device's allocator or of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20

@@ -24,7 +24,7 @@ from gdetkd_cli.engine.readings import Reading, Readings, choose_interval
 from gdetkd_cli.engine.run_folder import RunFolder
 from gdetkd_cli.engine.schedule import move_schedule
 from gdetkd_cli.engine.signals import StopSignals
-from gdetkd_cli.errors import NonFiniteLossError, RunFolderError, StoppedError, first_line
+from gdetkd_cli.errors import NonFiniteLossError, RunFolderError, StoppedError, get_first_line
 from gdetkd_cli.evaluation.coco_metrics import CocoMetrics
 from gdetkd_cli.structures import Batch, LossReport
 
@@ -350,7 +350,7 @@ class Loop:
             self._window = _Window(**own["window"])
         except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise RunFolderError(
-                f"{checkpoint.path} does not fit this run: {first_line(error)}; start the run again"
+                f"{checkpoint.path} does not fit this run: {get_first_line(error)}; start the run again"
             ) from error
         return progress.step
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from gdetkd_cli import __version__
 from gdetkd_cli.detectors.protocol import Detector
 from gdetkd_cli.detectors.scripted import ARCHITECTURE, CLASSES
-from gdetkd_cli.errors import ModelError, first_line
+from gdetkd_cli.errors import ModelError, get_first_line
 from gdetkd_cli.probing.formats.class_names import parse_notes, read_class_names
 from gdetkd_cli.probing.formats.files import DESCRIPTION_FILE, load_torchscript
 from gdetkd_cli.probing.formats.runner import list_not_finite
@@ -66,7 +66,7 @@ class OnnxDetector:
         try:
             self._session = onnxruntime.InferenceSession(path, options, providers=[*providers, "CPUExecutionProvider"])
         except Exception as error:  # onnxruntime's errors have no common base
-            raise ModelError(f"{path} is not a whole ONNX file ({first_line(error)})") from error
+            raise ModelError(f"{path} is not a whole ONNX file ({get_first_line(error)})") from error
         outputs = tuple(output.name for output in self._session.get_outputs())
         if outputs != OUTPUTS:
             raise NotOursError(

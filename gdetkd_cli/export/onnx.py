@@ -16,9 +16,9 @@ from torch import Tensor
 from torchvision.models.detection._utils import BoxCoder
 
 from gdetkd_cli.detectors.protocol import Detector
-from gdetkd_cli.errors import ExportError, first_line
+from gdetkd_cli.errors import ExportError, get_first_line
 from gdetkd_cli.evaluation.exported import INPUT, OUTPUTS, describe
-from gdetkd_cli.export.single_image import SingleImage, example_image
+from gdetkd_cli.export.single_image import SingleImage, build_example_image
 
 OPSET = 17  # RoiAlign equals torchvision's since 16; onnxruntime reads 17 since 1.12
 
@@ -46,7 +46,7 @@ def export_onnx(detector: Detector, path: Path, *, architecture: dict[str, Any])
         with warnings.catch_warnings(action="ignore"):
             torch.onnx.export(
                 image,
-                (example_image(),),
+                (build_example_image(),),
                 path,
                 dynamo=False,
                 opset_version=OPSET,
@@ -64,7 +64,7 @@ def export_onnx(detector: Detector, path: Path, *, architecture: dict[str, Any])
         TypeError,
         ValueError,
     ) as error:
-        reason = first_line(error)
+        reason = get_first_line(error)
         raise ExportError(f"torch {torch.__version__} cannot write this detector as ONNX: {reason}") from error
     onnx.helper.set_model_props(model, describe(detector, architecture))
     onnx.save(model, path)

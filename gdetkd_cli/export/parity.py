@@ -121,7 +121,7 @@ def check_parity(reference: Predictor, exported: Predictor, images: Sequence[Ten
     )
 
 
-def image_without_detections(detector: Predictor, size: tuple[int, int]) -> Tensor:
+def build_empty_image(detector: Predictor, size: tuple[int, int]) -> Tensor:
     """An image (3, height, width) without detections.
 
     It has a single shade without detections, else NaN, since no NaN score passes a threshold.

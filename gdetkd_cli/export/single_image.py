@@ -24,7 +24,7 @@ class SingleImage(nn.Module):
     def __init__(self, detector: Detector) -> None:
         super().__init__()
         module: Any = copy.deepcopy(detector.module).cpu().requires_grad_(False).eval()
-        module([example_image()])  # torchvision sets the scales of its RoI pooling at the first call
+        module([build_example_image()])  # torchvision sets the scales of its RoI pooling at the first call
         if isinstance(getattr(module, "transform", None), GeneralizedRCNNTransform):
             module.transform = _ExactTransform(module.transform)
         module._has_warned = True  # else a scripted detector warns that it returns a pair
@@ -42,7 +42,7 @@ class SingleImage(nn.Module):
         return boxes[objects], scores[objects], labels[objects]
 
 
-def example_image() -> Tensor:
+def build_example_image() -> Tensor:
     """(3, H, W): the image on which an exporter runs the detector.
 
     It is square, because torchvision computes a level's stride from the height of the image and the cells of the padded

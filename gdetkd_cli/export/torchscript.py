@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from gdetkd_cli.detectors.protocol import Detector
-from gdetkd_cli.errors import ExportError, first_line
+from gdetkd_cli.errors import ExportError, get_first_line
 from gdetkd_cli.evaluation.exported import describe
 from gdetkd_cli.export.single_image import SingleImage
 from gdetkd_cli.probing.formats.files import DESCRIPTION_FILE
@@ -37,6 +37,6 @@ def export_torchscript(detector: Detector, path: Path, *, architecture: dict[str
             description = json.dumps(describe(detector, architecture))
             torch.jit.save(scripted, path, _extra_files={DESCRIPTION_FILE: description})
     except RuntimeError as error:
-        reason = first_line(error)
+        reason = get_first_line(error)
         raise ExportError(f"torch {torch.__version__} cannot script this detector: {reason}") from error
     return f"torch.jit.script, torch {torch.__version__}"

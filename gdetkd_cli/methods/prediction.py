@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from torch import Tensor, nn
 from torch.nn.functional import kl_div
 
-from gdetkd_cli.detectors.compatibility import prediction_columns, stage_weights
+from gdetkd_cli.detectors.compatibility import choose_stage_weights, match_predictions
 from gdetkd_cli.detectors.protocol import RegionView, StageView, View
 from gdetkd_cli.methods.base import Detectors, ObservedPair
 from gdetkd_cli.structures import Regions
@@ -107,12 +107,14 @@ def _get_first_stage(regions: Regions, view: RegionView) -> StageView:
 def build_class_term(pair: Detectors) -> ClassTerm:
     """Builds the term; raises a PairError if the detectors have no RoI heads that can be compared."""
     return ClassTerm(
-        columns=prediction_columns(pair.student, pair.teacher), stage_weights=stage_weights(pair.student, pair.teacher)
+        columns=match_predictions(pair.student, pair.teacher),
+        stage_weights=choose_stage_weights(pair.student, pair.teacher),
     )
 
 
 def build_box_term(pair: Detectors) -> BoxTerm:
     """Builds the term; raises a PairError if the detectors have no RoI heads that can be compared."""
     return BoxTerm(
-        columns=prediction_columns(pair.student, pair.teacher), stage_weights=stage_weights(pair.student, pair.teacher)
+        columns=match_predictions(pair.student, pair.teacher),
+        stage_weights=choose_stage_weights(pair.student, pair.teacher),
     )

@@ -18,7 +18,7 @@ from torch.nn.functional import conv2d, mse_loss, normalize
 
 from gdetkd_cli.detectors.pooling import pool_all_levels
 from gdetkd_cli.detectors.protocol import View
-from gdetkd_cli.host import beside
+from gdetkd_cli.host import copy_numbers
 from gdetkd_cli.methods.adapters import RunningNormalizer, build_adapter, fold_affine
 from gdetkd_cli.methods.base import Detectors, ObservedPair
 from gdetkd_cli.structures import Pyramid
@@ -45,7 +45,7 @@ def level_attention(keys: Tensor, queries: Tensor, tau: Tensor, prior: Tensor | 
     return (logits if prior is None else logits + prior).softmax(dim=1)
 
 
-def unit(embedding: Tensor) -> Tensor:
+def scale_to_unit(embedding: Tensor) -> Tensor:
     """Scales (..., E) to length 1, so that <k_il, q_i> is the cosine between them."""
     return normalize(embedding, dim=-1, eps=_LEAST_NORM)
 
@@ -150,7 +150,7 @@ class LevelMatcher(nn.Module):
         )
         keys = self.embed_out(hidden.flatten(0, 1).relu()).flatten(1).unflatten(0, hidden.shape[:2])  # (R, L, E)
         if self.cosine:
-            keys, query = unit(keys), unit(query)
+            keys, query = scale_to_unit(keys), scale_to_unit(query)
         weights = level_attention(keys, query, self.log_tau.exp(), prior)
         if self.shared:
             return conv2d(_sum_levels(levels, weights), *adapters[0]), weights
@@ -261,7 +261,7 @@ class SGFITerm(nn.Module):
 def _compute_octaves(pyramid: Pyramid, image_index: Tensor) -> Tensor:
     """(R, L) log2 of the stride of each level in pixels of each region's image, the mean of both axes."""
     scale = pyramid.frame.scale
-    strides = beside([log2(level.stride[0] * level.stride[1]) / 2 for level in pyramid.levels], scale)
+    strides = copy_numbers([log2(level.stride[0] * level.stride[1]) / 2 for level in pyramid.levels], scale)
     return strides - scale[image_index].log2().mean(dim=1, keepdim=True)
 
 

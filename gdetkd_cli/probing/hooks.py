@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gdetkd_cli.probing.record import Address, Output, ReadingDoneError, Value, tensors_in
+from gdetkd_cli.probing.record import Address, Output, ReadingDoneError, Value, list_tensors
 
 Reading = tuple[Tensor, list[Tensor]]  # the first convolution's input (N, C, H, W), and the values
 
@@ -61,7 +61,7 @@ class HookReader:
         def keep_output(name: str, _: nn.Module, __: Any, result: Any) -> None:
             for output in by_module[name]:
                 if output.call == calls[name]:
-                    found[output] = tensors_in(result)[output.leaf].clone()  # a later operator may write into it
+                    found[output] = list_tensors(result)[output.leaf].clone()  # a later operator may write into it
             calls[name] += 1
             if len(found) == len(set(outputs)):
                 raise ReadingDoneError

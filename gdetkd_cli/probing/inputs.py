@@ -45,12 +45,12 @@ class ModelInput:
     def to_image(self, boxes: Tensor, size: tuple[int, int]) -> Tensor:
         """Converts boxes (M, 4) xyxy from pixels of the model's input to pixels of the image of ``size``, clipped."""
         if self.fit is not None:
-            inner = _inner_size(size, self.fit)
+            inner = _compute_inner_size(size, self.fit)
             boxes = boxes * boxes.new_tensor([size[1] / inner[1], size[0] / inner[0]]).repeat(2)
         return boxes.clamp(min=0).minimum(boxes.new_tensor([size[1], size[0]]).repeat(2))
 
 
-def _inner_size(size: tuple[int, int], fit: tuple[int, int]) -> tuple[int, int]:
+def _compute_inner_size(size: tuple[int, int], fit: tuple[int, int]) -> tuple[int, int]:
     """Returns the (height, width) of an image resized to fit inside ``fit``."""
     scale = min(fit[0] / size[0], fit[1] / size[1])
     return min(fit[0], round(size[0] * scale)), min(fit[1], round(size[1] * scale))
@@ -60,7 +60,7 @@ def _fit(image: Tensor, size: tuple[int, int]) -> Tensor:
     height, width = image.shape[-2:]
     if (height, width) == size:
         return image
-    inner = _inner_size((height, width), size)
+    inner = _compute_inner_size((height, width), size)
     resized = interpolate(image[None], size=inner, mode="bilinear", antialias=True)[0]
     return pad(resized, (0, size[1] - inner[1], 0, size[0] - inner[0]), value=_GREY)
 
@@ -98,7 +98,7 @@ def take_single(images: Sequence[Tensor]) -> Tensor:
     return image
 
 
-def with_channels_last(call: Call) -> Call:
+def take_channels_last(call: Call) -> Call:
     """Returns the same call for a model that takes images as (H, W, 3)."""
     name = call.name.replace("3, H, W", "H, W, 3")
     return Call(name, call.takes, lambda images: _move_channels_last(call.argument(images)))

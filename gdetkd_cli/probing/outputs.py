@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor
 from torchvision.ops import batched_nms, box_convert
 
-from gdetkd_cli.probing.record import tensors_in
+from gdetkd_cli.probing.record import list_tensors
 from gdetkd_cli.structures import Detections
 
 # The usual settings for evaluating YOLO models.
@@ -55,7 +55,7 @@ def recognise_form(returned: object, size: tuple[int, int], classes: int | None)
     if fields is not None:
         batched = fields[0].dim() == 3
         return OutputForm(f"tensors of boxes, scores and labels{' by image' if batched else ''}", _read_fields)
-    tensors = tensors_in(returned)
+    tensors = list_tensors(returned)
     if classes is None:
         return None
     pair = _find_pair(returned, classes)
@@ -92,7 +92,7 @@ def _find_fields(returned: object) -> tuple[Tensor, Tensor, Tensor] | None:
     if isinstance(returned, Mapping) and all(isinstance(returned.get(f), Tensor) for f in _FIELDS):
         found = [returned[f] for f in _FIELDS]
     else:
-        tensors = tensors_in(returned)
+        tensors = list_tensors(returned)
         if len(tensors) != 3:
             return None
         boxes = [t for t in tensors if t.is_floating_point() and t.dim() in (2, 3) and t.shape[-1] == 4]
@@ -140,7 +140,7 @@ def _recognise_yolo(raw: Tensor, size: tuple[int, int], classes: int) -> OutputF
 
 def _find_pair(returned: object, classes: int) -> tuple[Tensor, Tensor] | None:
     """Returns boxes (N, A, 4) and class scores or logits (N, A, K or K + 1), by name or as the first two tensors."""
-    found = list(tensors_in(returned))[:2]
+    found = list(list_tensors(returned))[:2]
     if isinstance(returned, Mapping) and isinstance(returned.get("pred_boxes"), Tensor):
         found = [returned["pred_boxes"], returned.get("pred_logits", returned.get("logits"))]
     if len(found) != 2 or any(not isinstance(t, Tensor) or t.dim() != 3 or not t.is_floating_point() for t in found):
@@ -198,7 +198,7 @@ def _are_scores(values: Tensor) -> bool:
 
 
 def _read_suppressed(returned: object, images: int) -> list[Detections]:
-    rows = tensors_in(returned)[0].float()
+    rows = list_tensors(returned)[0].float()
     assert len(rows) == images
     return [_sort_detections(row[:, :4], row[:, 4], row[:, 5].long() + 1) for row in rows]
 
@@ -206,7 +206,7 @@ def _read_suppressed(returned: object, images: int) -> list[Detections]:
 def _read_cells(
     returned: object, images: int, *, transposed: bool, objectness: bool, unit: tuple[float, float]
 ) -> list[Detections]:
-    raw = tensors_in(returned)[0].float()
+    raw = list_tensors(returned)[0].float()
     assert len(raw) == images
     return [_suppress_cells(c, objectness, unit) for c in (raw.transpose(1, 2) if transposed else raw)]
 

@@ -138,7 +138,7 @@ def record(
     finally:
         for hook in hooks:
             hook.remove()
-    results = tuple(recorder.find_index(leaf) for leaf in tensors_in(result))
+    results = tuple(recorder.find_index(leaf) for leaf in list_tensors(result))
     values = [
         replace(value, name=recorder.names.get(i, ""), returned=recorder.outputs.get(i), result=i in results)
         for i, value in enumerate(recorder.values)
@@ -146,7 +146,7 @@ def record(
     return Record(tuple(values), results, result)
 
 
-def tensors_in(result: object) -> list[Tensor]:
+def list_tensors(result: object) -> list[Tensor]:
     """Lists the tensors in the output of a model or submodule."""
     return [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
 
@@ -172,7 +172,7 @@ class _Recorder(TorchDispatchMode):
 
     def add_output(self, name: str, module: nn.Module, inputs: object, result: object) -> None:
         """Records a submodule's output; a forward hook."""
-        tensors = tensors_in(result)
+        tensors = list_tensors(result)
         for leaf, tensor in enumerate(tensors):
             index = self.find_index(tensor)
             if index is not None:  # the innermost submodule returns first
@@ -211,7 +211,7 @@ class _Recorder(TorchDispatchMode):
             self._weights.update((t.untyped_storage().data_ptr(), weights[0]) for t in aliases)
             self._aliases += aliases
             return result
-        for output, tensor in enumerate(tensors_in(result)):
+        for output, tensor in enumerate(list_tensors(result)):
             if tensor.is_floating_point():
                 shape = tuple(tensor.shape)
                 sides = measure_sides(args[1], float(args[2])) if op == "roi_align" else None
@@ -247,14 +247,14 @@ def _restore_tensors(func: Any, args: Sequence[Any]) -> list[Any]:
     Traced models compute sizes on zero-dimensional tensors, which the dispatcher passes on as plain numbers.
     """
     changed = list(args)
-    for i in _tensor_positions(func):
+    for i in _find_tensor_positions(func):
         if i < len(args) and isinstance(args[i], int | float):
             changed[i] = torch.tensor(args[i])
     return changed
 
 
 @cache
-def _tensor_positions(func: Any) -> tuple[int, ...]:
+def _find_tensor_positions(func: Any) -> tuple[int, ...]:
     """Positions of an operator's tensor arguments; cached, because every step of a teacher needs them."""
     return tuple(i for i, argument in enumerate(func._schema.arguments) if str(argument.type) == "Tensor")
 
@@ -337,7 +337,7 @@ class _Reader(TorchDispatchMode):
             call = self._calls[op]
             self._calls[op] += 1
             if (op, call) in self._needed_calls:
-                tensors = tensors_in(result)
+                tensors = list_tensors(result)
                 for address in self._addresses:
                     if (address.op, address.call) == (op, call):
                         self.found[address] = tensors[address.output].clone()  # a later operator may write into it

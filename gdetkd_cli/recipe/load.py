@@ -99,7 +99,7 @@ def dump_recipe(recipe: Recipe) -> str:
     return yaml_text.dump(recipe.model_dump(mode="json"))
 
 
-def json_schema() -> dict[str, Any]:
+def build_json_schema() -> dict[str, Any]:
     """Returns the JSON Schema of recipes, with which editors complete and check YAML."""
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Recipe.model_json_schema()}
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gdetkd_cli.detectors.protocol import Detector
-from gdetkd_cli.detectors.torchvision.common import device_of
+from gdetkd_cli.detectors.torchvision.common import get_device
 from gdetkd_cli.probing.formats.runner import CALLS
 from gdetkd_cli.probing.outputs import ROWS
 from gdetkd_cli.probing.pyramid import probe_image
@@ -77,7 +77,7 @@ class PyramidReport:
     alternatives: tuple[Alternative, ...] = ()
 
 
-def level_statistics(features: Tensor) -> dict[str, float | None]:
+def measure_level(features: Tensor) -> dict[str, float | None]:
     """Mean and deviation of a level's values, None if not finite."""
     values = features.float()
     statistics = {"mean": float(values.mean()), "std": float(values.std(correction=0))}
@@ -93,7 +93,7 @@ def describe_on_image(
     detector: Detector, image: Tensor, *, source: str, format: str, classes: tuple[str, ...] | None
 ) -> tuple[PyramidReport, tuple[Tensor, ...]]:
     """Describes a detector's pyramid in pixels of an image (3, H, W) in 0..1; also returns the levels' maps."""
-    batch = Batch(images=[image.to(device_of(detector.module))], targets=[], image_ids=torch.zeros(1))
+    batch = Batch(images=[image.to(get_device(detector.module))], targets=[], image_ids=torch.zeros(1))
     with torch.no_grad():
         pyramid = detector.extract_features(batch).pyramid
     scale_x, scale_y = pyramid.frame.scale[0].tolist()
@@ -105,7 +105,7 @@ def describe_on_image(
             shape=(features.shape[-2], features.shape[-1]),
             stride=(level.stride[0] / scale_y, level.stride[1] / scale_x),
             offset=((level.offset[0] - shift_y) / scale_y, (level.offset[1] - shift_x) / scale_x),
-            **level_statistics(features),
+            **measure_level(features),
         )
         for level, features in zip(pyramid.levels, pyramid.maps, strict=True)
     )

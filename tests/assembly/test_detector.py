@@ -10,7 +10,7 @@ from torchvision.models import WeightsEnum, detection
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 from gdetkd_cli.assembly import build_detector, detector
-from gdetkd_cli.detectors.weights import torchvision_categories
+from gdetkd_cli.detectors.weights import list_torchvision_categories
 from gdetkd_cli.recipe.schema import TorchvisionDetector
 
 
@@ -37,9 +37,11 @@ def test_frozen_norms_are_those_of_torchvision(name: str, monkeypatch: pytest.Mo
     monkeypatch.setattr(WeightsEnum, "get_state_dict", no_file)
     monkeypatch.setattr(nn.Module, "load_state_dict", lambda *_, **__: None)
     # The file's tensors do not matter here: an empty state is one without counts of batches, and fits.
-    monkeypatch.setattr(detector, "torchvision_weights", lambda *_: {})
+    monkeypatch.setattr(detector, "read_torchvision_weights", lambda *_: {})
     monkeypatch.setattr(detector, "load_state", lambda *_: [])
-    monkeypatch.setattr("gdetkd_cli.detectors.catalog.classes_of", lambda *_: torchvision_categories("COCO_V1", name))
+    monkeypatch.setattr(
+        "gdetkd_cli.detectors.catalog.name_classes", lambda *_: list_torchvision_categories("COCO_V1", name)
+    )
     theirs = getattr(detection, name)(weights="COCO_V1")
 
     spec = TorchvisionDetector(arch="torchvision", name=name, weights="COCO_V1")

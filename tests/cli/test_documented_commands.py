@@ -23,7 +23,7 @@ from PIL import Image
 from twins import TwoWay
 
 from gdetkd_cli.compare import trials
-from gdetkd_cli.data.synthetic import synthetic_split
+from gdetkd_cli.data.synthetic import draw_split
 from gdetkd_cli.detectors import catalog
 from gdetkd_cli.export.onnx import export_onnx
 from gdetkd_cli.export.torchscript import export_torchscript
@@ -55,7 +55,7 @@ SMALL = ["train.steps=2", "train.batch_size=2", "runtime.threads=1", "runtime.wo
 
 def write_coco(root: Path, classes: tuple[str, ...], names: list[str]) -> None:
     """Scenes with their objects; the last four are for validation. Classes beyond those given are left out."""
-    split = synthetic_split(split="train", images=len(names), size=64, seed=0)
+    split = draw_split(split="train", images=len(names), size=64, seed=0)
     toy.write_images(root / "images", names)
     for which, chosen in (("train", range(len(names) - 4)), ("val", range(len(names) - 4, len(names)))):
         truth = [(i, item) for i in chosen for item in split.records[i].truth if item["category_id"] <= len(classes)]

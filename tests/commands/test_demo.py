@@ -31,7 +31,7 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Recipe:
 def test_the_demo(cores: int, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One after the other on one core, else side by side: the same students."""
     for module in (demo, device):
-        monkeypatch.setattr(module, "available_cores", lambda: cores)
+        monkeypatch.setattr(module, "count_cores", lambda: cores)
     seen: list[Event] = []
     result = demo.run_demo(output=tmp_path / "out", observer=seen.append)
 
@@ -49,7 +49,7 @@ def test_the_demo(cores: int, recipe: Recipe, tmp_path: Path, monkeypatch: pytes
 def test_a_failure_does_not_wait_for_the_other_student(
     recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(demo, "available_cores", lambda: 4)
+    monkeypatch.setattr(demo, "count_cores", lambda: 4)
 
     def fail(*_: Any, **__: Any) -> None:
         raise NonFiniteLossError("the loss is nan")

@@ -15,7 +15,7 @@ import toy
 from torchvision.utils import save_image
 
 from gdetkd_cli.commands import export, run_eval, run_export
-from gdetkd_cli.data.synthetic import synthetic_split
+from gdetkd_cli.data.synthetic import draw_split
 from gdetkd_cli.detectors import catalog
 from gdetkd_cli.detectors.protocol import Detector
 from gdetkd_cli.engine.events import Event, Note
@@ -41,7 +41,7 @@ def detector(tiny_detector: Callable[..., Detector]) -> Detector:
 def data(detector: Detector, tmp_path_factory: pytest.TempPathFactory) -> CocoData:
     """ImageFiles whose truth is what the detector is surest of: its AP is high, and falls when it changes."""
     root = tmp_path_factory.mktemp("data")
-    scenes = synthetic_split(split="val", images=DRAWN_IMAGES, size=64, seed=3)
+    scenes = draw_split(split="val", images=DRAWN_IMAGES, size=64, seed=3)
     images, annotations = [], []
     (root / "images").mkdir()
     for index in range(DRAWN_IMAGES):

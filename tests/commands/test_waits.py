@@ -94,6 +94,6 @@ def test_what_waits_is_counted() -> None:
         with waits.counted() as found:
             structures.Regions(away, away, away, counts=(2, 1), all_candidates=True).per_image(2)
             structures.Frame.of(regions, regions, (1, 1), elsewhere.ELSEWHERE).on_host()
-            host.beside([1, 2], away)
+            host.copy_numbers([1, 2], away)
             away.sum()
         assert not found

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from gdetkd_cli.assembly import build_detector
-from gdetkd_cli.data.synthetic import CLASS_NAMES, synthetic_split
+from gdetkd_cli.data.synthetic import CLASS_NAMES, draw_split
 from gdetkd_cli.recipe.schema import ComposedDetector, Recipe
 
 SMALL = {
@@ -55,7 +55,7 @@ def _teacher_weights(head: str) -> str:
 
 def write_images(folder: Path, names: Sequence[str]) -> None:
     """Images of the built-in scenes, 64 pixels wide, into files of these names; no annotations."""
-    split = synthetic_split(split="train", images=len(names), size=64, seed=0)
+    split = draw_split(split="train", images=len(names), size=64, seed=0)
     for i, name in enumerate(names):
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)

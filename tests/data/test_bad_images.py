@@ -12,7 +12,7 @@ from PIL import Image
 from gdetkd_cli.data.bad_images import BadImageError, BadImages
 from gdetkd_cli.data.dataset import DetectionDataset
 from gdetkd_cli.data.image_files import ImageFiles
-from gdetkd_cli.data.loader import training_batches, validation_batches
+from gdetkd_cli.data.loader import load_training_batches, load_validation_batches
 from gdetkd_cli.data.readers.folder import read_folder
 from gdetkd_cli.data.split import Record, Split
 from gdetkd_cli.errors import DataError
@@ -39,7 +39,7 @@ def build(paths: list[Path], bad: BadImages | None) -> Split:
 
 def train(split: Split, workers: int = 0) -> list[list[int]]:
     dataset = DetectionDataset(split=split, augmentation=None, seed=0, cache_mb=0)
-    batches = training_batches(dataset=dataset, batch_size=2, steps=10, seed=0, workers=workers)
+    batches = load_training_batches(dataset=dataset, batch_size=2, steps=10, seed=0, workers=workers)
     return [batch.image_ids.tolist() for batch in batches]
 
 
@@ -60,17 +60,17 @@ def test_an_unreadable_image_is_an_error_by_default(tmp_path: Path) -> None:
     with pytest.raises(BadImageError, match=r"the image .*3\.png cannot be decoded"):
         train(split)
     with pytest.raises(BadImageError, match=r"3\.png cannot be decoded"):
-        list(validation_batches(split=split, batch_size=2))
+        list(load_validation_batches(split=split, batch_size=2))
 
 
 def test_it_is_in_no_batch_of_an_evaluation(tmp_path: Path) -> None:
     split = build(write(tmp_path, 0, 1, 3), BadImages(3))
-    assert [batch.image_ids.tolist() for batch in validation_batches(split=split, batch_size=2)] == [[12], [14]]
+    assert [batch.image_ids.tolist() for batch in load_validation_batches(split=split, batch_size=2)] == [[12], [14]]
 
 
 def test_more_than_the_limit_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"2 images cannot be read, more than data\.max_bad_samples allows \(1\); the"):
-        list(validation_batches(split=build(write(tmp_path, 0, 3), BadImages(1)), batch_size=1))
+        list(load_validation_batches(split=build(write(tmp_path, 0, 3), BadImages(1)), batch_size=1))
     with pytest.raises(DataError, match="no image of it can be read; give other data"):
         train(build(write(tmp_path, *range(IMAGES)), BadImages(9)))
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gdetkd_cli.data.dataset import DetectionDataset, mix_seed
-from gdetkd_cli.data.loader import training_batches, validation_batches
+from gdetkd_cli.data.loader import load_training_batches, load_validation_batches
 from gdetkd_cli.data.split import Record, Split
 from gdetkd_cli.data.transforms import build_augmentation
 from gdetkd_cli.errors import DataError
@@ -103,7 +103,7 @@ def test_augmentation_leaves_the_main_generator_alone() -> None:
     expected = torch.rand(4)
 
     torch.manual_seed(5)
-    assert len(list(training_batches(dataset=make_dataset(), batch_size=2, steps=3, seed=0))) == 3
+    assert len(list(load_training_batches(dataset=make_dataset(), batch_size=2, steps=3, seed=0))) == 3
     assert torch.equal(torch.rand(4), expected)
 
 
@@ -141,16 +141,16 @@ def test_cached_images_do_not_change() -> None:
 
 
 def test_every_pass_takes_every_image_once() -> None:
-    batches = ids(training_batches(dataset=make_dataset(6), batch_size=2, steps=9, seed=0))
+    batches = ids(load_training_batches(dataset=make_dataset(6), batch_size=2, steps=9, seed=0))
     passes = [[*batches[start], *batches[start + 1], *batches[start + 2]] for start in (0, 3, 6)]
 
     assert [sorted(ids_) for ids_ in passes] == [list(range(100, 106))] * 3
     assert len({tuple(ids_) for ids_ in passes}) == 3
-    assert ids(training_batches(dataset=make_dataset(6), batch_size=2, steps=9, seed=1)) != batches
+    assert ids(load_training_batches(dataset=make_dataset(6), batch_size=2, steps=9, seed=1)) != batches
 
 
 def test_batches_hold_lists_of_unlike_images() -> None:
-    batch = next(training_batches(dataset=make_dataset(augmented=False), batch_size=5, steps=1, seed=0))
+    batch = next(load_training_batches(dataset=make_dataset(augmented=False), batch_size=5, steps=1, seed=0))
 
     assert len(batch) == 5
     assert batch.image_ids.dtype == torch.int64
@@ -161,7 +161,7 @@ def test_batches_hold_lists_of_unlike_images() -> None:
 
 
 def test_batches_larger_than_the_data() -> None:
-    (batch,) = ids(training_batches(dataset=make_dataset(2), batch_size=5, steps=1, seed=0))
+    (batch,) = ids(load_training_batches(dataset=make_dataset(2), batch_size=5, steps=1, seed=0))
 
     assert sorted(batch[:2]) == sorted(batch[2:4]) == [100, 101]
 
@@ -169,8 +169,8 @@ def test_batches_larger_than_the_data() -> None:
 @pytest.mark.parametrize("start_step", [0, 3, 7, 8])
 @pytest.mark.parametrize("workers", [0, 2])
 def test_resumed_run_gets_the_same_batches(start_step: int, workers: int) -> None:
-    whole = list(training_batches(dataset=make_dataset(), batch_size=2, steps=8, seed=3))
-    rest = training_batches(
+    whole = list(load_training_batches(dataset=make_dataset(), batch_size=2, steps=8, seed=3))
+    rest = load_training_batches(
         dataset=make_dataset(), batch_size=2, steps=8, start_step=start_step, seed=3, workers=workers
     )
 
@@ -178,14 +178,14 @@ def test_resumed_run_gets_the_same_batches(start_step: int, workers: int) -> Non
 
 
 def test_augmentation_differs_between_passes() -> None:
-    first, second = training_batches(dataset=make_dataset(1), batch_size=1, steps=2, seed=0)
+    first, second = load_training_batches(dataset=make_dataset(1), batch_size=1, steps=2, seed=0)
 
     assert not torch.equal(first.images[0], second.images[0])
 
 
 def test_processes_share_the_global_batch() -> None:
     def shares(rank: int, world_size: int, batch_size: int) -> Iterator[Batch]:
-        return training_batches(
+        return load_training_batches(
             dataset=make_dataset(), batch_size=batch_size, steps=4, seed=0, rank=rank, world_size=world_size
         )
 
@@ -202,7 +202,7 @@ def test_processes_share_the_global_batch() -> None:
 
 def test_no_images() -> None:
     with pytest.raises(DataError, match="noise has no images"):
-        training_batches(dataset=make_dataset(0), batch_size=1, steps=1, seed=0)
+        load_training_batches(dataset=make_dataset(0), batch_size=1, steps=1, seed=0)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -214,13 +214,13 @@ def test_unreadable_image_is_one_sentence(workers: int) -> None:
 
     dataset = DetectionDataset(split=replace(make_split(1), read=refuse), augmentation=None, seed=0, cache_mb=0)
     with pytest.raises(DataError) as caught:
-        next(training_batches(dataset=dataset, batch_size=1, steps=1, seed=0, workers=workers))
+        next(load_training_batches(dataset=dataset, batch_size=1, steps=1, seed=0, workers=workers))
     assert str(caught.value) == "the image a.png cannot be decoded"
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="page-locked memory needs CUDA")
 def test_pinned_batches() -> None:
-    batch = next(training_batches(dataset=make_dataset(), batch_size=2, steps=1, seed=0, pin_memory=True))
+    batch = next(load_training_batches(dataset=make_dataset(), batch_size=2, steps=1, seed=0, pin_memory=True))
 
     assert all(image.is_pinned() for image in batch.images)
     assert batch.image_ids.is_pinned()
@@ -230,7 +230,7 @@ def test_pinned_batches() -> None:
 
 
 def test_validation_is_in_order_and_unchanged() -> None:
-    batches = list(validation_batches(split=make_even_split(5), batch_size=2))
+    batches = list(load_validation_batches(split=make_even_split(5), batch_size=2))
 
     assert ids(batches) == [[100, 101], [102, 103], [104]]
     assert torch.equal(batches[1].images[0], Noise()(2)[:, :, :20].float() / 255)
@@ -242,7 +242,7 @@ def test_validation_batches_hold_images_of_one_size() -> None:
     tall = [index in (1, 4) for index in range(5)]
     records = [replace(record, size=(12 if t else 16, 20)) for record, t in zip(split.records, tall, strict=True)]
     mixed = replace(split, records=records, read=lambda index: split.read(index)[:, : 12 if tall[index] else 16])
-    batches = list(validation_batches(split=mixed, batch_size=2))
+    batches = list(load_validation_batches(split=mixed, batch_size=2))
 
     assert [[tuple(image.shape[1:]) for image in batch.images] for batch in batches] == [
         [(16, 20), (16, 20)],
@@ -254,11 +254,12 @@ def test_validation_batches_hold_images_of_one_size() -> None:
 
 def test_validation_is_shared_without_repetition() -> None:
     shares = [
-        ids(validation_batches(split=make_even_split(5), batch_size=2, rank=rank, world_size=3)) for rank in range(3)
+        ids(load_validation_batches(split=make_even_split(5), batch_size=2, rank=rank, world_size=3))
+        for rank in range(3)
     ]
 
     assert shares == [[[100, 103]], [[101, 104]], [[102]]]
 
 
 def test_validation_with_fewer_images_than_processes() -> None:
-    assert ids(validation_batches(split=make_even_split(1), batch_size=2, rank=1, world_size=2)) == []
+    assert ids(load_validation_batches(split=make_even_split(1), batch_size=2, rank=1, world_size=2)) == []

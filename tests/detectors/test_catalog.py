@@ -33,8 +33,8 @@ def test_classes_of_weights(key: str) -> None:
     state = portable.build(description, 5).state_dict()
 
     random = torch.get_rng_state()
-    assert catalog.classes_of(state, description, four, five) == five
-    assert catalog.classes_of(state, description, four, None) == tuple(f"class {i}" for i in range(1, 6))
+    assert catalog.name_classes(state, description, four, five) == five
+    assert catalog.name_classes(state, description, four, None) == tuple(f"class {i}" for i in range(1, 6))
     assert torch.equal(torch.get_rng_state(), random)
 
 
@@ -42,8 +42,8 @@ def test_classes_of_weights_by_the_data_and_of_other_weights() -> None:
     description = SPECS["fcos on resnet18, levels 3-7, batch"].description
     state = portable.build(description, 5).state_dict()
 
-    assert catalog.classes_of(state, description, tuple("abcde"), tuple("wxyz")) == tuple("abcde")
-    assert catalog.classes_of({"other": torch.ones(1)}, description, tuple("wxyz"), None) == tuple("wxyz")
+    assert catalog.name_classes(state, description, tuple("abcde"), tuple("wxyz")) == tuple("abcde")
+    assert catalog.name_classes({"other": torch.ones(1)}, description, tuple("wxyz"), None) == tuple("wxyz")
 
 
 # ------------------------------------------------------------------------------------------------------------ errors

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from gdetkd_cli.detectors.compatibility import (
-    class_columns,
-    class_map_columns,
-    level_shapes,
-    pair_kind,
-    prediction_columns,
+    classify_pair,
+    list_shapes,
+    match_class_maps,
+    match_classes,
+    match_predictions,
 )
 from gdetkd_cli.detectors.protocol import Detector
 from gdetkd_cli.errors import PairError
@@ -36,14 +36,14 @@ TinyDetector = Callable[..., Detector]
     ],
 )
 def test_kinds(student: str, teacher: str, kind: str, tiny_detector: TinyDetector) -> None:
-    assert pair_kind(tiny_detector(student), tiny_detector(teacher)) == kind
+    assert classify_pair(tiny_detector(student), tiny_detector(teacher)) == kind
 
 
 # ---------------------------------------------------------------------------------------------------------- classes
 
 
 def test_columns_follow_the_names(tiny_detector: TinyDetector) -> None:
-    columns = class_columns(tiny_detector("fcos", classes=STUDENT), tiny_detector("fcos", classes=TEACHER))
+    columns = match_classes(tiny_detector("fcos", classes=STUDENT), tiny_detector("fcos", classes=TEACHER))
 
     assert columns.tolist() == COLUMNS
     # Reordering the teacher's outputs by it puts them in the student's order.
@@ -52,7 +52,7 @@ def test_columns_follow_the_names(tiny_detector: TinyDetector) -> None:
 
 
 def test_equal_class_lists_keep_their_columns(tiny_detector: TinyDetector) -> None:
-    assert class_columns(tiny_detector("fcos"), tiny_detector("faster-rcnn")).tolist() == [0, 1, 2, 3]
+    assert match_classes(tiny_detector("fcos"), tiny_detector("faster-rcnn")).tolist() == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize(
@@ -67,7 +67,7 @@ def test_other_classes_are_named(
     student: tuple[str, ...], teacher: tuple[str, ...], message: str, tiny_detector: TinyDetector
 ) -> None:
     with pytest.raises(PairError, match=f"the class lists differ: {message}"):
-        class_columns(tiny_detector("faster-rcnn", classes=student), tiny_detector("faster-rcnn", classes=teacher))
+        match_classes(tiny_detector("faster-rcnn", classes=student), tiny_detector("faster-rcnn", classes=teacher))
 
 
 # ------------------------------------------------------------------------------------------------------ predictions
@@ -76,14 +76,14 @@ def test_other_classes_are_named(
 def test_prediction_columns(tiny_detector: TinyDetector) -> None:
     student, teacher = (tiny_detector("faster-rcnn", classes=classes) for classes in (STUDENT, TEACHER))
 
-    assert prediction_columns(student, teacher).tolist() == COLUMNS
+    assert match_predictions(student, teacher).tolist() == COLUMNS
 
 
 @pytest.mark.parametrize(("student", "teacher"), [("retinanet", "faster-rcnn"), ("faster-rcnn", "fcos")])
 def test_predictions_need_two_roi_heads(student: str, teacher: str, tiny_detector: TinyDetector) -> None:
     families = {"faster-rcnn": "two-stage", "retinanet": "dense", "fcos": "dense"}
     with pytest.raises(PairError, match=f"{families[teacher]} -> {families[student]}"):
-        prediction_columns(tiny_detector(student), tiny_detector(teacher))
+        match_predictions(tiny_detector(student), tiny_detector(teacher))
 
 
 def test_box_coders_must_agree(tiny_detector: TinyDetector) -> None:
@@ -91,7 +91,7 @@ def test_box_coders_must_agree(tiny_detector: TinyDetector) -> None:
     student = tiny_detector("faster-rcnn")
     teacher = tiny_detector("faster-rcnn", arguments={"bbox_reg_weights": (20.0, 20.0, 5.0, 5.0)})
     with pytest.raises(PairError, match=r"box coders differ: weights \(20.0, 20.0, 5.0, 5.0\) -> \(10.0, 10.0"):
-        prediction_columns(student, teacher)
+        match_predictions(student, teacher)
 
 
 # ----------------------------------------------------------------------------------------------------- dense logits
@@ -99,7 +99,7 @@ def test_box_coders_must_agree(tiny_detector: TinyDetector) -> None:
 
 @pytest.mark.parametrize("head", ["retinanet", "fcos"])
 def test_dense_heads_alike_can_be_compared(head: str, tiny_detector: TinyDetector) -> None:
-    columns = class_map_columns(tiny_detector(head, classes=STUDENT), tiny_detector(head, classes=TEACHER))
+    columns = match_class_maps(tiny_detector(head, classes=STUDENT), tiny_detector(head, classes=TEACHER))
     assert columns.tolist() == COLUMNS
 
 
@@ -108,7 +108,7 @@ def test_dense_heads_alike_can_be_compared(head: str, tiny_detector: TinyDetecto
 )
 def test_other_heads_cannot_be_compared_cell_by_cell(student: str, teacher: str, tiny_detector: TinyDetector) -> None:
     with pytest.raises(PairError, match=r"only two RetinaNets or two FCOS have heads .*; this pair is"):
-        class_map_columns(tiny_detector(student), tiny_detector(teacher))
+        match_class_maps(tiny_detector(student), tiny_detector(teacher))
 
 
 def test_other_anchors_cannot_be_compared(tiny_detector: TinyDetector) -> None:
@@ -117,14 +117,14 @@ def test_other_anchors_cannot_be_compared(tiny_detector: TinyDetector) -> None:
         "retinanet", arguments={"anchor_sizes": [[9 * level.stride[0]] for level in student.levels]}
     )
     with pytest.raises(PairError, match="the anchors differ"):
-        class_map_columns(student, teacher)
+        match_class_maps(student, teacher)
 
 
 @pytest.mark.parametrize("head", ["faster-rcnn", "retinanet", "fcos"])
 def test_box_shapes_of_a_level(head: str, tiny_detector: TinyDetector) -> None:
     """torchvision's anchors in cells; without anchors, boxes of 4 to 8 cells."""
     detector = tiny_detector(head)
-    shapes = level_shapes(detector)
+    shapes = list_shapes(detector)
     assert len(shapes) == len(detector.levels)
     if head == "fcos":
         assert all((shape.prod(dim=1).sqrt() == pytest.approx(32**0.5)) for shape in shapes)

@@ -18,7 +18,7 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator, DefaultBo
 from torchvision.models.detection.rpn import RegionProposalNetwork
 from torchvision.models.detection.ssd import SSD
 
-from gdetkd_cli.data.synthetic import CLASS_NAMES, synthetic_split
+from gdetkd_cli.data.synthetic import CLASS_NAMES, draw_split
 from gdetkd_cli.detectors import catalog
 from gdetkd_cli.detectors.protocol import Detector, Observation
 from gdetkd_cli.detectors.tap import Tap
@@ -223,7 +223,7 @@ def test_the_shipped_teacher_far_from_the_corner() -> None:
     """AP on scenes at (1060, 600) of a large image equals float32's within 0.3; bfloat16 boxes lose 30."""
     detector = catalog.load(catalog.locate("builtin:shapes-teacher")).detector
     detector.module.transform.min_size, detector.module.transform.max_size = (SIZE[0],), SIZE[1]
-    split = synthetic_split(split="val", images=12, size=128, seed=0)
+    split = draw_split(split="val", images=12, size=128, seed=0)
     left, top = 1060, 600
     batches = []
     for index, record in enumerate(split.records):

@@ -11,7 +11,7 @@ from torchvision.ops.poolers import LevelMapper
 from gdetkd_cli.detectors import pooling
 from gdetkd_cli.detectors.pooling import (
     assign_levels,
-    cells,
+    convert_to_cells,
     pool_all_levels,
     pool_assigned,
     pool_level,
@@ -137,7 +137,7 @@ def test_cells_by_hand() -> None:
     level = LevelSpec(name="", channels=1, stride=(4.0, 8.0), offset=(0.5, 4.0), shape=(8, 8))
     # x: (4 - 4) / 8 + 0.5 = 0.5, the centre of the first cell; (20 - 4) / 8 + 0.5 = 2.5.
     # y: (0.5 - 0.5) / 4 + 0.5 = 0.5;                            (12.5 - 0.5) / 4 + 0.5 = 3.5.
-    assert cells(torch.tensor([[4.0, 0.5, 20.0, 12.5]]), level).tolist() == [[0.5, 0.5, 2.5, 3.5]]
+    assert convert_to_cells(torch.tensor([[4.0, 0.5, 20.0, 12.5]]), level).tolist() == [[0.5, 0.5, 2.5, 3.5]]
 
 
 GEOMETRIES = [

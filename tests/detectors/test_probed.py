@@ -18,7 +18,7 @@ from gdetkd_cli.assembly.distillation import build_pair
 from gdetkd_cli.commands import run_distill
 from gdetkd_cli.detectors.probed import ProbedDetector
 from gdetkd_cli.errors import ModelError
-from gdetkd_cli.probing.formats.files import kind_of, open_runner
+from gdetkd_cli.probing.formats.files import detect_kind, open_runner
 from gdetkd_cli.probing.formats.runner import ModuleRunner
 from gdetkd_cli.probing.inputs import ModelInput
 from gdetkd_cli.recipe.distillation import Distill
@@ -186,7 +186,7 @@ FORMS = {
 @pytest.mark.parametrize("form", FORMS)
 def test_a_files_maps_are_those_of_the_model(form: str, tmp_path: Path) -> None:
     path = write_model(form, tmp_path / "teacher")
-    kind = kind_of(path)
+    kind = detect_kind(path)
     assert kind == FORMS[form]
     runner = open_runner(path, kind)
     teacher = ProbedDetector(runner=runner, source="t", kind=kind, model_input=ModelInput(fit=runner.size), size=SIZE)
@@ -207,7 +207,7 @@ def test_a_files_maps_are_those_of_the_model(form: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("form", ["exported", "onnx"])
 def test_images_are_fitted_into_a_fixed_size(form: str, tmp_path: Path) -> None:
     path = write_model(form, tmp_path / "teacher")
-    runner = open_runner(path, kind_of(path))
+    runner = open_runner(path, detect_kind(path))
     assert runner.size == SIZE
     teacher = ProbedDetector(runner=runner, source="t", kind=form, model_input=ModelInput(fit=SIZE), size=SIZE)
     images = batch((192, 192), (48, 128))

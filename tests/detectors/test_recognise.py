@@ -32,7 +32,7 @@ def test_every_torchvision_detector(name: str) -> None:
     twin = "fasterrcnn_mobilenet_v3_large_320_fpn"
     assert found.description["name"] == name or name == twin
     assert found.alternatives == ((twin,) if "mobilenet_v3_large" in name and "fasterrcnn" in name else ())
-    assert len(catalog.classes_of(state, found.description, (), None)) == 5
+    assert len(catalog.name_classes(state, found.description, (), None)) == 5
     assert found.description["norm"] == "batch" or name == "ssd300_vgg16"  # which has no normalisation
 
 

@@ -17,11 +17,11 @@ from torchvision.models import ResNet18_Weights
 
 from gdetkd_cli.detectors.protocol import Detector
 from gdetkd_cli.detectors.weights import (
+    extract_state_dict,
+    list_torchvision_categories,
     load_state,
     read_torch_file,
-    state_dict_of,
-    torchvision_categories,
-    torchvision_weights,
+    read_torchvision_weights,
 )
 from gdetkd_cli.errors import ModelError
 
@@ -42,7 +42,7 @@ def test_a_reference_scripts_checkpoint(path: Path) -> None:
     torch.save(
         {"model": state, "optimizer": {"state": {}}, "epoch": 25, "args": argparse.Namespace(lr=0.02, name="x")}, path
     )
-    read = state_dict_of(read_torch_file(path), str(path))
+    read = extract_state_dict(read_torch_file(path), str(path))
 
     assert read.keys() == state.keys()
     assert all(torch.equal(read[name], value) for name, value in state.items())
@@ -60,19 +60,19 @@ def test_a_reference_scripts_checkpoint(path: Path) -> None:
     ],
 )
 def test_where_the_state_is_found(saved: dict[str, Any]) -> None:
-    assert state_dict_of(saved, "x.pth") == {"a": torch.ones(1)}
+    assert extract_state_dict(saved, "x.pth") == {"a": torch.ones(1)}
 
 
 def test_a_submodule_named_module_is_no_wrapper() -> None:
     state = {"module.a": torch.ones(1), "head.a": torch.ones(1)}
 
-    assert state_dict_of(state, "x.pth").keys() == state.keys()
+    assert extract_state_dict(state, "x.pth").keys() == state.keys()
 
 
 @pytest.mark.parametrize("saved", [{}, {"epoch": 3}, {"model": {}}, [torch.ones(1)], torch.ones(2), {"a": {"b": 1}}])
 def test_files_without_a_state(saved: object) -> None:
     with pytest.raises(ModelError, match=r"x\.pth holds no state_dict; expected tensors by parameter name"):
-        state_dict_of(saved, "x.pth")
+        extract_state_dict(saved, "x.pth")
 
 
 class Malicious:
@@ -268,21 +268,21 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_names_that_are_unknown_list_the_known_ones() -> None:
     with pytest.raises(ModelError, match=r"named 'COCO_V9'; fasterrcnn_resnet50_fpn has: COCO_V1$"):
-        torchvision_weights("COCO_V9", "fasterrcnn_resnet50_fpn")
+        read_torchvision_weights("COCO_V9", "fasterrcnn_resnet50_fpn")
     with pytest.raises(ModelError, match=r"named 'best'; resnet50 has: IMAGENET1K_V1, IMAGENET1K_V2$"):
-        torchvision_weights("best", "resnet50")
+        read_torchvision_weights("best", "resnet50")
 
 
 @pytest.mark.parametrize("name", ["COCO_V1", "ResNet18_Weights.BEST", "NoNet_Weights.DEFAULT", "weights.ckpt", ""])
 def test_names_of_nothing(name: str) -> None:
     with pytest.raises(ModelError, match=f"there are no torchvision weights named '{name}'$"):
-        torchvision_weights(name, None)
+        read_torchvision_weights(name, None)
 
 
 def test_weights_that_cannot_be_downloaded_say_where_to_put_them(hub: Path) -> None:
     target = hub / "resnet18-f37072fd.pth"
     with pytest.raises(ModelError, match=r"could not be downloaded .*name resolution") as raised:
-        torchvision_weights("IMAGENET1K_V1", "resnet18")
+        read_torchvision_weights("IMAGENET1K_V1", "resnet18")
 
     assert f"put the file at {target}" in str(raised.value)
 
@@ -295,22 +295,22 @@ def test_weights_on_disk_are_read(name: str, model: str | None, hub: Path) -> No
     hub.mkdir(parents=True)
     torch.save({"a": torch.ones(3)}, hub / Path(ResNet18_Weights.IMAGENET1K_V1.url).name)
 
-    assert torchvision_weights(name, model) == {"a": pytest.approx(torch.ones(3))}
+    assert read_torchvision_weights(name, model) == {"a": pytest.approx(torch.ones(3))}
 
 
 def test_weights_on_disk_are_not_executed(hub: Path) -> None:
     hub.mkdir(parents=True)
     torch.save({"a": Malicious(hub / "executed")}, hub / Path(ResNet18_Weights.IMAGENET1K_V1.url).name)
     with pytest.raises(ModelError, match="without executing code"):
-        torchvision_weights("IMAGENET1K_V1", "resnet18")
+        read_torchvision_weights("IMAGENET1K_V1", "resnet18")
 
     assert not (hub / "executed").exists()
 
 
 def test_categories() -> None:
-    coco = torchvision_categories("COCO_V1", "retinanet_resnet50_fpn")
+    coco = list_torchvision_categories("COCO_V1", "retinanet_resnet50_fpn")
     assert coco is not None
     assert (len(coco), coco[0], coco[-1]) == (90, "person", "toothbrush")  # background left out
-    imagenet = torchvision_categories("ResNet18_Weights.DEFAULT", None)
+    imagenet = list_torchvision_categories("ResNet18_Weights.DEFAULT", None)
     assert imagenet is not None
     assert (len(imagenet), imagenet[0]) == (1000, "tench")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
-from gdetkd_cli.detectors.compatibility import prediction_columns
+from gdetkd_cli.detectors.compatibility import match_predictions
 from gdetkd_cli.detectors.protocol import Detector, Observation
 from gdetkd_cli.distill.distiller import Distiller, WeightedTerm
 from gdetkd_cli.distill.regions import choose_regions
@@ -62,7 +62,7 @@ def make_term(name: str, student: Detector, teacher: Detector, **of_sgfi: Any) -
             negative_iou=0.5,
             queue=40,
         )
-    columns = prediction_columns(student, teacher)
+    columns = match_predictions(student, teacher)
     return ClassTerm(columns=columns) if name == "class_kd" else BoxTerm(columns=columns)
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gdetkd_cli.detectors.compatibility import class_map_columns
+from gdetkd_cli.detectors.compatibility import match_class_maps
 from gdetkd_cli.detectors.protocol import Detector
 from gdetkd_cli.distill.transfer import transfer_head
 from gdetkd_cli.errors import PairError
@@ -158,7 +158,7 @@ def test_a_dense_head_meets_the_anchors_that_it_learnt(tiny_detector: TinyDetect
     upwards = [3.0 + level for level in range(len(student.levels))]
     set_anchors(student, upwards)
     set_anchors(teacher, upwards[::-1])
-    assert class_map_columns(student, teacher).tolist() == [0, 1, 2, 3]  # each has its like somewhere
+    assert match_class_maps(student, teacher).tolist() == [0, 1, 2, 3]  # each has its like somewhere
     with pytest.raises(
         PairError, match=rf"the anchors differ: {upwards[-1]:g} x .* in the teacher, 3 x 3 in the student"
     ):

@@ -17,7 +17,7 @@ from documents import DOCUMENTS, PAGES, ROOT, blocks, shown_commands
 
 from gdetkd_cli.cli.app import app
 from gdetkd_cli.recipe.builtin import list_builtin
-from gdetkd_cli.recipe.load import json_schema, load_recipe
+from gdetkd_cli.recipe.load import build_json_schema, load_recipe
 
 _LONGEST_README = 120  # lines
 
@@ -64,7 +64,7 @@ def test_commands_parse(document: str, command: str) -> None:
 
 def shown_recipes() -> list[tuple[str, str]]:
     """(document, text) of each YAML block that is a part of a recipe."""
-    fields = json_schema()["properties"].keys()
+    fields = build_json_schema()["properties"].keys()
     return [(document, text) for document, text in blocks("yaml") if yaml.safe_load(text).keys() <= fields]
 
 
@@ -166,7 +166,7 @@ def test_generated_pages_have_every_command_and_field(generated: dict[str, str])
     for name, command in group.commands.items():
         for path in [f"{name} {sub}" for sub in getattr(command, "commands", {})] or [name]:
             assert f"`gdetkd {path}`" in generated["cli.md"]
-    schema = json_schema()
+    schema = build_json_schema()
     for block in [schema, *schema["$defs"].values()]:
         for field in block.get("properties", {}):
             assert f"| `{field}` |" in generated["recipe.md"]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from gdetkd_cli.engine.device import ComputeSettings, environment
+from gdetkd_cli.engine.device import ComputeSettings, describe_environment
 
 SETTINGS = ComputeSettings("cpu", "fp32", channels_last=True, compile=False, threads=1, workers=0)
 GIT = shutil.which("git") or ""
@@ -28,5 +28,7 @@ def test_the_revision_is_read_without_the_folders_own_monitor(tmp_path: Path, mo
     (tmp_path / "evil.sh").write_text("#!/bin/sh\ntouch run\n")
     (tmp_path / "evil.sh").chmod(0o755)
     git("config", "core.fsmonitor", "./evil.sh")
-    assert environment(SETTINGS, 0, 1)["git_revision"] == git("-c", "core.fsmonitor=false", "rev-parse", "HEAD")
+    assert describe_environment(SETTINGS, 0, 1)["git_revision"] == git(
+        "-c", "core.fsmonitor=false", "rev-parse", "HEAD"
+    )
     assert not (tmp_path / "run").exists()

@@ -18,8 +18,8 @@ from gdetkd_cli.detectors.protocol import Detector
 from gdetkd_cli.errors import ExportError
 from gdetkd_cli.evaluation.exported import OnnxDetector
 from gdetkd_cli.export.onnx import OPSET, export_onnx
-from gdetkd_cli.export.parity import Cut, check_parity, image_without_detections
-from gdetkd_cli.export.single_image import SingleImage, example_image
+from gdetkd_cli.export.parity import Cut, build_empty_image, check_parity
+from gdetkd_cli.export.single_image import SingleImage, build_example_image
 
 Lively = Callable[..., tuple[Detector, dict[str, Any]]]
 
@@ -29,7 +29,7 @@ def test_file_finds_what_the_detector_finds(family: str, lively: Lively, images:
     detector, architecture = lively(family)
     path = tmp_path / "student.onnx"
     export_onnx(detector, path, architecture=architecture)
-    empty = image_without_detections(detector, (64, 80))
+    empty = build_empty_image(detector, (64, 80))
     parity = check_parity(detector, OnnxDetector(path), [*images, empty], cut=Cut.of(detector.module))
     assert parity.passed, parity
     assert parity.empty == 1
@@ -80,7 +80,7 @@ def test_file_is_right_though_its_example_had_no_detections(
 ) -> None:
     detector, architecture = lively("faster-rcnn")
     heads: Any = detector.module.roi_heads
-    heads.score_thresh = float(detector.predict([example_image()])[0].scores.max())
+    heads.score_thresh = float(detector.predict([build_example_image()])[0].scores.max())
     path = tmp_path / "student.onnx"
     export_onnx(detector, path, architecture=architecture)
     parity = check_parity(detector, OnnxDetector(path), images, cut=Cut.of(detector.module))

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gdetkd_cli.export.parity import Cut, Parity, check_parity, image_without_detections
+from gdetkd_cli.export.parity import Cut, Parity, build_empty_image, check_parity
 from gdetkd_cli.structures import Detections
 
 CUT = Cut(score=0.05, count=5)
@@ -130,8 +130,8 @@ def test_where_everything_lies_at_the_cut_nothing_is_proved() -> None:
 
 
 def test_a_image_without_detections_is_found() -> None:
-    assert image_without_detections(Blind(lambda image: False), (8, 9)).shape == (3, 8, 9)
-    only_white = image_without_detections(Blind(lambda image: bool(image.mean() < 1)), (8, 9))
+    assert build_empty_image(Blind(lambda image: False), (8, 9)).shape == (3, 8, 9)
+    only_white = build_empty_image(Blind(lambda image: bool(image.mean() < 1)), (8, 9))
     assert only_white.eq(1).all()
     sees_every_shade = Blind(lambda image: not image.isnan().any())
-    assert image_without_detections(sees_every_shade, (8, 9)).isnan().all()
+    assert build_empty_image(sees_every_shade, (8, 9)).isnan().all()

@@ -16,7 +16,7 @@ from torch import Tensor
 from gdetkd_cli.detectors.protocol import Detector
 from gdetkd_cli.errors import ExportError
 from gdetkd_cli.evaluation.exported import ScriptedDetector
-from gdetkd_cli.export.parity import Cut, check_parity, image_without_detections
+from gdetkd_cli.export.parity import Cut, build_empty_image, check_parity
 from gdetkd_cli.export.torchscript import export_torchscript
 
 Lively = Callable[..., tuple[Detector, dict[str, Any]]]
@@ -37,7 +37,7 @@ def test_file_finds_what_the_detector_finds(family: str, lively: Lively, images:
     with warnings.catch_warnings(record=True, action="always") as heard:
         exporter = export_torchscript(detector, path, architecture=architecture)
         exported = ScriptedDetector(path)
-        empty = image_without_detections(detector, (64, 80))
+        empty = build_empty_image(detector, (64, 80))
         parity = check_parity(detector, exported, [*images, empty], cut=Cut.of(detector.module))
     assert heard == []
     assert parity.passed, parity

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gdetkd_cli.methods.sgfi import imitation_loss, level_attention, level_prior, unit
+from gdetkd_cli.methods.sgfi import imitation_loss, level_attention, level_prior, scale_to_unit
 
 # ------------------------------------------------------------------------------------------------------- attention
 
@@ -48,12 +48,14 @@ def test_attention_is_the_slow_version() -> None:
 
 
 def test_unit_by_hand() -> None:
-    torch.testing.assert_close(unit(torch.tensor([[3.0, 4.0], [0.0, -2.0]])), torch.tensor([[0.6, 0.8], [0.0, -1.0]]))
+    torch.testing.assert_close(
+        scale_to_unit(torch.tensor([[3.0, 4.0], [0.0, -2.0]])), torch.tensor([[0.6, 0.8], [0.0, -1.0]])
+    )
 
 
 def test_the_gradient_of_a_vanishing_embedding_stays_finite() -> None:
     embedding = torch.tensor([[0.0, 0.0], [1e-30, 0.0]], requires_grad=True)
-    unit(embedding).sum().backward()
+    scale_to_unit(embedding).sum().backward()
 
     assert embedding.grad is not None and embedding.grad.abs().max() <= 1e3
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gdetkd_cli.probing.formats.files import kind_of, open_runner
+from gdetkd_cli.probing.formats.files import detect_kind, open_runner
 from gdetkd_cli.probing.formats.runner import ModuleRunner, Runner
 from gdetkd_cli.probing.inputs import ModelInput
 from gdetkd_cli.probing.pyramid import Probed, probe
@@ -34,14 +34,14 @@ def to_exported(model: nn.Module, example: Tensor | None = None) -> Runner:
     images = torch.rand(1, 3, *SIZE) if example is None else example
     with NamedTemporaryFile(suffix=".pt2") as file:
         torch.export.save(torch.export.export(model, (images,)), file.name)
-        return open_runner(Path(file.name), kind_of(Path(file.name)))
+        return open_runner(Path(file.name), detect_kind(Path(file.name)))
 
 
 def to_onnx(model: nn.Module, example: Tensor | None = None) -> Runner:
     images = torch.rand(1, 3, *SIZE) if example is None else example
     with NamedTemporaryFile(suffix=".onnx") as file:
         torch.onnx.export(model, (images,), file.name, dynamo=False)
-        return open_runner(Path(file.name), kind_of(Path(file.name)))
+        return open_runner(Path(file.name), detect_kind(Path(file.name)))
 
 
 FORMATS: dict[str, Callable[[nn.Module], nn.Module | Runner]] = {

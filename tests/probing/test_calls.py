@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from twins import Body, SharedHead
 
 from gdetkd_cli.errors import ModelError, NoPyramidError
-from gdetkd_cli.probing.formats.runner import ModuleRunner, Runner, calls_for, reason_of
+from gdetkd_cli.probing.formats.runner import ModuleRunner, Runner, find_reason, list_calls
 from gdetkd_cli.probing.inputs import ModelInput
 from gdetkd_cli.probing.pyramid import probe
 
@@ -93,7 +93,7 @@ def test_next_call_follows_one_that_raises(form: str) -> None:
     ],
 )
 def test_the_reason_of_an_error(text: str, reason: str) -> None:
-    assert reason_of(RuntimeError(text)) == reason
+    assert find_reason(RuntimeError(text)) == reason
 
 
 def test_error_lists_the_failed_calls() -> None:
@@ -119,7 +119,7 @@ def test_channels_last_and_blue_first(form: str) -> None:
     model = build(LastBgr)
     example = torch.rand(1, *SIZE, 3)
     if form == "eager":
-        runner: Runner = ModuleRunner(model, calls=calls_for(last=True))
+        runner: Runner = ModuleRunner(model, calls=list_calls(last=True))
     elif form == "exported":
         runner = to_exported(model, example)
     else:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gdetkd_cli.errors import ModelError
-from gdetkd_cli.probing.formats.files import kind_of, load_torchscript, open_runner
+from gdetkd_cli.probing.formats.files import detect_kind, load_torchscript, open_runner
 from gdetkd_cli.probing.formats.operators import allows_operator, allows_target
 from gdetkd_cli.trust import trust_code
 from tests.probing.archives import read_files, write_files, write_with_two_tables
@@ -146,13 +146,13 @@ def test_a_tensor_larger_than_its_bytes_is_refused(script: Path) -> None:
 def test_a_damaged_description_gives_no_class_names(notes: str, tmp_path: Path) -> None:
     path = tmp_path / "model.pt"
     torch.jit.script(Maps()).save(str(path), _extra_files={"gdetkd.json": notes})
-    assert open_runner(path, kind_of(path)).class_names == ()
+    assert open_runner(path, detect_kind(path)).class_names == ()
 
 
 def test_a_damaged_table_of_files_is_no_model_file(script: Path) -> None:
     content = script.read_bytes()
     script.write_bytes(content.replace(b"PK\x01\x02", b"PK\x01\xff"))
-    assert kind_of(script) == "checkpoint"
+    assert detect_kind(script) == "checkpoint"
 
 
 def test_the_legacy_format_is_refused(script: Path) -> None:

@@ -13,7 +13,7 @@ from twins import TopDown
 
 from gdetkd_cli.detectors.pooling import DENSE_CELLS, TWO_STAGE_CELLS
 from gdetkd_cli.detectors.probed import ProbedDetector
-from gdetkd_cli.probing.formats.files import kind_of, open_runner
+from gdetkd_cli.probing.formats.files import detect_kind, open_runner
 from gdetkd_cli.probing.formats.runner import ModuleRunner, Runner
 from gdetkd_cli.probing.inputs import ModelInput
 from gdetkd_cli.probing.pyramid import probe
@@ -52,7 +52,7 @@ def open_model(canonical: int, form: str, folder: Path) -> Runner:
             torch.jit.trace(model, example, check_trace=False).save(path)
         else:
             torch.onnx.export(model, (example,), path, dynamo=False, opset_version=17)
-    return open_runner(path, kind_of(path))
+    return open_runner(path, detect_kind(path))
 
 
 @pytest.mark.parametrize("canonical", [64, 112])

@@ -11,7 +11,7 @@ import yaml
 from gdetkd_cli.errors import RecipeError
 from gdetkd_cli.recipe import builtin
 from gdetkd_cli.recipe.distillation import PredictionKD
-from gdetkd_cli.recipe.load import dump_recipe, json_schema, load_data, load_recipe
+from gdetkd_cli.recipe.load import build_json_schema, dump_recipe, load_data, load_recipe
 from gdetkd_cli.recipe.schema import CocoData, SyntheticData
 from gdetkd_cli.recipe.starter import format_starter
 
@@ -359,7 +359,7 @@ def test_a_dumped_recipe_reads_back_equal(recipe: Path, tmp_path: Path, override
 
 
 def test_the_schema_is_closed_and_its_references_resolve() -> None:
-    schema = json_schema()
+    schema = build_json_schema()
     assert schema["$schema"] == "https://json-schema.org/draft/2020-12/schema"
     assert (schema["type"], schema["additionalProperties"]) == ("object", False)
     assert {"name", "data", "student", "train"} == set(schema["required"])

@@ -15,7 +15,7 @@ from gdetkd_cli.detectors.torchvision.exact_boxes import exact_boxes
 from gdetkd_cli.structures import Batch, Detections, Frame, LevelSpec
 
 
-def features_by_name(features: Tensor | dict[str, Tensor]) -> dict[str, Tensor]:
+def name_features(features: Tensor | dict[str, Tensor]) -> dict[str, Tensor]:
     """A backbone's output by name; a single map is a pyramid of one level, as in torchvision's detectors."""
     return {"0": features} if isinstance(features, Tensor) else dict(features)
 
@@ -26,7 +26,7 @@ def measure_backbone(module: Any) -> tuple[LevelSpec, ...]:
     device = next(backbone.parameters()).device
 
     def forward(images: Tensor) -> dict[str, Tensor]:
-        return {f"backbone.{key}": features for key, features in features_by_name(backbone(images)).items()}
+        return {f"backbone.{key}": features for key, features in name_features(backbone(images)).items()}
 
     with use_eval_mode(backbone):
         return measure_levels(forward, device=device)
@@ -40,15 +40,15 @@ def extract_features(module: Any, images: list[Tensor]) -> tuple[Any, dict[str, 
     with use_eval_mode(module):
         module.transform.train(module.transform._skip_resize)  # which it reads only in training mode
         resized, _ = module.transform(images)
-        return resized, features_by_name(module.backbone(resized.tensors))
+        return resized, name_features(module.backbone(resized.tensors))
 
 
-def targets_for(batch: Batch) -> list[dict[str, Tensor]]:
+def convert_targets(batch: Batch) -> list[dict[str, Tensor]]:
     """The batch's ground truth in torchvision's form."""
     return [{"boxes": t.boxes, "labels": t.labels} for t in batch.targets]
 
 
-def frame_of(images: Sequence[Tensor], resized: Any) -> Frame:
+def build_frame(images: Sequence[Tensor], resized: Any) -> Frame:
     """The frame of GeneralizedRCNNTransform, which resizes from the corner and pads the far sides.
 
     Args:
@@ -61,7 +61,7 @@ def frame_of(images: Sequence[Tensor], resized: Any) -> Frame:
     return Frame.of(after / before, torch.zeros_like(before), (height, width), resized.tensors.device)
 
 
-def anchors_in_cells(generator: Any, levels: Sequence[LevelSpec]) -> tuple[Tensor, ...]:
+def convert_anchors(generator: Any, levels: Sequence[LevelSpec]) -> tuple[Tensor, ...]:
     """By level (A, 4) xyxy, an AnchorGenerator's anchors of a cell around its centre, in cells."""
     return tuple(
         anchors / anchors.new_tensor([level.stride[1], level.stride[0]] * 2)
@@ -69,7 +69,7 @@ def anchors_in_cells(generator: Any, levels: Sequence[LevelSpec]) -> tuple[Tenso
     )
 
 
-def device_of(module: nn.Module) -> torch.device:
+def get_device(module: nn.Module) -> torch.device:
     """The device of a module's tensors; the CPU if it has none, like a frozen TorchScript model."""
     tensors = chain(module.parameters(), module.buffers())
     return next((tensor.device for tensor in tensors), torch.device("cpu"))

@@ -16,12 +16,12 @@ from torchvision.models.detection.retinanet import RetinaNet
 from torchvision.models.detection.ssd import SSD
 from torchvision.ops import clip_boxes_to_image
 
-from gdetkd_cli.detectors.pooling import DENSE_CELLS, assign_levels, channels_of, pool_all_levels, pool_assigned
+from gdetkd_cli.detectors.pooling import DENSE_CELLS, assign_levels, get_channels, pool_all_levels, pool_assigned
 from gdetkd_cli.detectors.protocol import Candidates, Detector, Family, Observation, RegionView, View
 from gdetkd_cli.detectors.tap import Tap
 from gdetkd_cli.detectors.torchvision import common
 from gdetkd_cli.detectors.torchvision.exact_boxes import exact_boxes
-from gdetkd_cli.host import beside, sent
+from gdetkd_cli.host import copy_numbers, copy_tensor
 from gdetkd_cli.structures import Batch, Detections, LevelSpec, Pyramid, Regions
 
 _TOWER = "head.classification_head.conv"
@@ -70,10 +70,10 @@ class DenseDetector(Detector):
     def forward_train(self, batch: Batch, *, candidates: bool = True) -> DenseObservation:
         names = ["transform", "backbone", "head", "anchor_generator"] + ([_TOWER] if self._has_tower else [])
         with exact_boxes(self.module), Tap(self.module, names) as tap:
-            losses = self.module(batch.images, common.targets_for(batch))
+            losses = self.module(batch.images, common.convert_targets(batch))
         images, _ = tap.output("transform")
-        features = common.features_by_name(tap.output("backbone"))
-        pyramid = Pyramid(tuple(features.values()), self.levels, common.frame_of(batch.images, images))
+        features = common.name_features(tap.output("backbone"))
+        pyramid = Pyramid(tuple(features.values()), self.levels, common.build_frame(batch.images, images))
         boxes, cell = None, None
         if candidates:
             boxes, cell = self._select_candidates(tap.output("head"), tap.output("anchor_generator"), pyramid, images)
@@ -88,7 +88,7 @@ class DenseDetector(Detector):
 
     def extract_features(self, batch: Batch) -> DenseObservation:
         images, features = common.extract_features(self.module, batch.images)
-        pyramid = Pyramid(tuple(features.values()), self.levels, common.frame_of(batch.images, images))
+        pyramid = Pyramid(tuple(features.values()), self.levels, common.build_frame(batch.images, images))
         return DenseObservation(losses={}, pyramid=pyramid, candidates=None, tower=None, cell=None, class_logits=None)
 
     def region_outputs(self, seen: Observation, regions: Regions, needs: frozenset[View]) -> RegionView:
@@ -97,7 +97,7 @@ class DenseDetector(Detector):
         pooled, pooled_channels = None, None
         if "pooled" in needs:
             pooled = pool_assigned(seen.pyramid, regions, assignment)
-            pooled_channels = channels_of(self.levels, assignment)
+            pooled_channels = get_channels(self.levels, assignment)
         embedding = self._embed(seen, regions, assignment) if "embedding" in needs else None
         class_maps = self._read_class_maps(seen) if "class_maps" in needs else None
         return RegionView(
@@ -125,7 +125,7 @@ class DenseDetector(Detector):
         """
         if isinstance(self.module, SSD):
             return None
-        return common.anchors_in_cells(self.module.anchor_generator, self.levels)
+        return common.convert_anchors(self.module.anchor_generator, self.levels)
 
     def _read_class_maps(self, seen: DenseObservation) -> tuple[Tensor, ...]:
         logits = seen.class_logits
@@ -166,11 +166,11 @@ class DenseDetector(Detector):
         """(R, 3) int64: each region's level, and the cell (y, x) that contains the region's centre."""
         pixels = pyramid.frame.to_model(regions.boxes, regions.image_index)
         stride, offset = (  # (R, 2) each, x and y
-            beside(values, pixels)[assignment].flip(1)
+            copy_numbers(values, pixels)[assignment].flip(1)
             for values in ([level.stride for level in pyramid.levels], [level.offset for level in pyramid.levels])
         )
-        last = beside([(m.shape[-2] - 1, m.shape[-1] - 1) for m in pyramid.maps], assignment)[assignment]
-        low, high = ((corner - offset) / stride + 0.5 for corner in pixels.split(2, dim=1))  # like ``cells``
+        last = copy_numbers([(m.shape[-2] - 1, m.shape[-1] - 1) for m in pyramid.maps], assignment)[assignment]
+        low, high = ((corner - offset) / stride + 0.5 for corner in pixels.split(2, dim=1))  # like ``convert_to_cells``
         cell = ((low + high) / 2).floor().long().flip(1).clamp(min=0).minimum(last)  # (R, 2), y and x
         return torch.cat([assignment[:, None], cell], dim=1)
 
@@ -193,7 +193,7 @@ class DenseDetector(Detector):
         # A clipped box may be empty, and an empty box cannot be pooled.
         inside = ((all_boxes[:, 2:] - all_boxes[:, :2]) >= 1).all(dim=1) & torch.isfinite(all_boxes).all(dim=1)
         kept = inside.cpu()  # the only wait; the counts need it too
-        rows = sent(kept.nonzero().squeeze(1), inside)
+        rows = copy_tensor(kept.nonzero().squeeze(1), inside)
         index, all_boxes, cell = index[rows], all_boxes[rows], cell_of[best.flatten()[rows]]
         candidates = Candidates(
             boxes=pyramid.frame.to_image(all_boxes, index),

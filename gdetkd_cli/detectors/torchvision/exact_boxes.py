@@ -29,7 +29,7 @@ def exact_boxes(module: nn.Module) -> Iterator[None]:
 
     Without autocast it has no effect. All hooks are removed after the block.
     """
-    if not _autocast_is_active():
+    if not _is_autocast_active():
         yield
         return
     with ExitStack() as hooks:
@@ -42,7 +42,7 @@ def exact_boxes(module: nn.Module) -> Iterator[None]:
         yield
 
 
-def _autocast_is_active() -> bool:
+def _is_autocast_active() -> bool:
     return any(torch.is_autocast_enabled(device) for device in ("cpu", "cuda"))
 
 

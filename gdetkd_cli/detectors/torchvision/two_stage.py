@@ -77,17 +77,17 @@ class TwoStageDetector(Detector):
     @property
     def anchors(self) -> tuple[Tensor, ...]:
         """By level (A, 4) xyxy, the RPN's anchors of a cell around its centre, in cells."""
-        return common.anchors_in_cells(self.module.rpn.anchor_generator, self.levels)
+        return common.convert_anchors(self.module.rpn.anchor_generator, self.levels)
 
     def forward_train(self, batch: Batch, *, candidates: bool = True) -> TwoStageObservation:
         later = [f"roi_heads.later.{number}" for number in range(len(self.later_weights))]
         names = ["transform", "backbone", _POOL, _HEAD, _PREDICTOR]
         names += [f"{stage}.{part}" for stage in later for part in ("box_roi_pool", "box_predictor")]
         with exact_boxes(self.module), Tap(self.module, names) as tap:
-            losses = self.module(batch.images, common.targets_for(batch))
+            losses = self.module(batch.images, common.convert_targets(batch))
         images, _ = tap.output("transform")
-        features = common.features_by_name(tap.output("backbone"))
-        frame = common.frame_of(batch.images, images)
+        features = common.name_features(tap.output("backbone"))
+        frame = common.build_frame(batch.images, images)
         proposals: list[Tensor] = tap.inputs(_POOL)[1]
         image_index = torch.cat([torch.full((len(p),), i, device=p.device) for i, p in enumerate(proposals)])
         with torch.no_grad():
@@ -119,7 +119,7 @@ class TwoStageDetector(Detector):
         images, features = common.extract_features(self.module, batch.images)
         return TwoStageObservation(
             losses={},
-            pyramid=Pyramid(tuple(features.values()), self.levels, common.frame_of(batch.images, images)),
+            pyramid=Pyramid(tuple(features.values()), self.levels, common.build_frame(batch.images, images)),
             candidates=None,
             features=features,
             image_sizes=images.image_sizes,

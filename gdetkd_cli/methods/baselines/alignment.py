@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool2d, grid_sample
 
-from gdetkd_cli.host import sent
+from gdetkd_cli.host import copy_tensor
 from gdetkd_cli.structures import LevelSpec, Pyramid
 
 _SAME = 1e-3  # cells; nearer centres count as equal
@@ -80,10 +80,10 @@ def _align_level(
         end = image.new_tensor([size[1 - axis] for size in sizes])[:, None]
         centre = (image >= 0) & (image <= end) & (cells >= 0) & (cells <= length)
         insides.append(centre.unflatten(1, (count, samples)).float().mean(dim=2) >= 0.5)
-    inside = sent(insides[1][:, :, None] & insides[0][:, None, :], ours)
+    inside = copy_tensor(insides[1][:, :, None] & insides[0][:, None, :], ours)
     if same:  # usual for two detectors of one family
         return AlignedLevel(student=ours, teacher=theirs, inside=inside, teacher_level=nearest)
-    x, y = (sent(axis, ours) for axis in axes)
+    x, y = (copy_tensor(axis, ours) for axis in axes)
     grid = torch.stack([x[:, None, :].expand(-1, y.shape[1], -1), y[:, :, None].expand(-1, -1, x.shape[1])], dim=3)
     with torch.autocast(theirs.device.type, enabled=False):
         sampled = grid_sample(theirs, grid, mode="bilinear", padding_mode="border", align_corners=False)

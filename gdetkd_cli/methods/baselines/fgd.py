@@ -33,7 +33,7 @@ from torch.nn.functional import l1_loss, mse_loss
 from gdetkd_cli.detectors.protocol import Detector
 from gdetkd_cli.errors import PairError
 from gdetkd_cli.methods.base import Detectors, ObservedPair
-from gdetkd_cli.methods.baselines.maps import MapSettings, MapTerm, boxes_in_cells, read_map_settings
+from gdetkd_cli.methods.baselines.maps import MapSettings, MapTerm, convert_boxes, read_map_settings
 
 PUBLISHED_CHANNELS = 256
 
@@ -219,7 +219,7 @@ class FGDTerm(MapTerm):
         self.published_cells = published_cells
 
     def forward(self, pair: ObservedPair) -> Tensor:
-        boxes = boxes_in_cells(pair)
+        boxes = convert_boxes(pair)
         levels = list(self.levels(pair))
         scale = Scale()
         if self.published_cells is not None:

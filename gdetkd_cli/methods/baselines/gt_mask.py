@@ -19,12 +19,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from gdetkd_cli.detectors.compatibility import level_shapes
+from gdetkd_cli.detectors.compatibility import list_shapes
 from gdetkd_cli.detectors.protocol import Detector, Observation
-from gdetkd_cli.host import sent
+from gdetkd_cli.host import copy_tensor
 from gdetkd_cli.methods.base import Detectors, ObservedPair
 from gdetkd_cli.methods.baselines.fitnet import map_imitation_loss
-from gdetkd_cli.methods.baselines.maps import MapSettings, MapTerm, boxes_in_cells, read_map_settings
+from gdetkd_cli.methods.baselines.maps import MapSettings, MapTerm, convert_boxes, read_map_settings
 from gdetkd_cli.structures import Regions
 
 
@@ -126,12 +126,12 @@ class GTMaskTerm(MapTerm):
         shapes = [(maps[level].shape[-2], maps[level].shape[-1]) for level in levels]
         assigned = self._assign_objects(pair) if self.assign else None
         # By level, its place among the compared levels; objects of a subsampled level belong to the one before it.
-        place = sent((torch.tensor(self.counted).cumsum(dim=0) - 1).clamp(min=0), maps[0])
+        place = copy_tensor((torch.tensor(self.counted).cumsum(dim=0) - 1).clamp(min=0), maps[0])
         by_image = []
-        for image, boxes in enumerate(boxes_in_cells(pair)):
+        for image, boxes in enumerate(convert_boxes(pair)):
             chosen = [boxes[level] for level in levels]
             if assigned is None:
-                anchors = [sent(self.anchors[level], maps[0]) for level in levels]
+                anchors = [copy_tensor(self.anchors[level], maps[0]) for level in levels]
                 by_image.append(near_object_masks(chosen, shapes, anchors, self.share))
             else:
                 by_image.append(inside_box_masks(chosen, shapes, place[assigned[image]]))
@@ -151,7 +151,7 @@ def build(pair: Detectors, *, mask: Literal["anchors", "boxes"], share: float, p
     """Builds the term; any pair allows it."""
     return GTMaskTerm(
         read_map_settings(pair, pooled_levels=pooled_levels),
-        anchors=level_shapes(pair.student),
+        anchors=list_shapes(pair.student),
         share=share,
         assign=_build_assign(pair.student) if mask == "boxes" else None,
     )

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from gdetkd_cli.detectors.compatibility import class_map_columns, compare_anchors
+from gdetkd_cli.detectors.compatibility import compare_anchors, match_class_maps
 from gdetkd_cli.detectors.protocol import View
 from gdetkd_cli.errors import PairError
 from gdetkd_cli.methods.base import Detectors, ObservedPair
 from gdetkd_cli.methods.baselines.alignment import align
-from gdetkd_cli.methods.baselines.maps import image_sizes
+from gdetkd_cli.methods.baselines.maps import list_image_sizes
 from gdetkd_cli.structures import Pyramid
 
 
@@ -66,7 +66,7 @@ class LogitTerm(nn.Module):
         aligned = align(
             _replace_maps(pair.student_seen.pyramid, student),
             _replace_maps(pair.teacher_seen.pyramid, ordered),
-            image_sizes(pair),
+            list_image_sizes(pair),
         )
         for level, x in enumerate(aligned):
             if not self.agree[level][x.teacher_level]:
@@ -85,5 +85,5 @@ def build(pair: Detectors) -> LogitTerm:
     Raises:
         PairError: the pair is not two RetinaNets or two FCOS with the same anchors and classes.
     """
-    columns = class_map_columns(pair.student, pair.teacher)
+    columns = match_class_maps(pair.student, pair.teacher)
     return LogitTerm(columns=columns, agree=compare_anchors(pair.student, pair.teacher))

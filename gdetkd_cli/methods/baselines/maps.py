@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from gdetkd_cli.detectors.pooling import cells
+from gdetkd_cli.detectors.pooling import convert_to_cells
 from gdetkd_cli.detectors.protocol import View
 from gdetkd_cli.methods.adapters import RunningNormalizer
 from gdetkd_cli.methods.base import Detectors, ObservedPair
@@ -84,7 +84,7 @@ class MapTerm(nn.Module):
 
     def levels(self, pair: ObservedPair) -> Iterator[ComparedLevel]:
         """Yields the compared levels, aligned, adapted and standardised."""
-        aligned = align(pair.student_seen.pyramid, pair.teacher_seen.pyramid, image_sizes(pair))
+        aligned = align(pair.student_seen.pyramid, pair.teacher_seen.pyramid, list_image_sizes(pair))
         for number, (level, adapter) in enumerate(zip(aligned, self.adapters, strict=True)):
             if not self.counted[number]:
                 continue
@@ -108,17 +108,17 @@ def read_map_settings(pair: Detectors, *, pooled_levels: bool) -> MapSettings:
     return MapSettings(pair.student_channels, pair.teacher_channels, counted, pair.same_space)
 
 
-def image_sizes(pair: ObservedPair) -> list[tuple[int, int]]:
+def list_image_sizes(pair: ObservedPair) -> list[tuple[int, int]]:
     """(height, width) of each batch image."""
     return [(image.shape[-2], image.shape[-1]) for image in pair.batch.images]
 
 
-def boxes_in_cells(pair: ObservedPair) -> list[list[Tensor]]:
+def convert_boxes(pair: ObservedPair) -> list[list[Tensor]]:
     """By image and student level, the image's objects (M, 4) xyxy in cells."""
     pyramid = pair.student_seen.pyramid
     boxes = []
     for image, target in enumerate(pair.batch.targets):
         index = torch.full((len(target.boxes),), image, device=target.boxes.device)
         pixels = pyramid.frame.to_model(target.boxes, index)
-        boxes.append([cells(pixels, level) for level in pyramid.levels])
+        boxes.append([convert_to_cells(pixels, level) for level in pyramid.levels])
     return boxes

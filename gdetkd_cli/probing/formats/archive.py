@@ -12,7 +12,7 @@ from pathlib import Path
 
 from torch._C import PyTorchFileReader
 
-from gdetkd_cli.errors import ModelError, first_line
+from gdetkd_cli.errors import ModelError, get_first_line
 
 
 class Archive:
@@ -35,7 +35,7 @@ class Archive:
             with zipfile.ZipFile(path) as archive:
                 others = [name.partition("/")[2] for name in archive.namelist()]
         except (RuntimeError, ValueError, zipfile.BadZipFile, EOFError, OSError) as error:
-            raise ModelError(f"{path} is not a whole file of torch ({first_line(error)}); save it anew") from error
+            raise ModelError(f"{path} is not a whole file of torch ({get_first_line(error)}); save it anew") from error
         # torch finds a file under its name in any case, but not under a name that it lists cut off.
         distinct = len({name.casefold() for name in self.names}) == len(self.names)
         readable = all(map(self._reader.has_record, self.names))  # type: ignore[attr-defined]  # torch's stub lacks it
@@ -54,4 +54,6 @@ class Archive:
         try:
             return self._reader.get_record(name)
         except RuntimeError as error:
-            raise ModelError(f"{self._path} has no whole file {name!r} ({first_line(error)}); save it anew") from error
+            raise ModelError(
+                f"{self._path} has no whole file {name!r} ({get_first_line(error)}); save it anew"
+            ) from error

@@ -24,11 +24,11 @@ from torch import Tensor, nn
 from torch._export.verifier import SpecViolationError
 from torch.fx import GraphModule, Interpreter, Node
 
-from gdetkd_cli.errors import NO_CONVOLUTION, ModelError, NoPyramidError, first_line
+from gdetkd_cli.errors import NO_CONVOLUTION, ModelError, NoPyramidError, get_first_line
 from gdetkd_cli.probing.formats.archive import Archive
 from gdetkd_cli.probing.formats.operators import allows_target
 from gdetkd_cli.probing.formats.runner import CALLS, ModuleRunner
-from gdetkd_cli.probing.inputs import Call, stack_images, with_channels_last
+from gdetkd_cli.probing.inputs import Call, stack_images, take_channels_last
 from gdetkd_cli.probing.record import AddName
 
 _READ_ERRORS = (RuntimeError, ValueError, LookupError, AssertionError, TypeError, AttributeError, SyntaxError)
@@ -91,7 +91,7 @@ def load_exported(path: Path) -> ModuleRunner:
         module = _Program(program.module(check_guards=False))
     except (*_READ_ERRORS, SpecViolationError) as error:
         raise ModelError(
-            f"torch {torch.__version__} cannot read the program in {path} ({first_line(error)})"
+            f"torch {torch.__version__} cannot read the program in {path} ({get_first_line(error)})"
         ) from error
     if not any("conv" in str(node.target) for node in program.graph.nodes):
         raise NoPyramidError(NO_CONVOLUTION)
@@ -167,7 +167,7 @@ def _read_convention(path: Path, shape: tuple[Any, ...]) -> dict[str, Any]:
         calls = [Call("(1, 3, H, W) tensor", "one", stack_images)]
     else:
         raise ModelError(f"{path} takes batches of {shape[0]} images; export it for 1 image or for any number")
-    return {"calls": [with_channels_last(call) for call in calls] if last else calls, "size": size}
+    return {"calls": [take_channels_last(call) for call in calls] if last else calls, "size": size}
 
 
 def _check_file(path: Path) -> None:
@@ -182,7 +182,7 @@ def _check_file(path: Path) -> None:
             try:
                 _check_json(path, name, json.loads(archive.read(name)))
             except (ValueError, LookupError, TypeError, RecursionError) as error:
-                raise ModelError(f"{path} is damaged: {name} is not a program ({first_line(error)})") from error
+                raise ModelError(f"{path} is damaged: {name} is not a program ({get_first_line(error)})") from error
 
 
 def _check_pickle(path: Path, content: bytes) -> None:

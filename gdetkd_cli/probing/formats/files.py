@@ -9,11 +9,11 @@ from typing import Literal
 
 import torch
 
-from gdetkd_cli.errors import ModelError, first_line
+from gdetkd_cli.errors import ModelError, get_first_line
 from gdetkd_cli.probing.formats.class_names import parse_notes, read_class_names
 from gdetkd_cli.probing.formats.exported import load_exported
 from gdetkd_cli.probing.formats.operators import check_torchscript
-from gdetkd_cli.probing.formats.runner import ModuleRunner, Runner, calls_for
+from gdetkd_cli.probing.formats.runner import ModuleRunner, Runner, list_calls
 
 DESCRIPTION_FILE = "gdetkd.json"  # in TorchScript files exported by gdetkd
 _YOLO_FILE = "config.txt"  # in TorchScript files exported by ultralytics; also JSON
@@ -22,7 +22,7 @@ _ONNX_START = b"\x08"  # the first field of every ONNX file, its format version
 Kind = Literal["onnx", "torchscript", "exported", "checkpoint"]
 
 
-def kind_of(path: Path) -> Kind:
+def detect_kind(path: Path) -> Kind:
     """Returns the kind of a model file; anything unrecognised counts as a checkpoint."""
     with path.open("rb") as file:
         if file.read(1) == _ONNX_START:
@@ -61,7 +61,7 @@ def open_runner(path: Path, kind: Kind, *, last: bool = False) -> Runner:
     texts = {DESCRIPTION_FILE: "", _YOLO_FILE: ""}
     module = load_torchscript(path, extra_files=texts).eval()
     notes = parse_notes(texts[DESCRIPTION_FILE] or texts[_YOLO_FILE])
-    calls = calls_for(last=last)
+    calls = list_calls(last=last)
     return ModuleRunner(module, calls=calls, size=_read_size(notes.get("imgsz")), class_names=read_class_names(notes))
 
 
@@ -92,5 +92,5 @@ def load_torchscript(
             raise ModelError(
                 f"{path} calls an operator that is not installed ({unknown[0]}); install its package or use ONNX"
             ) from error
-        raise ModelError(f"{path} is not a whole TorchScript file ({first_line(error)})") from error
+        raise ModelError(f"{path} is not a whole TorchScript file ({get_first_line(error)})") from error
     return module.to(device)

@@ -16,10 +16,10 @@ import torch
 from onnx import AttributeProto, ModelProto, NodeProto, TensorProto
 from torch import Tensor, nn
 
-from gdetkd_cli.errors import NO_CONVOLUTION, ModelError, NoPyramidError, first_line
+from gdetkd_cli.errors import NO_CONVOLUTION, ModelError, NoPyramidError, get_first_line
 from gdetkd_cli.probing.formats.class_names import read_class_names
 from gdetkd_cli.probing.formats.runner import RecordedCall
-from gdetkd_cli.probing.inputs import Call, stack_images, take_single, with_channels_last
+from gdetkd_cli.probing.inputs import Call, stack_images, take_channels_last, take_single
 from gdetkd_cli.probing.record import Address, Value, Window, measure_sides
 
 # aten's names, by which the rules for levels recognise operators.
@@ -58,7 +58,7 @@ class OnnxRunner:
             self._model = onnx.load(path)
             inferred = onnx.shape_inference.infer_shapes(self._model)
         except Exception as error:  # protobuf's and onnx's errors have no common base class
-            raise ModelError(f"{path} is not a whole ONNX file ({first_line(error)})") from error
+            raise ModelError(f"{path} is not a whole ONNX file ({get_first_line(error)})") from error
         self._types = {info.name: info.type.tensor_type.elem_type for info in inferred.graph.value_info}
         self._types |= {info.name: info.type.tensor_type.elem_type for info in inferred.graph.output}
         graph = self._model.graph
@@ -103,7 +103,7 @@ class OnnxRunner:
             call = Call("(1, 3, H, W) tensor", "one", stack_images)
         else:
             call = Call("(N, 3, H, W) tensor", "one size", stack_images)
-        return with_channels_last(call) if last else call, size
+        return take_channels_last(call) if last else call, size
 
     def record(self, image: Tensor) -> RecordedCall:
         shapes, returned = self._measure(image)
@@ -224,7 +224,7 @@ class OnnxRunner:
         try:
             return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime's errors have no common base class
-            raise ModelError(f"onnxruntime cannot open {self._path} ({first_line(error)})") from error
+            raise ModelError(f"onnxruntime cannot open {self._path} ({get_first_line(error)})") from error
 
     def _run(
         self, session: onnxruntime.InferenceSession, feed: dict[str, np.ndarray], names: list[str]
@@ -235,7 +235,7 @@ class OnnxRunner:
         except Exception as error:  # onnxruntime's errors have no common base class
             raise ModelError(
                 f"onnxruntime cannot run {self._path} on an image of shape {list(feed[self._image.name].shape)} "
-                f"({first_line(error)})"
+                f"({get_first_line(error)})"
             ) from error
         return found
 

@@ -20,10 +20,10 @@ from pathlib import Path
 import torch
 import torchvision  # noqa: F401  # registers its operators
 
-from gdetkd_cli.errors import ModelError, first_line
+from gdetkd_cli.errors import ModelError, get_first_line
 from gdetkd_cli.probing.formats.archive import Archive
 from gdetkd_cli.probing.formats.pickles import check_pickle
-from gdetkd_cli.trust import code_is_trusted
+from gdetkd_cli.trust import is_code_trusted
 
 _NAMESPACES = frozenset({"aten", "prim", "prims", "torchvision", "quantized", "_quantized"})
 _CLASSES = frozenset({"quantized", "rnn"})  # of torch.classes: packed weights
@@ -93,7 +93,7 @@ def check_torchscript(path: Path) -> None:
     Raises:
         ModelError: it calls others, or its code cannot be read.
     """
-    if code_is_trusted():
+    if is_code_trusted():
         return
     archive, refused = Archive(path), set[str]()
     if "model.json" in map(str.casefold, archive.names):  # may keep code under any name
@@ -104,7 +104,7 @@ def check_torchscript(path: Path) -> None:
             try:
                 refused |= set(_refused_in(archive.read(name).decode()))
             except (tokenize.TokenError, SyntaxError, ValueError, TypeError) as error:
-                raise ModelError(f"{path}: its code cannot be checked ({first_line(error)})") from error
+                raise ModelError(f"{path}: its code cannot be checked ({get_first_line(error)})") from error
         elif name.casefold() in ("constants.pkl", "data.pkl"):
             check_pickle(path, name, archive)
             classes = re.findall(rb"torch\.classes\.(\w+)", archive.read(name))

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from gdetkd_cli.errors import ModelError, first_line
+from gdetkd_cli.errors import ModelError, get_first_line
 from gdetkd_cli.probing.formats.archive import Archive
 
 
@@ -53,4 +53,4 @@ def check_pickle(path: Path, name: str, archive: Archive) -> None:
         with warnings.catch_warnings(action="ignore"):  # torch deprecates the classes of typed storages
             _Reader(archive.read(name), archive, name.rpartition(".")[0]).load()
     except (pickle.UnpicklingError, EOFError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise ModelError(f"{path} is damaged: {name} cannot be read ({first_line(error)})") from error
+        raise ModelError(f"{path} is damaged: {name} cannot be read ({get_first_line(error)})") from error

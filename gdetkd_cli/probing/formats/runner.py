@@ -11,9 +11,9 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from gdetkd_cli.errors import NO_CONVOLUTION, ModelError, NoPyramidError, first_line
+from gdetkd_cli.errors import NO_CONVOLUTION, ModelError, NoPyramidError, get_first_line
 from gdetkd_cli.probing.hooks import HookReader
-from gdetkd_cli.probing.inputs import Call, stack_images, take_single, with_channels_last
+from gdetkd_cli.probing.inputs import Call, stack_images, take_channels_last, take_single
 from gdetkd_cli.probing.record import AddName, Address, Value, read, record
 
 RUN_ERRORS = (RuntimeError, torch.jit.Error)  # of PyTorch; the second is raised by scripted code
@@ -26,9 +26,9 @@ CALLS = (
 )
 
 
-def calls_for(*, last: bool) -> tuple[Call, ...]:
+def list_calls(*, last: bool) -> tuple[Call, ...]:
     """Returns the ways of calling a module that takes its channels first or, with ``last``, last."""
-    return tuple(map(with_channels_last, CALLS)) if last else CALLS
+    return tuple(map(take_channels_last, CALLS)) if last else CALLS
 
 
 @dataclass(frozen=True)
@@ -100,10 +100,10 @@ def list_not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
     return [name for name, one in tensors.items() if one.is_floating_point() and not one.isfinite().all()]
 
 
-def reason_of(error: Exception) -> str:
+def find_reason(error: Exception) -> str:
     """Returns the line of an error's message with the reason, which may follow TorchScript's own traceback."""
     marked = [found[1] for line in str(error).splitlines() if (found := _MARKED.fullmatch(line.strip()))]
-    return marked[-1] if marked else first_line(error)
+    return marked[-1] if marked else get_first_line(error)
 
 
 @runtime_checkable
@@ -151,7 +151,7 @@ class ModuleRunner:
                 self._hooks = HookReader(self.module, found.values) if submodules else None
                 return RecordedCall(call, found.values, found.returned)
             except (*RUN_ERRORS, TypeError, ValueError, AttributeError, LookupError, AssertionError) as error:
-                reasons.append(f"{call.name}: {reason_of(error)}")
+                reasons.append(f"{call.name}: {find_reason(error)}")
         if weights and all(tensor.dim() < 4 for tensor in weights.values()):
             raise NoPyramidError(NO_CONVOLUTION)  # for instance a text model
         raise ModelError(
