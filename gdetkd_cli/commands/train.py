@@ -12,10 +12,10 @@ from time import perf_counter
 from typing import Any, Literal
 
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 
 from gdetkd_cli import assembly, portable
 from gdetkd_cli.assembly.labels import write_labels
+from gdetkd_cli.commands.target import Target, open_checkpoint, open_folder, read_own_recipe
 from gdetkd_cli.data.loader import load_validation_batches
 from gdetkd_cli.data.split import Split
 from gdetkd_cli.detectors import catalog
@@ -28,7 +28,7 @@ from gdetkd_cli.engine.loop import Loop, LoopOptions, seed_everything
 from gdetkd_cli.engine.processes import lost_processes_reported
 from gdetkd_cli.engine.run_folder import RunFolder
 from gdetkd_cli.engine.signals import StopSignals
-from gdetkd_cli.errors import DiskError, RecipeError, RunFolderError
+from gdetkd_cli.errors import DiskError, RecipeError
 from gdetkd_cli.evaluation.coco_metrics import CocoMetrics, evaluate_coco
 from gdetkd_cli.evaluation.predict import gather_predictions, list_predicted, predict_split
 from gdetkd_cli.files import write_text
@@ -87,7 +87,7 @@ def run_train(
         raise RecipeError(f"the recipe {recipe.name!r} has no {detector}; add a `{detector}:` block")
     if detector == "teacher" and (isinstance(spec, CheckpointDetector) or spec.weights is not None):
         observer(Note("the teacher has weights; training continues from them"))
-    return _run(remove_teacher(recipe, student=spec), _Target(output, requeue=requeue), observer)
+    return _run(remove_teacher(recipe, student=spec), Target(output, requeue=requeue), observer)
 
 
 def run_distill(
@@ -101,7 +101,7 @@ def run_distill(
     """
     distillation = require_distillation(recipe)
     require_trained_teacher(distillation)
-    return _run(distillation, _Target(output, requeue=requeue), observer)
+    return _run(distillation, Target(output, requeue=requeue), observer)
 
 
 def resume_run(run: Path, *, steps: int | None = None, force: bool = False, observer: Observer = silent) -> TrainResult:
@@ -119,28 +119,10 @@ def resume_run(run: Path, *, steps: int | None = None, force: bool = False, obse
         StoppedError: a signal stopped the run; it can be continued.
     """
     recipe = load_recipe(run_folder.open_existing(run).recipe)
-    return _run(recipe, _Target(run, resume=True, steps=steps, force=force), observer)
+    return _run(recipe, Target(run, resume=True, steps=steps, force=force), observer)
 
 
-@dataclass(frozen=True)
-class _Target:
-    """Where a run is written, and what to do with a run that is there already.
-
-    Attributes:
-        path: the folder; None: choose one.
-        resume: continue the run in the folder.
-        requeue: continue the run in the folder, or start one.
-        steps, force: as in ``resume_run``.
-    """
-
-    path: Path | None
-    resume: bool = False
-    requeue: bool = False
-    steps: int | None = None
-    force: bool = False
-
-
-def _run(recipe: Recipe, target: _Target, observer: Observer) -> TrainResult:
+def _run(recipe: Recipe, target: Target, observer: Observer) -> TrainResult:
     started = perf_counter()
     signals = StopSignals()
     with ExitStack() as stack:
@@ -148,15 +130,15 @@ def _run(recipe: Recipe, target: _Target, observer: Observer) -> TrainResult:
         stack.enter_context(lost_processes_reported())
         compute, scaled = assembly.start_compute(recipe)
         main = compute.accelerator.is_main_process
-        folder, resume = _open_folder(scaled, target, compute.accelerator, stack)
+        folder, resume = open_folder(scaled, target, compute.accelerator, stack)
         if not main:
             observer = silent
         if resume:
-            scaled = _read_own_recipe(folder, scaled, target)
+            scaled = read_own_recipe(folder, scaled, target)
             compute = assembly.adopt_runtime(compute, scaled)
         setup = assembly.build_setup(scaled, compute, unscaled=recipe, labels=folder.labels, observer=observer)
         origin = assembly.describe_origin(setup.recipe, setup.train, setup.val)
-        checkpoint = _open_checkpoint(folder, setup, origin, target, observer) if resume else None
+        checkpoint = open_checkpoint(folder, setup, origin, target, observer) if resume else None
         if checkpoint is not None and (finished := _read_result(folder, setup, checkpoint)):
             observer(Note(f"{folder.path} is finished; add --steps N to train it further"))
             return finished
@@ -172,77 +154,6 @@ def _run(recipe: Recipe, target: _Target, observer: Observer) -> TrainResult:
             _write_results(folder, setup, result)
     compute.accelerator.end_training()
     return result
-
-
-def _open_folder(recipe: Recipe, target: _Target, accelerator: Accelerator, stack: ExitStack) -> tuple[RunFolder, bool]:
-    """Chooses and locks the run's folder in the main process, and sends the choice to the others.
-
-    Returns:
-        The folder, and whether it holds a run to continue.
-    """
-    choice: list[tuple[str, bool] | None] = [None]
-    if accelerator.is_main_process:
-        path = target.path or Path("runs") / recipe.name
-        resume = target.resume or (target.requeue and RunFolder(path).recipe.exists())
-        if resume:
-            folder = stack.enter_context(run_folder.reopen(path))
-        else:
-            folder = stack.enter_context(run_folder.start_new(path if target.requeue else target.path, recipe.name))
-        choice = [(str(folder.path), resume)]
-    broadcast_object_list(choice)
-    assert choice[0] is not None
-    folder, resume = RunFolder(Path(choice[0][0])), choice[0][1]
-    folder.check_shared()
-    return folder, resume
-
-
-def _read_own_recipe(folder: RunFolder, given: Recipe, target: _Target) -> Recipe:
-    """Reads the recipe in the folder of a run that is continued.
-
-    Raises:
-        RunFolderError: it differs from the one that was given.
-    """
-    own = load_recipe(folder.recipe)
-    if target.requeue:
-        differences = assembly.list_recipe_differences(own.model_dump(mode="json"), given.model_dump(mode="json"))
-        if differences:
-            raise RunFolderError(
-                f"{folder.path} holds a run of another recipe ({'; '.join(differences)}); choose another --output"
-            )
-    if target.steps is None:
-        return own
-    return own.model_copy(update={"train": own.train.model_copy(update={"steps": target.steps})})
-
-
-def _open_checkpoint(
-    folder: RunFolder, setup: assembly.TrainingSetup, origin: dict[str, Any], target: _Target, observer: Observer
-) -> Checkpoint | None:
-    """Opens the newest checkpoint, and checks that it belongs to this run; None if the run has to start anew."""
-    checkpoint = folder.checkpoints().open_latest()
-    if checkpoint is None:
-        observer(Note(f"{folder.path} has no checkpoint yet, so the run starts at its first step"))
-        return None
-    step, steps = checkpoint.progress.step, setup.recipe.train.steps
-    if step > steps:
-        raise RunFolderError(
-            f"{folder.path} has done {step} steps, but its recipe has {steps}; to train it further, add --steps N "
-            f"with N above {step}"
-        )
-    before, now = checkpoint.progress.processes, setup.compute.accelerator.num_processes
-    if before != now:
-        raise RunFolderError(f"{folder.path} was trained by {before} processes; continue it with {before}, not {now}")
-    own = {**checkpoint.progress.origin, "recipe": dict(checkpoint.progress.origin.get("recipe", {}))}
-    if target.steps is not None:
-        own["recipe"]["train"] = {**own["recipe"].get("train", {}), "steps": steps}
-    differences = assembly.list_differences(own, origin)
-    if differences and not target.force:
-        raise RunFolderError(
-            f"{folder.path} is not the same run any more since its checkpoint of step {step}: "
-            f"{'; '.join(differences)}. Undo this, or add --force to continue with the change"
-        )
-    for difference in differences:
-        observer(Note(f"changed since the checkpoint: {difference}"))
-    return checkpoint
 
 
 def _read_result(folder: RunFolder, setup: assembly.TrainingSetup, checkpoint: Checkpoint) -> TrainResult | None:
