@@ -22,6 +22,7 @@ from gdetkd_cli.compare.table import (
     Comparison,
     describe_interval,
     make_rows,
+    select_predicted,
     write_curves,
     write_notes,
     write_pooled,
@@ -162,7 +163,8 @@ def _write(
     if folds is None:
         observer(Note("resampling images to estimate intervals"))
     finished = find_finished_trials(folder, folds)
-    rows, runs = make_rows(requested, finished, table.split, table.baseline, folds)
+    split = select_predicted(table.split, finished)
+    rows, runs = make_rows(requested, finished, split, table.baseline, folds)
     comparison = Comparison(
         recipe=table.recipe,
         baseline=table.baseline,
@@ -180,7 +182,7 @@ def _write(
     write_curves(folder / "curves.csv", table.recipe, finished, folds)
     if folds:
         write_pooled(folder / "pooled.csv", table.recipe, runs)
-    write_table(comparison.table, rows, table.baseline, len(table.split), folds)
+    write_table(comparison.table, rows, table.baseline, len(split), folds)
     draw_comparison(comparison, comparison.plot)
     return comparison
 

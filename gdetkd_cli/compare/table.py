@@ -108,15 +108,20 @@ def make_rows(
     Returns:
         The rows, and the facts behind them by method, budget and seed; with folds, pooled over all folds.
     """
-    if split.bad is not None:  # images that no trial could read
-        predicted = {number: one for trial in finished for number, one in trial.read_detections().items()}
-        split = replace(split, records=list_predicted(split, predicted))
     known = dict.fromkeys([*requested, *((trial.steps, trial.method) for trial in finished)])
     runs = _pool_folds(finished, split, folds) if folds else {_get_key(trial): fact for trial, fact in finished.items()}
     rows = [_make_row(method, steps, runs, baseline) for steps, method in sorted(known, key=lambda row: row[0])]
     if folds:
         return [_add_fold_interval(row, runs, finished, baseline) for row in rows], runs
     return _add_intervals(rows, finished, split, baseline), runs
+
+
+def select_predicted(split: Split, finished: Iterable[Trial]) -> Split:
+    """Returns the split without the images that no trial could read; unchanged if no trial is finished."""
+    if split.bad is None:
+        return split
+    predicted = {number: one for trial in finished for number, one in trial.read_detections().items()}
+    return replace(split, records=list_predicted(split, predicted)) if predicted else split
 
 
 def describe_interval(folds: int | None) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from statistics import stdev
 from typing import Any
@@ -16,8 +17,9 @@ import toy
 from gdetkd_cli import assembly
 from gdetkd_cli.commands import compare, run_compare, run_train
 from gdetkd_cli.compare.folds import list_folds, plan_fold_teachers, select_fold
-from gdetkd_cli.compare.table import Comparison, make_rows, write_notes
+from gdetkd_cli.compare.table import Comparison, make_rows, select_predicted, write_notes
 from gdetkd_cli.compare.trials import Trial, build_trial, find_finished_trials
+from gdetkd_cli.data.bad_images import BadImages
 from gdetkd_cli.data.split import Split
 from gdetkd_cli.engine.events import Event, Note, Phase
 from gdetkd_cli.errors import DataError, RecipeError, RunFolderError
@@ -224,6 +226,20 @@ def test_rows_pool_folds_and_intervals_are_over_them(tmp_path: Path) -> None:
     assert sgfi.fold_deviation == pytest.approx(abs(by_fold[0] - by_fold[1]) / 2**0.5)
     half = 12.706 * sgfi.fold_deviation / 2**0.5  # t(1) = 12.706
     assert sgfi.interval == pytest.approx((sgfi.difference - half, sgfi.difference + half), abs=1e-2)
+
+
+def test_images_that_no_trial_could_read_are_not_in_the_table(tmp_path: Path) -> None:
+    recipe = toy.recipe()
+    by_hand(tmp_path, recipe)
+    finished = find_finished_trials(tmp_path, FOLDS)
+    split = replace(every_image(recipe), bad=BadImages(1))
+    lost, *others = [record.image_id for record in split.records]
+    for trial in finished:
+        found = torch.load(trial.detections)
+        torch.save({number: one for number, one in found.items() if number != lost}, trial.detections)
+    assert [record.image_id for record in select_predicted(split, finished).records] == others
+    assert select_predicted(split, ()) is split
+    assert select_predicted(replace(split, bad=None), finished).records == split.records
 
 
 def is_of(trial: Trial, method: str, number: int) -> bool:
