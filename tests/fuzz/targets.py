@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fuzz_data
 import fuzz_recipes
 
-TARGETS = {target.name: target for target in (*fuzz_recipes.TARGETS,)}
+TARGETS = {target.name: target for target in (*fuzz_recipes.TARGETS, *fuzz_data.TARGETS)}
