@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import nn
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 from gdetkd_cli.assembly.distillation import BuiltPair
@@ -53,7 +54,7 @@ def apply_runtime(
     detectors = [student] + ([pair.distiller.teacher] if pair and pair.distiller.teacher else [])
     for detector in detectors:
         module: Any = detector.module.to(device)
-        if settings.channels_last:
+        if settings.channels_last and not (device.type == "cpu" and _breaks_channels_last(module)):
             module.to(memory_format=torch.channels_last)
         _ = detector.levels  # measure the levels before the network is compiled or wrapped
         if settings.compile and not isinstance(module, torch.jit.ScriptModule):  # a ScriptModule is compiled already
@@ -68,6 +69,14 @@ def apply_runtime(
             if size is not None and _find_image_size(detector.module) == size:
                 transform: Any = detector.module.transform
                 transform._skip_resize = True
+
+
+def _breaks_channels_last(module: nn.Module) -> bool:
+    """Whether oneDNN (3.12) writes outside its memory in the backward of one of these convolutions, channels last."""
+    return any(
+        isinstance(part, nn.Conv2d) and part.kernel_size == (1, 1) and max(part.stride) > 1 and part.in_channels < 16
+        for part in module.modules()
+    )
 
 
 def _find_image_size(module: Any) -> tuple[Any, int] | None:

@@ -12,6 +12,8 @@ from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
+from gdetkd_cli.errors import DataError
+
 # (3, H, W) uint8, (M, 4) xyxy pixels, (M,) labels -> the same of the changed image.
 Augmentation = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 
@@ -35,7 +37,21 @@ def build_augmentation(
     if multi_scale is not None:
         # Not antialiased, like torchvision's detectors at inference.
         changes.append(v2.RandomShortestSize(min_size=list(multi_scale), max_size=max_size, antialias=False))
-    return partial(_apply, v2.Compose([*changes, v2.ClampBoundingBoxes()])) if changes else _keep
+    change = partial(_apply, v2.Compose([*changes, v2.ClampBoundingBoxes()])) if changes else _keep
+    return change if multi_scale is None else partial(_check_size, change, min(multi_scale), max_size)
+
+
+def _check_size(
+    change: Augmentation, smallest: int, max_size: int, image: Tensor, boxes: Tensor, labels: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Applies a change that resizes, unless the image is so long and narrow that no pixel of its short side remains."""
+    short, long = sorted(image.shape[-2:])
+    if short * min(smallest / short, max_size / long) < 1:
+        raise DataError(
+            f"an image of {image.shape[-1]} x {image.shape[-2]} pixels is too long and narrow: with a long side of "
+            f"{max_size} pixels, its short side has less than one; raise augment.max_size, or remove the image"
+        )
+    return change(image, boxes, labels)
 
 
 def _keep(image: Tensor, boxes: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:

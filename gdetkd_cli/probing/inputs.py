@@ -53,7 +53,8 @@ class ModelInput:
 def _compute_inner_size(size: tuple[int, int], fit: tuple[int, int]) -> tuple[int, int]:
     """Returns the (height, width) of an image resized to fit inside ``fit``."""
     scale = min(fit[0] / size[0], fit[1] / size[1])
-    return min(fit[0], round(size[0] * scale)), min(fit[1], round(size[1] * scale))
+    height, width = (max(1, min(limit, round(side * scale))) for limit, side in zip(fit, size, strict=True))
+    return height, width
 
 
 def _fit(image: Tensor, size: tuple[int, int]) -> Tensor:

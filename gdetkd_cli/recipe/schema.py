@@ -349,7 +349,9 @@ class Runtime(Strict):
         "auto", description="auto: bf16 on a GPU that supports it, else fp32"
     )
     channels_last: Flag | Literal["auto"] = Field(
-        "auto", description="use the channels-last memory format; auto: true, as fast or faster on CUDA and CPU"
+        "auto",
+        description="use the channels-last memory format; auto: true, as fast or faster on CUDA and CPU. Never used on "
+        "a CPU for a network with fewer than 16 channels, whose training it would crash",
     )
     compile: Flag = Field(False, description="compile the backbones with torch.compile")
     threads: Annotated[Count, Field(le=1024)] | Literal["auto"] = Field(

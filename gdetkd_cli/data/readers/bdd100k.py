@@ -99,9 +99,6 @@ def _is_frame(frame: object) -> bool:
 
 def _convert_box(corners: object) -> list[float] | None:
     """Converts corners to xywh in pixels; None if they are not four numbers."""
-    found = [corners.get(key) for key in ("x1", "y1", "x2", "y2")] if isinstance(corners, dict) else []
-    numbers = [float(value) for value in found if is_number(value)]
-    if len(numbers) < 4:
-        return None
-    x1, y1, x2, y2 = numbers
-    return [x1, y1, x2 - x1, y2 - y1]
+    named = corners if isinstance(corners, dict) else {}
+    found = [float(number) for key in ("x1", "y1", "x2", "y2") if is_number(number := named.get(key))]
+    return [found[0], found[1], found[2] - found[0], found[3] - found[1]] if len(found) == 4 else None

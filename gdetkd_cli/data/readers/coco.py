@@ -86,9 +86,9 @@ def build_split_from_tables(
     truth: dict[float, list[dict[str, object]]] = {image_id: [] for image_id in ids}
     shapes: dict[float, list[Outline]] = {image_id: [] for image_id in ids}
     for annotation in tables["annotations"]:
-        image_id, category = annotation.get("image_id"), annotation.get("category_id")
-        name = names.get(category) if is_number(category) else None
-        if not is_number(image_id) or image_id not in sizes:
+        image_id, category = (_read_id(annotation.get(key)) for key in ("image_id", "category_id"))
+        name = names.get(category)
+        if image_id is None or image_id not in sizes:
             counts[_NO_IMAGE] += 1
         elif name is None:
             counts[_NO_CATEGORY] += 1
@@ -162,6 +162,11 @@ def _load(file: Path) -> dict[str, list[dict[str, Any]]]:
 
 def _is_table(value: object) -> bool:
     return isinstance(value, list) and all(isinstance(entry, dict) for entry in value)
+
+
+def _read_id(value: object) -> int | None:
+    """Reads an id; some tools write 7.0 for 7. None for anything else."""
+    return int(value) if is_number(value) and int(value) == value else None
 
 
 def _find_repeated(values: Iterable[object]) -> list[object]:

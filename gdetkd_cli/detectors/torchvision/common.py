@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from gdetkd_cli.detectors.measure import measure_levels
 from gdetkd_cli.detectors.torchvision.exact_boxes import exact_boxes
+from gdetkd_cli.errors import DataError
 from gdetkd_cli.structures import Batch, Detections, Frame, LevelSpec
 
 
@@ -37,10 +38,29 @@ def extract_features(module: Any, images: list[Tensor]) -> tuple[Any, dict[str, 
 
     Images are not resized if the loader sets their size (``_skip_resize``, see ``assembly.runtime``).
     """
+    check_sizes(module, images)
     with use_eval_mode(module):
         module.transform.train(module.transform._skip_resize)  # which it reads only in training mode
         resized, _ = module.transform(images)
         return resized, name_features(module.backbone(resized.tensors))
+
+
+def check_sizes(module: Any, images: Sequence[Tensor]) -> None:
+    """Checks that every image has at least one pixel in height and width after the detector's resize.
+
+    Raises:
+        DataError: an image is too long and narrow.
+    """
+    transform = module.transform
+    if transform.fixed_size is not None or (transform._skip_resize and module.training):
+        return
+    for image in images:
+        short, long = sorted(image.shape[-2:])
+        if short * min(min(transform.min_size) / short, transform.max_size / long) < 1:
+            raise DataError(
+                f"an image of {image.shape[-1]} x {image.shape[-2]} pixels is too long and narrow: with a long side of "
+                f"{transform.max_size} pixels, its short side has less than one; cut the image, or remove it"
+            )
 
 
 def convert_targets(batch: Batch) -> list[dict[str, Tensor]]:
@@ -90,6 +110,7 @@ def use_eval_mode(module: nn.Module) -> Iterator[None]:
 def predict(module: nn.Module, images: list[Tensor]) -> list[Detections]:
     """Runs a torchvision detector; boxes in each image's own pixels, by descending score."""
     with use_eval_mode(module), exact_boxes(module):
+        check_sizes(module, images)
         outputs = module(images)
     # RetinaNet and FCOS have an output for background, which an untrained one may report.
     kept = [(o, o["labels"] > 0) for o in outputs]

@@ -69,6 +69,7 @@ class DenseDetector(Detector):
 
     def forward_train(self, batch: Batch, *, candidates: bool = True) -> DenseObservation:
         names = ["transform", "backbone", "head", "anchor_generator"] + ([_TOWER] if self._has_tower else [])
+        common.check_sizes(self.module, batch.images)
         with exact_boxes(self.module), Tap(self.module, names) as tap:
             losses = self.module(batch.images, common.convert_targets(batch))
         images, _ = tap.output("transform")

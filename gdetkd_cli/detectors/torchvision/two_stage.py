@@ -83,6 +83,7 @@ class TwoStageDetector(Detector):
         later = [f"roi_heads.later.{number}" for number in range(len(self.later_weights))]
         names = ["transform", "backbone", _POOL, _HEAD, _PREDICTOR]
         names += [f"{stage}.{part}" for stage in later for part in ("box_roi_pool", "box_predictor")]
+        common.check_sizes(self.module, batch.images)
         with exact_boxes(self.module), Tap(self.module, names) as tap:
             losses = self.module(batch.images, common.convert_targets(batch))
         images, _ = tap.output("transform")
