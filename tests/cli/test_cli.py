@@ -52,7 +52,7 @@ def test_compare(runs: Any, recipe: str) -> None:
     asked = ("--methods", "none, sgfi+ckd,pkd", "--steps", "500,8000", "--seeds", "2", "--baseline", "pkd")
     shown = done("compare", recipe, *asked, "--json")
     expected = {"methods": ("none", "sgfi+ckd", "pkd"), "steps": (500, 8000), "seeds": 2, "jobs": 1, "output": None}
-    expected |= {"baseline": "pkd", "folds": None}
+    expected |= {"baseline": "pkd", "folds": None, "launcher": None}
     assert runs.call == ("run_compare", (load_recipe(recipe),), expected)
     assert json.loads(shown.stdout)["rows"][1]["interval"] == [4.24, 6.86]
     assert json.loads(shown.stdout)["interval_over"] == "seeds and images"
