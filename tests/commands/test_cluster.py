@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -54,6 +55,15 @@ def wait_for(pattern: str, folder: Path) -> None:
         time.sleep(0.01)
 
 
+@pytest.fixture
+def _no_process_stays() -> Iterator[None]:
+    """Ends the processes that a failed test leaves, which would train for minutes."""
+    yield
+    for process in psutil.Process().children(recursive=True):
+        process.kill()
+
+
+@pytest.mark.usefixtures("_no_process_stays")
 def test_a_job_is_requeued_and_cancelled_with_a_checkpoint(tmp_path: Path) -> None:
     recipe = select_method(toy.recipe(checkpoint_every=5000), "none", steps=5000, seed=0)
     trial, cluster = build_trial(tmp_path, "none", 5000, 0), Cluster(Launcher("local"), tmp_path / "jobs")
@@ -65,7 +75,7 @@ def test_a_job_is_requeued_and_cancelled_with_a_checkpoint(tmp_path: Path) -> No
             job = training.parent()
             assert job is not None
             job.send_signal(signal.SIGUSR2)  # as SLURM does before the time limit
-            training.wait(timeout=60)
+            training.wait(timeout=200)
             (first,) = trial.run.checkpoints().list_steps()
             count = len(trial.run.metrics_log.read_text().splitlines())
             assert count == first
@@ -77,7 +87,7 @@ def test_a_job_is_requeued_and_cancelled_with_a_checkpoint(tmp_path: Path) -> No
             cluster.stop()
         with pytest.raises(GDetKDError, match="was cancelled; run the same command again to continue"):
             done.result()
-        training.wait(timeout=60)
+        training.wait(timeout=200)
     second = trial.run.checkpoints().list_steps()[-1]
     steps = [line["step"] for line in trial.run.read_log()]
     assert second > first and steps == list(range(1, second + 1))  # nothing was lost, and nothing ran twice
