@@ -135,6 +135,13 @@ def test_a_name_that_torch_lists_cut_off_is_refused(script: Path) -> None:
         load_torchscript(script)
 
 
+def test_files_that_fill_the_memory_are_refused(script: Path) -> None:
+    with zipfile.ZipFile(script, "a", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("model/code/large.py", b"#" * 2**25)
+    with pytest.raises(ModelError, match="its files fill the memory"):
+        load_torchscript(script)
+
+
 def test_a_tensor_larger_than_its_bytes_is_refused(script: Path) -> None:
     """torch would read, and write, the memory beside it."""
     rewrite(script, b"K\x04tQ", b"J\x00\x00\x10\x00tQ")

@@ -14,6 +14,8 @@ from torch._C import PyTorchFileReader
 
 from gdetkd_cli.errors import ModelError, get_first_line
 
+_MOST_SAVED = 2**24  # bytes by compression; torch compresses code alone; torchvision's detectors have 0.5 MB of it
+
 
 class Archive:
     """The files in an archive, without its top folder.
@@ -34,15 +36,16 @@ class Archive:
             self.names = self._reader.get_all_records()
             with zipfile.ZipFile(path) as archive:
                 others = [name.partition("/")[2] for name in archive.namelist()]
+                size = sum(entry.file_size for entry in archive.infolist())
         except (RuntimeError, ValueError, zipfile.BadZipFile, EOFError, OSError) as error:
             raise ModelError(f"{path} is not a whole file of torch ({get_first_line(error)}); save it anew") from error
         # torch finds a file under its name in any case, but not under a name that it lists cut off.
         distinct = len({name.casefold() for name in self.names}) == len(self.names)
         readable = all(map(self._reader.has_record, self.names))  # type: ignore[attr-defined]  # torch's stub lacks it
-        if not distinct or not readable or others != self.names:
+        if not distinct or not readable or others != self.names or size > path.stat().st_size + _MOST_SAVED:
             raise ModelError(
-                f"{path} is not a plain archive: it holds two files of one name, or its tables of files differ; "
-                "save it anew"
+                f"{path} is not a plain archive: it holds two files of one name, or its tables of files differ, or "
+                "its files fill the memory; save it anew"
             )
 
     def read(self, name: str) -> bytes:
