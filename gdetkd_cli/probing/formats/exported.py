@@ -223,6 +223,8 @@ def _find_fault(key: str, value: object) -> str | None:
             return None if _is_plain(json.loads(text)[1]) else f"arguments are {text[:60]!r}"
         case "name" | "as_name" | "forward_arg_names":
             return None if text.isidentifier() or not text else f"a value is named {text[:60]!r}"
+    if not key and _is_arithmetic(text):  # a key, such as the size that a range belongs to
+        return None
     return None if key in _TEXTS or _NAME.fullmatch(text) else f"a name is {text[:60]!r}"
 
 
