@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,14 @@ def build_command(launch: Sequence[str], recipe: Path, run: Path) -> list[str]:
         *(sys.executable, "-m", "torch.distributed.run", "--monitor-interval", "0.1", *launch),
         *("-m", "gdetkd_cli", "distill", "--recipe", str(recipe), "--output", str(run), "--resume", "auto", "--json"),
     ]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """torchrun sets this for several processes on a machine, but not for one; sums depend on the number of threads."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield
 
 
 @pytest.fixture(scope="module")
