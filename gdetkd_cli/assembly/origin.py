@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from gdetkd_cli.data.split import Split
 from gdetkd_cli.detectors import catalog
+from gdetkd_cli.recipe.differences import find_changed_fields
 from gdetkd_cli.recipe.schema import CheckpointDetector, Detector, Recipe
 
 # Fields that do not change the student, or whose content is compared instead: a folder may move.
@@ -49,20 +50,11 @@ def list_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[
 
 def list_recipe_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Describes each field that differs between two dumped recipes and can change the run's numbers."""
-    old, new = dict(_flatten(before)), dict(_flatten(now))
     return [
-        f"{name} was {json.dumps(old.get(name))} and is {json.dumps(new.get(name))}"
-        for name in sorted({*old, *new} - _MAY_DIFFER)
-        if old.get(name) != new.get(name)
+        f"{name} was {json.dumps(old)} and is {json.dumps(new)}"
+        for name, (old, new) in find_changed_fields(before, now).items()
+        if name not in _MAY_DIFFER
     ]
-
-
-def _flatten(fields: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in fields.items():
-        if isinstance(value, Mapping):
-            yield from _flatten(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value
 
 
 def _hash_split(split: Split) -> str:

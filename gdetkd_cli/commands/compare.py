@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -36,6 +35,7 @@ from gdetkd_cli.engine.events import Note, Observer, silent
 from gdetkd_cli.errors import GDetKDError, PairError, RecipeError, RunFolderError
 from gdetkd_cli.files import write_text
 from gdetkd_cli.recipe.checks import require_distillation, require_trained_teacher
+from gdetkd_cli.recipe.differences import find_changed_fields
 from gdetkd_cli.recipe.load import dump_recipe, load_recipe
 from gdetkd_cli.recipe.methods import NONE, list_default_methods, select_method
 from gdetkd_cli.recipe.scaling import scale_to_batch
@@ -265,8 +265,7 @@ def _claim(
     else:
         settings = assembly.resolve_runtime(Runtime(threads=runtime.threads))
     if before is not None:
-        then, now = (dict(_flatten(r.model_dump())) for r in (before, recipe))
-        changed = sorted(name for name in then.keys() | now.keys() if then.get(name) != now.get(name))
+        changed = find_changed_fields(before.model_dump(mode="json"), recipe.model_dump(mode="json"))
         if conflicts := [name for name in changed if name not in _MAY_DIFFER]:
             raise RunFolderError(
                 f"{folder} has trials of a recipe that differs in {', '.join(conflicts)}; choose another --output"
@@ -276,15 +275,6 @@ def _claim(
     shutil.rmtree(folder / "labels", ignore_errors=True)  # labels without trials may belong to another recipe
     write_text(kept, dump_recipe(recipe))
     return recipe, settings
-
-
-def _flatten(block: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yields each field's dotted name, such as ``train.optimizer.lr``, and its value."""
-    for name, value in block.items():
-        if isinstance(value, Mapping):
-            yield from _flatten(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value
 
 
 def _measure_teacher(
