@@ -15,7 +15,7 @@ from gdetkd_cli.assembly.data import (
 from gdetkd_cli.assembly.detector import BuiltDetector, build_detector, format_title
 from gdetkd_cli.assembly.distillation import BuiltPair, TermPlan, build_pair
 from gdetkd_cli.assembly.origin import describe_origin, list_differences, list_recipe_differences
-from gdetkd_cli.assembly.runtime import apply_runtime, resolve_runtime
+from gdetkd_cli.assembly.runtime import apply_runtime, resolve_runtime, set_memory_format
 from gdetkd_cli.assembly.setup import (
     Compute,
     Pair,
@@ -56,5 +56,6 @@ __all__ = [
     "relabel",
     "report_bad_images",
     "resolve_runtime",
+    "set_memory_format",
     "start_compute",
 ]

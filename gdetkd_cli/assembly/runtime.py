@@ -54,8 +54,7 @@ def apply_runtime(
     detectors = [student] + ([pair.distiller.teacher] if pair and pair.distiller.teacher else [])
     for detector in detectors:
         module: Any = detector.module.to(device)
-        if settings.channels_last and not (device.type == "cpu" and _breaks_channels_last(module)):
-            module.to(memory_format=torch.channels_last)
+        set_memory_format(module, settings)
         _ = detector.levels  # measure the levels before the network is compiled or wrapped
         if settings.compile and not isinstance(module, torch.jit.ScriptModule):  # a ScriptModule is compiled already
             module.backbone.compile(dynamic=True)
@@ -69,6 +68,12 @@ def apply_runtime(
             if size is not None and _find_image_size(detector.module) == size:
                 transform: Any = detector.module.transform
                 transform._skip_resize = True
+
+
+def set_memory_format(module: nn.Module, settings: ComputeSettings) -> None:
+    """Lays out a network's weights channels last, if the settings say so and training survives it."""
+    if settings.channels_last and not (settings.device == "cpu" and _breaks_channels_last(module)):
+        module.to(memory_format=torch.channels_last)
 
 
 def _breaks_channels_last(module: nn.Module) -> bool:

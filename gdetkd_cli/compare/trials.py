@@ -298,9 +298,7 @@ def train_trial(trial: Trial, recipe: Recipe, place: Place, children: Children |
 def write_detections(trial: Trial, recipe: Recipe, settings: ComputeSettings, place: Place) -> None:
     """Writes the student's detections on the validation images, in float32, the same as in its own evaluation."""
     loaded = catalog.load(catalog.locate(str(trial.run.path)))
-    module = loaded.detector.module.to(place.device)
-    if settings.channels_last:
-        module.to(memory_format=torch.channels_last)
+    assembly.set_memory_format(loaded.detector.module.to(place.device), settings)
     split = assembly.relabel(assembly.build_split(recipe.data, "val"), loaded.detector)
     batches = load_validation_batches(split=split, batch_size=recipe.train.batch_size)
     detections = predict_split(loaded.detector, batches, place.device)
