@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from gdetkd_cli.errors import DataError
+
 
 @dataclass(frozen=True)
 class LevelSpec:
@@ -208,3 +210,23 @@ class LossReport:
     parts: dict[str, Tensor]
     weights: dict[str, float] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+
+
+def check_resize(size: tuple[int, int], *, shortest: int, longest: int, advice: str) -> None:
+    """Checks that an image keeps a pixel in height and width when it is resized.
+
+    Args:
+        size: (height, width) pixels.
+        shortest: the short side after the resize, unless the long side exceeds ``longest``.
+        longest: maximum long side in pixels.
+        advice: the end of the message.
+
+    Raises:
+        DataError: the image is too long and narrow.
+    """
+    short, long = sorted(size)
+    if short * min(shortest / short, longest / long) < 1:
+        raise DataError(
+            f"an image of {size[1]} x {size[0]} pixels is too long and narrow: with a long side of {longest} pixels, "
+            f"its short side has less than one; {advice}"
+        )

@@ -12,7 +12,7 @@ from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from gdetkd_cli.errors import DataError
+from gdetkd_cli.structures import check_resize
 
 # (3, H, W) uint8, (M, 4) xyxy pixels, (M,) labels -> the same of the changed image.
 Augmentation = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
@@ -45,12 +45,9 @@ def _check_size(
     change: Augmentation, smallest: int, max_size: int, image: Tensor, boxes: Tensor, labels: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Applies a change that resizes, unless the image is so long and narrow that no pixel of its short side remains."""
-    short, long = sorted(image.shape[-2:])
-    if short * min(smallest / short, max_size / long) < 1:
-        raise DataError(
-            f"an image of {image.shape[-1]} x {image.shape[-2]} pixels is too long and narrow: with a long side of "
-            f"{max_size} pixels, its short side has less than one; raise augment.max_size, or remove the image"
-        )
+    height, width = image.shape[-2:]
+    advice = "raise augment.max_size, or remove the image"
+    check_resize((height, width), shortest=smallest, longest=max_size, advice=advice)
     return change(image, boxes, labels)
 
 

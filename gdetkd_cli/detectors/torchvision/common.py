@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from gdetkd_cli.detectors.measure import measure_levels
 from gdetkd_cli.detectors.torchvision.exact_boxes import exact_boxes
-from gdetkd_cli.errors import DataError
-from gdetkd_cli.structures import Batch, Detections, Frame, LevelSpec
+from gdetkd_cli.structures import Batch, Detections, Frame, LevelSpec, check_resize
 
 
 def name_features(features: Tensor | dict[str, Tensor]) -> dict[str, Tensor]:
@@ -55,12 +54,13 @@ def check_sizes(module: Any, images: Sequence[Tensor]) -> None:
     if transform.fixed_size is not None or (transform._skip_resize and module.training):
         return
     for image in images:
-        short, long = sorted(image.shape[-2:])
-        if short * min(min(transform.min_size) / short, transform.max_size / long) < 1:
-            raise DataError(
-                f"an image of {image.shape[-1]} x {image.shape[-2]} pixels is too long and narrow: with a long side of "
-                f"{transform.max_size} pixels, its short side has less than one; cut the image, or remove it"
-            )
+        height, width = image.shape[-2:]
+        check_resize(
+            (height, width),
+            shortest=min(transform.min_size),
+            longest=transform.max_size,
+            advice="cut the image, or remove it",
+        )
 
 
 def convert_targets(batch: Batch) -> list[dict[str, Tensor]]:
