@@ -39,13 +39,14 @@ def init_recipe(
     path: Annotated[Path, typer.Argument(metavar="PATH", help="Recipe to write.")] = Path("recipe.yaml"),
 ) -> None:
     """Write a commented recipe for you to edit."""
+    from gdetkd_cli.files import write_text
     from gdetkd_cli.recipe.starter import format_starter
 
     if path.exists():
         raise options.UsageError(f"{path} already exists; choose another file: gdetkd recipe init PATH")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(format_starter(str(path)), encoding="utf-8")
+        write_text(path, format_starter(str(path)))
     except OSError as error:
         raise options.UsageError(f"cannot write {path}: {error.strerror}") from error
     typer.echo(path)

@@ -20,7 +20,7 @@ from gdetkd_cli.data.split import Split
 from gdetkd_cli.detectors.factory import is_reference
 from gdetkd_cli.engine.events import Observer, silent
 from gdetkd_cli.errors import ModelError, RecipeError
-from gdetkd_cli.files import name_kind
+from gdetkd_cli.files import name_kind, write_text
 from gdetkd_cli.recipe.checks import require_distillation
 from gdetkd_cli.recipe.scaling import count_epochs
 from gdetkd_cli.recipe.schema import Recipe
@@ -203,7 +203,7 @@ def _write(path: Path, text: str, recipe: dict[str, Any]) -> None:
     """Writes a recipe's text, after checking that it matches the fields."""
     assert Recipe.model_validate(yaml.safe_load(text)) == Recipe.model_validate(recipe)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
+    write_text(path, text)
 
 
 def _describe_report(report: PyramidReport) -> list[str]:

@@ -39,6 +39,7 @@ from gdetkd_cli.report.images import draw_predictions
 from gdetkd_cli.report.pyramid import describe_pyramid
 
 DRAWN_IMAGES = 6
+_FACTS = ("steps", "seconds", "seconds_per_step", "peak_memory_mb")  # of a result, beside its metrics
 _NO_METRICS = CocoMetrics(None, None, None, None, None, None, None, {}, 0, 0)
 
 
@@ -162,7 +163,7 @@ def _read_result(folder: RunFolder, setup: assembly.TrainingSetup, checkpoint: C
     steps = setup.recipe.train.steps
     if stored is None or checkpoint.progress.step != steps or stored.get("steps") != steps:
         return None
-    facts = {name: stored[name] for name in ("steps", "seconds", "seconds_per_step", "peak_memory_mb")}
+    facts = {name: stored[name] for name in _FACTS}
     return TrainResult(run=folder.path, metrics=CocoMetrics.from_json(stored), **facts)
 
 
@@ -313,7 +314,7 @@ def _write_student(path: Path, folder: RunFolder, setup: assembly.TrainingSetup)
 
 def _write_results(folder: RunFolder, setup: assembly.TrainingSetup, result: TrainResult) -> None:
     detector = setup.student.detector
-    facts = {name: getattr(result, name) for name in ("steps", "seconds", "seconds_per_step", "peak_memory_mb")}
+    facts = {name: getattr(result, name) for name in _FACTS}
     write_text(folder.metrics, json.dumps({**result.metrics.to_json(), **facts}, indent=2))
     if detector.features_only:
         return

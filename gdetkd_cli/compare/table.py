@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,6 +17,7 @@ from gdetkd_cli.evaluation.bootstrap import MatchedImages, deviation_of_differen
 from gdetkd_cli.evaluation.coco_metrics import evaluate_coco
 from gdetkd_cli.evaluation.intervals import interval_over_folds, interval_over_seeds_and_images
 from gdetkd_cli.evaluation.predict import list_predicted
+from gdetkd_cli.files import write_text
 from gdetkd_cli.recipe.methods import NONE
 from gdetkd_cli.structures import Detections
 
@@ -338,7 +340,8 @@ def _round_facts(fact: Facts) -> dict[str, float | str]:
 
 
 def _write_csv(path: Path, fields: Sequence[str], rows: Sequence[Mapping[str, object]]) -> None:
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fields)
-        writer.writeheader()
-        writer.writerows(rows)
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, fields)
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(path, text.getvalue())

@@ -81,10 +81,10 @@ def build_split_from_tables(
     ids, files = _find_images(tables["images"], folder=images, file=source, bad=bad)
 
     counts: Counter[str] = Counter()
-    sizes: dict[float, tuple[int, int]] = dict(zip(ids, files.sizes, strict=True))
+    sizes = dict(zip(ids, files.sizes, strict=True))
     labels = {name: label for label, name in enumerate(class_names, start=1)}
-    truth: dict[float, list[dict[str, object]]] = {image_id: [] for image_id in ids}
-    shapes: dict[float, list[Outline]] = {image_id: [] for image_id in ids}
+    truth: dict[int, list[dict[str, object]]] = {image_id: [] for image_id in ids}
+    shapes: dict[int, list[Outline]] = {image_id: [] for image_id in ids}
     for annotation in tables["annotations"]:
         image_id, category = (_read_id(annotation.get(key)) for key in ("image_id", "category_id"))
         name = names.get(category)
