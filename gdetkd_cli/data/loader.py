@@ -6,6 +6,7 @@ processes, or on other random numbers.
 
 from __future__ import annotations
 
+import math
 import signal
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
@@ -17,6 +18,7 @@ from gdetkd_cli.data.bad_images import BadImageError
 from gdetkd_cli.data.dataset import DetectionDataset, Example, Key, mix_seed
 from gdetkd_cli.data.split import Split
 from gdetkd_cli.errors import DataError
+from gdetkd_cli.memory import check_memory
 from gdetkd_cli.structures import Batch
 
 
@@ -53,6 +55,11 @@ def load_training_batches(
     """
     if len(dataset) == 0:
         raise DataError(f"{dataset.split.name} has no images to train on; give a split with at least one")
+    height, width = max((record.size for record in dataset.split.records), key=math.prod)
+    # Three float32 copies of each image: read, normalized, padded to a batch.
+    check_memory(
+        f"train.batch_size: {batch_size} images of up to {width} x {height} pixels", batch_size * 36 * height * width
+    )
     keys = _list_training_keys(
         images=len(dataset),
         batch_size=batch_size,
