@@ -47,6 +47,12 @@ class DiskError(GDetKDError):
     """A file does not fit on the disk."""
 
 
+class MemoryLimitError(GDetKDError):
+    """Something needs more memory than is free."""
+
+    exit_code = 2
+
+
 class StoppedError(KeyboardInterrupt):
     """A signal stopped the command. Not an ``Exception``, so that no handler of errors continues after it.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from gdetkd_cli.detectors.protocol import Detector
 from gdetkd_cli.engine.device import ComputeSettings
 from gdetkd_cli.engine.events import Note, Observer
 from gdetkd_cli.errors import DataError
+from gdetkd_cli.memory import check_memory
 from gdetkd_cli.recipe.schema import Bdd100kData, CocoData, Data, Fold, FolderData, Recipe, SyntheticData, VocData
 from gdetkd_cli.structures import Batch
 
@@ -144,8 +146,16 @@ def relabel(split: Split, detector: Detector) -> Split:
 def build_batches(
     recipe: Recipe, split: Split, settings: ComputeSettings, *, rank: int, world_size: int
 ) -> Callable[[int], Iterator[Batch]]:
-    """Returns a function from a start step to the training batches from there to the recipe's last step."""
+    """Returns a function from a start step to the training batches from there to the recipe's last step.
+
+    Raises:
+        MemoryLimitError: the images of one batch alone exceed the free memory.
+    """
     augment = recipe.augment
+    if augment.multi_scale is None and len(split):
+        pixels = sum(math.prod(record.size) for record in split.records) // len(split)  # of an average image
+        batch = recipe.train.batch_size
+        check_memory(f"train.batch_size: {batch} images of {pixels:,} pixels on average", batch * 12 * pixels)
     dataset = DetectionDataset(
         split=split,
         augmentation=build_augmentation(

@@ -23,6 +23,7 @@ from gdetkd_cli.cli.probe import probe
 from gdetkd_cli.cli.recipe import app as recipe_app
 from gdetkd_cli.cli.train import train
 from gdetkd_cli.errors import GDetKDError
+from gdetkd_cli.memory import describe_exhaustion
 from gdetkd_cli.text import show_hidden
 
 _INTERRUPTED = 130
@@ -59,6 +60,8 @@ def describe_error(error: BaseException) -> tuple[str, int]:
             return _show("; ".join([str(error) or "interrupted", *notes])), getattr(error, "exit_code", _INTERRUPTED)
         case OSError(filename=str() | Path() as path, strerror=str() as reason):
             return f"{prefix} {_show(f'{path}: {reason}')}", 1
+        case _ if (exhausted := describe_exhaustion(error)) is not None:
+            return "; ".join([f"{prefix} {exhausted}", *getattr(error, "__notes__", ())]), 1
         case _:
             problem = _show(f"{type(error).__name__}: {' '.join(str(error).split())}")
             return f"internal error: {problem}; run `gdetkd --debug ...` to see the traceback", _INTERNAL_ERROR

@@ -12,7 +12,7 @@ from gdetkd_cli.cli import options
 
 def bench(
     recipe: options.RecipeArgument,
-    steps: Annotated[int, typer.Option("--steps", min=1, help="Steps to time after a warm-up.")] = 20,
+    steps: Annotated[int, typer.Option("--steps", min=1, max=10**9, help="Steps to time after a warm-up.")] = 20,
     overrides: options.SetOption = None,
     trust_code: options.TrustOption = False,
     as_json: options.JsonOption = False,

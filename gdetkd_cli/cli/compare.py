@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
@@ -64,10 +65,10 @@ def compare(
         typer.Option("--steps", metavar="N,M", help="Budgets in optimizer steps. Default: the recipe's steps."),
     ] = None,
     seeds: Annotated[
-        int, typer.Option("--seeds", min=1, help="Seeds per method. A single seed gives no interval.")
+        int, typer.Option("--seeds", min=1, max=1000, help="Seeds per method. A single seed gives no interval.")
     ] = 3,
     folds: FoldsOption = None,
-    jobs: Annotated[int, typer.Option("--jobs", min=1, help="Trials to run at the same time.")] = 1,
+    jobs: Annotated[int, typer.Option("--jobs", min=1, max=1000, help="Trials to run at the same time.")] = 1,
     baseline: BaselineOption = "none",
     overrides: options.SetOption = None,
     output: OutputOption = None,
@@ -104,8 +105,8 @@ def compare(
 
 def _parse_budgets(text: str | None) -> tuple[int, ...]:
     words = [] if text is None else [word.strip() for word in text.split(",")]
-    if not all(word.isdecimal() and int(word) for word in words):
-        raise options.UsageError(f"--steps: expected whole numbers joined by commas, as in 500,8000; got {text!r}")
+    if not all(re.fullmatch("[1-9][0-9]{0,8}", word) for word in words):
+        raise options.UsageError(f"--steps: expected whole numbers joined by commas, as in 500,8000; got {text!r:.80}")
     return tuple(map(int, words))
 
 

@@ -12,10 +12,12 @@ from gdetkd_cli.cli import options
 
 
 def demo(
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the students' weights and data order.")] = 0,
+    seed: Annotated[
+        int, typer.Option("--seed", min=0, max=2**63 - 1, help="Seed of the students' weights and data order.")
+    ] = 0,
     steps: Annotated[
         int | None,
-        typer.Option("--steps", min=1, help="Optimizer steps per student. Default: the recipe's steps."),
+        typer.Option("--steps", min=1, max=10**9, help="Optimizer steps per student. Default: the recipe's steps."),
     ] = None,
     output: Annotated[
         Path | None, typer.Option("--output", metavar="DIR", help="New folder for the image and both runs.")

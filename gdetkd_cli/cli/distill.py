@@ -18,7 +18,8 @@ def distill(
         bool, typer.Option("--dry-run", help="Build everything, run a few steps and show the plan; write nothing.")
     ] = False,
     profile: Annotated[
-        int | None, typer.Option("--profile", metavar="N", min=1, help="Time N steps by phase; write nothing.")
+        int | None,
+        typer.Option("--profile", metavar="N", min=1, max=10**9, help="Time N steps by phase; write nothing."),
     ] = None,
     resume: options.ResumeOption = None,
     steps: options.StepsOption = None,

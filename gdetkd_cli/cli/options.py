@@ -44,7 +44,8 @@ ResumeOption = Annotated[
     ),
 ]
 StepsOption = Annotated[
-    int | None, typer.Option("--steps", metavar="N", min=1, help="With --resume RUN: train on, to N steps in all.")
+    int | None,
+    typer.Option("--steps", metavar="N", min=1, max=10**9, help="With --resume RUN: train on, to N steps in all."),
 ]
 ForceOption = Annotated[
     bool,

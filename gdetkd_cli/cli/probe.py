@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from functools import partial
 from pathlib import Path
@@ -14,12 +15,25 @@ from gdetkd_cli.cli import options
 
 def _parse_size(text: str) -> tuple[int, int]:
     """Parses ``480x640`` as (height, width) pixels."""
-    match = re.fullmatch(r"([1-9]\d*)[xX]([1-9]\d*)", text)
+    match = re.fullmatch(r"([1-9][0-9]{0,4})[xX]([1-9][0-9]{0,4})", text)
     if match is None:
         raise typer.BadParameter(
-            f"expected height x width in pixels, for example 480x640; got {text}", param_hint="--size"
+            f"expected height x width in pixels, for example 480x640; got {text[:80]}", param_hint="--size"
         )
     return int(match[1]), int(match[2])
+
+
+def _check_triple(values: tuple[float, float, float] | None) -> tuple[float, float, float] | None:
+    """Checks that the numbers are finite."""
+    if values is not None and not all(map(math.isfinite, values)):
+        raise typer.BadParameter(f"expected three finite numbers; got {values}")
+    return values
+
+
+def _check_std(values: tuple[float, float, float] | None) -> tuple[float, float, float] | None:
+    if values is not None and not all(value > 0 for value in values):
+        raise typer.BadParameter(f"expected three numbers above 0, by which images are divided; got {values}")
+    return _check_triple(values)
 
 
 _Triple = tuple[float, float, float]
@@ -41,9 +55,13 @@ _Range = Annotated[
     Literal["0-1", "0-255"] | None,
     typer.Option("--range", help="Pixel values that a custom model expects. Default: 0-1."),
 ]
-_Mean = Annotated[_Triple | None, typer.Option("--mean", help="Mean per channel that a custom model subtracts.")]
+_Mean = Annotated[
+    _Triple | None,
+    typer.Option("--mean", callback=_check_triple, help="Mean per channel that a custom model subtracts."),
+]
 _Std = Annotated[
-    _Triple | None, typer.Option("--std", help="Standard deviation per channel that a custom model divides by.")
+    _Triple | None,
+    typer.Option("--std", callback=_check_std, help="Standard deviation per channel that a custom model divides by."),
 ]
 _Channels = Annotated[
     Literal["rgb", "bgr"], typer.Option("--channels", help="Channel order that a custom model expects.")

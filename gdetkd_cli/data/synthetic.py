@@ -19,6 +19,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from gdetkd_cli.data.split import Record, Split
+from gdetkd_cli.memory import check_memory
 
 OUTLINES = ("disc", "square", "triangle")
 MARKS = ("dot", "bar", "ring")
@@ -55,6 +56,7 @@ def draw_split(*, split: str, images: int, size: int, seed: int, smallest: float
         seed: of the data set.
         smallest: outer diameter of the smallest object, as a fraction of the side.
     """
+    check_memory(f"data.{split}_images: {images} scenes of {size} x {size} pixels", images * 3 * size**2)
     scenes = [
         _draw_scene(np.random.default_rng([seed, _SPLIT_KEYS[split], index]), size, smallest) for index in range(images)
     ]

@@ -18,11 +18,13 @@ from gdetkd_cli import portable
 from gdetkd_cli.detectors.factory import make
 from gdetkd_cli.detectors.protocol import Detector
 from gdetkd_cli.detectors.recognise import recognise
+from gdetkd_cli.detectors.saved import FILE_VERSION, check_description, read_saved
 from gdetkd_cli.detectors.torchvision.dense import DenseDetector
 from gdetkd_cli.detectors.torchvision.two_stage import TwoStageDetector
 from gdetkd_cli.detectors.trainable import TrainableDetector
 from gdetkd_cli.detectors.weights import (
     CLASS_LAYERS,
+    convert_to_float,
     extract_state_dict,
     list_torchvision_categories,
     load_state,
@@ -30,9 +32,10 @@ from gdetkd_cli.detectors.weights import (
 )
 from gdetkd_cli.errors import ModelError
 from gdetkd_cli.files import name_kind, write_file
+from gdetkd_cli.memory import check_memory
 from gdetkd_cli.probing.inputs import ModelInput
 
-FILE_VERSION = 1
+_SIZES = ("backbone", "width", "blocks", "pyramid_channels", "arguments")  # fields that decide about the memory
 BUILTIN = Path(__file__).parent / "builtin"
 
 
@@ -59,13 +62,22 @@ def build(description: dict[str, Any], class_names: Sequence[str]) -> Detector:
     Raises:
         ModelError: the description cannot be built.
     """
-    if description.get("kind") == "factory":
+    check_description(description)
+    if description["kind"] == "factory":
         return _build_custom(description, tuple(class_names))
     try:
+        _check_memory(description, len(class_names))
         module = portable.build(description, len(class_names))
     except ValueError as error:
         raise ModelError(str(error)) from error
     return wrap(module, class_names)
+
+
+def _check_memory(description: dict[str, Any], num_classes: int) -> None:
+    with torch.device("meta"):  # takes no memory
+        sizes = [tensor.nbytes for tensor in portable.build(description, num_classes).state_dict().values()]
+    named = ", ".join(f"{key} {value}" for key, value in description.items() if key in _SIZES and value is not None)
+    check_memory(f"a detector with {named or description.get('name')} and {num_classes} classes", sum(sizes))
 
 
 def _build_custom(description: dict[str, Any], class_names: tuple[str, ...]) -> Detector:
@@ -169,22 +181,22 @@ def load(path: Path, class_names: tuple[str, ...] | None = None) -> Loaded:
     Raises:
         ModelError: the file is missing or unreadable, or its architecture is unknown.
     """
-    saved = read_torch_file(path)
-    if not isinstance(saved, dict) or "gdetkd" not in saved:
-        return _load_state_dict(extract_state_dict(saved, str(path)), path, class_names)
-    if saved["gdetkd"] > FILE_VERSION:
+    content = read_torch_file(path)
+    if not isinstance(content, dict) or "gdetkd" not in content:
+        return _load_state_dict(extract_state_dict(content, str(path)), path, class_names)
+    saved = read_saved(content, str(path))
+    state = extract_state_dict(saved.model, str(path))
+    detector = build(saved.architecture, saved.classes)
+    own = detector.module.state_dict()
+    wrong = [n for n in (*own, *state) if n not in own or n not in state or own[n].shape != state[n].shape]
+    if wrong:
         raise ModelError(
-            f"{path} was written by a newer gdetkd (format {saved['gdetkd']}); this version reads format {FILE_VERSION}"
+            f"{path}: the weights do not fit the file's own architecture ({len(wrong)} of {len(own)} tensors, first "
+            f"{wrong[0]})"
         )
-    detector = build(saved["architecture"], saved["classes"])
-    try:
-        detector.module.load_state_dict(
-            {k: v.float() if v.is_floating_point() else v for k, v in saved["model"].items()}
-        )
-    except RuntimeError as error:
-        raise ModelError(f"{path}: the weights do not fit the file's own architecture: {error}") from error
+    detector.module.load_state_dict(convert_to_float(state))
     detector.module.eval()
-    return Loaded(detector, saved["architecture"], "run")
+    return Loaded(detector, saved.architecture, "run")
 
 
 def _load_state_dict(state: dict[str, Tensor], path: Path, class_names: tuple[str, ...] | None) -> Loaded:
@@ -192,13 +204,12 @@ def _load_state_dict(state: dict[str, Tensor], path: Path, class_names: tuple[st
     name = found.description["name"]
     names = name_classes(state, found.description, class_names or (), list_torchvision_categories("DEFAULT", name))
     detector = build(found.description, names)
-    weights = {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
     notes = [f"{path}: recognised as torchvision's {name}, {len(names)} classes"]
     if found.alternatives:
         notes.append(
             f"{path}: {', '.join(found.alternatives)} has the same parameters; if you mean it, name it in a recipe"
         )
-    notes += load_state(detector.module, weights, str(path))
+    notes += load_state(detector.module, convert_to_float(state), str(path))
     detector.module.eval()
     return Loaded(detector, found.description, "state_dict", tuple(notes))
 

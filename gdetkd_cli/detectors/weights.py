@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import pickle
 import re
+import struct
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,12 @@ CLASS_LAYERS = (
 BATCH_COUNT = "num_batches_tracked"  # trained normalisation has it, frozen normalisation does not
 # Averaged weights come first: if a checkpoint has both, its published figures belong to them.
 _NESTING = ("model_ema", "ema_state_dict", "model", "state_dict", "model_state_dict")
+
+# torch's errors for a damaged file.
+_DAMAGED = (
+    *(RuntimeError, EOFError, ValueError, LookupError, OSError, TypeError, AttributeError, AssertionError),
+    struct.error,
+)
 
 # Trained before FrozenBatchNorm2d had an epsilon; torchvision's builders set it to 0 for them.
 _WITHOUT_EPS = (
@@ -57,7 +65,7 @@ def read_torch_file(path: Path) -> Any:
         raise ModelError(f"{path} is not a file written by torch.save: it begins with the text {start[:20].decode()!r}")
     try:
         # torchvision's reference scripts save the Namespace of their command line: plain data, no code.
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings(action="ignore"):
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         # torch's own message recommends executing the file's code.
@@ -68,7 +76,7 @@ def read_torch_file(path: Path) -> Any:
             f"{path} cannot be read without executing code from it ({code[1]}), which gdetkd never does; expected "
             "only weights, as written by torch.save(model.state_dict(), path)"
         ) from error
-    except (RuntimeError, EOFError, ValueError, LookupError, OSError) as error:
+    except _DAMAGED as error:
         reason = str(error).splitlines()[0].split(". ")[0] if str(error) else "it is empty"
         raise ModelError(f"{path}{name_kind(path)} is not a complete file written by torch.save ({reason})") from error
 
@@ -79,17 +87,32 @@ def extract_state_dict(saved: Any, source: str) -> dict[str, Tensor]:
     Raises:
         ModelError: there are no weights.
     """
-    while isinstance(saved, dict) and (key := next((k for k in _NESTING if isinstance(saved.get(k), dict)), None)):
-        saved = saved[key]
+    for _ in _NESTING:  # not for ever: a file can contain itself
+        key = next((k for k in _NESTING if isinstance(saved, dict) and isinstance(saved.get(k), dict)), None)
+        saved = saved if key is None else saved[key]
     if isinstance(saved, dict):  # AveragedModel counts its updates beside the weights
         saved = {name: value for name, value in saved.items() if name != "n_averaged"}
-    if not isinstance(saved, dict) or not saved or not all(isinstance(v, Tensor) for v in saved.values()):
+    named = isinstance(saved, dict) and all(isinstance(name, str) for name in saved)
+    if not named or not saved or not all(isinstance(value, Tensor) for value in saved.values()):
         raise ModelError(
             f"{source} holds no state_dict; expected tensors by parameter name, at the top or under 'model'"
         )
+    odd = next((name for name, value in saved.items() if not _is_plain(value)), None)
+    if odd is not None:
+        raise ModelError(f"{source}: {odd[:100]!r} is not a plain tensor of real numbers; save the weights as such")
     if all(name.startswith("module.") for name in saved):  # saved from a DDP wrapper
         saved = {name.removeprefix("module."): value for name, value in saved.items()}
     return dict(saved)
+
+
+def _is_plain(value: Tensor) -> bool:
+    kinds = value.is_quantized, value.is_complex(), value.is_meta, value.is_nested
+    return value.layout == torch.strided and not any(kinds)
+
+
+def convert_to_float(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Converts weights in half or double precision to float32."""
+    return {name: value.float() if value.is_floating_point() else value for name, value in state.items()}
 
 
 def read_torchvision_weights(name: str, model: str | None) -> dict[str, Tensor]:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gdetkd_cli.memory import check_memory
 from gdetkd_cli.methods.processes import gather_counts, gather_rows
 
 
@@ -29,6 +30,7 @@ class RegionQueue(nn.Module):
 
     def __init__(self, *, size: int, channels: int) -> None:
         super().__init__()
+        check_memory(f"distill.ckd.queue: {size} embeddings of {channels} channels", size * channels * 4)
         self.size = size
         self.register_buffer("embeddings", torch.zeros(size, channels))
         self.register_buffer("image_ids", torch.zeros(size, dtype=torch.int64))

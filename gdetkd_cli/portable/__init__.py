@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from torchvision.models import detection
 
-from .arguments import CLASSES, check_arguments, check_sizes, list_arguments, suggest
+from .arguments import CLASSES, check_anchors, check_arguments, list_arguments, suggest
 from .bodies import MOBILENETS, RESNETS, build_backbone
 from .heads import DEFAULT_LEVELS, HEAD_ARGUMENTS, HEADS
 from .named import TORCHVISION_DETECTORS, build_named
@@ -66,7 +66,7 @@ def build_composed(description: dict[str, Any], num_classes: int) -> nn.Module:
         raise ValueError(f"unknown head {head!r}; known: {', '.join(HEADS)}")
     check_arguments(f"head {head!r}", arguments, HEAD_ARGUMENTS[head] | list_arguments(CLASSES[head.replace("-", "")]))
     first, last = description.get("pyramid_levels") or DEFAULT_LEVELS[head]
-    check_sizes(head, arguments, 1 + last - first)
+    check_anchors(head, arguments.get("anchor_sizes"), 1 + last - first)
     backbone = build_backbone(description, channels, first, last)
     strides = [2**level for level in range(first, last + 1)]
     try:

@@ -16,12 +16,12 @@ from torchvision.ops import MultiScaleRoIAlign
 from .cascade import CascadeHeads
 
 DEFAULT_LEVELS = {"faster-rcnn": (2, 6), "cascade-rcnn": (2, 6), "retinanet": (3, 7), "fcos": (3, 7)}
-# Arguments of the heads in addition to those of torchvision's classes.
-HEAD_ARGUMENTS = {
-    "faster-rcnn": {"anchor_sizes", "representation_size", "canonical_scale"},
-    "cascade-rcnn": {"anchor_sizes", "representation_size", "canonical_scale"},
-    "retinanet": {"anchor_sizes", "head_norm"},
-    "fcos": {"anchor_sizes", "head_convs"},
+# Arguments of the heads in addition to those of torchvision's classes, with their defaults.
+HEAD_ARGUMENTS: dict[str, dict[str, Any]] = {
+    "faster-rcnn": {"anchor_sizes": None, "representation_size": 1024, "canonical_scale": 224},
+    "cascade-rcnn": {"anchor_sizes": None, "representation_size": 1024, "canonical_scale": 224},
+    "retinanet": {"anchor_sizes": None, "head_norm": False},
+    "fcos": {"anchor_sizes": None, "head_convs": 4},
 }
 
 

@@ -123,6 +123,10 @@ def measure_frame(network_input: Callable[[Tensor], Tensor], image: Tensor) -> G
             for axis in (0, 1)
         ]
         seen.append(((top + _PATCH / 2, left + _PATCH / 2), (where[0], where[1])))
+    if any(len({place[1][axis] for place in seen}) < 2 for axis in (0, 1)):
+        raise ModelError(
+            "the network's input has too few pixels to show where they lie in the image; use a larger image"
+        )
     axes = [_fit_line([s[1][a] for s in seen], [s[0][a] for s in seen]) for a in (0, 1)]
     (sy, oy), (sx, ox) = axes
     return Geometry(stride=(sy, sx), offset=(oy + sy / 2, ox + sx / 2))

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from gdetkd_cli.errors import ModelError, NoPyramidError
+from gdetkd_cli.memory import check_memory
 from gdetkd_cli.probing.flow import LINEAR
 from gdetkd_cli.probing.formats.runner import Runner
 from gdetkd_cli.probing.geometry import Geometry, locate_cells, measure_frame, tile_frame, to_image_pixels
@@ -20,6 +21,8 @@ from gdetkd_cli.probing.inputs import Call, ModelInput
 from gdetkd_cli.probing.levels import FoundLevels, Layout, choose_levels, find_levels
 from gdetkd_cli.probing.outputs import OutputForm, recognise_form
 from gdetkd_cli.probing.record import Address, Output, Value
+
+_LEAST_SIDE = 32  # pixels; one cell of the usual coarsest level that a body computes
 
 
 @dataclass(frozen=True)
@@ -106,9 +109,15 @@ def probe(
         classes: K, or None if unknown.
 
     Raises:
-        ModelError: no known way of calling the model works, or a chosen name matches no value or several.
+        ModelError: the image is too small, no known way of calling the model works, or a chosen name matches no value
+            or several.
         NoPyramidError: the model has no feature pyramid.
     """
+    if min(size) < _LEAST_SIDE:
+        raise ModelError(
+            f"an image of {size[0]} x {size[1]} pixels is too small to find a pyramid with; expected at least "
+            f"{_LEAST_SIDE} pixels in height and width"
+        )
     image = probe_image(size)
     with warnings.catch_warnings(action="ignore"):  # those of the model
         given = model_input.prepare(image)
@@ -158,7 +167,13 @@ def _describe_levels(
 
 
 def probe_image(size: tuple[int, int]) -> Tensor:
-    """Draws an image (3, H, W) in 0..1, smooth blotches under fine noise, always the same."""
+    """Draws an image (3, H, W) in 0..1, smooth blotches under fine noise, always the same.
+
+    Raises:
+        MemoryLimitError: no detector could read so large an image in the free memory.
+    """
+    # The first maps of an ordinary detector have 64 channels of float32 on a quarter of the pixels, three times.
+    check_memory(f"an image of {size[0]} x {size[1]} pixels (height x width)", 192 * size[0] * size[1])
     generator = torch.Generator().manual_seed(0)
     coarse = interpolate(torch.rand(1, 3, 12, 16, generator=generator), size=size, mode="bilinear")[0]
     return 0.8 * coarse + 0.2 * torch.rand(3, *size, generator=generator)

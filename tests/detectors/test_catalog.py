@@ -52,7 +52,7 @@ def test_classes_of_weights_by_the_data_and_of_other_weights() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"kind": "hf"}, "unknown architecture kind 'hf'; expected 'torchvision' or 'composed'"),
+        ({"kind": "hf"}, "unknown architecture kind 'hf'; expected 'torchvision', 'composed', 'factory'"),
         ({"backbone": "resnet19"}, r"unknown backbone 'resnet19'; known: resnet18, .*; did you mean resnet18\?$"),
         ({"head": "yolo"}, "unknown head 'yolo'; known: faster-rcnn, cascade-rcnn, retinanet, fcos"),
         (
