@@ -17,6 +17,8 @@ import time
 from collections import Counter
 from pathlib import Path
 
+sys.path.append(str(Path(__file__).parents[1] / "commands"))  # toy detectors; child processes inherit the path
+
 from fuzzing import FAILURES, fuzz
 from targets import TARGETS
 

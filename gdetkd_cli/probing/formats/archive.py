@@ -37,7 +37,7 @@ class Archive:
             with zipfile.ZipFile(path) as archive:
                 others = [name.partition("/")[2] for name in archive.namelist()]
                 size = sum(entry.file_size for entry in archive.infolist())
-        except (RuntimeError, ValueError, zipfile.BadZipFile, EOFError, OSError) as error:
+        except (RuntimeError, ValueError, IndexError, zipfile.BadZipFile, EOFError, OSError) as error:
             raise ModelError(f"{path} is not a whole file of torch ({get_first_line(error)}); save it anew") from error
         # torch finds a file under its name in any case, but not under a name that it lists cut off.
         distinct = len({name.casefold() for name in self.names}) == len(self.names)
