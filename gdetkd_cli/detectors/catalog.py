@@ -186,7 +186,10 @@ def load(path: Path, class_names: tuple[str, ...] | None = None) -> Loaded:
         return _load_state_dict(extract_state_dict(content, str(path)), path, class_names)
     saved = read_saved(content, str(path))
     state = extract_state_dict(saved.model, str(path))
-    detector = build(saved.architecture, saved.classes)
+    try:
+        detector = build(saved.architecture, saved.classes)
+    except ModelError as error:
+        raise ModelError(f"{path}: {error}") from error
     own = detector.module.state_dict()
     wrong = [n for n in (*own, *state) if n not in own or n not in state or own[n].shape != state[n].shape]
     if wrong:
