@@ -61,9 +61,28 @@ def test_a_student_that_cannot_be_exported_is_noted(recipe: Recipe, monkeypatch:
     )
 
 
-def test_an_argument_that_fails_only_at_inference_is_found(recipe: Recipe) -> None:
+def test_a_student_that_fails_only_at_inference_is_found(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise TypeError("an argument is missing")
+
+    monkeypatch.setattr("gdetkd_cli.commands.rehearse.predict_split", fail)
+    with pytest.raises(ModelError, match=r"fails at inference: an argument is missing; check student.arguments"):
+        plan_distill(recipe)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ({"box_detections_per_img": "many"}, "box_detections_per_img must be a whole number of at least 1, got 'many'"),
+        ({"min_size": 10**9}, "min_size must be a whole number from 1 to 16384, or a list of them, got 1000000000"),
+        ({"box_score_thresh": float("nan")}, "box_score_thresh must be a number from 0 to 1, got nan"),
+        ({"image_std": [1, 0, 1]}, r"image_std must be 3 numbers above 0, got \[1, 0, 1\]"),
+        ({"rpn_head": 3}, "rpn_head must be left out, because it is no plain number, got 3"),
+    ],
+)
+def test_an_argument_of_a_wrong_kind_is_refused(recipe: Recipe, arguments: dict[str, object], sentence: str) -> None:
     student = recipe.student.model_dump(mode="json")
-    student["arguments"] |= {"box_detections_per_img": "many"}
+    student["arguments"] |= arguments
     broken = recipe.model_copy(update={"student": type(recipe.student).model_validate(student)})
-    with pytest.raises(ModelError, match=r"fails at inference: .*; check student.arguments"):
+    with pytest.raises(ModelError, match=f"head 'faster-rcnn': {sentence}$"):
         plan_distill(broken)
