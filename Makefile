@@ -1,8 +1,8 @@
 # make demo   environment if missing, then the whole job on the built-in data: teacher, student, distilled student
 # make test   environment if missing, then lint, types, layers, known vulnerabilities, tests
 # make restarts  a run of two processes on two agents, killed at 16 different points
-# make fuzz   mutated recipes, annotations, images and command lines: no traceback, no hang, nothing accepted silently
 # make quick  the parts of `make test` that take a minute: for the time between two edits
+# make fuzz   give the tool broken files of every format, about half an hour; FUZZ_ARGS="--target coco --number 17" repeats one
 # make site   environment if missing, then the documentation as a site in site/; fails on a dead link
 # Another Python: make test PYTHON=python3.12
 
@@ -10,6 +10,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO_ARGS ?=
+FUZZ_ARGS ?=
 
 .PHONY: demo test quick restarts fuzz site env clean
 
@@ -40,7 +41,7 @@ restarts: env
 	GDETKD_KILLS=16 $(BIN)/pytest tests/commands/test_processes.py
 
 fuzz: env
-	$(BIN)/python tests/fuzz
+	$(BIN)/python tests/fuzz $(FUZZ_ARGS)
 
 site: env
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'

@@ -225,7 +225,8 @@ def check_resize(size: tuple[int, int], *, shortest: int, longest: int, advice: 
         DataError: the image is too long and narrow.
     """
     short, long = sorted(size)
-    if short * min(shortest / short, longest / long) < 1:
+    scale = min(shortest / short, longest / long)
+    if short * scale < 1 or long * scale < 2:  # torch cannot resize to a single pixel
         raise DataError(
             f"an image of {size[1]} x {size[0]} pixels is too long and narrow: with a long side of {longest} pixels, "
             f"its short side has less than one; {advice}"

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+import toy
+from torch import nn
 
-from gdetkd_cli.assembly import resolve_runtime
+from gdetkd_cli.assembly import apply_runtime, build_detector, resolve_runtime
 from gdetkd_cli.errors import ModelError
-from gdetkd_cli.recipe.schema import Runtime
+from gdetkd_cli.recipe.schema import ComposedDetector, Runtime
 
 
 def _runtime(**fields: object) -> Runtime:
@@ -49,3 +51,14 @@ def test_what_a_machine_has_not_is_refused(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ModelError, match=sentence):
         resolve_runtime(_runtime(**fields))
+
+
+@pytest.mark.parametrize(("width", "last"), [(8, False), (16, True)])
+def test_slim_networks_keep_the_usual_memory_format_on_a_cpu(width: int, last: bool) -> None:
+    """oneDNN would write outside its memory in their backward."""
+    student = build_detector(ComposedDetector.model_validate(toy.detector("fcos", width)), ("a",), seed=0).detector
+    settings = resolve_runtime(_runtime(device="cpu", channels_last=True))
+    apply_runtime(settings, toy.recipe(), student, None, torch.device("cpu"))
+    weights = [part.weight for part in student.module.modules() if isinstance(part, nn.Conv2d)]
+    square = next(weight for weight in weights if weight.shape[-1] == 3 and weight.shape[1] > 3)
+    assert square.is_contiguous(memory_format=torch.channels_last) == last

@@ -8,6 +8,7 @@ from torch import Tensor
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 from gdetkd_cli.data.transforms import Augmentation, build_augmentation
+from gdetkd_cli.errors import DataError
 
 BOXES = torch.tensor([[2.0, 1.0, 6.0, 5.0], [10.0, 2.0, 20.0, 10.0]])
 LABELS = torch.tensor([3, 1])
@@ -113,3 +114,10 @@ def test_no_boxes() -> None:
     _, boxes, labels = augment(flip=1.0, multi_scale=[20])(noise(), BOXES[:0], LABELS[:0])
 
     assert (boxes.shape, labels.shape) == ((0, 4), (0,))
+
+
+@pytest.mark.parametrize("size", [(8, 10_000), (10_000, 8), (2, 2)])
+def test_an_image_of_which_nothing_would_be_left_is_refused(size: tuple[int, int]) -> None:
+    change = augment(multi_scale=[1, 800], max_size=1000)
+    with pytest.raises(DataError, match=rf"an image of {size[1]} x {size[0]} pixels is too long and narrow"):
+        change(torch.zeros(3, *size, dtype=torch.uint8), BOXES, LABELS)
