@@ -53,6 +53,10 @@ class MemoryLimitError(GDetKDError):
     exit_code = 2
 
 
+class LoaderError(GDetKDError):
+    """A data loader process ended before its work was done."""
+
+
 class StoppedError(KeyboardInterrupt):
     """A signal stopped the command. Not an ``Exception``, so that no handler of errors continues after it.
 

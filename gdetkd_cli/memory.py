@@ -29,13 +29,8 @@ def check_memory(asker: str, size: int) -> None:
 
 
 def describe_exhaustion(error: BaseException) -> str | None:
-    """Returns one sentence if memory ran out or the system ended a loader process, else None."""
+    """Returns one sentence if memory ran out, else None."""
     text = str(error)
-    if isinstance(error, RuntimeError) and "DataLoader worker" in text:
-        return (
-            f"a data loader process was ended from outside ({text.splitlines()[0]}); the system does so if memory runs "
-            "out: lower runtime.workers, runtime.cache_mb or train.batch_size, then run the command again"
-        )
     allocation = "can't allocate memory" in text or "out of memory" in text
     if not isinstance(error, MemoryError) and not (isinstance(error, RuntimeError) and allocation):
         return None

@@ -7,6 +7,7 @@ processes, or on other random numbers.
 from __future__ import annotations
 
 import signal
+import threading
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
 
@@ -16,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from gdetkd_cli.data.bad_images import BadImageError
 from gdetkd_cli.data.dataset import DetectionDataset, Example, Key, mix_seed
 from gdetkd_cli.data.split import Split
-from gdetkd_cli.errors import DataError
+from gdetkd_cli.errors import DataError, LoaderError, get_first_line
 from gdetkd_cli.structures import Batch
 
 
@@ -159,7 +160,7 @@ def _load(
         worker_init_fn=_ignore_stop_signals,
         generator=torch.Generator(),  # the loader draws its processes' seed here instead of from the main generator
     )
-    for loaded in loader:
+    for loaded in _read_on(loader):
         if isinstance(loaded, DataError):
             raise loaded
         batch, bad = loaded
@@ -170,6 +171,28 @@ def _load(
             yield batch
         elif replace:
             raise DataError(f"no image of {dataset.split.name} can be read; give other data")
+
+
+def _read_on(loader: DataLoader[_Loaded]) -> Iterator[_Loaded]:
+    """Yields what the loader yields, and names a process of it that ended.
+
+    Raises:
+        LoaderError: the system or the user ended a loader process.
+    """
+    child_ended = getattr(signal, "SIGCHLD", None)
+    before = None if child_ended is None else signal.getsignal(child_ended)
+    found = iter(loader)
+    if child_ended is not None and threading.current_thread() is threading.main_thread():
+        signal.signal(child_ended, before)  # torch's own handler raises in the middle of any other work
+    try:
+        yield from found
+    except (RuntimeError, ConnectionError, EOFError) as error:
+        if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
+            raise
+        raise LoaderError(
+            f"a data loader process was ended from outside ({get_first_line(error)}); the system does so if memory "
+            "runs out: lower runtime.workers, runtime.cache_mb or train.batch_size, then run the command again"
+        ) from error
 
 
 def _ignore_stop_signals(worker: int) -> None:

@@ -6,9 +6,10 @@ because a number beyond these bounds is a slip, and would end in a full memory o
 
 from __future__ import annotations
 
-from typing import Annotated
+import math
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 MOST = 10**9  # steps, images, and the size of a float
 
@@ -22,6 +23,20 @@ Real = Annotated[float, Field(strict=True, ge=-MOST, le=MOST)]
 NotNegative = Annotated[float, Field(strict=True, ge=0, le=MOST)]
 Positive = Annotated[float, Field(strict=True, gt=0, le=MOST)]
 Fraction = Annotated[float, Field(strict=True, ge=0.0, le=1.0)]
+
+
+def _check_plain(value: Any) -> Any:
+    """Rejects what YAML would not give back: NaN, infinity, and names that are no strings."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"input should be plain values and finite numbers, got {value}")
+    if isinstance(value, dict) and not all(isinstance(key, str) for key in value):
+        raise ValueError(f"input should be a mapping whose names are strings, got {list(value)[:5]}")
+    for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        _check_plain(inner)
+    return value
+
+
+Arguments = Annotated[dict[str, Any], AfterValidator(_check_plain)]
 
 
 class Strict(BaseModel):

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from gdetkd_cli.recipe.base import (
+    Arguments,
     Channels,
     Count,
     Flag,
@@ -196,9 +197,7 @@ class TorchvisionDetector(Strict):
 
     arch: Literal["torchvision"]
     name: str = Field(description="name of the torchvision function, for example fasterrcnn_resnet50_fpn")
-    arguments: dict[str, Any] = Field(
-        default_factory=dict, description="keyword arguments for the torchvision function"
-    )
+    arguments: Arguments = Field(default_factory=dict, description="keyword arguments for the torchvision function")
     norm: Norm = "auto"
     weights: str | None = Field(None, description="weights file or torchvision weights name; null: fresh weights")
     backbone_weights: BackboneWeights = None
@@ -226,7 +225,7 @@ class ComposedDetector(Strict):
     image_size: tuple[Pixels, Pixels] = Field(
         (800, 1333), description="short side and maximum long side in pixels to which the detector resizes images"
     )
-    arguments: dict[str, Any] = Field(default_factory=dict, description="keyword arguments for the torchvision class")
+    arguments: Arguments = Field(default_factory=dict, description="keyword arguments for the torchvision class")
     norm: Norm = "auto"
     weights: str | None = Field(None, description="weights file; null: fresh weights")
     backbone_weights: BackboneWeights = None
@@ -294,7 +293,7 @@ class FactoryDetector(Strict):
 
     arch: Literal["factory"]
     factory: str = Field(description="package.module:function that returns a torch.nn.Module")
-    arguments: dict[str, Any] = Field(default_factory=dict, description="keyword arguments for the function")
+    arguments: Arguments = Field(default_factory=dict, description="keyword arguments for the function")
     weights: str | None = Field(None, description="weights file; null: the function loads its own weights")
     input: ModelInput = ModelInput()
     levels: Levels = None

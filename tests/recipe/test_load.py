@@ -69,6 +69,41 @@ def test_reads_a_file_with_defaults(recipe: Path) -> None:
     assert (read.name, read.train.steps, read.train.batch_size) == ("tiny", 10, 8)
 
 
+@pytest.mark.parametrize("text", ["{a: .nan}", "{a: [1, {b: -.inf}]}", "{a: {1: 2}}"])
+def test_arguments_that_would_not_be_read_back_are_refused(recipe: Path, text: str) -> None:
+    assert f"--set student.arguments={text}: student.arguments: input should be" in refusal(
+        recipe, f"student.arguments={text}"
+    )
+
+
+@pytest.mark.parametrize("text", ["yes", "010", "1:30", ".inf", ".nan", "'12'", "1e400", "1000000000000", "-1"])
+def test_what_is_no_usable_number_is_refused(recipe: Path, text: str) -> None:
+    for field in ("train.steps", "train.optimizer.lr", "student.pyramid_channels"):
+        assert f"--set {field}={text}: {field}: input should be" in refusal(recipe, f"{field}={text}")
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("[" * 2000, "nested more than 30 levels deep"),
+        ("&a [*a]", "a block contains itself through its anchor"),
+        (
+            "{a: &a [1, 1, 1, 1, 1, 1, 1, 1, 1, 1], "
+            + ", ".join(
+                f"{name}: &{name} [{', '.join([f'*{before}'] * 10)}]"
+                for before, name in zip("abcd", "bcde", strict=True)
+            )
+            + "}",
+            "more than 10000 values, with every alias written out",
+        ),
+        ("!!bool maybe", "'maybe' is not true or false"),
+    ],
+    ids=["deep", "recursive", "exploding", "tag"],
+)
+def test_yaml_without_end_is_refused(recipe: Path, text: str, reason: str) -> None:
+    assert refusal(recipe, f"student.arguments={text}").endswith(f"the value is not valid YAML: {reason}")
+
+
 @pytest.mark.parametrize("text", ["3e-4", "3E-4", "3.0e-4", ".3e-3", "0.0003"])
 def test_reads_every_spelling_of_a_number(recipe: Path, text: str) -> None:
     assert load_recipe(recipe, [f"train.optimizer.lr={text}"]).train.optimizer.lr == pytest.approx(3e-4)
