@@ -41,16 +41,18 @@ def init_recipe(
     """Write a commented recipe for you to edit."""
     from gdetkd_cli.files import write_text
     from gdetkd_cli.recipe.starter import format_starter
+    from gdetkd_cli.text import show_hidden
 
+    shown = show_hidden(str(path))
     if path.exists():
         raise options.UsageError(f"{path} already exists; choose another file: gdetkd recipe init PATH")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, format_starter(str(path)))
+        write_text(path, format_starter(shown))
     except OSError as error:
         raise options.UsageError(f"cannot write {path}: {error.strerror}") from error
-    typer.echo(path)
-    typer.echo(f"Edit this file, then check it with: gdetkd recipe validate {path}", err=True)
+    typer.echo(shown)
+    typer.echo(f"Edit this file, then check it with: gdetkd recipe validate {shown}", err=True)
 
 
 @app.command("validate")

@@ -96,7 +96,8 @@ def run_wrong_student(rng: random.Random, folder: Path, students: list[dict[str,
         weights = content["model"]
         name = rng.choice(list(weights))
         value = weights.pop(name)
-        wrong = (None, *_TENSORS, "x", 1, value.flatten()[:1].repeat(2, 3))
+        others = (tensor for tensor in (*_TENSORS, value.flatten()[:1].repeat(2, 3)) if tensor.shape != value.shape)
+        wrong = (None, "x", 1, *others)
         if rng.random() < 0.7:
             weights[name] = rng.choice(wrong)
         elif rng.random() < 0.5:
