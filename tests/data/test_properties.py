@@ -7,15 +7,19 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from pycocotools import mask as masks
 
 from gdetkd_cli.data.readers.coco import build_split_from_tables, read_coco
+from gdetkd_cli.data.readers.run_lengths import is_mask
 from gdetkd_cli.data.transforms import build_augmentation
 from gdetkd_cli.errors import DataError
+from gdetkd_cli.probing.inputs import ModelInput
 from gdetkd_cli.structures import Frame
 
 WIDTH, HEIGHT = 24, 16
@@ -123,3 +127,45 @@ def test_a_frame_converts_there_and_back(
     frame = Frame(scale=torch.tensor([scale]), shift=torch.tensor([shift]), size=(64, 64))
     boxes, index = torch.tensor([box]), torch.tensor([0])
     assert torch.allclose(frame.to_image(frame.to_model(boxes, index), index), boxes, atol=0.02)
+
+
+@given(data=st.data())
+def test_run_lengths_cover_the_image_or_are_refused(data: st.DataObject) -> None:
+    height, width = data.draw(st.integers(1, 12)), data.draw(st.integers(1, 12))
+    pixels = data.draw(st.lists(st.booleans(), min_size=height * width, max_size=height * width))
+    mask = np.asfortranarray(np.array(pixels, dtype=np.uint8).reshape(height, width))
+    counts = masks.encode(mask)["counts"].decode()
+    assert is_mask({"size": [height, width], "counts": counts}, (height, width))
+    assert not is_mask({"size": [height, width + 1], "counts": counts}, (height, width + 1))
+    assert not is_mask({"size": [height, width], "counts": counts + "1"}, (height, width))
+    broken = data.draw(st.text(max_size=12) | st.lists(st.integers(-3, 200), max_size=6))
+    whole = isinstance(broken, list) and sum(broken) == height * width and min(broken, default=0) >= 0
+    if isinstance(broken, list):
+        assert is_mask({"size": [height, width], "counts": broken}, (height, width)) == whole
+
+
+@given(
+    height=st.integers(1, 300),
+    width=st.integers(1, 300),
+    scales=st.lists(st.integers(1, 200), min_size=1, max_size=3),
+    limit=st.integers(1, 400),
+)
+def test_multi_scale_keeps_pixels_or_refuses(height: int, width: int, scales: list[int], limit: int) -> None:
+    change = build_augmentation(flip=0.5, photometric=False, multi_scale=scales, max_size=limit)
+    boxes = torch.tensor([[0.0, 0, width, height]])
+    try:
+        image, found, labels = change(torch.zeros(3, height, width, dtype=torch.uint8), boxes, torch.ones(1))
+    except DataError:
+        assert max(height, width) > limit * min(height, width) or min(limit, *scales) == 1
+        return
+    assert min(image.shape) >= 1
+    assert len(found) == len(labels)
+    assert (found <= torch.tensor([image.shape[2], image.shape[1]] * 2)).all()
+
+
+@given(sides=st.tuples(*[st.integers(1, 3000)] * 4))
+def test_boxes_return_from_a_fitted_image(sides: tuple[int, int, int, int]) -> None:
+    size, fit = sides[:2], sides[2:]
+    back = ModelInput(fit=fit).to_image(torch.tensor([[0.0, 0, *fit[::-1]]]), size)
+    assert (back >= 0).all()
+    assert (back <= torch.tensor([size[1], size[0]] * 2)).all()

@@ -10,7 +10,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gdetkd_cli.errors import GDetKDError
+from gdetkd_cli.errors import GDetKDError, RecipeError
 from gdetkd_cli.recipe.builtin import list_builtin
 from gdetkd_cli.recipe.load import dump_recipe, load_recipe
 
@@ -96,3 +96,13 @@ def test_valid_numbers_are_kept_exactly(file: Path, steps: int, batch: int, rate
         rate,
         seed,
     )
+
+
+@given(number=st.integers() | st.floats())
+def test_a_number_is_taken_as_it_is_or_refused(number: float) -> None:
+    change = f"train.clip_norm={yaml.safe_dump(number).split()[0]}"
+    if 0 < number <= 10**9:
+        assert load_recipe("shapes/teacher", (change,)).train.clip_norm == number
+    else:
+        with pytest.raises(RecipeError, match=r"train\.clip_norm: input should be"):
+            load_recipe("shapes/teacher", (change,))
