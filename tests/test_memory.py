@@ -11,15 +11,16 @@ from typing import Any
 import pytest
 import torch
 
+from gdetkd_cli.assembly.data import build_batches
 from gdetkd_cli.cli.app import describe_error
-from gdetkd_cli.data.dataset import DetectionDataset
-from gdetkd_cli.data.loader import load_training_batches
 from gdetkd_cli.data.synthetic import draw_split
 from gdetkd_cli.detectors import catalog
+from gdetkd_cli.engine.device import ComputeSettings
 from gdetkd_cli.errors import MemoryLimitError
 from gdetkd_cli.memory import check_memory
 from gdetkd_cli.methods.queue import RegionQueue
 from gdetkd_cli.probing.pyramid import probe_image
+from gdetkd_cli.recipe.load import load_recipe
 
 
 @pytest.fixture
@@ -28,9 +29,10 @@ def free(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=10**9))
 
 
-def _dataset() -> DetectionDataset:
+def _build_batches(*changes: str) -> None:
     split = draw_split(split="train", images=8, size=64, seed=0)
-    return DetectionDataset(split=split, augmentation=None, seed=0, cache_mb=0)
+    settings = ComputeSettings(device="cpu", precision="fp32", channels_last=False, compile=False, threads=1, workers=0)
+    build_batches(load_recipe("shapes/teacher", changes), split, settings, rank=0, world_size=1)
 
 
 @pytest.mark.usefixtures("free")
@@ -50,8 +52,8 @@ def test_the_boundary_is_what_is_free() -> None:
         ),
         (lambda: RegionQueue(size=10**8, channels=1024), "distill.ckd.queue: 100000000 embeddings of 1024 channels"),
         (
-            lambda: load_training_batches(dataset=_dataset(), batch_size=10**5, steps=1, seed=0),
-            "train.batch_size: 100000 images of up to 64 x 64 pixels",
+            lambda: _build_batches("train.batch_size=100000"),
+            "train.batch_size: 100000 images of 4,096 pixels on average",
         ),
         (lambda: probe_image((9999, 9999)), r"an image of 9999 x 9999 pixels \(height x width\)"),
     ],
