@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from gdetkd_cli.assembly.warnings import warn_about_weights
-from gdetkd_cli.detectors import catalog
+from gdetkd_cli.detectors import catalog, transformers
 from gdetkd_cli.detectors.probed import ProbedDetector
 from gdetkd_cli.detectors.protocol import Detector
 from gdetkd_cli.detectors.scripted import NotRebuiltError, load_scripted
@@ -30,11 +30,17 @@ from gdetkd_cli.probing.formats.files import Kind, detect_kind, open_runner
 from gdetkd_cli.probing.formats.runner import Runner
 from gdetkd_cli.probing.inputs import ModelInput
 from gdetkd_cli.recipe import schema
-from gdetkd_cli.recipe.schema import CheckpointDetector, ComposedDetector, FactoryDetector, TorchvisionDetector
+from gdetkd_cli.recipe.schema import (
+    CheckpointDetector,
+    ComposedDetector,
+    FactoryDetector,
+    TorchvisionDetector,
+    TransformersDetector,
+)
 
 _KINDS = {"torchscript": "TorchScript", "exported": "an exported program", "onnx": "ONNX"}
 
-DetectorSpec = TorchvisionDetector | ComposedDetector | CheckpointDetector | FactoryDetector
+DetectorSpec = TorchvisionDetector | ComposedDetector | CheckpointDetector | FactoryDetector | TransformersDetector
 
 
 @dataclass(frozen=True)
@@ -69,6 +75,8 @@ def build_detector(
         built = _build_from_file(spec, class_names, seed, keep_classes=keep_classes)
     elif isinstance(spec, FactoryDetector):
         built = _build_custom(spec, class_names, seed)
+    elif isinstance(spec, TransformersDetector):
+        built = _build_transformers(spec, class_names, seed, keep_classes=keep_classes)
     else:
         built = _build_named(spec, class_names, seed, keep_classes=keep_classes)
     return replace(built, notes=(*built.notes, *warn_about_weights(built.detector)))
@@ -125,6 +133,22 @@ def _build_from_file(
     refitted = catalog.build(loaded.description, class_names)
     refits = load_state(refitted.module, loaded.detector.module.state_dict(), spec.path)
     return BuiltDetector(refitted, loaded.description, (*loaded.notes, *refits))
+
+
+def _build_transformers(
+    spec: TransformersDetector, class_names: tuple[str, ...], seed: int, *, keep_classes: bool
+) -> BuiltDetector:
+    """Builds a detector of transformers, from a configuration or with the weights of a folder or of the hub."""
+    torch.manual_seed(seed)
+    if spec.config is not None:
+        description = transformers.describe_fresh(spec.config, spec.image_size)
+        return BuiltDetector(catalog.build(description, class_names), description, ())
+    assert spec.model is not None
+    detector, description, trained = transformers.load_pretrained(
+        spec.model, class_names, keep_classes=keep_classes, image_size=spec.image_size
+    )
+    notes = () if trained else (f"{spec.model}: the class layer starts fresh for the data's classes",)
+    return BuiltDetector(detector, description, notes, trained_head=trained)
 
 
 def _build_custom(spec: FactoryDetector, class_names: tuple[str, ...], seed: int) -> BuiltDetector:
@@ -229,6 +253,8 @@ def format_title(spec: DetectorSpec) -> str:
             return spec.path
         case FactoryDetector():
             return spec.factory
+        case TransformersDetector():
+            return spec.model or str((spec.config or {}).get("model_type"))
         case _:
             assert_never(spec)
 

@@ -18,7 +18,7 @@ from gdetkd_cli.assembly.labels import write_labels
 from gdetkd_cli.commands.target import Target, open_checkpoint, open_folder, read_own_recipe
 from gdetkd_cli.data.loader import load_validation_batches
 from gdetkd_cli.data.split import Split
-from gdetkd_cli.detectors import catalog
+from gdetkd_cli.detectors import catalog, transformers
 from gdetkd_cli.detectors.protocol import Detector
 from gdetkd_cli.engine import run_folder
 from gdetkd_cli.engine.checkpoints import Checkpoint
@@ -32,9 +32,9 @@ from gdetkd_cli.errors import DiskError, RecipeError
 from gdetkd_cli.evaluation.coco_metrics import CocoMetrics, evaluate_coco
 from gdetkd_cli.evaluation.predict import gather_predictions, list_predicted, predict_split
 from gdetkd_cli.files import write_text
-from gdetkd_cli.recipe.checks import remove_teacher, require_distillation, require_trained_teacher
+from gdetkd_cli.recipe.checks import has_weights, remove_teacher, require_distillation, require_trained_teacher
 from gdetkd_cli.recipe.load import dump_recipe, load_recipe
-from gdetkd_cli.recipe.schema import CheckpointDetector, Recipe
+from gdetkd_cli.recipe.schema import Recipe
 from gdetkd_cli.report.images import draw_predictions
 from gdetkd_cli.report.pyramid import describe_pyramid
 
@@ -86,7 +86,7 @@ def run_train(
     spec = recipe.student if detector == "student" else recipe.teacher
     if spec is None:
         raise RecipeError(f"the recipe {recipe.name!r} has no {detector}; add a `{detector}:` block")
-    if detector == "teacher" and (isinstance(spec, CheckpointDetector) or spec.weights is not None):
+    if detector == "teacher" and has_weights(spec):
         observer(Note("the teacher has weights; training continues from them"))
     return _run(remove_teacher(recipe, student=spec), Target(output, requeue=requeue), observer)
 
@@ -307,9 +307,16 @@ def _copy_portable(folder: Path) -> None:
 
 
 def _write_student(path: Path, folder: RunFolder, setup: assembly.TrainingSetup) -> None:
-    catalog.save(path, setup.student.detector, setup.student.description)
-    if setup.student.description.get("kind") != "factory":  # the user's own code rebuilds a factory's detector
-        _copy_portable(folder.student_code)
+    detector, description = setup.student.detector, setup.student.description
+    catalog.save(path, detector, description)
+    match description["kind"]:
+        case "factory":  # the user's own code rebuilds it
+            pass
+        case "transformers":
+            if path == folder.student:
+                transformers.save_pretrained(detector, description, folder.pretrained)
+        case _:
+            _copy_portable(folder.student_code)
 
 
 def _write_results(folder: RunFolder, setup: assembly.TrainingSetup, result: TrainResult) -> None:

@@ -24,6 +24,7 @@ from gdetkd_cli.recipe.schema import (
     Recipe,
     SyntheticData,
     TorchvisionDetector,
+    TransformersDetector,
     VocData,
 )
 from gdetkd_cli.structures import Detections
@@ -143,6 +144,8 @@ def _read_run_recipe(spec: Detector) -> Recipe | None:
             path = catalog.locate(spec.path)
         case ComposedDetector() | TorchvisionDetector() | FactoryDetector():
             path = Path(spec.weights or "")
+        case TransformersDetector():
+            path = Path(spec.model or "", "config.json")
     beside = path.parent / "recipe.yaml"
     return load_recipe(beside) if path.is_file() and beside.exists() else None
 

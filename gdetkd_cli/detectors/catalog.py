@@ -15,6 +15,7 @@ from torchvision.models.detection.retinanet import RetinaNet
 from torchvision.models.detection.ssd import SSD
 
 from gdetkd_cli import portable
+from gdetkd_cli.detectors import transformers
 from gdetkd_cli.detectors.factory import make
 from gdetkd_cli.detectors.protocol import Detector
 from gdetkd_cli.detectors.recognise import recognise
@@ -65,6 +66,8 @@ def build(description: dict[str, Any], class_names: Sequence[str]) -> Detector:
     check_description(description)
     if description["kind"] == "factory":
         return _build_custom(description, tuple(class_names))
+    if description["kind"] == "transformers":
+        return transformers.build(description, tuple(class_names))
     try:
         _check_memory(description, len(class_names))
         module = portable.build(description, len(class_names))

@@ -82,7 +82,7 @@ class ProbedDetector(Detector):
         return self._runner.list_bad_weights()
 
     @property
-    def finding(self) -> Finding:
+    def finding(self) -> Finding | None:
         probed, form = self.probed, self.probed.detections
         return Finding(self.kind, probed.call.name, form.name if form else None, probed.reason, probed.confidence)
 

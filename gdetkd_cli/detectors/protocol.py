@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from gdetkd_cli.probing.formats.runner import list_not_finite
 from gdetkd_cli.structures import Batch, Detections, LevelSpec, Pyramid, Regions
 
-Family = Literal["two-stage", "dense", "unknown"]
+Family = Literal["two-stage", "dense", "query", "unknown"]
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ class Detector(Protocol):
 
     Attributes:
         module: the network; only this is trained, saved and exported.
-        family: ``two-stage``, ``dense``, or ``unknown`` if only features can be read.
+        family: ``two-stage``, ``dense``, ``query`` (DETR-like), or ``unknown`` if only features can be read.
         class_names: K names; label k is ``class_names[k - 1]``.
     """
 

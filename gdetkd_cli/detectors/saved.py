@@ -48,6 +48,11 @@ class _Factory(_Block):
     levels: list[str] | tuple[str, ...] | None = None
 
 
+class _Transformers(_Block):
+    config: _Arguments
+    preprocessor: _Arguments
+
+
 class SavedStudent(_Block):
     """The content of a ``student.pt``.
 
@@ -64,7 +69,12 @@ class SavedStudent(_Block):
     model: dict[str, Any]
 
 
-_KINDS: dict[str, type[_Block]] = {"torchvision": _Torchvision, "composed": _Composed, "factory": _Factory}
+_KINDS: dict[str, type[_Block]] = {
+    "torchvision": _Torchvision,
+    "composed": _Composed,
+    "factory": _Factory,
+    "transformers": _Transformers,
+}
 
 
 def read_saved(content: dict[Any, Any], source: str) -> SavedStudent:

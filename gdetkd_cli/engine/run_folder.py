@@ -31,6 +31,7 @@ class RunFolder:
     best.pt            the student at its best evaluation, if there were evaluations before the end
     student.pt         the trained student alone
     student/           code that rebuilds it without this package
+    pretrained/        a student of transformers, as its ``from_pretrained`` loads it, instead of ``student/``
     metrics.json       the last evaluation
     images/            validation images with predicted boxes
     bad_images.txt     images that could not be read and were left out, if there are any
@@ -47,6 +48,7 @@ class RunFolder:
         self.best = path / "best.pt"
         self.student = path / "student.pt"
         self.student_code = path / "student"
+        self.pretrained = path / "pretrained"
         self.metrics = path / "metrics.json"
         self.images = path / "images"
         self.bad_images = path / "bad_images.txt"

@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 from gdetkd_cli.errors import RecipeError
-from gdetkd_cli.recipe.schema import ComposedDetector, DistillationRecipe, Recipe, TorchvisionDetector
+from gdetkd_cli.recipe.schema import (
+    CheckpointDetector,
+    Detector,
+    DistillationRecipe,
+    FactoryDetector,
+    Recipe,
+    TransformersDetector,
+)
 
 
 def narrow_recipe(recipe: Recipe) -> Recipe:
@@ -35,10 +42,21 @@ def require_distillation(recipe: Recipe) -> DistillationRecipe:
     return typed
 
 
+def has_weights(spec: Detector) -> bool:
+    """Whether the recipe gives a detector trained weights."""
+    match spec:
+        case CheckpointDetector():
+            return True
+        case TransformersDetector():
+            return spec.model is not None
+        case _:
+            return spec.weights is not None
+
+
 def describe_untrained_teacher(recipe: Recipe) -> str | None:
     """Returns advice if the teacher has fresh weights, else None."""
     spec = recipe.teacher
-    if not isinstance(spec, TorchvisionDetector | ComposedDetector) or spec.weights is not None:
+    if spec is None or isinstance(spec, FactoryDetector) or has_weights(spec):  # a factory may load its own weights
         return None
     return (
         f"the teacher of the recipe {recipe.name!r} has no trained weights; train it with `gdetkd train --recipe "

@@ -299,8 +299,32 @@ class FactoryDetector(Strict):
     levels: Levels = None
 
 
+class TransformersDetector(Strict):
+    """A DETR-like detector of Hugging Face transformers; needs ``pip install 'gdetkd[transformers]'``."""
+
+    arch: Literal["transformers"]
+    model: str | None = Field(
+        None, description="folder with config.json and safetensors, or a name on the Hugging Face hub to download"
+    )
+    config: Arguments | None = Field(
+        None, description="configuration of a model with fresh weights, as in its config.json, with model_type"
+    )
+    image_size: tuple[Pixels, Pixels] | None = Field(
+        None,
+        description="height and width in pixels to which images are resized; default: as the model was trained, or "
+        "640 x 640 for a config",
+    )
+
+    @model_validator(mode="after")
+    def _check_source(self) -> TransformersDetector:
+        if (self.model is None) == (self.config is None):
+            raise ValueError("expected either `model`, a folder or a name on the hub, or `config`, for fresh weights")
+        return self
+
+
 Detector = Annotated[
-    TorchvisionDetector | ComposedDetector | CheckpointDetector | FactoryDetector, Field(discriminator="arch")
+    TorchvisionDetector | ComposedDetector | CheckpointDetector | FactoryDetector | TransformersDetector,
+    Field(discriminator="arch"),
 ]
 
 

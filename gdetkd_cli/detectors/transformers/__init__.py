@@ -1,0 +1,5 @@
+"""DETR-like detectors of Hugging Face transformers, an optional dependency."""
+
+from gdetkd_cli.detectors.transformers.build import build, describe_fresh, load_pretrained, save_pretrained
+
+__all__ = ["build", "describe_fresh", "load_pretrained", "save_pretrained"]

@@ -1,0 +1,230 @@
+"""Builds detectors of transformers from a configuration, a folder or the hub, and writes them as transformers does.
+
+Descriptions may come from a stranger's ``student.pt``. They are data: a configuration of a model in transformers
+itself, without code, names of other files, or downloads.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from gdetkd_cli.detectors.protocol import Detector
+from gdetkd_cli.detectors.transformers.detector import QueryDetector
+from gdetkd_cli.detectors.transformers.model import QueryModel
+from gdetkd_cli.detectors.transformers.preparation import Preparation
+from gdetkd_cli.errors import ModelError, NoPyramidError, get_first_line
+
+# transformers loads code or kernels by these fields, or files by name; what they name is unknown here.
+_LEFT_OUT = re.compile(
+    r"auto_map|custom_pipelines|quantization_config|_?attn_implementation\w*|_?experts_implementation\w*|use_kernels"
+    r"|_name_or_path|transformers_version|architectures|dtype|torch_dtype|id2label|label2id|use_pretrained_backbone"
+)
+_PREPARATION_FIELDS = (
+    *("do_resize", "size", "resample", "do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std"),
+    "max_size",
+)
+_ERRORS = (ValueError, TypeError, KeyError, AttributeError, RuntimeError, OSError, ImportError, IndexError)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silences transformers' progress bars and warnings; what a user must know is in our own notes."""
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            yield
+    finally:
+        logging.set_verbosity(level)
+        logging.enable_progress_bar()
+
+
+def require_transformers() -> None:
+    """Raises a ModelError if transformers cannot be imported."""
+    try:
+        import scipy  # noqa: F401  # the matching in all losses
+        import transformers  # noqa: F401
+    except ImportError as error:
+        raise ModelError(
+            f"arch: transformers needs the package {error.name}; install it with: pip install 'gdetkd[transformers]'"
+        ) from error
+
+
+def describe_fresh(config: Mapping[str, Any], image_size: tuple[int, int] | None) -> dict[str, Any]:
+    """Describes a detector with fresh weights.
+
+    Args:
+        config: of transformers, with its ``model_type``.
+        image_size: (height, width) pixels to which images are resized; None: 640 x 640.
+    """
+    height, width = image_size or (640, 640)
+    return {
+        "kind": "transformers",
+        "config": dict(config),
+        "preprocessor": {"size": {"height": height, "width": width}, "do_normalize": True},
+    }
+
+
+def build(description: Mapping[str, Any], class_names: Sequence[str]) -> QueryDetector:
+    """Builds the detector of a description with fresh weights.
+
+    Raises:
+        ModelError: the configuration is not one of transformers' detectors, or cannot be built.
+        NoPyramidError: it has no feature maps.
+    """
+    require_transformers()
+    from transformers import AutoModelForObjectDetection
+
+    config = _read_config(description["config"], class_names)
+    with _quiet():
+        try:
+            model = AutoModelForObjectDetection.from_config(config)
+        except _ERRORS as error:
+            raise ModelError(f"transformers cannot build {config.model_type}: {get_first_line(error)}") from error
+    return _wrap(model, description["preprocessor"], class_names)
+
+
+def load_pretrained(
+    source: str, class_names: Sequence[str], *, keep_classes: bool, image_size: tuple[int, int] | None
+) -> tuple[QueryDetector, dict[str, Any], bool]:
+    """Loads a folder of ``save_pretrained``, or downloads a model of the hub by its name.
+
+    Args:
+        source: the folder, or a name such as ``PekingU/rtdetr_r18vd``.
+        class_names: the data's K names.
+        keep_classes: keep the model's own classes; else a class layer for other classes starts fresh.
+        image_size: (height, width) pixels instead of the model's own size.
+
+    Returns:
+        The detector, its description, and whether its class layer is the trained one.
+
+    Raises:
+        ModelError: it is missing, is no detector, or holds weights that only pickle could read.
+    """
+    require_transformers()
+    from transformers import AutoConfig, AutoModelForObjectDetection
+
+    folder = Path(source)
+    if not folder.is_dir() and not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
+        raise ModelError(
+            f"there is no folder {source}; give one with config.json and model.safetensors, or a name on the hub such "
+            "as PekingU/rtdetr_r18vd"
+        )
+    options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": folder.is_dir()}
+    with _quiet():
+        try:
+            config = AutoConfig.from_pretrained(source, **options)
+            own = tuple(str(config.id2label[i]) for i in range(config.num_labels))
+            names = own if keep_classes or own == tuple(class_names) else tuple(class_names)
+            _name_classes(config, names)
+            model = AutoModelForObjectDetection.from_pretrained(
+                source, config=config, use_safetensors=True, ignore_mismatched_sizes=names != own, **options
+            )
+            preprocessor = _read_preprocessor(source, options)
+        except _ERRORS as error:
+            where = "" if folder.is_dir() else "; a name on the hub needs a network connection, a folder does not"
+            raise ModelError(f"transformers cannot load {source}: {get_first_line(error)}{where}") from error
+    if image_size is not None:
+        preprocessor["size"] = {"height": image_size[0], "width": image_size[1]}
+    description = {"kind": "transformers", "config": _to_plain(config), "preprocessor": preprocessor}
+    return _wrap(model.float(), preprocessor, names), description, names == own
+
+
+def save_pretrained(detector: Detector, description: Mapping[str, Any], folder: Path) -> None:
+    """Writes a folder that ``AutoModelForObjectDetection.from_pretrained`` loads without this package."""
+    assert isinstance(detector, QueryDetector), "a detector of transformers"
+    model = detector.module.model
+    softmax = detector.exclusive_classes
+    preprocessor = {
+        **description["preprocessor"],
+        # The processor whose post-processing reads these outputs.
+        "image_processor_type": "DetrImageProcessor" if softmax else "RTDetrImageProcessor",
+        "do_pad": "shortest_edge" in description["preprocessor"].get("size", {}),
+    }
+    fresh = folder.with_name(f"{folder.name}.new")
+    shutil.rmtree(fresh, ignore_errors=True)
+    with _quiet():
+        model.save_pretrained(fresh)
+    (fresh / "preprocessor_config.json").write_text(json.dumps(preprocessor, indent=2))
+    shutil.rmtree(folder, ignore_errors=True)
+    fresh.rename(folder)
+
+
+def _wrap(model: Any, preprocessor: Mapping[str, Any], class_names: Sequence[str]) -> QueryDetector:
+    module = QueryModel(model, Preparation.read(preprocessor))
+    name = str(model.config.model_type)
+    fixed = getattr(model.config, "anchor_image_size", None) is not None
+    try:
+        return QueryDetector(module=module, source=name, class_names=tuple(class_names), fixed_size=fixed)
+    except NoPyramidError as error:
+        raise NoPyramidError(f"{name} has no feature maps to distil: {error}") from error
+
+
+def _read_config(fields: Mapping[str, Any], class_names: Sequence[str]) -> Any:
+    """Builds transformers' configuration object from plain values."""
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES as KNOWN
+
+    kind = fields.get("model_type")
+    if not isinstance(kind, str) or kind not in KNOWN:
+        raise ModelError(
+            f"unknown model_type {repr(kind)[:80]}; transformers' detectors are {', '.join(sorted(KNOWN))}"
+        )
+    plain = _filter(fields)
+    _check_backbone(plain)
+    plain.pop("model_type")
+    try:
+        config = AutoConfig.for_model(kind, **plain)
+    except _ERRORS as error:
+        raise ModelError(
+            f"transformers does not accept this configuration of {kind}: {get_first_line(error)}"
+        ) from error
+    _name_classes(config, class_names)
+    return config
+
+
+def _filter(value: Any) -> Any:
+    """The configuration without the fields that load code or files."""
+    if isinstance(value, Mapping):
+        return {key: _filter(item) for key, item in value.items() if not _LEFT_OUT.fullmatch(str(key))}
+    return [_filter(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _check_backbone(fields: Mapping[str, Any]) -> None:
+    """Refuses a body by name, which transformers would look up on the hub."""
+    name = fields.get("backbone")
+    if name is not None and (not fields.get("use_timm_backbone") or ":" in str(name) or "/" in str(name)):
+        raise ModelError(
+            f"the configuration names the backbone {repr(name)[:80]}, which would be downloaded; describe it with "
+            "backbone_config, for example {model_type: resnet, ...}"
+        )
+
+
+def _name_classes(config: Any, class_names: Sequence[str]) -> None:
+    config.id2label = dict(enumerate(class_names))
+    config.label2id = {name: i for i, name in enumerate(class_names)}
+
+
+def _to_plain(config: Any) -> dict[str, Any]:
+    """A configuration as plain JSON values without what ``_filter`` leaves out."""
+    plain: dict[str, Any] = _filter(json.loads(config.to_json_string(use_diff=False)))
+    return plain
+
+
+def _read_preprocessor(source: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a model's ``preprocessor_config.json`` that decide how images are prepared."""
+    from transformers import AutoImageProcessor
+
+    fields = AutoImageProcessor.from_pretrained(source, **options).to_dict()
+    plain = json.loads(json.dumps({name: fields[name] for name in _PREPARATION_FIELDS if name in fields}))
+    return dict(plain)

@@ -1,0 +1,189 @@
+"""DETR-like detectors of transformers as students and teachers: their queries are their regions.
+
+Shapes: N images, L levels, Q queries, R regions, K classes, D channels, P candidates; boxes xyxy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchvision.ops import box_iou
+
+from gdetkd_cli.detectors.probed import stack
+from gdetkd_cli.detectors.protocol import Candidates, Family, Observation, RegionView, View
+from gdetkd_cli.detectors.tap import Tap
+from gdetkd_cli.detectors.torchvision import common
+from gdetkd_cli.detectors.trainable import TrainableDetector
+from gdetkd_cli.detectors.transformers.model import QueryModel, convert_boxes
+from gdetkd_cli.host import copy_tensor
+from gdetkd_cli.probing.inputs import ModelInput
+from gdetkd_cli.probing.record import list_tensors
+from gdetkd_cli.structures import Batch, Detections, Frame, Pyramid, Regions
+
+_PROBE_SIZE = (352, 416)  # pixels; 11 x 13 cells at stride 32
+_MODEL = "model"  # the submodule of ``QueryModel`` that is transformers' own
+
+
+@dataclass(frozen=True)
+class QueryObservation(Observation):
+    """Adds what the decoder knows of each query.
+
+    Attributes:
+        boxes: (N, Q, 4) batch-image pixels, detached.
+        hidden: (N, Q, D), the decoder's last hidden states.
+        query: (P,) int64, the row of each candidate in the N x Q queries; None without candidates.
+    """
+
+    boxes: Tensor
+    hidden: Tensor
+    query: Tensor | None
+
+
+class QueryDetector(TrainableDetector):
+    """A detector that ``AutoModelForObjectDetection`` builds. Probing finds its pyramid.
+
+    A region's embedding is the last hidden state of the query that predicted its box, or whose box is nearest.
+
+    Attributes:
+        exclusive_classes: whether a query has one class or none (a softmax), not any number of them.
+    """
+
+    family: Family = "query"
+    module: QueryModel
+
+    def __init__(self, *, module: QueryModel, source: str, class_names: tuple[str, ...], fixed_size: bool) -> None:
+        """Probes the module.
+
+        Args:
+            module: on the CPU.
+            source: name for messages.
+            class_names: K names.
+            fixed_size: whether the module takes images of its own size only.
+
+        Raises:
+            ModelError, NoPyramidError: the module cannot be run, or has no pyramid.
+        """
+        own = module.preparation
+        # In small images a level can have the shape of a decoder's value, such as 4 sides x 4 bins, by chance.
+        module.preparation = own if fixed_size else replace(own, height=None, width=None, shortest=0)
+        size = own.compute_size(480, 640) if fixed_size else _PROBE_SIZE
+        super().__init__(module=module, source=source, class_names=class_names, model_input=ModelInput(), size=size)
+        with torch.no_grad(), common.use_eval_mode(module), Tap(module, [_MODEL]) as tap:
+            module([torch.zeros(3, *size)])
+        module.preparation = own
+        output = tap.output(_MODEL)
+        self._queries: int = output.logits.shape[1]  # in training, queries for denoising come before them
+        self._embedding_channels: int = output.last_hidden_state.shape[-1]
+        self.exclusive_classes: bool = output.logits.shape[-1] == len(class_names) + 1
+
+    @property
+    def features_only(self) -> bool:
+        return False
+
+    @property
+    def finding(self) -> None:
+        return None
+
+    @property
+    def embedding_channels(self) -> int:
+        return self._embedding_channels
+
+    @property
+    def embedding_source(self) -> str:
+        return "last hidden state of the region's query"
+
+    def forward_train(self, batch: Batch, *, candidates: bool = True) -> QueryObservation:
+        # Boxes are a network's outputs here, and half precision would round them.
+        with torch.autocast(batch.images[0].device.type, enabled=False):
+            seen = self._observe(batch, common.convert_targets(batch))
+        return self._select_candidates(seen) if candidates else seen
+
+    @torch.no_grad()
+    def extract_features(self, batch: Batch) -> QueryObservation:
+        with common.use_eval_mode(self.module), torch.autocast(batch.images[0].device.type, enabled=False):
+            return self._observe(batch, None)
+
+    @torch.no_grad()
+    def predict(self, images: list[Tensor]) -> list[Detections]:
+        with common.use_eval_mode(self.module), torch.autocast(images[0].device.type, enabled=False):
+            found = self.module(images)
+        return [Detections(boxes=own["boxes"], scores=own["scores"], labels=own["labels"]) for own in found]
+
+    def check_detects(self) -> None:
+        return
+
+    def region_outputs(self, seen: Observation, regions: Regions, needs: frozenset[View]) -> RegionView:
+        assert isinstance(seen, QueryObservation), "an observation of another detector"
+        view = super().region_outputs(seen, regions, needs - {"embedding"})
+        if "embedding" not in needs:
+            return view
+        return replace(view, embedding=seen.hidden.flatten(0, 1)[self._find_queries(seen, regions)])
+
+    def _observe(self, batch: Batch, targets: list[dict[str, Tensor]] | None) -> QueryObservation:
+        """Runs the module and reads its levels and queries."""
+        outputs = [self._require_output(level.name, level.output) for level in self.probed.levels]
+        with Tap(self.module, [_MODEL, *{output.module for output in outputs}]) as tap:
+            returned = self.module(batch.images, targets)
+        found: Any = tap.output(_MODEL)
+        prepared = [self.module.preparation.compute_size(*image.shape[-2:]) for image in batch.images]
+        height, width = (max(sides) for sides in zip(*prepared, strict=True))
+        values = [list_tensors(tap.outputs(output.module)[output.call])[output.leaf] for output in outputs]
+        maps = [level.as_map(value, (height, width)) for value, level in zip(values, self.probed.levels, strict=True)]
+        boxes = [
+            convert_boxes(own, image.shape[-2], image.shape[-1])
+            for own, image in zip(found.pred_boxes[:, -self._queries :].detach(), batch.images, strict=True)
+        ]
+        return QueryObservation(
+            losses=returned if targets is not None else {},
+            pyramid=Pyramid(
+                maps=tuple(stack([m]) for m in maps),
+                levels=self.levels,
+                frame=_build_frame(batch.images, prepared, (height, width)),
+            ),
+            candidates=None,
+            boxes=torch.stack(boxes),
+            hidden=found.last_hidden_state[:, -self._queries :],
+            query=None,
+        )
+
+    def _select_candidates(self, seen: QueryObservation) -> QueryObservation:
+        """Adds the predicted boxes as candidates."""
+        images, queries = seen.boxes.shape[:2]
+        sides = seen.boxes[..., 2:] - seen.boxes[..., :2]
+        # A clipped box may be empty, and an empty box cannot be pooled.
+        inside = (torch.isfinite(seen.boxes).all(dim=2) & (sides >= 1).all(dim=2)).cpu()  # the only wait
+        rows = inside.flatten().nonzero().squeeze(1)
+        index = copy_tensor(torch.arange(images).repeat_interleave(queries)[rows], seen.boxes)
+        query = copy_tensor(rows, seen.boxes)
+        candidates = Candidates(
+            boxes=seen.boxes.flatten(0, 1)[query],
+            image_index=index,
+            sampled=False,
+            counts=tuple(inside.sum(dim=1).tolist()),
+        )
+        return replace(seen, candidates=candidates, query=query)
+
+    def _find_queries(self, seen: QueryObservation, regions: Regions) -> Tensor:
+        """(R,) int64: the row of each region's query in the N x Q queries."""
+        own = seen.boxes[regions.image_index]  # (R, Q, 4)
+        overlap = torch.stack([box_iou(box[None], boxes)[0] for box, boxes in zip(regions.boxes, own, strict=True)])
+        centres = (own[..., :2] + own[..., 2:]) / 2
+        here = (regions.boxes[:, None, :2] + regions.boxes[:, None, 2:]) / 2
+        # Without any overlap, the query with the nearest centre.
+        distance = (centres - here).norm(dim=2)
+        nearest = (overlap - 1e-6 * distance).argmax(dim=1)
+        row = regions.image_index * self._queries + nearest
+        if seen.query is None or not len(seen.query):
+            return row
+        return torch.where(regions.candidate >= 0, seen.query[regions.candidate.clamp(min=0)], row)
+
+
+def _build_frame(images: Sequence[Tensor], sizes: Sequence[tuple[int, int]], padded: tuple[int, int]) -> Frame:
+    """The frame of a resize to ``sizes`` (height, width) with padding at the right and the bottom."""
+    before = torch.tensor([[i.shape[-1], i.shape[-2]] for i in images], dtype=torch.float32)
+    after = torch.tensor([[width, height] for height, width in sizes], dtype=torch.float32)
+    return Frame.of(after / before, torch.zeros_like(before), padded, images[0].device)

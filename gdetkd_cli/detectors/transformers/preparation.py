@@ -1,0 +1,157 @@
+"""Prepares images as a transformers ``preprocessor_config.json`` describes, on tensors and on any device."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import interpolate, pad
+
+from gdetkd_cli.errors import ModelError
+
+_MODES = {0: "nearest", 2: "bilinear", 3: "bicubic"}  # PIL's numbers of its filters
+_DEFAULTS: dict[str, Any] = {  # of all image processors of transformers' detectors
+    "do_resize": True,
+    "size": {"height": 640, "width": 640},
+    "resample": 2,
+    "do_rescale": True,
+    "rescale_factor": 1 / 255,
+    "do_normalize": False,
+    "image_mean": [0.485, 0.456, 0.406],
+    "image_std": [0.229, 0.224, 0.225],
+}
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The input of a model.
+
+    Attributes:
+        pixels: (N, 3, H, W).
+        mask: (N, H, W) int64, 1 inside an image and 0 in the padding.
+        sizes: (height, width) pixels of each resized image inside the padding.
+    """
+
+    pixels: Tensor
+    mask: Tensor
+    sizes: list[tuple[int, int]]
+
+    @property
+    def is_padded(self) -> bool:
+        return any(size != tuple(self.pixels.shape[-2:]) for size in self.sizes)
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """Resizes, scales, normalises and pads images.
+
+    Attributes:
+        height, width: fixed size in pixels; None: the next two decide.
+        shortest, longest: the short side in pixels, unless the long side would exceed ``longest``.
+        resample: PIL's number of the filter.
+        scale: factor of the values in 0..1.
+        mean, std: subtracted and divided by after scaling; None: neither.
+    """
+
+    height: int | None
+    width: int | None
+    shortest: int
+    longest: int
+    resample: int
+    scale: float
+    mean: tuple[float, ...] | None
+    std: tuple[float, ...] | None
+
+    @classmethod
+    def read(cls, config: Mapping[str, Any]) -> Preparation:
+        """Reads the fields of a ``preprocessor_config.json``; absent ones have RT-DETR's defaults.
+
+        Raises:
+            ModelError: its size or its filter is of an unknown kind.
+        """
+        fields = _DEFAULTS | {name: value for name, value in config.items() if value is not None}
+        size = fields["size"] if fields["do_resize"] else {}
+        if isinstance(size, int):  # older files
+            size = {"shortest_edge": size, "longest_edge": fields.get("max_size", size)}
+        sides = [size.get(name) for name in ("height", "width", "shortest_edge", "longest_edge")]
+        known = not fields["do_resize"] or None not in sides[:2] or sides[2] is not None
+        if not known or not all(side is None or (isinstance(side, int) and side > 0) for side in sides):
+            raise ModelError(
+                f"the preprocessor's size must be height and width, or shortest_edge and longest_edge, got {size}"
+            )
+        if fields["resample"] not in _MODES:
+            raise ModelError(f"the preprocessor's resample must be one of {list(_MODES)}, got {fields['resample']}")
+        normalized = fields["do_normalize"]
+        return cls(
+            height=sides[0],
+            width=sides[1],
+            shortest=sides[2] or 0,
+            longest=sides[3] or 10 * (sides[2] or 0),
+            resample=fields["resample"],
+            scale=255.0 * fields["rescale_factor"] if fields["do_rescale"] else 255.0,
+            mean=tuple(fields["image_mean"]) if normalized else None,
+            std=tuple(fields["image_std"]) if normalized else None,
+        )
+
+    def compute_size(self, height: int, width: int) -> tuple[int, int]:
+        """Returns the (height, width) to which an image is resized."""
+        if self.height is not None and self.width is not None:
+            return self.height, self.width
+        if not self.shortest:
+            return height, width
+        short, long = sorted((height, width))
+        side = self.shortest
+        if long / short * side > self.longest:  # transformers' own rounding
+            side = round(self.longest * short / long)
+        if short == side:
+            return height, width
+        other = int(side * long / short)
+        return (side, other) if height <= width else (other, side)
+
+    def __call__(self, images: Sequence[Tensor]) -> Prepared:
+        """Prepares images (3, H_i, W_i) in 0..1; the padding is at the right and the bottom."""
+        prepared = [self._prepare(image) for image in images]
+        sizes = [(int(image.shape[-2]), int(image.shape[-1])) for image in prepared]
+        height, width = (max(sides) for sides in zip(*sizes, strict=True))
+        pixels = torch.stack([pad(i, (0, width - w, 0, height - h)) for i, (h, w) in zip(prepared, sizes, strict=True)])
+        mask = torch.zeros((len(sizes), height, width), dtype=torch.int64, device=pixels.device)
+        for row, (h, w) in zip(mask, sizes, strict=True):
+            row[:h, :w] = 1
+        return Prepared(pixels, mask, sizes)
+
+    def _prepare(self, image: Tensor) -> Tensor:
+        size = self.compute_size(image.shape[-2], image.shape[-1])
+        mode = _MODES[self.resample]
+        if torch.jit.is_tracing():  # an exported file resizes every image
+            image = resize_in_graph(image, size)
+        elif tuple(image.shape[-2:]) != size:
+            image = interpolate(image[None], size=size, mode=mode, antialias=mode != "nearest")[0]
+        image = image * self.scale
+        if self.mean is None or self.std is None:
+            return image
+        mean, std = (image.new_tensor(values)[:, None, None] for values in (self.mean, self.std))
+        return (image - mean) / std
+
+
+def resize_in_graph(image: Tensor, size: tuple[int, int]) -> Tensor:
+    """``interpolate`` with ``mode="bilinear", antialias=True`` as two matrix products, which every exporter can write.
+
+    Args:
+        image: (3, H, W), of any size when the graph runs.
+        size: (height, width) pixels of the result.
+    """
+    down, across = (_compute_weights(image.shape[axis], side, image) for axis, side in zip((-2, -1), size, strict=True))
+    return down @ image @ across.transpose(0, 1)
+
+
+def _compute_weights(before: int | Tensor, after: int, like: Tensor) -> Tensor:
+    """(after, before): how much each pixel counts for each new one; a triangle as wide as two of the larger pixels."""
+    given = torch.as_tensor(before, device=like.device).to(like.dtype)
+    scale = given / after
+    centre = (torch.arange(after, device=like.device).to(like.dtype) + 0.5) * scale
+    pixels = torch.arange(before, device=like.device).to(like.dtype) + 0.5  # type: ignore[arg-type]  # traced: a tensor
+    weights = (1 - (pixels[None] - centre[:, None]).abs() / scale.clamp(min=1.0)).clamp(min=0.0)
+    return weights / weights.sum(dim=1, keepdim=True)
