@@ -91,6 +91,7 @@ def build(description: Mapping[str, Any], class_names: Sequence[str]) -> QueryDe
             model = AutoModelForObjectDetection.from_config(config)
         except _ERRORS as error:
             raise ModelError(f"transformers cannot build {config.model_type}: {get_first_line(error)}") from error
+    model.requires_grad_(True)  # transformers freezes the body of some detectors, which suits trained weights only
     return _wrap(model, description["preprocessor"], class_names)
 
 
@@ -172,6 +173,7 @@ def _wrap(model: Any, preprocessor: Mapping[str, Any], class_names: Sequence[str
 
 def _read_config(fields: Mapping[str, Any], class_names: Sequence[str]) -> Any:
     """Builds transformers' configuration object from plain values."""
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES as KNOWN
 
@@ -185,9 +187,10 @@ def _read_config(fields: Mapping[str, Any], class_names: Sequence[str]) -> Any:
     plain.pop("model_type")
     try:
         config = AutoConfig.for_model(kind, **plain)
-    except _ERRORS as error:
+    except (*_ERRORS, StrictDataclassError) as error:
+        cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
         raise ModelError(
-            f"transformers does not accept this configuration of {kind}: {get_first_line(error)}"
+            f"transformers does not accept this configuration of {kind}: {get_first_line(cause)}"
         ) from error
     _name_classes(config, class_names)
     return config

@@ -103,13 +103,13 @@ class Preparation:
         if not self.shortest:
             return height, width
         short, long = sorted((height, width))
-        side = self.shortest
-        if long / short * side > self.longest:  # transformers' own rounding
-            side = round(self.longest * short / long)
-        if short == side:
+        side = float(self.shortest)  # rounded in the way of transformers
+        if long / short * side > self.longest:
+            side = self.longest * short / long
+        if short == round(side):
             return height, width
-        other = int(side * long / short)
-        return (side, other) if height <= width else (other, side)
+        resized = round(side), int(side * long / short)
+        return resized if height <= width else (resized[1], resized[0])
 
     def __call__(self, images: Sequence[Tensor]) -> Prepared:
         """Prepares images (3, H_i, W_i) in 0..1; the padding is at the right and the bottom."""
@@ -125,7 +125,7 @@ class Preparation:
     def _prepare(self, image: Tensor) -> Tensor:
         size = self.compute_size(image.shape[-2], image.shape[-1])
         mode = _MODES[self.resample]
-        if torch.jit.is_tracing():  # an exported file resizes every image
+        if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]  # a file resizes every image
             image = resize_in_graph(image, size)
         elif tuple(image.shape[-2:]) != size:
             image = interpolate(image[None], size=size, mode=mode, antialias=mode != "nearest")[0]

@@ -1,0 +1,92 @@
+"""Small configurations of transformers' detectors, as a recipe or a config.json holds them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+_RESNET: dict[str, Any] = {
+    "model_type": "resnet",
+    "embedding_size": 8,
+    "hidden_sizes": [8, 16, 24, 32],
+    "depths": [1, 1, 1, 1],
+    "layer_type": "basic",
+}
+_RT_RESNET = _RESNET | {"model_type": "rt_detr_resnet", "out_features": ["stage2", "stage3", "stage4"]}
+_HGNET: dict[str, Any] = {
+    "model_type": "hgnet_v2",
+    "embedding_size": 16,
+    "depths": [1, 1, 1, 1],
+    "hidden_sizes": [16, 24, 32, 48],
+    "stem_channels": [3, 8, 8],
+    "stage_in_channels": [8, 16, 24, 32],
+    "stage_mid_channels": [8, 8, 16, 16],
+    "stage_out_channels": [16, 24, 32, 48],
+    "stage_num_blocks": [1, 1, 1, 1],
+    "stage_downsample": [False, True, True, True],
+    "stage_light_block": [False, False, True, True],
+    "stage_kernel_size": [3, 3, 3, 3],
+    "stage_numb_of_layers": [2, 2, 2, 2],
+    "out_features": ["stage2", "stage3", "stage4"],
+}
+_HYBRID: dict[str, Any] = {
+    "encoder_hidden_dim": 32,
+    "encoder_ffn_dim": 48,
+    "encoder_attention_heads": 2,
+    "d_model": 32,
+    "decoder_in_channels": [32, 32, 32],
+    "decoder_ffn_dim": 48,
+    "decoder_layers": 2,
+    "decoder_attention_heads": 2,
+    "num_queries": 20,
+    "num_denoising": 10,
+}
+_PLAIN: dict[str, Any] = {
+    "encoder_layers": 1,
+    "encoder_attention_heads": 2,
+    "encoder_ffn_dim": 48,
+    "decoder_layers": 2,
+    "decoder_attention_heads": 2,
+    "decoder_ffn_dim": 48,
+    "num_queries": 20,
+}
+_LAST = _RESNET | {"out_features": ["stage4"]}
+_LAST_THREE = _RESNET | {"out_features": ["stage2", "stage3", "stage4"]}
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "rt_detr": {"backbone_config": _RT_RESNET, "encoder_in_channels": [16, 24, 32], **_HYBRID},
+    "rt_detr_v2": {"backbone_config": _RT_RESNET, "encoder_in_channels": [16, 24, 32], **_HYBRID},
+    "d_fine": {
+        "backbone_config": _HGNET,
+        "encoder_in_channels": [24, 32, 48],
+        "decoder_n_points": [2, 2, 2],
+        **_HYBRID,
+    },
+    "detr": {"backbone_config": _LAST, "d_model": 32, **_PLAIN},
+    "conditional_detr": {"backbone_config": _LAST, "d_model": 32, **_PLAIN},
+    "deformable_detr": {"backbone_config": _LAST_THREE, "d_model": 32, **_PLAIN},
+    "dab_detr": {"backbone_config": _LAST, "hidden_size": 32, **_PLAIN},
+    "yolos": {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 48,
+        "image_size": [64, 96],
+        "num_detection_tokens": 20,
+    },
+}
+STRIDES = {
+    "rt_detr": (8, 16, 32),
+    "rt_detr_v2": (8, 16, 32),
+    "d_fine": (8, 16, 32),
+    "detr": (32,),
+    "conditional_detr": (32,),
+    "deformable_detr": (8, 16, 32, 64),
+    "dab_detr": (32,),
+    "yolos": (16,),
+}
+SOFTMAX = ("detr", "yolos")  # a query has one class or none
+
+
+def make_config(name: str) -> dict[str, Any]:
+    timm = {} if name in ("rt_detr", "rt_detr_v2", "d_fine", "yolos") else {"use_timm_backbone": False}
+    return {"model_type": name.replace("dab_detr", "dab-detr"), **CONFIGS[name], **timm}
