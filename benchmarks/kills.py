@@ -116,7 +116,8 @@ def continue_and_compare(kind: Kind, folder: Path, reference: Path) -> str | Non
     """Continues a command to its end; returns what went wrong, None if its runs equal the reference's."""
     done = subprocess.run(kind.build(folder), capture_output=True, text=True, check=False)
     if done.returncode:
-        return f"exit code {done.returncode}: {done.stderr.strip().splitlines()[-1:]}"
+        (folder / "stderr.txt").write_text(done.stderr)
+        return f"exit code {done.returncode}: its messages are in stderr.txt"
     for run in kind.runs:
         if (folder / run / "student.pt").read_bytes() != (reference / run / "student.pt").read_bytes():
             return f"{run}: another student"
