@@ -12,15 +12,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
 import shutil
-import signal
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
+
+import psutil
 
 from gdetkd_cli.engine.run_folder import RunFolder
 
@@ -107,7 +108,11 @@ def kill_after(kind: Kind, folder: Path, seconds: float) -> str:
     try:
         process.wait(timeout=seconds)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
+        started = psutil.Process(process.pid)
+        # Not by its group: torchrun's processes have groups of their own, and would finish the run.
+        for each in (started, *started.children(recursive=True)):
+            with suppress(psutil.NoSuchProcess):
+                each.kill()
         process.wait()
     return ", ".join(f"steps saved: {RunFolder(folder / run).checkpoints().list_steps()}" for run in kind.runs)
 

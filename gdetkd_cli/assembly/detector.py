@@ -118,6 +118,9 @@ def _build_from_file(
         return _build_probed(spec, path, kind, is_teacher=keep_classes)
     if kind == "checkpoint":
         loaded = catalog.load(path, class_names)
+        if loaded.origin == "transformers" and not keep_classes:
+            block = TransformersDetector(arch="transformers", model=str(path.parent))
+            return _build_transformers(block, class_names, seed, keep_classes=False)
     else:
         try:
             loaded = load_scripted(path, class_names)

@@ -32,6 +32,8 @@ from gdetkd_cli.recipe.load import load_recipe
 from gdetkd_cli.recipe.schema import CheckpointDetector, Data, Recipe
 from gdetkd_cli.structures import Detections
 
+_FORMATS = {"query": "transformers"}  # by family
+
 
 @dataclass(frozen=True)
 class EvalResult:
@@ -84,7 +86,7 @@ def run_eval(target: str, *, data: Data | Path | None, observer: Observer = sile
         path = catalog.locate(target)
         block, labels = (data, None) if data else (_read_data_beside(path), _find_labels(path))
         split = assembly.build_split(block, "val", labels)
-        subject = _open(path, device, split.class_names, run=Path(target).is_dir(), observer=observer)
+        subject = _open(path, device, split.class_names, run=path.name == "student.pt", observer=observer)
     assembly.report_bad_images([split], observer)
     for note in split.notes:
         observer(Note(f"{split.name}: {note}"))
@@ -152,7 +154,9 @@ def _open(path: Path, device: torch.device, class_names: tuple[str, ...], *, run
             observer(Note(warning))
         return _Subject(exported, exported.class_names, kind, None, path.stat().st_size / 1e6)
     subject = _build(CheckpointDetector(arch="checkpoint", path=str(path)), device, class_names, observer)
-    return replace(subject, format="run" if run else kind) if kind == "checkpoint" else subject
+    if kind != "checkpoint" or subject.format == "transformers":
+        return replace(subject, format="run") if run else subject
+    return replace(subject, format="run" if run else kind)
 
 
 def _open_exported(path: Path, kind: Kind, device: torch.device) -> OnnxDetector | ScriptedDetector | None:
@@ -179,7 +183,7 @@ def _build(spec: DetectorSpec, device: torch.device, class_names: tuple[str, ...
     return _Subject(
         detector,
         detector.class_names,
-        detector.finding.kind if detector.finding else "torchvision",
+        detector.finding.kind if detector.finding else _FORMATS.get(detector.family, "torchvision"),
         parameters,
         size_mb,
     )

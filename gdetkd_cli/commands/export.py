@@ -99,7 +99,9 @@ def run_export(
     for path in paths:
         if path.exists():
             raise ExportError(f"{path} already exists; remove it, or choose another file with --output")
-    images = [*_read_images(source, observer), build_empty_image(detector, _EMPTY_SIZE)]
+    images = _read_images(source, observer)
+    if detector.family != "query":  # whose detections are always as many as its queries
+        images.append(build_empty_image(detector, _EMPTY_SIZE))
     return ExportResult(
         source=target,
         files=tuple(

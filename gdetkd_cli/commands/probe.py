@@ -90,7 +90,7 @@ def run_probe(model: str, options: ProbeOptions | None = None, *, observer: Obse
     loaded = catalog.load(path)
     for note in loaded.notes:
         observer(Note(note))
-    format = "run" if loaded.origin == "run" else "torchvision"
+    format = "torchvision" if loaded.origin == "state_dict" else loaded.origin
     return _report_detector(loaded.detector, model, format, options, observer)
 
 

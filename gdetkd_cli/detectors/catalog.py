@@ -37,6 +37,7 @@ from gdetkd_cli.memory import check_memory
 from gdetkd_cli.probing.inputs import ModelInput
 
 _SIZES = ("backbone", "width", "blocks", "pyramid_channels", "arguments")  # fields that decide about the memory
+_FOLDER_CONFIG = "config.json"  # of a folder that transformers wrote
 BUILTIN = Path(__file__).parent / "builtin"
 
 
@@ -164,13 +165,14 @@ class Loaded:
     Attributes:
         detector: in evaluation mode.
         description: rebuilds it (see ``portable``).
-        origin: ``run`` if gdetkd wrote the file, ``state_dict`` if its architecture was recognised.
+        origin: ``run`` if gdetkd wrote the file, ``state_dict`` if its architecture was recognised, ``transformers``
+            for a folder that transformers wrote.
         notes: what was recognised and what was left out.
     """
 
     detector: Detector
     description: dict[str, Any]
-    origin: Literal["run", "state_dict"]
+    origin: Literal["run", "state_dict", "transformers"]
     notes: tuple[str, ...] = ()
 
 
@@ -184,6 +186,11 @@ def load(path: Path, class_names: tuple[str, ...] | None = None) -> Loaded:
     Raises:
         ModelError: the file is missing or unreadable, or its architecture is unknown.
     """
+    if path.name == _FOLDER_CONFIG:
+        loaded, description, _ = transformers.load_pretrained(
+            str(path.parent), class_names or (), keep_classes=True, image_size=None
+        )
+        return Loaded(loaded, description, "transformers")
     content = read_torch_file(path)
     if not isinstance(content, dict) or "gdetkd" not in content:
         return _load_state_dict(extract_state_dict(content, str(path)), path, class_names)
@@ -221,7 +228,7 @@ def _load_state_dict(state: dict[str, Tensor], path: Path, class_names: tuple[st
 
 
 def locate(reference: str) -> Path:
-    """Finds the file of a reference: ``builtin:NAME``, a run folder, or a file.
+    """Finds the file of a reference: ``builtin:NAME``, a run folder, a folder that transformers wrote, or a file.
 
     Raises:
         ModelError: the file does not exist.
@@ -235,9 +242,14 @@ def locate(reference: str) -> Path:
         return path
     path = Path(reference)
     if path.is_dir():
-        if not (path / "student.pt").exists():
-            raise ModelError(f"{path} has no student.pt; expected the folder of a finished run")
-        return path / "student.pt"
+        names = ("student.pt", _FOLDER_CONFIG)
+        found = next((path / name for name in names if (path / name).is_file()), None)
+        if found is None:
+            raise ModelError(
+                f"{path} has no student.pt and no {_FOLDER_CONFIG}; expected the folder of a finished run, or one that "
+                "transformers wrote"
+            )
+        return found
     if not path.exists():
         raise ModelError(
             f"{path}{name_kind(path)} does not exist; expected a run folder, a detector's file, or builtin:NAME"

@@ -16,9 +16,9 @@ PairKind = Literal["homogeneous", "heterogeneous"]
 
 
 def classify_pair(student: Detector, teacher: Detector) -> PairKind:
-    """``homogeneous`` if both are two-stage and so have RoI heads to compare."""
-    both = student.family == teacher.family == "two-stage"
-    return "homogeneous" if both else "heterogeneous"
+    """``homogeneous`` if both have RoI heads, or both have queries, whose predictions can be compared."""
+    same = student.family == teacher.family and student.family in ("two-stage", "query")
+    return "homogeneous" if same else "heterogeneous"
 
 
 def match_classes(student: Detector, teacher: Detector) -> Tensor:
@@ -50,6 +50,31 @@ def match_predictions(student: Detector, teacher: Detector) -> Tensor:
     if student.box_weights != teacher.box_weights:
         raise PairError(f"the box coders differ: weights {teacher.box_weights} -> {student.box_weights}")
     return match_classes(student, teacher)
+
+
+def match_queries(student: Detector, teacher: Detector) -> Tensor:
+    """Checks that the predictions of two DETR-like decoders can be compared.
+
+    Returns:
+        (K,) or (K + 1,) int64, the teacher's column for each of the student's; "no object" is last.
+
+    Raises:
+        PairError: a detector without queries, other kinds of class scores, or different class lists.
+    """
+    if student.exclusive_classes is None or teacher.exclusive_classes is None:
+        raise PairError(
+            f"only two detectors with queries can be compared query by query; this pair is {teacher.family} -> "
+            f"{student.family}"
+        )
+    if student.exclusive_classes != teacher.exclusive_classes:
+        kinds = ["softmax" if d.exclusive_classes else "sigmoid" for d in (teacher, student)]
+        raise PairError(f"the class scores are of different kinds: {kinds[0]} -> {kinds[1]}")
+    columns = match_classes(student, teacher)
+    return (
+        torch.cat([columns[1:] - 1, columns.new_tensor([len(columns) - 1])])
+        if student.exclusive_classes
+        else columns[1:] - 1
+    )
 
 
 def choose_stage_weights(student: Detector, teacher: Detector) -> tuple[float, ...]:

@@ -65,6 +65,19 @@ class StageView:
 
 
 @dataclass(frozen=True)
+class QueryView:
+    """The predictions of a DETR-like decoder for R regions.
+
+    Attributes:
+        class_logits: (R, K), or (R, K + 1) with "no object" last.
+        boxes: (R, 4) centre and size, as fractions of the image.
+    """
+
+    class_logits: Tensor
+    boxes: Tensor
+
+
+@dataclass(frozen=True)
 class RegionView:
     """A detector's outputs for R regions. A field is None if it was not requested or the family does not have it.
 
@@ -75,6 +88,7 @@ class RegionView:
         class_logits: (R, K + 1), background first.
         box_deltas: (R, K + 1, 4) in the detector's box coding.
         later: outputs of a cascade's later stages; empty for other heads.
+        queries: what a DETR-like decoder predicts with each region's query.
         level: (R,) int64, the level that the detector's own assignment picks.
         class_maps: L maps (N, A x (K + 1), H_l, W_l), a dense head's class logits in every cell.
     """
@@ -85,6 +99,7 @@ class RegionView:
     class_logits: Tensor | None = None
     box_deltas: Tensor | None = None
     later: tuple[StageView, ...] = ()
+    queries: QueryView | None = None
     level: Tensor | None = None
     class_maps: tuple[Tensor, ...] | None = None
 
@@ -182,6 +197,14 @@ class Detector(Protocol):
     @property
     def dense_head(self) -> Literal["retinanet", "fcos"] | None:
         """The kind of a dense head that scores every class independently; None for other heads."""
+        return None
+
+    @property
+    def exclusive_classes(self) -> bool | None:
+        """Whether a query of a DETR-like detector has one class or none (softmax), not any number (sigmoid).
+
+        None for detectors without queries.
+        """
         return None
 
     @property

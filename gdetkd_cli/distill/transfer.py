@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import re
+
 from torch import Tensor, nn
 
-from gdetkd_cli.detectors.compatibility import check_anchors, match_class_maps, match_predictions
+from gdetkd_cli.detectors.compatibility import check_anchors, match_class_maps, match_predictions, match_queries
 from gdetkd_cli.detectors.protocol import Detector
 from gdetkd_cli.errors import PairError
+
+# Modules of transformers' detectors that come before the decoder.
+_BEFORE_DECODER = re.compile(
+    r"\.(backbone|vit|encoder|encoder_input_proj|input_proj|input_projection|level_embed)(\.|$)"
+)
 
 
 def transfer_head(student: Detector, teacher: Detector) -> list[str]:
     """Copies the teacher's head into the student's; returns the names of the copied parameters.
 
-    It copies the RoI head between two-stage detectors, and the whole head between two RetinaNets or two FCOS. Class
-    rows are put into the student's order.
+    It copies the RoI head between two-stage detectors, the whole head between two RetinaNets or two FCOS, and the
+    decoder with its heads between two detectors with queries. Class rows are put into the student's order.
 
     Raises:
         PairError: the kind of head, a shape, the anchors or the class lists differ; nothing is copied then.
@@ -29,6 +36,8 @@ def match_head(student: Detector, teacher: Detector) -> dict[str, Tensor]:
     Raises:
         PairError: see ``transfer_head``.
     """
+    if student.family == teacher.family == "query":
+        return _match_decoders(student, teacher)
     dense = student.family == teacher.family == "dense"
     return _match_dense_head(student, teacher) if dense else _match_roi_heads(student, teacher)
 
@@ -62,6 +71,22 @@ def _match_roi_heads(student: Detector, teacher: Detector) -> dict[str, Tensor]:
                 value = value.unflatten(0, (len(columns), -1))[columns.to(value.device)].flatten(0, 1)
             copies[name] = value
     return copies
+
+
+def _match_decoders(student: Detector, teacher: Detector) -> dict[str, Tensor]:
+    """The teacher's values for a student's decoder and everything after its encoder, by name."""
+    match_queries(student, teacher)
+    if student.class_names != teacher.class_names:
+        raise PairError("the decoders list the classes in different orders")
+    ours, theirs = (
+        {name: value for name, value in d.module.state_dict().items() if not _BEFORE_DECODER.search(name)}
+        for d in (student, teacher)
+    )
+    for name in sorted(ours.keys() | theirs.keys()):
+        shapes = [tuple(state[name].shape) if name in state else None for state in (theirs, ours)]
+        if shapes[0] != shapes[1]:
+            raise PairError(f"{name} is {shapes[0]} in the teacher and {shapes[1]} in the student")
+    return theirs
 
 
 def _match_part(part: str, student: nn.Module, teacher: nn.Module) -> dict[str, Tensor]:

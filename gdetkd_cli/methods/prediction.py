@@ -1,16 +1,16 @@
-"""Prediction distillation between two RoI heads: classes and boxes (G-DetKD, arXiv 2108.07482).
+"""Prediction distillation between two RoI heads (G-DetKD, arXiv 2108.07482), or between two DETR-like decoders.
 
-Shapes: R regions, K classes; column 0 is background."""
+Shapes: R regions, K classes; column 0 of a RoI head is background."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
-from torch.nn.functional import kl_div
+from torch.nn.functional import binary_cross_entropy_with_logits, kl_div
 
-from gdetkd_cli.detectors.compatibility import choose_stage_weights, match_predictions
-from gdetkd_cli.detectors.protocol import RegionView, StageView, View
+from gdetkd_cli.detectors.compatibility import choose_stage_weights, match_predictions, match_queries
+from gdetkd_cli.detectors.protocol import QueryView, RegionView, StageView, View
 from gdetkd_cli.methods.base import Detectors, ObservedPair
 from gdetkd_cli.structures import Regions
 
@@ -99,21 +99,99 @@ class BoxTerm(_PredictionTerm):
         )
 
 
+def query_class_loss(student_logits: Tensor, teacher_logits: Tensor, *, exclusive: bool) -> Tensor:
+    """Imitates the class scores of the teacher's queries, mean over regions.
+
+    Args:
+        student_logits: (R, K), or (R, K + 1) with "no object" last.
+        teacher_logits: same shape and columns.
+        exclusive: KL(softmax(teacher) || softmax(student)); else the binary cross-entropy to the teacher's scores, less
+            its minimum, summed over classes.
+    """
+    if exclusive or not len(student_logits):
+        return class_loss(student_logits, teacher_logits)
+    target = teacher_logits.detach().float().sigmoid()
+    loss = binary_cross_entropy_with_logits(student_logits.float(), target, reduction="none")
+    least = binary_cross_entropy_with_logits(teacher_logits.detach().float(), target, reduction="none")
+    return (loss - least).sum(dim=1).mean()
+
+
+def query_box_loss(student_boxes: Tensor, teacher_boxes: Tensor, score: Tensor) -> Tensor:
+    """|teacher - student| summed over the four numbers, weighted by the teacher's best score, mean over regions.
+
+    Args:
+        student_boxes: (R, 4) centre and size, as fractions of the image.
+        teacher_boxes: (R, 4).
+        score: (R,) the teacher's greatest class score, in 0..1.
+    """
+    if not len(student_boxes):
+        return student_boxes.sum() * 0.0
+    return (score.detach() * (teacher_boxes.detach() - student_boxes).abs().sum(dim=1)).mean()
+
+
+class _QueryTerm(nn.Module):
+    """Base of the terms between two DETR-like decoders.
+
+    Args:
+        columns: the teacher's class column for each of the student's, "no object" last if classes exclude each other.
+        exclusive: whether they do.
+    """
+
+    student_needs: frozenset[View] = frozenset({"predictions"})
+    teacher_needs: frozenset[View] = frozenset({"predictions"})
+    columns: Tensor
+
+    def __init__(self, *, columns: Tensor, exclusive: bool) -> None:
+        super().__init__()
+        self.register_buffer("columns", columns)
+        self.exclusive = exclusive
+
+    def read(self, pair: ObservedPair) -> tuple[QueryView, QueryView]:
+        """The queries of student and teacher, with the student's classes."""
+        ours, theirs = pair.student_view.queries, pair.teacher_view.queries
+        assert ours is not None and theirs is not None
+        return ours, QueryView(theirs.class_logits[:, self.columns], theirs.boxes)
+
+
+class QueryClassTerm(_QueryTerm):
+    """Imitates the classes of the teacher's queries."""
+
+    def forward(self, pair: ObservedPair) -> Tensor:
+        ours, theirs = self.read(pair)
+        return query_class_loss(ours.class_logits, theirs.class_logits, exclusive=self.exclusive)
+
+
+class QueryBoxTerm(_QueryTerm):
+    """Imitates the boxes of the teacher's queries."""
+
+    def forward(self, pair: ObservedPair) -> Tensor:
+        ours, theirs = self.read(pair)
+        logits = theirs.class_logits.float()
+        scores = logits.softmax(dim=1)[:, :-1] if self.exclusive else logits.sigmoid()
+        return query_box_loss(ours.boxes, theirs.boxes, scores.amax(dim=1))
+
+
 def _get_first_stage(regions: Regions, view: RegionView) -> StageView:
     assert view.class_logits is not None and view.box_deltas is not None
     return StageView(boxes=regions.boxes, class_logits=view.class_logits, box_deltas=view.box_deltas)
 
 
-def build_class_term(pair: Detectors) -> ClassTerm:
-    """Builds the term; raises a PairError if the detectors have no RoI heads that can be compared."""
+def build_class_term(pair: Detectors) -> ClassTerm | QueryClassTerm:
+    """Builds the term; raises a PairError if the detectors have no predictions that can be compared."""
+    if pair.student.exclusive_classes is not None:
+        columns = match_queries(pair.student, pair.teacher)
+        return QueryClassTerm(columns=columns, exclusive=pair.student.exclusive_classes)
     return ClassTerm(
         columns=match_predictions(pair.student, pair.teacher),
         stage_weights=choose_stage_weights(pair.student, pair.teacher),
     )
 
 
-def build_box_term(pair: Detectors) -> BoxTerm:
-    """Builds the term; raises a PairError if the detectors have no RoI heads that can be compared."""
+def build_box_term(pair: Detectors) -> BoxTerm | QueryBoxTerm:
+    """Builds the term; raises a PairError if the detectors have no predictions that can be compared."""
+    if pair.student.exclusive_classes is not None:
+        columns = match_queries(pair.student, pair.teacher)
+        return QueryBoxTerm(columns=columns, exclusive=pair.student.exclusive_classes)
     return BoxTerm(
         columns=match_predictions(pair.student, pair.teacher),
         stage_weights=choose_stage_weights(pair.student, pair.teacher),

@@ -70,7 +70,8 @@ def describe_fresh(config: Mapping[str, Any], image_size: tuple[int, int] | None
     height, width = image_size or (640, 640)
     return {
         "kind": "transformers",
-        "config": dict(config),
+        # As JSON gives it, so that equal descriptions are written as equal bytes.
+        "config": json.loads(json.dumps(dict(config))),
         "preprocessor": {"size": {"height": height, "width": width}, "do_normalize": True},
     }
 

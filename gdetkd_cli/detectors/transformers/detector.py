@@ -14,7 +14,7 @@ from torch import Tensor
 from torchvision.ops import box_iou
 
 from gdetkd_cli.detectors.probed import stack
-from gdetkd_cli.detectors.protocol import Candidates, Family, Observation, RegionView, View
+from gdetkd_cli.detectors.protocol import Candidates, Family, Observation, QueryView, RegionView, View
 from gdetkd_cli.detectors.tap import Tap
 from gdetkd_cli.detectors.torchvision import common
 from gdetkd_cli.detectors.trainable import TrainableDetector
@@ -34,11 +34,13 @@ class QueryObservation(Observation):
 
     Attributes:
         boxes: (N, Q, 4) batch-image pixels, detached.
+        predictions: the predictions of all N x Q queries.
         hidden: (N, Q, D), the decoder's last hidden states.
         query: (P,) int64, the row of each candidate in the N x Q queries; None without candidates.
     """
 
     boxes: Tensor
+    predictions: QueryView
     hidden: Tensor
     query: Tensor | None
 
@@ -47,9 +49,6 @@ class QueryDetector(TrainableDetector):
     """A detector that ``AutoModelForObjectDetection`` builds. Probing finds its pyramid.
 
     A region's embedding is the last hidden state of the query that predicted its box, or whose box is nearest.
-
-    Attributes:
-        exclusive_classes: whether a query has one class or none (a softmax), not any number of them.
     """
 
     family: Family = "query"
@@ -78,7 +77,7 @@ class QueryDetector(TrainableDetector):
         output = tap.output(_MODEL)
         self._queries: int = output.logits.shape[1]  # in training, queries for denoising come before them
         self._embedding_channels: int = output.last_hidden_state.shape[-1]
-        self.exclusive_classes: bool = output.logits.shape[-1] == len(class_names) + 1
+        self._exclusive: bool = output.logits.shape[-1] == len(class_names) + 1
 
     @property
     def features_only(self) -> bool:
@@ -87,6 +86,10 @@ class QueryDetector(TrainableDetector):
     @property
     def finding(self) -> None:
         return None
+
+    @property
+    def exclusive_classes(self) -> bool:
+        return self._exclusive
 
     @property
     def embedding_channels(self) -> int:
@@ -118,10 +121,15 @@ class QueryDetector(TrainableDetector):
 
     def region_outputs(self, seen: Observation, regions: Regions, needs: frozenset[View]) -> RegionView:
         assert isinstance(seen, QueryObservation), "an observation of another detector"
-        view = super().region_outputs(seen, regions, needs - {"embedding"})
-        if "embedding" not in needs:
+        view = super().region_outputs(seen, regions, needs - {"embedding", "predictions"})
+        if not needs & {"embedding", "predictions"}:
             return view
-        return replace(view, embedding=seen.hidden.flatten(0, 1)[self._find_queries(seen, regions)])
+        rows, own = self._find_queries(seen, regions), seen.predictions
+        return replace(
+            view,
+            embedding=seen.hidden.flatten(0, 1)[rows] if "embedding" in needs else None,
+            queries=QueryView(own.class_logits[rows], own.boxes[rows]) if "predictions" in needs else None,
+        )
 
     def _observe(self, batch: Batch, targets: list[dict[str, Tensor]] | None) -> QueryObservation:
         """Runs the module and reads its levels and queries."""
@@ -146,6 +154,9 @@ class QueryDetector(TrainableDetector):
             ),
             candidates=None,
             boxes=torch.stack(boxes),
+            predictions=QueryView(
+                found.logits[:, -self._queries :].flatten(0, 1), found.pred_boxes[:, -self._queries :].flatten(0, 1)
+            ),
             hidden=found.last_hidden_state[:, -self._queries :],
             query=None,
         )
