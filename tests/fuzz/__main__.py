@@ -17,10 +17,11 @@ import time
 from collections import Counter
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).parents[1] / "commands"))  # toy detectors; child processes inherit the path
+for helpers in ("commands", "detectors"):  # child processes inherit the path
+    sys.path.append(str(Path(__file__).parents[1] / helpers))
 
-from fuzzing import FAILURES, fuzz
-from targets import TARGETS
+from fuzzing import FAILURES, fuzz  # noqa: E402
+from targets import TARGETS  # noqa: E402
 
 
 def main() -> int:

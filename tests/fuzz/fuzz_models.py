@@ -18,12 +18,14 @@ import toy
 from fuzzing import AcceptedSilentlyError, Target
 from mutate import ODD_VALUES, get, list_places, mutate_bytes, mutate_tree
 from onnx import TensorProto, helper
+from query_models import CONFIGS, make_config
 from torch import Tensor, nn
 
 from gdetkd_cli import portable
 from gdetkd_cli.assembly import build_detector
 from gdetkd_cli.commands.probe import ProbeOptions, run_probe
 from gdetkd_cli.detectors import catalog
+from gdetkd_cli.detectors.transformers import describe_fresh
 from gdetkd_cli.errors import GDetKDError
 from gdetkd_cli.evaluation.exported import NotOursError, OnnxDetector, ScriptedDetector
 from gdetkd_cli.recipe.schema import ComposedDetector
@@ -361,6 +363,18 @@ def run_probe_values(rng: random.Random, folder: Path, files: list[bytes]) -> No
     _probe(path, options)
 
 
+def run_query_config(rng: random.Random, folder: Path, _: Any) -> None:
+    """Builds a DETR-like detector from a configuration with odd values."""
+    name = rng.choice(list(CONFIGS))
+    description = describe_fresh(make_config(name), (64, 96))
+    description["config"] = mutate_tree(rng, description["config"])
+    if rng.random() < 0.3:
+        description["preprocessor"] = mutate_tree(rng, description["preprocessor"])
+    detector = catalog.build(description, _CLASSES)
+    detector.module.eval()
+    detector.predict([torch.rand(3, 64, 96)])
+
+
 _ARGUMENTS = {
     "faster-rcnn": ("min_size", "max_size", "image_mean", "image_std", "rpn_head", "rpn_pre_nms_top_n_test",
                     "rpn_nms_thresh", "rpn_batch_size_per_image", "rpn_positive_fraction", "box_score_thresh",
@@ -394,4 +408,5 @@ TARGETS = [
     Target("exported", 500, _prepare_exported, run_exported, isolated=True),
     Target("probe", 500, _prepare_onnx, run_probe_values, isolated=True),
     Target("arguments", 600, lambda _: None, run_numbers, isolated=True),
+    Target("query-config", 600, lambda _: None, run_query_config, isolated=True),
 ]

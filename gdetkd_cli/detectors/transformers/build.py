@@ -15,11 +15,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from gdetkd_cli.detectors.protocol import Detector
 from gdetkd_cli.detectors.transformers.detector import QueryDetector
 from gdetkd_cli.detectors.transformers.model import QueryModel
 from gdetkd_cli.detectors.transformers.preparation import Preparation
 from gdetkd_cli.errors import ModelError, NoPyramidError, get_first_line
+from gdetkd_cli.memory import check_memory
 
 # transformers loads code or kernels by these fields, or files by name; what they name is unknown here.
 _LEFT_OUT = re.compile(
@@ -30,7 +33,11 @@ _PREPARATION_FIELDS = (
     *("do_resize", "size", "resample", "do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std"),
     "max_size",
 )
-_ERRORS = (ValueError, TypeError, KeyError, AttributeError, RuntimeError, OSError, ImportError, IndexError)
+# What transformers raises for files and configurations that it cannot use.
+_ERRORS = (
+    *(ValueError, TypeError, LookupError, AttributeError, RuntimeError, OSError, ImportError),
+    *(ArithmeticError, AssertionError),
+)
 
 
 @contextmanager
@@ -89,6 +96,9 @@ def build(description: Mapping[str, Any], class_names: Sequence[str]) -> QueryDe
     config = _read_config(description["config"], class_names)
     with _quiet():
         try:
+            with torch.device("meta"):  # takes no memory
+                size = sum(t.nbytes for t in AutoModelForObjectDetection.from_config(config).state_dict().values())
+            check_memory(f"this configuration of {config.model_type}", size)
             model = AutoModelForObjectDetection.from_config(config)
         except _ERRORS as error:
             raise ModelError(f"transformers cannot build {config.model_type}: {get_first_line(error)}") from error
@@ -135,7 +145,9 @@ def load_pretrained(
             preprocessor = _read_preprocessor(source, options)
         except _ERRORS as error:
             where = "" if folder.is_dir() else "; a name on the hub needs a network connection, a folder does not"
-            raise ModelError(f"transformers cannot load {source}: {get_first_line(error)}{where}") from error
+            raise ModelError(
+                f"transformers cannot load {source}: {get_first_line(error).rstrip('.')}{where}"
+            ) from error
     if image_size is not None:
         preprocessor["size"] = {"height": image_size[0], "width": image_size[1]}
     description = {"kind": "transformers", "config": _to_plain(config), "preprocessor": preprocessor}

@@ -4,25 +4,39 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import BaseModel, Field, ValidationError
 from torch import Tensor
 from torch.nn.functional import interpolate, pad
 
 from gdetkd_cli.errors import ModelError
 
 _MODES = {0: "nearest", 2: "bilinear", 3: "bicubic"}  # PIL's numbers of its filters
-_DEFAULTS: dict[str, Any] = {  # of all image processors of transformers' detectors
-    "do_resize": True,
-    "size": {"height": 640, "width": 640},
-    "resample": 2,
-    "do_rescale": True,
-    "rescale_factor": 1 / 255,
-    "do_normalize": False,
-    "image_mean": [0.485, 0.456, 0.406],
-    "image_std": [0.229, 0.224, 0.225],
-}
+_Side = Annotated[int, Field(strict=True, ge=1, le=2**14)]
+_Triple = Annotated[tuple[Annotated[float, Field(allow_inf_nan=False)], ...], Field(min_length=3, max_length=3)]
+
+
+class _Size(BaseModel):
+    height: _Side | None = None
+    width: _Side | None = None
+    shortest_edge: _Side | None = None
+    longest_edge: _Side | None = None
+
+
+class _Config(BaseModel):
+    """The fields of a ``preprocessor_config.json`` that count here, with RT-DETR's defaults."""
+
+    do_resize: bool = True
+    size: _Size | _Side = _Size(height=640, width=640)
+    max_size: _Side | None = None  # in older files
+    resample: Literal[0, 2, 3] = 2
+    do_rescale: bool = True
+    rescale_factor: float = Field(1 / 255, gt=0, le=255)
+    do_normalize: bool = False
+    image_mean: _Triple = (0.485, 0.456, 0.406)
+    image_std: _Triple = (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True)
@@ -70,30 +84,31 @@ class Preparation:
         """Reads the fields of a ``preprocessor_config.json``; absent ones have RT-DETR's defaults.
 
         Raises:
-            ModelError: its size or its filter is of an unknown kind.
+            ModelError: a field is of another kind, or the size is incomplete.
         """
-        fields = _DEFAULTS | {name: value for name, value in config.items() if value is not None}
-        size = fields["size"] if fields["do_resize"] else {}
-        if isinstance(size, int):  # older files
-            size = {"shortest_edge": size, "longest_edge": fields.get("max_size", size)}
-        sides = [size.get(name) for name in ("height", "width", "shortest_edge", "longest_edge")]
-        known = not fields["do_resize"] or None not in sides[:2] or sides[2] is not None
-        if not known or not all(side is None or (isinstance(side, int) and side > 0) for side in sides):
-            raise ModelError(
-                f"the preprocessor's size must be height and width, or shortest_edge and longest_edge, got {size}"
-            )
-        if fields["resample"] not in _MODES:
-            raise ModelError(f"the preprocessor's resample must be one of {list(_MODES)}, got {fields['resample']}")
-        normalized = fields["do_normalize"]
+        try:
+            fields = _Config.model_validate({name: value for name, value in config.items() if value is not None})
+        except ValidationError as error:
+            name = str(error.errors()[0]["loc"][0])
+            raise ModelError(f"the preprocessor's {name} cannot be used: {repr(config[name])[:80]}") from error
+        size = fields.size
+        if isinstance(size, int):
+            size = _Size(shortest_edge=size, longest_edge=fields.max_size)
+        fixed = size.height is not None and size.width is not None
+        if fields.do_resize and not fixed and size.shortest_edge is None:
+            raise ModelError("the preprocessor's size needs height and width, or shortest_edge and longest_edge")
+        if not all(value > 0 for value in fields.image_std):
+            raise ModelError(f"the preprocessor's image_std must be above 0, got {fields.image_std}")
+        shortest = size.shortest_edge or 0
         return cls(
-            height=sides[0],
-            width=sides[1],
-            shortest=sides[2] or 0,
-            longest=sides[3] or 10 * (sides[2] or 0),
-            resample=fields["resample"],
-            scale=255.0 * fields["rescale_factor"] if fields["do_rescale"] else 255.0,
-            mean=tuple(fields["image_mean"]) if normalized else None,
-            std=tuple(fields["image_std"]) if normalized else None,
+            height=size.height if fields.do_resize and fixed else None,
+            width=size.width if fields.do_resize and fixed else None,
+            shortest=shortest if fields.do_resize else 0,
+            longest=size.longest_edge or 10 * shortest,
+            resample=fields.resample,
+            scale=255.0 * fields.rescale_factor if fields.do_rescale else 255.0,
+            mean=fields.image_mean if fields.do_normalize else None,
+            std=fields.image_std if fields.do_normalize else None,
         )
 
     def compute_size(self, height: int, width: int) -> tuple[int, int]:
