@@ -29,6 +29,7 @@ _LEFT_OUT = re.compile(
     r"auto_map|custom_pipelines|quantization_config|_?attn_implementation\w*|_?experts_implementation\w*|use_kernels"
     r"|_name_or_path|transformers_version|architectures|dtype|torch_dtype|id2label|label2id|use_pretrained_backbone"
 )
+_REPEATED = re.compile(r"layers|blocks|depths|levels|stages")
 _PREPARATION_FIELDS = (
     *("do_resize", "size", "resample", "do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std"),
     "max_size",
@@ -197,6 +198,7 @@ def _read_config(fields: Mapping[str, Any], class_names: Sequence[str]) -> Any:
         )
     plain = _filter(fields)
     _check_backbone(plain)
+    _check_counts(plain)
     plain.pop("model_type")
     try:
         config = AutoConfig.for_model(kind, **plain)
@@ -224,6 +226,18 @@ def _check_backbone(fields: Mapping[str, Any]) -> None:
             f"the configuration names the backbone {repr(name)[:80]}, which would be downloaded; describe it with "
             "backbone_config, for example {model_type: resnet, ...}"
         )
+
+
+def _check_counts(value: Any, name: str = "") -> None:
+    """Refuses numbers of layers that would take hours to build, and sizes beyond any model's."""
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            _check_counts(item, str(key))
+    elif isinstance(value, list | tuple):
+        for item in value:
+            _check_counts(item, name)
+    elif isinstance(value, int) and abs(value) > (most := 1000 if _REPEATED.search(name) else 2**20):
+        raise ModelError(f"the configuration's {name} is {repr(value)[:80]}; expected at most {most}")
 
 
 def _name_classes(config: Any, class_names: Sequence[str]) -> None:

@@ -19,7 +19,9 @@ from gdetkd_cli.detectors.tap import Tap
 from gdetkd_cli.detectors.torchvision import common
 from gdetkd_cli.detectors.trainable import TrainableDetector
 from gdetkd_cli.detectors.transformers.model import QueryModel, convert_boxes
+from gdetkd_cli.errors import ModelError
 from gdetkd_cli.host import copy_tensor
+from gdetkd_cli.probing.formats.runner import RUN_ERRORS, find_reason
 from gdetkd_cli.probing.inputs import ModelInput
 from gdetkd_cli.probing.record import list_tensors
 from gdetkd_cli.structures import Batch, Detections, Frame, Pyramid, Regions
@@ -71,13 +73,25 @@ class QueryDetector(TrainableDetector):
         module.preparation = own if fixed_size else replace(own, height=None, width=None, shortest=0)
         size = own.compute_size(480, 640) if fixed_size else _PROBE_SIZE
         super().__init__(module=module, source=source, class_names=class_names, model_input=ModelInput(), size=size)
-        with torch.no_grad(), common.use_eval_mode(module), Tap(module, [_MODEL]) as tap:
-            module([torch.zeros(3, *size)])
         module.preparation = own
-        output = tap.output(_MODEL)
+        output = self._try_forward(own.compute_size(480, 640))
         self._queries: int = output.logits.shape[1]  # in training, queries for denoising come before them
         self._embedding_channels: int = output.last_hidden_state.shape[-1]
         self._exclusive: bool = output.logits.shape[-1] == len(class_names) + 1
+
+    @torch.no_grad()
+    def _try_forward(self, size: tuple[int, int]) -> Any:
+        """The output for an image of the model's own size, (height, width) pixels."""
+        try:
+            with common.use_eval_mode(self.module), Tap(self.module, [_MODEL]) as tap:
+                self.module([torch.zeros(3, *size)])
+        except (*RUN_ERRORS, ValueError, TypeError, LookupError, ArithmeticError) as error:
+            reason = find_reason(error).rstrip(".")
+            raise ModelError(
+                f"{self._source} fails on images of {size[0]} x {size[1]} pixels ({reason}); choose another image_size, "
+                "whose sides are multiples of 32"
+            ) from error
+        return tap.output(_MODEL)
 
     @property
     def features_only(self) -> bool:

@@ -14,7 +14,7 @@ from torch.nn.functional import interpolate, pad
 from gdetkd_cli.errors import ModelError
 
 _MODES = {0: "nearest", 2: "bilinear", 3: "bicubic"}  # PIL's numbers of its filters
-_Side = Annotated[int, Field(strict=True, ge=1, le=2**14)]
+_Side = Annotated[int, Field(strict=True, ge=32, le=2**14)]  # pixels
 _Triple = Annotated[tuple[Annotated[float, Field(allow_inf_nan=False)], ...], Field(min_length=3, max_length=3)]
 
 
