@@ -88,7 +88,7 @@ class QueryDetector(TrainableDetector):
         except (*RUN_ERRORS, ValueError, TypeError, LookupError, ArithmeticError) as error:
             reason = find_reason(error).rstrip(".")
             raise ModelError(
-                f"{self._source} fails on images of {size[0]} x {size[1]} pixels ({reason}); choose another image_size, "
+                f"{self._source} fails on images of {size[0]} x {size[1]} pixels ({reason}); choose an image_size "
                 "whose sides are multiples of 32"
             ) from error
         return tap.output(_MODEL)
