@@ -14,6 +14,7 @@ from gdetkd_cli.detectors import catalog, transformers
 from gdetkd_cli.detectors.probed import ProbedDetector
 from gdetkd_cli.detectors.protocol import Detector
 from gdetkd_cli.detectors.scripted import NotRebuiltError, load_scripted
+from gdetkd_cli.detectors.timm_weights import load_timm_weights
 from gdetkd_cli.detectors.weights import (
     BATCH_COUNT,
     extract_state_dict,
@@ -26,6 +27,7 @@ from gdetkd_cli.detectors.weights import (
     read_torchvision_weights,
 )
 from gdetkd_cli.errors import ModelError
+from gdetkd_cli.portable import TIMM
 from gdetkd_cli.probing.formats.files import Kind, detect_kind, open_runner
 from gdetkd_cli.probing.formats.runner import Runner
 from gdetkd_cli.probing.inputs import ModelInput
@@ -273,6 +275,8 @@ def _load_backbone(detector: Detector, spec: TorchvisionDetector | ComposedDetec
     """Loads classification weights without the classifier into the body; returns notes."""
     assert spec.backbone_weights is not None
     name = spec.backbone_weights
+    if isinstance(spec, ComposedDetector) and spec.backbone.startswith(TIMM):
+        return load_timm_weights(detector.module.backbone.body, spec.backbone, name)  # type: ignore[union-attr, arg-type]
     if _is_file(name):
         state = extract_state_dict(read_torch_file(Path(name)), name)
     else:

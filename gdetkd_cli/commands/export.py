@@ -16,7 +16,7 @@ from gdetkd_cli.assembly.warnings import warn_about_weights
 from gdetkd_cli.detectors import catalog
 from gdetkd_cli.detectors.protocol import Detector
 from gdetkd_cli.engine.events import Note, Observer, silent
-from gdetkd_cli.errors import DataError, ExportError, RecipeError
+from gdetkd_cli.errors import DataError, ExportError, ModelError, RecipeError
 from gdetkd_cli.evaluation.exported import OnnxDetector, ScriptedDetector
 from gdetkd_cli.evaluation.predict import Predictor
 from gdetkd_cli.export.onnx import export_onnx
@@ -147,6 +147,8 @@ def _export(
         if not parity.passed:
             raise ExportError(f"{path} was not written: {_describe_difference(parity)}")
         fresh.rename(path)
+    except ModelError as error:
+        raise ExportError(f"{path} was not written: {error}") from error
     finally:
         fresh.unlink(missing_ok=True)
     if not parity.detections:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import max_pool2d
 
 from gdetkd_cli.errors import ModelError
-from gdetkd_cli.probing.geometry import locate_cells
+from gdetkd_cli.probing.geometry import depends_on, locate_cells, tile_frame
 from gdetkd_cli.probing.record import AddName, record
 from gdetkd_cli.structures import LevelSpec
 
@@ -54,18 +54,20 @@ def _measure(forward: Forward, image: Tensor) -> tuple[LevelSpec, ...]:
     specs: list[LevelSpec] = []
     before: Tensor | None = None
     for (name, level), index in zip(maps.items(), seen.results, strict=True):
-        cells = None if index is None else locate_cells(seen.values, 0, index)
-        if cells is None or not torch.isfinite(level).all():
+        if index is None or not depends_on(seen.values, 0, index) or not torch.isfinite(level).all():
             raise ModelError(
                 f"pyramid level {name!r} does not respond to the image, or is not finite; distillation cannot use it"
             )
+        shape = (level.shape[-2], level.shape[-1])
+        # Transformers join their patches in ways that no chain of maps shows.
+        cells = locate_cells(seen.values, 0, index) or tile_frame(image.shape[-2:], shape)
         specs.append(
             LevelSpec(
                 name=name,
                 channels=level.shape[1],
                 stride=cells.stride,
                 offset=cells.offset,
-                shape=(level.shape[-2], level.shape[-1]),
+                shape=shape,
                 subsampled=before is not None and is_subsampled(level, before),
             )
         )

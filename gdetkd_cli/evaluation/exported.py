@@ -83,11 +83,20 @@ class OnnxDetector:
         return read_bad_initializers(self._path)
 
     def predict(self, images: list[Tensor]) -> list[Detections]:
-        """Inference on images (3, H, W) in 0..1, one at a time; boxes in each image's own pixels."""
+        """Inference on images (3, H, W) in 0..1, one at a time; boxes in each image's own pixels.
+
+        Raises:
+            ModelError: the file fails on an image, as one does whose export fixed a size.
+        """
         return [self._predict(image) for image in images]
 
     def _predict(self, image: Tensor) -> Detections:
-        outputs = self._session.run(OUTPUTS, {INPUT: image.cpu().contiguous().numpy()})
+        try:
+            outputs = self._session.run(OUTPUTS, {INPUT: image.cpu().contiguous().numpy()})
+        except Exception as error:  # onnxruntime's errors have no common base
+            height, width = image.shape[-2:]
+            reason = get_first_line(error)[:200]
+            raise ModelError(f"{self._path} fails on an image of {height} x {width} pixels ({reason})") from error
         boxes, scores, labels = (torch.from_numpy(array) for array in outputs)
         return Detections(boxes=boxes, scores=scores, labels=labels)
 

@@ -1,7 +1,7 @@
 """Builds detectors as plain torchvision modules from a description.
 
-This package imports only torch, torchvision and itself (by relative names). A run folder contains a copy, ``student``,
-next to ``student.pt``, so that a trained student can be rebuilt without gdetkd.
+This package imports only torch, torchvision, timm for a backbone ``timm/NAME``, and itself (by relative names). A run
+folder contains a copy, ``student``, next to ``student.pt``, so that a trained student can be rebuilt without gdetkd.
 
 A description is a dictionary that JSON can store:
 
@@ -23,8 +23,9 @@ from .arguments import CLASSES, check_anchors, check_arguments, list_arguments, 
 from .bodies import MOBILENETS, RESNETS, build_backbone
 from .heads import DEFAULT_LEVELS, HEAD_ARGUMENTS, HEADS
 from .named import TORCHVISION_DETECTORS, build_named
+from .timm_bodies import PREFIX as TIMM
 
-__all__ = ["HEADS", "MOBILENETS", "RESNETS", "TORCHVISION_DETECTORS", "build", "load", "suggest"]
+__all__ = ["HEADS", "MOBILENETS", "RESNETS", "TIMM", "TORCHVISION_DETECTORS", "build", "load", "suggest"]
 
 
 def build(description: dict[str, Any], num_classes: int) -> nn.Module:

@@ -1,4 +1,4 @@
-"""Bodies with a feature pyramid: torchvision's ResNets, ResNeXts and MobileNets of any width and depth."""
+"""Bodies with a feature pyramid: torchvision's ResNets, ResNeXts and MobileNets of any width and depth, and timm's."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ import torch
 from torch import nn
 from torchvision.models import mobilenet, resnet
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
+from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock, LastLevelMaxPool, LastLevelP6P7
 from torchvision.ops.misc import FrozenBatchNorm2d
 
+from . import timm_bodies
 from .arguments import suggest
 
 RESNETS = (
@@ -30,7 +32,19 @@ RESNETS = (
 MOBILENETS = ("mobilenet_v2", "mobilenet_v3_small", "mobilenet_v3_large")
 
 
-def build_backbone(description: dict[str, Any], channels: int, first: int, last: int) -> BackboneWithFPN:
+class TimmBackbone(nn.Module):
+    """One of timm's bodies with a feature pyramid; named and called like torchvision's BackboneWithFPN."""
+
+    def __init__(self, *, body: timm_bodies.TimmBody, fpn: FeaturePyramidNetwork, out_channels: int) -> None:
+        super().__init__()
+        self.body, self.fpn, self.out_channels = body, fpn, out_channels
+
+    def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        maps: dict[str, torch.Tensor] = self.fpn(self.body(images))
+        return maps
+
+
+def build_backbone(description: dict[str, Any], channels: int, first: int, last: int) -> nn.Module:
     """Builds the body and an FPN with levels ``first`` to ``last``; level l has stride 2**l.
 
     Levels up to 5 are the body's stages. Level 6 is a max pool of level 5 (as in Faster R-CNN); with a level 7, both
@@ -38,6 +52,13 @@ def build_backbone(description: dict[str, Any], channels: int, first: int, last:
     """
     name, norm = description["backbone"], choose_norm_layer(description.get("norm", "batch"))
     stride_levels = range(first, min(last, 5) + 1)
+    extra = {5: NoExtraLevel, 6: LastLevelMaxPool, 7: partial(LastLevelP6P7, channels, channels)}[last]()
+    if name.startswith(timm_bodies.PREFIX):
+        if description.get("width") or description.get("blocks"):
+            raise ValueError(f"'width' and 'blocks' apply to torchvision's backbones only, not to {name}; remove them")
+        timm_body, widths = timm_bodies.build_body(name, stride_levels, frozen=description.get("norm") == "frozen")
+        fpn = FeaturePyramidNetwork(widths, channels, extra_blocks=extra)
+        return TimmBackbone(body=timm_body, fpn=fpn, out_channels=channels)
     if name in RESNETS:
         body = _build_resnet(name, description.get("width"), description.get("blocks"), norm)
         stages = [f"layer{level - 1}" for level in stride_levels]
@@ -50,8 +71,9 @@ def build_backbone(description: dict[str, Any], channels: int, first: int, last:
         stages, widths = _find_stages(body, [2**level for level in stride_levels])
     else:
         known = RESNETS + MOBILENETS
-        raise ValueError(f"unknown backbone {name!r}; known: {', '.join(known)}{suggest(name, known)}")
-    extra = {5: NoExtraLevel, 6: LastLevelMaxPool, 7: partial(LastLevelP6P7, channels, channels)}[last]()
+        raise ValueError(
+            f"unknown backbone {name!r}; known: {', '.join(known)}, and {timm_bodies.PREFIX}NAME{suggest(name, known)}"
+        )
     returned = {stage: str(i) for i, stage in enumerate(stages)}
     return BackboneWithFPN(body, returned, widths, channels, extra_blocks=extra)
 

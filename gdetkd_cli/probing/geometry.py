@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from torch import Tensor
@@ -35,7 +36,7 @@ class _Trail(Geometry):
 
 
 def locate_cells(values: Sequence[Value], reference: int, level: int) -> Geometry | None:
-    """Locates a level's cells in pixels of the reference; None if no chain of (N, C, H, W) maps leads to the level.
+    """Locates a level's cells in pixels of the reference; None if no chain of maps and their tokens leads to the level.
 
     Args:
         values: the record.
@@ -47,12 +48,36 @@ def locate_cells(values: Sequence[Value], reference: int, level: int) -> Geometr
     for i in range(reference + 1, level + 1):
         value = values[i]
         before = [trails[p] for p in value.parents if p in trails]
-        if before and len(value.shape) == 4:
-            trails[i] = _advance(value, before)
-        elif before and before[0].size in (value.shape[2:4], value.shape[-2:]):  # maps stacked before a sum
+        if not before:
+            continue
+        if len(value.shape) == 4:
+            turned = value.window is None and next((t for t in before if t.size == value.shape[1:3]), None)
+            trails[i] = turned or _advance(value, before)  # turned: channels last
+        elif _is_rearranged(value.shape, before[0].size):
             trails[i] = before[0]
     found = trails.get(level)
     return None if found is None else Geometry(found.stride, found.offset)
+
+
+def _is_rearranged(shape: Sequence[int], size: tuple[int, int]) -> bool:
+    """Whether a value that is no map holds one of this size: stacked before a sum, or as tokens (N, H x W, C)."""
+    stacked = size in (tuple(shape[2:4]), tuple(shape[-2:]))
+    return stacked or (len(shape) == 3 and prod(size) in shape[1:])
+
+
+def depends_on(values: Sequence[Value], source: int, result: int) -> bool:
+    """Whether a value was computed from another one.
+
+    Args:
+        values: the record.
+        source: index of the other value.
+        result: index of the value.
+    """
+    reached = {source}
+    for i in range(source + 1, result + 1):
+        if not reached.isdisjoint(values[i].parents):
+            reached.add(i)
+    return result in reached
 
 
 def tile_frame(frame: Sequence[int], size: tuple[int, int]) -> Geometry:

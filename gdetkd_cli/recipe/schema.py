@@ -188,7 +188,11 @@ Norm = Annotated[
     Field(description="batch normalization: trained or frozen; auto: frozen if the weights were trained that way"),
 ]
 BackboneWeights = Annotated[
-    str | None, Field(description="weights file or torchvision weights name for the backbone alone")
+    str | None,
+    Field(
+        description="weights file or torchvision weights name for the backbone alone; for timm's, a file, a tag of its "
+        "weights such as d2_in1k, or DEFAULT"
+    ),
 ]
 
 
@@ -204,11 +208,12 @@ class TorchvisionDetector(Strict):
 
 
 class ComposedDetector(Strict):
-    """A torchvision ResNet, ResNeXt or MobileNet with a feature pyramid and one of four heads."""
+    """A torchvision ResNet, ResNeXt or MobileNet, or a timm model, with a feature pyramid and one of four heads."""
 
     arch: Literal["composed"]
     backbone: str = Field(
-        description="torchvision backbone, for example resnet18, resnext101_32x8d or mobilenet_v3_small"
+        description="torchvision backbone, for example resnet18, resnext101_32x8d or mobilenet_v3_small; or timm/NAME, "
+        "for example timm/convnext_atto"
     )
     head: Literal["faster-rcnn", "cascade-rcnn", "retinanet", "fcos"]
     width: Annotated[Positive, Field(le=2**12)] | None = Field(

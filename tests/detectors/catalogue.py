@@ -46,7 +46,9 @@ def named(
     return name, Spec(description, strides, channels, embedding, **more)
 
 
-def composed(head: str, backbone: str, first: int, last: int, **fields: Any) -> tuple[str, Spec]:
+def composed(
+    head: str, backbone: str, first: int, last: int, *, centred_on_first_pixel: bool = True, **fields: Any
+) -> tuple[str, Spec]:
     description = {
         "kind": "composed",
         "backbone": backbone,
@@ -62,7 +64,8 @@ def composed(head: str, backbone: str, first: int, last: int, **fields: Any) -> 
     levels = range(first, last + 1)
     embedding = 32 if head.endswith("rcnn") else 24
     key = f"{head} on {backbone}, levels {first}-{last}, {description['norm']}"
-    return key, Spec(description, tuple(2**level for level in levels), (24,) * len(levels), embedding)
+    strides, channels = tuple(2**level for level in levels), (24,) * len(levels)
+    return key, Spec(description, strides, channels, embedding, centred_on_first_pixel)
 
 
 FPN, DENSE_FPN = (4, 8, 16, 32, 64), (8, 16, 32, 64, 128)
@@ -101,6 +104,10 @@ SPECS = dict(
         composed("fcos", "resnet18", 3, 7, **SLIM),
         composed("fcos", "resnext50_32x4d", 3, 5, **NEXT),
         composed("fcos", "mobilenet_v3_small", 3, 6, width=0.5),
+        # ConvNeXt cuts the image into patches, so a cell lies in the middle of its pixels.
+        composed("retinanet", "timm/test_convnext", 2, 5, centred_on_first_pixel=False),
+        composed("faster-rcnn", "timm/test_efficientnet", 3, 5, norm="frozen"),
+        composed("fcos", "timm/test_mambaout", 3, 7),  # returns its maps with channels last
     ]
 )
 SSD300_CELLS = (38, 19, 10, 5, 3, 1)

@@ -60,8 +60,9 @@ def test_a_saved_detector_can_be_rebuilt_without_this_package(batch: Batch, tmp_
         "cascade-rcnn on resnet18, levels 2-6, batch",
         "retinanet on resnext50_32x4d, levels 4-6, batch",
         "fcos on resnet18, levels 3-7, batch",
+        "fcos on timm/test_mambaout, levels 3-7, batch",
     ):
-        name = key.split(" ")[0]
+        name = key.split(",")[0].replace(" ", "-").replace("/", "-")
         detector = catalog.build(SPECS[key].description, CLASSES)
         catalog.save(tmp_path / f"{name}.pt", detector, SPECS[key].description)
         with torch.no_grad():

@@ -32,10 +32,11 @@ def images() -> list[Tensor]:
 def lively(
     tiny_description: Callable[..., dict[str, Any]], images: list[Tensor]
 ) -> Callable[..., tuple[Detector, dict[str, Any]]]:
-    """(family, arguments) -> a detector with detections in the images, and its description."""
+    """(family, timm body, arguments) -> a detector with detections in the images, and its description."""
 
-    def make(family: str, **arguments: Any) -> tuple[Detector, dict[str, Any]]:
-        described = SSDLITE if family == "ssdlite" else tiny_description(family, arguments=arguments)
+    def make(family: str, body: str | None = None, **arguments: Any) -> tuple[Detector, dict[str, Any]]:
+        fields = {"backbone": f"timm/{body}", "width": None, "blocks": None} if body else {}
+        described = SSDLITE if family == "ssdlite" else tiny_description(family, arguments=arguments, **fields)
         with torch.random.fork_rng():
             torch.manual_seed(0)
             detector = catalog.build(described, CLASSES)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from gdetkd_cli import __version__
 from gdetkd_cli.detectors.protocol import Detector
-from gdetkd_cli.errors import ExportError
+from gdetkd_cli.errors import ExportError, ModelError
 from gdetkd_cli.evaluation.exported import OnnxDetector
 from gdetkd_cli.export.onnx import OPSET, export_onnx
 from gdetkd_cli.export.parity import Cut, build_empty_image, check_parity
@@ -34,6 +34,27 @@ def test_file_finds_what_the_detector_finds(family: str, lively: Lively, images:
     assert parity.passed, parity
     assert parity.empty == 1
     assert parity.detections > 10 * len(images)
+
+
+@pytest.mark.parametrize(
+    ("family", "body"),
+    [("retinanet", "convnext_atto"), ("fcos", "mobilenetv4_conv_small"), ("faster-rcnn", "efficientnet_lite0")],
+)
+def test_file_of_a_timm_body(family: str, body: str, lively: Lively, images: list[Tensor], tmp_path: Path) -> None:
+    detector, architecture = lively(family, body)
+    path = tmp_path / "student.onnx"
+    export_onnx(detector, path, architecture=architecture)
+    parity = check_parity(detector, OnnxDetector(path), images, cut=Cut.of(detector.module))
+    assert parity.passed, parity
+    assert parity.detections > 10 * len(images)
+
+
+def test_file_that_fails_on_an_image(lively: Lively, tmp_path: Path) -> None:
+    detector, architecture = lively("retinanet", "mobilevit_xxs")  # its attention is traced for one size
+    path = tmp_path / "student.onnx"
+    export_onnx(detector, path, architecture=architecture)
+    with pytest.raises(ModelError, match=r"student\.onnx fails on an image of 64 x 200 pixels"):
+        OnnxDetector(path).predict([torch.rand(3, 64, 200)])
 
 
 def test_file_describes_itself_and_the_exporter_is_quiet(
