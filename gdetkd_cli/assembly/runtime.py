@@ -50,13 +50,22 @@ def _choose_precision(on_cuda: bool) -> str:
 def apply_runtime(
     settings: ComputeSettings, recipe: Recipe, student: Detector, pair: BuiltPair | None, device: torch.device
 ) -> None:
-    """Applies device, memory format and compilation to the networks."""
+    """Applies device, memory format and compilation to the networks.
+
+    Raises:
+        ModelError: a network has no backbone to compile.
+    """
     detectors = [student] + ([pair.distiller.teacher] if pair and pair.distiller.teacher else [])
     for detector in detectors:
         module: Any = detector.module.to(device)
         set_memory_format(module, settings)
         _ = detector.levels  # measure the levels before the network is compiled or wrapped
         if settings.compile and not isinstance(module, torch.jit.ScriptModule):  # a ScriptModule is compiled already
+            if not isinstance(getattr(module, "backbone", None), nn.Module):
+                raise ModelError(
+                    f"runtime.compile compiles the `backbone` of a detector, and {type(module).__name__} has none; set "
+                    "runtime.compile to false"
+                )
             module.backbone.compile(dynamic=True)
     if pair is not None:
         pair.distiller.to(device)

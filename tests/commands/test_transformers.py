@@ -16,6 +16,7 @@ from gdetkd_cli.commands.probe import ProbeOptions
 from gdetkd_cli.commands.train import resume_run
 from gdetkd_cli.detectors import catalog
 from gdetkd_cli.detectors.transformers import save_pretrained
+from gdetkd_cli.errors import ModelError
 from gdetkd_cli.recipe.schema import Recipe
 
 
@@ -104,3 +105,10 @@ def test_export_writes_a_file_that_agrees(run: Path, tmp_path: Path) -> None:
     catalog.save(tmp_path / "student.pt", loaded.detector, loaded.description)
     (file,) = run_export(str(tmp_path), onnx=True, torchscript=False, output=None).files
     assert file.parity.passed
+
+
+def test_only_backbones_are_compiled(tmp_path: Path) -> None:
+    recipe = make_recipe(STUDENT, steps=1)
+    recipe = recipe.model_copy(update={"runtime": recipe.runtime.model_copy(update={"compile": True})})
+    with pytest.raises(ModelError, match=r"QueryModel has none; set runtime\.compile to false"):
+        run_distill(recipe, output=tmp_path / "run")
