@@ -133,7 +133,7 @@ def test_locate(saved: Path, tmp_path: Path) -> None:
     assert catalog.locate(str(saved)) == saved
     assert catalog.locate(str(tmp_path)) == saved  # a run folder
     saved.unlink()
-    with pytest.raises(ModelError, match=r"has no student\.pt and no config\.json; expected the folder of a finished run"):
+    with pytest.raises(ModelError, match=r"has no student\.pt and no config\.json; expected the folder of a"):
         catalog.locate(str(tmp_path))
     with pytest.raises(ModelError, match="does not exist; expected a run folder"):
         catalog.locate(str(saved))
