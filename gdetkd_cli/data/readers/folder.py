@@ -58,7 +58,8 @@ def check_no_labels(folder: Path) -> None:
     if images and 2 * len({path.stem for path in files}) >= len(images):
         raise DataError(
             f"{folder} has annotations in an unsupported format ({min(files).relative_to(folder)} and others); convert "
-            "them to COCO's train.json and val.json, or name a folder with only images for the teacher to label"
+            "them to COCO's train.json and val.json, add YOLO's data.yaml with the class names, or name a folder with "
+            "only images for the teacher to label"
         )
 
 
