@@ -10,13 +10,15 @@ from typing import Literal, TypeGuard
 
 from gdetkd_cli.data.bad_images import BadImages
 from gdetkd_cli.data.dataset import DetectionDataset
-from gdetkd_cli.data.folds import build_fold
+from gdetkd_cli.data.folds import build_fold, hold_out
 from gdetkd_cli.data.loader import load_training_batches
 from gdetkd_cli.data.readers.bdd100k import read_bdd100k
 from gdetkd_cli.data.readers.coco import align_classes, read_coco
+from gdetkd_cli.data.readers.data_yaml import read_yolo_config
 from gdetkd_cli.data.readers.folder import read_folder
 from gdetkd_cli.data.readers.voc import read_voc
-from gdetkd_cli.data.split import Split
+from gdetkd_cli.data.readers.yolo import read_yolo
+from gdetkd_cli.data.split import DataProblem, Split
 from gdetkd_cli.data.synthetic import draw_split
 from gdetkd_cli.data.transforms import build_augmentation
 from gdetkd_cli.detectors.protocol import Detector
@@ -24,10 +26,21 @@ from gdetkd_cli.engine.device import ComputeSettings
 from gdetkd_cli.engine.events import Note, Observer
 from gdetkd_cli.errors import DataError
 from gdetkd_cli.memory import check_memory
-from gdetkd_cli.recipe.schema import Bdd100kData, CocoData, Data, Fold, FolderData, Recipe, SyntheticData, VocData
+from gdetkd_cli.recipe.schema import (
+    Bdd100kData,
+    CocoData,
+    Data,
+    Fold,
+    FolderData,
+    Recipe,
+    SyntheticData,
+    VocData,
+    YoloData,
+)
 from gdetkd_cli.structures import Batch
 
 Which = Literal["train", "val"]
+Unlabelled = CocoData | YoloData | FolderData  # data whose images the teacher can label
 SPLITS: tuple[Which, ...] = ("train", "val")
 
 
@@ -38,6 +51,7 @@ def build_split(
     *,
     outlines: bool = False,
     bad: BadImages | None = None,
+    problems: list[DataProblem] | None = None,
 ) -> Split:
     """Builds the ``train`` or ``val`` split.
 
@@ -47,6 +61,7 @@ def build_split(
         labels: a run's folder of teacher labels.
         outlines: keep the objects' outlines, if the annotations have any.
         bad: collects the images that are left out; None: a new collection, if the recipe leaves images out.
+        problems: receives each annotation that is changed or dropped; None: these are only counted.
 
     Raises:
         DataError: the data cannot be read, or the teacher has not labelled them yet.
@@ -54,29 +69,64 @@ def build_split(
     fold = None if isinstance(data, FolderData) else data.fold
     bad = bad or _collect_bad_images(data)
     if fold is not None:
-        return _build_fold(data, fold, which, outlines=outlines)
+        return _build_fold(data, fold, which, outlines=outlines, problems=problems)
     if isinstance(data, SyntheticData):
         images = data.train_images if which == "train" else data.val_images
         return draw_split(split=which, images=images, size=data.size, seed=data.seed, smallest=data.smallest)
-    if isinstance(data, VocData):
-        lists = data.train if which == "train" else data.val
-        return read_voc(lists=[data.root / path for path in lists], root=data.root, classes=data.classes, bad=bad)
     if needs_labels(data, which):
         if labels is None:
             raise DataError(
-                f"the {which} images in {data.root / data.train_images} have no annotations; run `gdetkd distill`, "
+                f"the {which} images in {get_image_folder(data)} have no annotations; run `gdetkd distill`, "
                 "whose teacher labels them and stores COCO files in the run's folder `labels`"
             )
-        return read_coco(annotations=labels / f"{which}.json", images=data.root / data.train_images, bad=bad)
-    if not isinstance(data, FolderData) and which == "train":
-        annotations, folder = data.train, data.train_images
+        return read_coco(annotations=labels / f"{which}.json", images=get_image_folder(data), bad=bad)
+    return _read_annotated(data, which, outlines=outlines, bad=bad, problems=problems)
+
+
+def _read_annotated(
+    data: CocoData | YoloData | VocData | Bdd100kData | FolderData,
+    which: Which,
+    *,
+    needs_labels: bool = True,
+    outlines: bool = False,
+    bad: BadImages | None,
+    problems: list[DataProblem] | None = None,
+) -> Split:
+    """Reads the images and annotations of a split; see ``build_split``."""
+    if isinstance(data, CocoData | YoloData) and data.val is None:
+        whole = data.model_copy(update={"val": data.train})
+        split = _read_annotated(
+            whole, "train", needs_labels=needs_labels, outlines=outlines, bad=bad, problems=problems
+        )
+        return hold_out(split, which)
+    root, classes = data.root, data.classes
+    if isinstance(data, YoloData):
+        config, paths = read_yolo_config(root / data.names), data.train if which == "train" else data.val
+        return read_yolo(
+            config=config,
+            sources=config.find_sources(which) if isinstance(paths, str) else [root / path for path in paths or ()],
+            root=root,
+            classes=classes,
+            needs_labels=needs_labels,
+            outlines=outlines,
+            bad=bad,
+            problems=problems,
+        )
+    if isinstance(data, VocData):
+        lists = data.train if which == "train" else data.val
+        lists = [root / path for path in lists]
+        return read_voc(lists=lists, root=root, classes=classes, bad=bad, problems=problems)
+    if which == "train":
+        assert not isinstance(data, FolderData)
+        annotations, images = root / data.train, root / data.train_images
     else:
         assert data.val is not None
-        annotations, folder = data.val, data.val_images
-    annotations, folder = data.root / annotations, data.root / folder
+        annotations, images = root / data.val, root / data.val_images
     if isinstance(data, Bdd100kData):
-        return read_bdd100k(labels=annotations, images=folder, classes=data.classes, bad=bad)
-    return read_coco(annotations=annotations, images=folder, classes=data.classes, outlines=outlines, bad=bad)
+        return read_bdd100k(labels=annotations, images=images, classes=classes, bad=bad, problems=problems)
+    return read_coco(
+        annotations=annotations, images=images, classes=classes, outlines=outlines, bad=bad, problems=problems
+    )
 
 
 def build_all_folds(data: Data) -> Split:
@@ -92,10 +142,17 @@ def build_all_folds(data: Data) -> Split:
     return _build_fold(data, data.fold, "all")
 
 
-def _build_fold(data: Data, fold: Fold, which: Literal["train", "val", "all"], *, outlines: bool = False) -> Split:
+def _build_fold(
+    data: Data,
+    fold: Fold,
+    which: Literal["train", "val", "all"],
+    *,
+    outlines: bool = False,
+    problems: list[DataProblem] | None = None,
+) -> Split:
     whole = data.model_copy(update={"fold": None})
     bad = _collect_bad_images(data)
-    train, val = (build_split(whole, part, outlines=outlines, bad=bad) for part in SPLITS)
+    train, val = (build_split(whole, part, outlines=outlines, bad=bad, problems=problems) for part in SPLITS)
     return build_fold(train, val, number=fold.number, of=fold.of, which=which)
 
 
@@ -113,11 +170,11 @@ def report_bad_images(splits: Iterable[Split], observer: Observer) -> None:
             split.bad.report_to(lambda text: observer(Note(text)))
 
 
-def needs_labels(data: Data, which: Which) -> TypeGuard[CocoData | FolderData]:
+def needs_labels(data: Data, which: Which) -> TypeGuard[Unlabelled]:
     """Whether the teacher has to label the split."""
     if isinstance(data, FolderData):
         return which == "train" or data.val is None
-    return isinstance(data, CocoData) and which == "train" and data.labels != "annotations"
+    return isinstance(data, CocoData | YoloData) and which == "train" and data.labels != "annotations"
 
 
 def read_split(data: Data, which: Which) -> Split:
@@ -129,13 +186,18 @@ def read_split(data: Data, which: Which) -> Split:
     return read_unlabelled_split(data, which) if needs_labels(data, which) else build_split(data, which)
 
 
-def read_unlabelled_split(data: CocoData | FolderData, which: Which) -> Split:
+def read_unlabelled_split(data: Unlabelled, which: Which) -> Split:
     """Reads the images for the teacher to label; the split has no classes if it takes the teacher's."""
-    folder, bad = data.root / data.train_images, _collect_bad_images(data)
+    bad = _collect_bad_images(data)
     if isinstance(data, FolderData):
-        split = read_folder(folder, "all" if data.val is not None else which, bad=bad)
+        split = read_folder(get_image_folder(data), "all" if data.val is not None else which, bad=bad)
         return replace(split, class_names=tuple(data.classes or ()))
-    return read_coco(annotations=data.root / data.train, images=folder, classes=data.classes, bad=bad)
+    return _read_annotated(data, "train", needs_labels=False, bad=bad)
+
+
+def get_image_folder(data: Unlabelled) -> Path:
+    """Returns the folder from which the names of the training images start in the teacher's labels."""
+    return data.root if isinstance(data, YoloData) else data.root / data.train_images
 
 
 def relabel(split: Split, detector: Detector) -> Split:

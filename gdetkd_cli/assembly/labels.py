@@ -13,7 +13,15 @@ from typing import Any
 
 import torch
 
-from gdetkd_cli.assembly.data import SPLITS, Which, needs_labels, read_unlabelled_split
+from gdetkd_cli.assembly.data import (
+    SPLITS,
+    Unlabelled,
+    Which,
+    build_split,
+    get_image_folder,
+    needs_labels,
+    read_unlabelled_split,
+)
 from gdetkd_cli.assembly.detector import build_detector
 from gdetkd_cli.data.image_files import ImageFiles
 from gdetkd_cli.data.loader import load_validation_batches
@@ -24,7 +32,7 @@ from gdetkd_cli.engine.events import Note, Observer, report_every, silent
 from gdetkd_cli.errors import DataError
 from gdetkd_cli.evaluation.predict import gather_predictions, list_predicted, predict_split
 from gdetkd_cli.files import write_text
-from gdetkd_cli.recipe.schema import CocoData, Data, DistillationRecipe, FolderData, TeacherLabels
+from gdetkd_cli.recipe.schema import CocoData, Data, DistillationRecipe, TeacherLabels, YoloData
 from gdetkd_cli.structures import Detections
 
 Tables = Mapping[str, list[dict[str, Any]]]
@@ -41,7 +49,7 @@ class LabelledSplit:
 
 def label_split(
     split: Split,
-    data: CocoData | FolderData,
+    data: Unlabelled,
     teacher: Detector,
     *,
     device: torch.device,
@@ -90,7 +98,7 @@ def label_split(
             f"the teacher detects nothing in {split.name} with a score of {options.score:g} or more (highest score: "
             f"{best:.2f}); lower data.labels.score, or check the teacher's input format (teacher.input)"
         )
-    folder = data.root / data.train_images
+    folder = get_image_folder(data)
     tables = _build_tables([(record, files[record.image_id]) for record in kept], folder, categories, annotations)
     labelled = build_split_from_tables(tables, source=Path(split.name), images=folder, bad=split.bad)
     return LabelledSplit(labelled, tables, total)
@@ -178,7 +186,7 @@ def label_data(recipe: DistillationRecipe, folder: Path, device: str, observer: 
     missing: list[Which] = [which for which in SPLITS if needs_labels(data, which)]
     if not missing:
         return data
-    assert isinstance(data, CocoData | FolderData)
+    assert isinstance(data, Unlabelled)
     if not all((folder / f"{which}.json").exists() for which in missing):
         splits = {which: read_unlabelled_split(data, which) for which in missing}
         teacher = build_detector(recipe.teacher, splits["train"].class_names, recipe.seed, keep_classes=True)
@@ -191,11 +199,22 @@ def label_data(recipe: DistillationRecipe, folder: Path, device: str, observer: 
             observer(Note(describe_labels(one)))
         folder.mkdir(parents=True, exist_ok=True)
         write_labels(folder, {which: one.tables for which, one in labelled.items()})
-    paths = {"train": folder.resolve() / "train.json", "train_images": data.train_images}
-    if "val" in missing:
-        paths |= {"val": folder.resolve() / "val.json", "val_images": data.train_images}
+    images = Path() if isinstance(data, YoloData) else data.train_images
+    paths = {"train": folder.resolve() / "train.json", "train_images": images}
+    if isinstance(data, YoloData) or data.val is None:
+        if "val" not in missing:
+            write_labels(folder, {"val": _convert_split(build_split(data, "val"), data.root / images)})
+        paths |= {"val": folder.resolve() / "val.json", "val_images": images}
     else:
-        assert data.val is not None
         paths |= {"val": data.val, "val_images": data.val_images}
     same = {name: getattr(data, name) for name in ("root", "classes", "on_bad_sample", "max_bad_samples")}
     return CocoData(format="coco", labels="annotations", **same, **paths)
+
+
+def _convert_split(split: Split, folder: Path) -> Tables:
+    """Converts an annotated split to COCO's tables, with file names relative to ``folder``."""
+    assert isinstance(split.read, ImageFiles)
+    annotations = [{**item, "image_id": record.image_id} for record in split.records for item in record.truth]
+    categories = {name: number for number, name in enumerate(split.class_names, start=1)}
+    images = list(zip(split.records, split.read.paths, strict=True))
+    return _build_tables(images, folder, categories, [{**one, "id": id} for id, one in enumerate(annotations, 1)])

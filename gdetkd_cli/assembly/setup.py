@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from gdetkd_cli.assembly.data import (
     SPLITS,
+    Unlabelled,
     Which,
     build_batches,
     build_split,
@@ -37,7 +38,7 @@ from gdetkd_cli.engine.schedule import build_optimizer, build_schedule
 from gdetkd_cli.errors import PairError
 from gdetkd_cli.recipe.checks import describe_untrained_teacher, has_task_loss, narrow_recipe
 from gdetkd_cli.recipe.scaling import describe_scaling, scale_to_batch
-from gdetkd_cli.recipe.schema import CocoData, DistillationRecipe, FolderData, Recipe
+from gdetkd_cli.recipe.schema import DistillationRecipe, Recipe
 from gdetkd_cli.structures import Batch
 
 
@@ -213,7 +214,7 @@ def _label_splits(
     """Labels the splits that have no annotations, on all processes together."""
     labelled: dict[Which, LabelledSplit] = {}
     for which, split in splits.items():
-        assert isinstance(recipe.data, CocoData | FolderData)
+        assert isinstance(recipe.data, Unlabelled)
         labelled[which] = label_split(
             split,
             recipe.data,

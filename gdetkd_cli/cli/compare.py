@@ -111,7 +111,7 @@ def _parse_budgets(text: str | None) -> tuple[int, ...]:
 
 
 def _parse_launcher_settings(launcher: str | None, texts: list[str]) -> dict[str, object]:
-    from gdetkd_cli.recipe import yaml_text
+    from gdetkd_cli import yaml_text
 
     if texts and launcher is None:
         raise options.UsageError("--set-launcher needs --launcher slurm or --launcher local")

@@ -23,7 +23,7 @@ def init(
     ],
     data: Annotated[
         Path,
-        typer.Option(metavar="DIR", help="Folder of images, with COCO, VOC or BDD100K annotations or without any."),
+        typer.Option(metavar="DIR", help="Folder of images with COCO, YOLO, VOC or BDD100K annotations, or with none."),
     ],
     output: Annotated[Path, typer.Option(metavar="FILE", help="Recipe to write.")] = Path("recipe.yaml"),
     trust_code: options.TrustOption = False,

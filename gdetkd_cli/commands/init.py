@@ -42,7 +42,7 @@ def run_init(teacher: str, student: str, data: Path, *, output: Path, observer: 
         teacher: a run folder, a model file, ``builtin:NAME``, a torchvision detector's name, or
             ``package.module:function``.
         student: any of these, or ``BACKBONE+HEAD``, for example ``resnet18+retinanet``.
-        data: folder of images with COCO, VOC or BDD100K annotations, or of images alone for the teacher to label.
+        data: folder of images with COCO, YOLO, VOC or BDD100K annotations, or of images alone for the teacher to label.
         output: the file to write.
         observer: receives progress.
 

@@ -26,6 +26,7 @@ from gdetkd_cli.recipe.schema import (
     TorchvisionDetector,
     TransformersDetector,
     VocData,
+    YoloData,
 )
 from gdetkd_cli.structures import Detections
 
@@ -164,8 +165,10 @@ def _identify_images(data: Data) -> tuple[object, ...]:
             return tuple((data.root / path).resolve() for path in (*data.train, *data.val)), len(data.train)
         case FolderData():
             return (data.root / data.train_images).resolve(), data.val
+        case YoloData():
+            return (data.root / data.names).resolve(), data.train, data.val
         case _:
-            return tuple((data.root / path).resolve() for path in (data.train, data.val))
+            return tuple(path and (data.root / path).resolve() for path in (data.train, data.val))
 
 
 def _list_annotations(data: Data) -> set[object]:
@@ -177,5 +180,7 @@ def _list_annotations(data: Data) -> set[object]:
             return {(data.root / path).resolve() for path in (*data.train, *data.val)}
         case FolderData():
             return set()
+        case YoloData():
+            return {(data.root / data.names).resolve()}
         case _:
-            return {(data.root / path).resolve() for path in (data.train, data.val)}
+            return {(data.root / path).resolve() for path in (data.train, data.val) if path is not None}

@@ -1,4 +1,4 @@
-"""Cross-validation: pools the training and validation images of a data set and divides them into folds."""
+"""Divides images: every tenth for validation, or the pooled images of both splits into folds."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gdetkd_cli.data.image_files import ImageFiles
 from gdetkd_cli.data.readers.coco import align_classes
-from gdetkd_cli.data.split import Split
+from gdetkd_cli.data.split import Split, is_in_part
 from gdetkd_cli.errors import DataError
 
 _SHUFFLE = 0  # one order for all runs, independent of their seeds
@@ -33,6 +33,28 @@ class _PooledReader:
     def __call__(self, index: int) -> Tensor:
         split, place = self.places[index]
         return self.reads[split](place)
+
+
+def hold_out(split: Split, which: Literal["train", "val"]) -> Split:
+    """Returns every tenth image of a split (``val``) or all others (``train``).
+
+    Raises:
+        DataError: there are too few images.
+    """
+    assert isinstance(split.read, ImageFiles)
+    chosen = [index for index in range(len(split)) if is_in_part(index, which)]
+    if not chosen:
+        raise DataError(
+            f"{split.name} has {len(split)} images; expected at least 2, one of them for validation; add images"
+        )
+    return replace(
+        split,
+        name=f"{split.name}, {'every tenth image' if which == 'val' else 'without every tenth image'}",
+        records=[split.records[index] for index in chosen],
+        read=ImageFiles(
+            paths=[split.read.paths[index] for index in chosen], sizes=[split.read.sizes[index] for index in chosen]
+        ),
+    )
 
 
 def build_fold(train: Split, val: Split, *, number: int, of: int, which: Literal["train", "val", "all"]) -> Split:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +15,20 @@ from torch import Tensor
 
 from gdetkd_cli.data.bad_images import BadImages
 
+_HELD_OUT = 10  # every tenth image is for validation if the data have no validation split
+
 Outline = list[NDArray[np.float32]] | dict[str, Any] | None
+
+
+@dataclass(frozen=True)
+class DataProblem:
+    """An annotation or image that a reader changed or left out.
+
+    ``place`` names the file and the line or entry in it.
+    """
+
+    place: str
+    problem: str
 
 
 @dataclass(frozen=True)
@@ -63,3 +76,8 @@ class Split:
 
     def __len__(self) -> int:
         return len(self.records)
+
+
+def is_in_part(index: int, which: Literal["train", "val", "all"]) -> bool:
+    """Whether the image with an index is in a part of data without a validation split: every tenth is in ``val``."""
+    return which == "all" or (index % _HELD_OUT == 0) == (which == "val")

@@ -10,9 +10,9 @@ from typing import Any
 from pydantic import ValidationError
 from yaml.nodes import Node
 
+from gdetkd_cli import yaml_text
 from gdetkd_cli.errors import RecipeError
 from gdetkd_cli.files import name_kind
-from gdetkd_cli.recipe import yaml_text
 from gdetkd_cli.recipe.builtin import list_builtin
 from gdetkd_cli.recipe.checks import narrow_recipe
 from gdetkd_cli.recipe.overrides import Override, apply_overrides, parse_override

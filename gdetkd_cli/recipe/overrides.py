@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from gdetkd_cli import yaml_text
 from gdetkd_cli.errors import RecipeError
-from gdetkd_cli.recipe import yaml_text
 
 
 @dataclass(frozen=True)

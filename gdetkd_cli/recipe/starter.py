@@ -17,7 +17,7 @@ name: my-detector               # also the default name of the run folder
 
 # The images and their COCO annotations. The paths below start from root.
 data:
-  format: coco                  # or: voc, bdd100k, folder (no annotations), synthetic (drawn in code)
+  format: coco                  # or: yolo, voc, bdd100k, folder (no annotations), synthetic (drawn in code)
   root: data
   train: train.json
   val: val.json

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from gdetkd_cli.data.readers.layout import Layout, find_layout, find_voc_lists
+from gdetkd_cli.data.readers.yolo_layout import YoloLayout, find_yolo
 from gdetkd_cli.errors import DataError
 
 
@@ -55,6 +56,27 @@ def test_roboflow(tmp_path: Path) -> None:
     assert found == build_layout("train/_annotations.coco.json", "valid/_annotations.coco.json", "train", "valid")
 
 
+@pytest.mark.parametrize(
+    ("file", "image", "folder"),
+    [
+        ("annotations/instances_default.json", "images/default/a.jpg", "images/default"),  # CVAT
+        ("result.json", "images/a.jpg", "images"),  # Label Studio
+        ("train.json", "a.jpg", "."),
+    ],
+)
+def test_a_single_file_has_no_validation_split(tmp_path: Path, file: str, image: str, folder: str) -> None:
+    write_coco(tmp_path / file)
+    write_image(tmp_path / image)
+    assert find_layout(tmp_path) == Layout(Path(file), None, Path(folder), None)
+
+
+def test_a_single_file_of_validation_is_not_for_training(tmp_path: Path) -> None:
+    write_coco(tmp_path / "val.json")
+    write_image(tmp_path / "a.jpg")
+    with pytest.raises(DataError, match="no annotations of a training split"):
+        find_layout(tmp_path)
+
+
 def test_missing_parts_are_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="is not a folder"):
         find_layout(tmp_path / "absent")
@@ -62,7 +84,8 @@ def test_missing_parts_are_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"no annotations of a training split in .*found: no COCO detection file"):
         find_layout(tmp_path)
     write_coco(tmp_path / "train.json")
-    with pytest.raises(DataError, match=r"no annotations of a validation split in .*found: train\.json"):
+    write_coco(tmp_path / "other.json")
+    with pytest.raises(DataError, match=r"no annotations of a validation split in .*found: other\.json, train\.json"):
         find_layout(tmp_path)
     write_coco(tmp_path / "val.json")
     with pytest.raises(DataError, match=r"train\.json names the image a\.jpg, which is nowhere in"):
@@ -92,3 +115,60 @@ def test_voc_validates_on_the_test_list(tmp_path: Path) -> None:
 def test_voc_without_test_list(tmp_path: Path) -> None:
     assert find_lists(tmp_path, VOC2012=["train", "val", "trainval"]) == (["VOC2012/train"], ["VOC2012/val"])
     assert find_lists(tmp_path / "other", mine=["trainval"]) is None
+
+
+# --------------------------------------------------------------------------------------------------------------- yolo
+
+
+def write_files(root: Path, *files: str, **texts: str) -> None:
+    for name in files:
+        write_image(root / name)
+    for name, text in texts.items():
+        (root / name.replace("_", ".")).write_text(text)
+
+
+def paths(*names: str) -> list[Path]:
+    return [Path(name) for name in names]
+
+
+def test_ultralytics_and_roboflow_name_their_folders(tmp_path: Path) -> None:
+    write_files(tmp_path / "u", "images/train/a.jpg", "images/val/b.jpg")
+    write_files(tmp_path / "u", data_yaml="train: images/train\nval: images/val\nnames: {0: cat}")
+    assert find_yolo(tmp_path / "u") == YoloLayout(Path("data.yaml"), "auto", "auto")
+    write_files(tmp_path / "r", "train/images/a.jpg", "valid/images/b.jpg")
+    write_files(tmp_path / "r", data_yaml="train: ../train/images\nval: ../valid/images\nnames: [cat]")
+    assert find_yolo(tmp_path / "r") == YoloLayout(Path("data.yaml"), "auto", "auto")
+
+
+def test_folders_that_data_yaml_names_wrongly_are_found(tmp_path: Path) -> None:
+    write_files(tmp_path, "images/train2017/a.jpg", "images/val2017/b.jpg")
+    write_files(tmp_path, data_yaml="train: /kaggle/input/x/train\nval: gone\nnames: [cat]")
+    found = find_yolo(tmp_path)
+    assert found == YoloLayout(Path("data.yaml"), paths("images/train2017"), paths("images/val2017"))
+
+
+def test_cvat_has_lists_and_perhaps_no_validation(tmp_path: Path) -> None:
+    write_files(tmp_path, "obj_train_data/a.jpg", "obj_train_data/a.txt")
+    write_files(tmp_path, obj_names="cat\n", train_txt="data/obj_train_data/a.jpg\n", obj_data="classes = 1\n")
+    assert find_yolo(tmp_path) == YoloLayout(Path("obj.names"), paths("train.txt"), None)
+    write_files(tmp_path, valid_txt="data/obj_train_data/a.jpg\n")
+    assert find_yolo(tmp_path) == YoloLayout(Path("obj.names"), paths("train.txt"), paths("valid.txt"))
+
+
+def test_label_studio_has_one_set_of_images(tmp_path: Path) -> None:
+    write_files(tmp_path, "images/a.jpg", "labels/a.txt", classes_txt="cat\n", notes_json="{}")
+    assert find_yolo(tmp_path) == YoloLayout(Path("classes.txt"), paths("images"), None)
+
+
+def test_labels_beside_images(tmp_path: Path) -> None:
+    write_files(tmp_path, "a.jpg", "a.txt", classes_txt="cat\n")
+    assert find_yolo(tmp_path) == YoloLayout(Path("classes.txt"), paths("."), None)
+
+
+def test_other_folders_are_not_taken_for_yolo(tmp_path: Path) -> None:
+    assert find_yolo(tmp_path / "absent") is None
+    write_files(tmp_path, "images/a.jpg", classes_txt="cat\n", recipe_yaml="name: x\ndata: {format: coco}\n")
+    assert find_yolo(tmp_path) is None
+    write_files(tmp_path, data_yaml="names: [cat")
+    with pytest.raises(DataError, match="not valid YAML"):
+        find_yolo(tmp_path)

@@ -253,7 +253,7 @@ train:
     )
     expected = [
         "2: name: string should match pattern '^[A-Za-z0-9][A-Za-z0-9._-]*$' (got 'a b')",
-        "3: data.format: input should be one of 'synthetic', 'coco', 'voc', 'bdd100k', 'folder' (got 'cocoo')",
+        "3: data.format: input should be one of 'synthetic', 'coco', 'yolo', 'voc', 'bdd100k', 'folder' (got 'cocoo')",
         "4: student.head: this field is required",
         "6: student.hed: unknown field; did you mean head?",
         "10: student.blocks.1: input should be greater than 0 (got 0)",

@@ -9,7 +9,8 @@ from typing import Any
 from gdetkd_cli.data.bad_images import BadImages
 from gdetkd_cli.data.readers.coco import build_split_from_tables
 from gdetkd_cli.data.readers.json_file import is_number, read_json
-from gdetkd_cli.data.split import Split
+from gdetkd_cli.data.readers.tally import Tally
+from gdetkd_cli.data.split import DataProblem, Split
 from gdetkd_cli.errors import DataError
 
 BDD_CLASSES = (
@@ -28,7 +29,12 @@ _OLD_NAMES = {"person": "pedestrian", "bike": "bicycle", "motor": "motorcycle"} 
 
 
 def read_bdd100k(
-    *, labels: Path, images: Path, classes: Sequence[str] | None = None, bad: BadImages | None = None
+    *,
+    labels: Path,
+    images: Path,
+    classes: Sequence[str] | None = None,
+    bad: BadImages | None = None,
+    problems: list[DataProblem] | None = None,
 ) -> Split:
     """Reads one label file. Frames without labels become images without objects; lanes and areas are skipped.
 
@@ -37,6 +43,7 @@ def read_bdd100k(
         images: the folder of the frames, for example ``images/100k/train``.
         classes: names to use; by default the ten of the detection task.
         bad: collects the images that cannot be read; None: such an image is an error.
+        problems: receives each annotation that is changed or dropped; None: these are only counted.
 
     Raises:
         DataError: the file or images are missing, or the file has another format.
@@ -65,7 +72,7 @@ def read_bdd100k(
             )
     if not any(a["category_id"] for a in tables["annotations"]):
         raise DataError(f"{labels} has no box of the classes {', '.join(names)}; give another file, or other classes")
-    return build_split_from_tables(tables, source=labels, images=images, classes=names, bad=bad)
+    return build_split_from_tables(tables, source=labels, images=images, classes=names, bad=bad, tally=Tally(problems))
 
 
 def read_first_frame(labels: Path) -> str:

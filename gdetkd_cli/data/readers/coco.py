@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from gdetkd_cli.data.bad_images import BadImages
 from gdetkd_cli.data.image_files import ImageFiles, read_sizes
 from gdetkd_cli.data.readers.json_file import is_number, is_text, is_whole, read_json
 from gdetkd_cli.data.readers.run_lengths import is_mask
-from gdetkd_cli.data.split import Outline, Record, Split
+from gdetkd_cli.data.readers.tally import Remark, Tally
+from gdetkd_cli.data.split import DataProblem, Outline, Record, Split
 from gdetkd_cli.errors import DataError
 from gdetkd_cli.files import name_kind
 
@@ -24,19 +26,20 @@ _TABLES = ("images", "annotations", "categories")
 _ROUNDING = 0.01  # pixels; smaller sides and smaller distances over the image's edge are rounding errors
 
 # The notes of a split, in this order.
-_NEGATIVE = "{n} image{s} without objects kept as negatives."
-_CROWD = "{n} crowd annotation{s} left out of training and kept for evaluation."
-_CLIPPED = "{n} annotation{s} with a box over the image's edge clipped."
-_NO_BOX = "{n} annotation{s} dropped: the box is not four finite numbers."
-_NO_AREA = "{n} annotation{s} dropped: the box has no area inside the image."
-_NO_IMAGE = "{n} annotation{s} dropped: image_id is not among the images."
-_NO_CATEGORY = "{n} annotation{s} dropped: category_id is not among the categories."
-_LEFT_OUT = "{n} annotation{s} dropped: the category is not among the chosen classes."
-_CROWD_TEXT = (
+_NEGATIVE = Remark("{n} image{s} without objects kept as negatives.")
+_CROWD = Remark("{n} crowd annotation{s} left out of training and kept for evaluation.")
+_CLIPPED = Remark("{n} annotation{s} with a box over the image's edge clipped.")
+_NO_BOX = Remark("{n} annotation{s} dropped: the box is not four finite numbers.", drops=True)
+_NO_AREA = Remark("{n} annotation{s} dropped: the box has no area inside the image.", drops=True)
+_NO_IMAGE = Remark("{n} annotation{s} dropped: image_id is not among the images.", drops=True)
+_NO_CATEGORY = Remark("{n} annotation{s} dropped: category_id is not among the categories.", drops=True)
+_LEFT_OUT = Remark("{n} annotation{s} dropped: the category is not among the chosen classes.")
+_CROWD_TEXT = Remark(
     "warning: {n} annotation{s} with an iscrowd other than the number 0 or 1: the text '1' is read as 1, all else as 0."
 )
-_FAULTS = (_NO_BOX, _NO_AREA, _NO_IMAGE, _NO_CATEGORY)
-_NOTES = (_NEGATIVE, _CROWD, _CLIPPED, *_FAULTS, _LEFT_OUT, _CROWD_TEXT)
+_REMARKS = (_NEGATIVE, _CROWD, _CLIPPED, _NO_BOX, _NO_AREA, _NO_IMAGE, _NO_CATEGORY, _LEFT_OUT, _CROWD_TEXT)
+
+Tables = Mapping[str, Sequence[Mapping[str, Any]]]
 
 
 def read_coco(
@@ -46,6 +49,7 @@ def read_coco(
     classes: Sequence[str] | None = None,
     outlines: bool = False,
     bad: BadImages | None = None,
+    problems: list[DataProblem] | None = None,
 ) -> Split:
     """Reads one annotation file. Images must exist, but are decoded only on demand.
 
@@ -55,6 +59,7 @@ def read_coco(
         classes: category names to use, label k for the k-th; by default all, in the order of their ids.
         outlines: whether to keep the objects' outlines.
         bad: collects the images that cannot be read; None: such an image is an error.
+        problems: receives each annotation that is changed or dropped; None: these are only counted.
 
     Raises:
         DataError: the file or images are missing, the file is not COCO detection JSON, or ``classes`` does not
@@ -62,59 +67,86 @@ def read_coco(
     """
     tables = _load(annotations)
     return build_split_from_tables(
-        tables, source=annotations, images=images, classes=classes, outlines=outlines, bad=bad
+        tables,
+        source=annotations,
+        images=images,
+        classes=classes,
+        outlines=outlines,
+        bad=bad,
+        tally=Tally(problems),
     )
 
 
 def build_split_from_tables(
-    tables: Mapping[str, Sequence[Mapping[str, Any]]],
+    tables: Tables,
     *,
     source: Path,
     images: Path,
     classes: Sequence[str] | None = None,
     outlines: bool = False,
     bad: BadImages | None = None,
+    tally: Tally | None = None,
+    describe_place: Callable[[int], str] | None = None,
 ) -> Split:
-    """Builds a split from COCO's three tables. ``source`` names them in messages; for the rest see ``read_coco``."""
+    """Builds a split from COCO's three tables.
+
+    Args:
+        tables: images, annotations and categories.
+        source: names the tables in messages.
+        images, classes, outlines, bad: see ``read_coco``.
+        tally: the remarks of a reader that made the tables; None: a new tally.
+        describe_place: place of the annotation with an index, from 0; default: in ``source``.
+    """
     names = _read_category_names(tables["categories"], file=source)
     class_names = _choose_classes(classes, names=names, file=source)
     ids, files = _find_images(tables["images"], folder=images, file=source, bad=bad)
-
-    counts: Counter[str] = Counter()
+    tally = tally or Tally()
+    file_names = {image["id"]: image["file_name"] for image in tables["images"]}
     sizes = dict(zip(ids, files.sizes, strict=True))
     labels = {name: label for label, name in enumerate(class_names, start=1)}
     truth: dict[int, list[dict[str, object]]] = {image_id: [] for image_id in ids}
     shapes: dict[int, list[Outline]] = {image_id: [] for image_id in ids}
-    for annotation in tables["annotations"]:
+    for index, annotation in enumerate(tables["annotations"]):
         image_id, category = (_read_id(annotation.get(key)) for key in ("image_id", "category_id"))
         name = names.get(category)
+        place = partial(describe_place or partial(_describe_place, source, file_names.get(image_id)), index)
         if image_id is None or image_id not in sizes:
-            counts[_NO_IMAGE] += 1
+            tally.add_problem(_NO_IMAGE, place)
         elif name is None:
-            counts[_NO_CATEGORY] += 1
+            tally.add_problem(_NO_CATEGORY, place)
         elif name not in labels:
-            counts[_LEFT_OUT] += 1
+            tally.add(_LEFT_OUT)
         else:
-            item = _convert_annotation(annotation, label=labels[name], size=sizes[image_id], counts=counts)
+            item = _convert_annotation(annotation, label=labels[name], size=sizes[image_id], tally=tally, place=place)
             if item is not None:
                 truth[image_id].append(item)
                 if outlines:
                     shapes[image_id].append(_convert_outline(annotation.get("segmentation"), sizes[image_id]))
 
     records = [_build_record(image_id, sizes[image_id], truth[image_id], shapes[image_id]) for image_id in ids]
-    counts[_NEGATIVE] = sum(len(record.labels) == 0 for record in records)
-    notes = [note.format(n=counts[note], s="" if counts[note] == 1 else "s") for note in _NOTES if counts[note]]
-    dropped, given = sum(counts[fault] for fault in _FAULTS), len(tables["annotations"])
-    if 2 * dropped > given:
-        notes.append(f"warning: {dropped} of {given} annotations are dropped; check the boxes, ids and classes.")
+    tally.add(_NEGATIVE, sum(len(record.labels) == 0 for record in records))
     return Split(
         name="/".join(source.absolute().parts[-2:]),
         class_names=class_names,
         records=records,
         read=files,
-        notes=tuple(notes),
+        notes=tuple(_format_notes(tally, len(tables["annotations"]))),
         bad=bad,
     )
+
+
+def _describe_place(source: Path, image: str | None, index: int) -> str:
+    return f"{source}, annotation {index + 1}" + (f" (image {image})" if image is not None else "")
+
+
+def _format_notes(tally: Tally, given: int) -> list[str]:
+    """Returns the notes of a split; ``given`` annotations are counted without rows that were dropped before."""
+    given += tally.count_dropped(before=_REMARKS)
+    dropped = tally.count_dropped()
+    notes = tally.format_notes(_REMARKS)
+    if 2 * dropped > given:
+        notes.append(f"warning: {dropped} of {given} annotations are dropped; check the boxes, ids and classes.")
+    return notes
 
 
 def align_classes(split: Split, class_names: tuple[str, ...]) -> Split:
@@ -233,7 +265,7 @@ def _read_size(entry: Mapping[str, Any]) -> tuple[int, int] | None:
 
 
 def _convert_annotation(
-    annotation: Mapping[str, Any], *, label: int, size: tuple[int, int], counts: Counter[str]
+    annotation: Mapping[str, Any], *, label: int, size: tuple[int, int], tally: Tally, place: Callable[[], str]
 ) -> dict[str, object] | None:
     """Converts an annotation to the form of ``Record.truth``; None if its box is unusable.
 
@@ -241,11 +273,12 @@ def _convert_annotation(
         annotation: from the file.
         label: 1..K.
         size: (height, width) pixels of the image.
-        counts: how often each note applies; updated.
+        tally: receives the remarks.
+        place: describes where the annotation is.
     """
     box = annotation.get("bbox")
     if not (isinstance(box, list) and len(box) == 4 and all(is_number(number) for number in box)):
-        counts[_NO_BOX] += 1
+        tally.add_problem(_NO_BOX, place)
         return None
     left, top, width, height = box
     corners = (left, top, left + width, top + height)
@@ -253,13 +286,15 @@ def _convert_annotation(
         min(max(float(corner), 0.0), float(edge)) for corner, edge in zip(corners, (size[1], size[0]) * 2, strict=True)
     )
     if x2 - x1 < _ROUNDING or y2 - y1 < _ROUNDING:
-        counts[_NO_AREA] += 1
+        tally.add_problem(_NO_AREA, place)
         return None
-    counts[_CLIPPED] += any(abs(a - b) >= _ROUNDING for a, b in zip(corners, clipped, strict=True))
+    if any(abs(a - b) >= _ROUNDING for a, b in zip(corners, clipped, strict=True)):
+        tally.add_problem(_CLIPPED, place)
     given = annotation.get("iscrowd", 0)
-    counts[_CROWD_TEXT] += not isinstance(given, (int, float)) or given not in (0, 1)
+    if not isinstance(given, (int, float)) or given not in (0, 1):
+        tally.add_problem(_CROWD_TEXT, place)
     crowd = given in (1, "1")
-    counts[_CROWD] += crowd
+    tally.add(_CROWD, crowd)
     area = annotation.get("area")
     return {
         "bbox": [x1, y1, x2 - x1, y2 - y1],

@@ -11,11 +11,9 @@ from PIL import Image
 
 from gdetkd_cli.data.bad_images import BadImages
 from gdetkd_cli.data.image_files import FORMATS, ImageFiles, read_sizes
-from gdetkd_cli.data.split import Record, Split
+from gdetkd_cli.data.split import Record, Split, is_in_part
 from gdetkd_cli.errors import DataError
 from gdetkd_cli.files import name_kind
-
-_HELD_OUT = 10  # every tenth image is for validation
 
 
 def read_folder(folder: Path, which: Literal["train", "val", "all"] = "all", *, bad: BadImages | None = None) -> Split:
@@ -31,8 +29,8 @@ def read_folder(folder: Path, which: Literal["train", "val", "all"] = "all", *, 
     """
     if not folder.is_dir():
         raise DataError(f"there is no folder {folder}{name_kind(folder)}; name a folder with images")
-    every = sorted(_find_images(folder))
-    paths = [p for i, p in enumerate(every) if which == "all" or (i % _HELD_OUT == 0) == (which == "val")]
+    every = sorted(find_images(folder))
+    paths = [p for i, p in enumerate(every) if is_in_part(i, which)]
     if not paths:
         raise DataError(
             f"{folder} has {len(every)} images; expected at least 2, one of them for validation; add images"
@@ -55,15 +53,17 @@ def check_no_labels(folder: Path) -> None:
     Raises:
         DataError: at least half of the images have a .txt, .xml or .json file of the same name.
     """
-    images = {path.stem for path in _find_images(folder)} if folder.is_dir() else set()
+    images = {path.stem for path in find_images(folder)} if folder.is_dir() else set()
     files = [path for path in folder.rglob("*") if path.suffix in (".txt", ".xml", ".json") and path.stem in images]
     if images and 2 * len({path.stem for path in files}) >= len(images):
         raise DataError(
             f"{folder} has annotations in an unsupported format ({min(files).relative_to(folder)} and others); convert "
-            "them to COCO's train.json and val.json, or name a folder with only images for the teacher to label"
+            "them to COCO's train.json and val.json, add YOLO's data.yaml with the class names, or name a folder with "
+            "only images for the teacher to label"
         )
 
 
-def _find_images(folder: Path) -> Iterator[Path]:
+def find_images(folder: Path) -> Iterator[Path]:
+    """Finds the image files in a folder and its subfolders, by the endings of their names."""
     known = {ending for ending, format in Image.registered_extensions().items() if format in FORMATS}
     return (path for path in folder.rglob("*") if path.suffix.lower() in known and path.is_file())

@@ -18,18 +18,19 @@ _VAL = ("val", "valid", "validation", "test")  # the first match counts
 
 @dataclass(frozen=True)
 class Layout:
-    """Annotation files and image folders, relative to the searched folder."""
+    """Annotation files and image folders, relative to the searched folder; None: there is no validation split."""
 
     train: Path
-    val: Path
+    val: Path | None
     train_images: Path
-    val_images: Path
+    val_images: Path | None
 
 
 def find_layout(root: Path, files: Mapping[Path, str] | None = None) -> Layout:
-    """Finds two COCO detection files and the folders of their images.
+    """Finds COCO detection files and the folders of their images.
 
-    The split is recognised by the name of the file or its folder: ``train.json``,
+    A single file that is not named after the validation split is the training split. Otherwise the split is
+    recognised by the name of the file or its folder: ``train.json``,
     ``annotations/instances_val2017.json``, ``valid/_annotations.coco.json``.
 
     Args:
@@ -43,15 +44,21 @@ def find_layout(root: Path, files: Mapping[Path, str] | None = None) -> Layout:
         raise DataError(f"{root}{name_kind(root)} is not a folder; name a folder with COCO annotations and images")
     found = find_detection_files(root) if files is None else files
     train, val = (_find_split_file(found, root, words) for words in (_TRAIN, _VAL))
-    if train is None or val is None:
+    if len(found) == 1 and val is None:
+        train = next(iter(found))
+    elif train is None or val is None:
         names = ", ".join(str(file.relative_to(root)) for file in found) or "no COCO detection file"
         missing = "training" if train is None else "validation"
         raise DataError(
             f"no annotations of a {missing} split in {root} (found: {names}); name them train.json and val.json, or "
             "write the recipe by hand: gdetkd recipe init"
         )
-    folders = {split: _find_image_folder(split, found[split], root) for split in (train, val)}
-    return Layout(*(path.relative_to(root) for path in (train, val, folders[train], folders[val])))
+    assert train is not None
+    images = _find_image_folder(train, found[train], root).relative_to(root)
+    if val is None:
+        return Layout(train.relative_to(root), None, images, None)
+    val_images = _find_image_folder(val, found[val], root).relative_to(root)
+    return Layout(train.relative_to(root), val.relative_to(root), images, val_images)
 
 
 def find_detection_files(root: Path) -> dict[Path, str]:

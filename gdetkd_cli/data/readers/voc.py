@@ -11,7 +11,8 @@ from xml.etree import ElementTree
 
 from gdetkd_cli.data.bad_images import BadImages
 from gdetkd_cli.data.readers.coco import build_split_from_tables
-from gdetkd_cli.data.split import Split
+from gdetkd_cli.data.readers.tally import Tally
+from gdetkd_cli.data.split import DataProblem, Split
 from gdetkd_cli.errors import DataError
 from gdetkd_cli.files import name_kind
 
@@ -41,7 +42,12 @@ _ENDINGS = (".jpg", ".jpeg", ".png", ".JPG", ".JPEG", ".PNG")
 
 
 def read_voc(
-    *, lists: Sequence[Path], root: Path, classes: Sequence[str] | None = None, bad: BadImages | None = None
+    *,
+    lists: Sequence[Path],
+    root: Path,
+    classes: Sequence[str] | None = None,
+    bad: BadImages | None = None,
+    problems: list[DataProblem] | None = None,
 ) -> Split:
     """Reads the images in lists of image names.
 
@@ -54,6 +60,7 @@ def read_voc(
         root: the folder that contains all of them.
         classes: names to use; by default the twenty of Pascal VOC.
         bad: collects the images that cannot be read; None: such an image is an error.
+        problems: receives each annotation that is changed or dropped; None: these are only counted.
 
     Raises:
         DataError: a file is missing or malformed, or no object belongs to the classes.
@@ -89,7 +96,7 @@ def read_voc(
         )
     categories = [{"id": number, "name": name} for name, number in numbers.items()]
     tables = {"images": images, "annotations": annotations, "categories": categories}
-    return build_split_from_tables(tables, source=lists[0], images=root, classes=names, bad=bad)
+    return build_split_from_tables(tables, source=lists[0], images=root, classes=names, bad=bad, tally=Tally(problems))
 
 
 def read_object_names(lists: Sequence[Path]) -> set[str]:

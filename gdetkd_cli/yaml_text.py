@@ -1,4 +1,4 @@
-"""YAML for recipes: plain data only, ``3e-4`` is a number, and a repeated key is an error.
+"""YAML of recipes and of YOLO's ``data.yaml``: plain data only, ``3e-4`` is a number, and a repeated key is an error.
 
 PyYAML follows YAML 1.1, which reads 1:30 in base 60 and 010 in base 8. Recipes read both as strings, so a field that
 needs a number refuses them.
