@@ -157,6 +157,9 @@ def build_setup(
         labelled = _label_splits(unlabelled, recipe, teacher.detector, compute.accelerator, most_labelled, observer)
         splits |= {which: one.split for which, one in labelled.items()}
     student = _build_student(recipe, splits["train"].class_names, device)
+    if student.detector.skips_parameters:
+        assert compute.accelerator.ddp_handler is not None
+        compute.accelerator.ddp_handler.find_unused_parameters = True
     train, val = (relabel(splits[which], student.detector) for which in SPLITS)
     report_bad_images((train, val), observer)
     pair = None

@@ -175,6 +175,11 @@ class Detector(Protocol):
         return False
 
     @property
+    def skips_parameters(self) -> bool:
+        """Whether parameters may get no gradient in some steps, for which the processes of a run must be prepared."""
+        return False
+
+    @property
     def sampled_proposals(self) -> int | None:
         """Maximum of proposals per image that its own head trains on; None if it samples none."""
         return None

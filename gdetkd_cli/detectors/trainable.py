@@ -94,6 +94,11 @@ class TrainableDetector(ProbedDetector):
         """Whether its losses and detections are unknown."""
         return self.probed.call.takes != "any"
 
+    @property
+    def skips_parameters(self) -> bool:
+        """Unknown code may skip parts of a model, as transformers' detectors do for images without objects."""
+        return True
+
     def forward_train(self, batch: Batch, *, candidates: bool = True) -> Observation:
         # The user's code may compute boxes anywhere, and half precision would round them.
         with torch.autocast(batch.images[0].device.type, enabled=False):

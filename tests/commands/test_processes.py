@@ -17,6 +17,7 @@ import psutil
 import pytest
 import torch
 import toy
+from query_models import make_config
 
 from gdetkd_cli.commands import run_distill
 from gdetkd_cli.engine.run_folder import RunFolder
@@ -141,3 +142,14 @@ def test_machines_without_a_shared_folder_are_refused(tmp_path: Path) -> None:
         folder.check_shared()
     with folder.lock():
         folder.check_shared()
+
+
+def test_a_student_that_skips_parameters_without_objects(tmp_path: Path) -> None:
+    """D-FINE has no denoising queries for an image without objects, so one process lacks their gradients."""
+    recipe = make_recipe(tmp_path / "data", steps=4, batch_size=1).model_dump(mode="json")
+    recipe["student"] = {"arch": "transformers", "config": make_config("d_fine"), "image_size": [64, 96]}
+    (tmp_path / "toy.yaml").write_text(dump_recipe(Recipe.model_validate(recipe)))
+    command = build_command(["--standalone", "--nproc-per-node", "2"], tmp_path / "toy.yaml", tmp_path / "run")
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / "run" / "pretrained" / "model.safetensors").exists()
