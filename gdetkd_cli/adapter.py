@@ -12,7 +12,7 @@ Example, the whole adapter of a package:
 
         def detect(self, images):
             boxes, scores = self.net(images)
-            return select_detections(boxes, scores)
+            return self.select_detections(boxes, scores)
 
 Shapes: N images, A boxes per image, K classes; boxes xyxy.
 """
@@ -38,15 +38,28 @@ class TrainableModule(nn.Module):
     padded at the far sides. Boxes are in pixels of that tensor and are converted here.
     """
 
-    def __init__(self, *, divisor: int = 32, size: int | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        divisor: int = 32,
+        size: int | None = None,
+        score_thresh: float = 0.01,
+        nms_thresh: float = 0.65,
+        detections_per_img: int = 100,
+    ) -> None:
         """
         Args:
             divisor: of the height and width of the tensor, pixels: the largest stride of the network.
             size: long side to which every image is resized, pixels; None: images keep their size.
+            score_thresh: detections with a lower score are dropped. This limit and the last are also those within which
+                an exported file may differ, so name the network's own if ``detect`` has them.
+            nms_thresh: overlap (IoU) from which on the box with the lower score is dropped.
+            detections_per_img: most detections of an image.
         """
         super().__init__()
-        self._divisor = divisor
-        self._size = size
+        self._divisor, self._size = divisor, size
+        self.score_thresh, self.nms_thresh = score_thresh, nms_thresh
+        self.detections_per_img = detections_per_img
 
     def losses(self, images: Tensor, targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         """Returns the losses by name, in training mode; ``gdetkd`` minimises their sum.
@@ -64,6 +77,24 @@ class TrainableModule(nn.Module):
             images: (N, 3, H, W) in 0..1.
         """
         raise NotImplementedError(f"{type(self).__name__} must define detect(images)")
+
+    def select_detections(self, boxes: Tensor, scores: Tensor) -> list[dict[str, Tensor]]:
+        """Suppresses overlapping boxes, class by class.
+
+        Args:
+            boxes: (N, A, 4) pixels.
+            scores: (N, A, K) in 0..1.
+
+        Returns:
+            By image ``boxes`` (D, 4), ``scores`` (D,) and ``labels`` (D,) in 1..K, by falling score.
+        """
+        found = []
+        for own, by_class in zip(boxes.float(), scores.float(), strict=True):
+            places, labels = torch.where(by_class > self.score_thresh)
+            best, at = own[places], by_class[places, labels]
+            kept = batched_nms(best, at, labels, self.nms_thresh)[: self.detections_per_img]
+            found.append({"boxes": best[kept], "scores": at[kept], "labels": labels[kept] + 1})
+        return found
 
     def forward(self, images: Sequence[Tensor], targets: list[dict[str, Tensor]] | None = None) -> Any:
         """Losses by name if the module trains, else detections by image; boxes in pixels of each (3, H, W) image."""
@@ -92,30 +123,6 @@ class TrainableModule(nn.Module):
         ]
         scales = [(_get_sides(after) / _get_sides(before)) for before, after in zip(images, resized, strict=True)]
         return torch.stack(stacked), [scale.to(images[0])[[1, 0, 1, 0]] for scale in scales]
-
-
-def select_detections(
-    boxes: Tensor, scores: Tensor, *, score: float = 0.01, iou: float = 0.65, most: int = 100
-) -> list[dict[str, Tensor]]:
-    """Suppresses overlapping boxes, class by class.
-
-    Args:
-        boxes: (N, A, 4) pixels.
-        scores: (N, A, K) in 0..1.
-        score: detections with a lower one are dropped.
-        iou: overlap from which on the box with the lower score is dropped.
-        most: detections of an image.
-
-    Returns:
-        By image ``boxes`` (D, 4), ``scores`` (D,) and ``labels`` (D,) in 1..K, by falling score.
-    """
-    found = []
-    for own, by_class in zip(boxes.float(), scores.float(), strict=True):
-        places, labels = torch.where(by_class > score)
-        best, at = own[places], by_class[places, labels]
-        kept = batched_nms(best, at, labels, iou)[:most]
-        found.append({"boxes": best[kept], "scores": at[kept], "labels": labels[kept] + 1})
-    return found
 
 
 def _resize(image: Tensor, size: int) -> Tensor:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gdetkd_cli.adapter import TrainableModule, select_detections
+from gdetkd_cli.adapter import TrainableModule
 
 
 class Echo(TrainableModule):
@@ -85,14 +85,14 @@ def test_sizes_are_not_fixed_by_an_export(size: int | None) -> None:
 def test_detections_are_suppressed_class_by_class() -> None:
     boxes = torch.tensor([[[0.0, 0, 10, 10], [0, 0, 10, 11], [20, 20, 30, 30]]])
     scores = torch.tensor([[[0.9, 0.5], [0.8, 0.0], [0.0, 0.3]]])
-    (found,) = select_detections(boxes, scores)
+    (found,) = TrainableModule().select_detections(boxes, scores)
     assert found["boxes"].tolist() == [[0, 0, 10, 10], [0, 0, 10, 10], [20, 20, 30, 30]]
     assert found["scores"].tolist() == pytest.approx([0.9, 0.5, 0.3])
     assert found["labels"].tolist() == [1, 2, 2]
 
-    (found,) = select_detections(boxes, scores, score=0.4, most=1)
+    (found,) = TrainableModule(score_thresh=0.4, detections_per_img=1).select_detections(boxes, scores)
     assert found["labels"].tolist() == [1]
-    (found,) = select_detections(boxes, scores * 0)
+    (found,) = TrainableModule().select_detections(boxes, scores * 0)
     assert found["boxes"].shape == (0, 4)
 
 

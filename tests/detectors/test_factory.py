@@ -165,7 +165,7 @@ def test_a_student_of_ones_own_is_distilled(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("consent")
 def test_targets_of_another_form(tmp_path: Path) -> None:
-    message = r"called with \(images, targets\), it raised TypeError: list indices .*; if it has losses of another form, state"
+    message = r"called with \(images, targets\), it raised TypeError: .*; if it has losses of another"
     with pytest.raises(PairError, match=message):
         run_train(recipe(factory("other_targets")), output=tmp_path / "run")
 
