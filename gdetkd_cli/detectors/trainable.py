@@ -17,7 +17,7 @@ from gdetkd_cli.detectors.probed import ProbedDetector, stack
 from gdetkd_cli.detectors.protocol import Candidates, Observation
 from gdetkd_cli.detectors.tap import Tap
 from gdetkd_cli.detectors.torchvision import common
-from gdetkd_cli.errors import PairError
+from gdetkd_cli.errors import PairError, get_first_line
 from gdetkd_cli.probing.formats.runner import ModuleRunner, list_calls
 from gdetkd_cli.probing.inputs import ModelInput
 from gdetkd_cli.probing.pyramid import probe_image
@@ -26,6 +26,7 @@ from gdetkd_cli.structures import Batch, Pyramid
 
 _JITTERED = 4  # candidates near each true box
 _ANYWHERE = 32  # candidates anywhere in each image
+_CALL_ERRORS = (TypeError, ValueError, LookupError, AttributeError, AssertionError)  # of code that expects another call
 
 
 @dataclass(frozen=True)
@@ -118,10 +119,11 @@ class TrainableDetector(ProbedDetector):
             argument = self.probed.call.argument(prepared)
             groups = [self._call(outputs, argument, common.convert_targets(batch))]
             losses = groups[0].returned
-            if not isinstance(losses, dict) or not losses or not all(isinstance(v, Tensor) for v in losses.values()):
+            if not isinstance(losses, dict) or not losses or not all(map(_is_loss, losses.values())):
                 raise PairError(
                     f"{self._source} cannot be trained: in training mode, (images, targets) returned "
-                    f"{type(losses).__name__}; expected a dictionary of losses, like torchvision's detectors return"
+                    f"{_describe_result(losses)}; expected a dictionary of losses, each one number with a gradient; "
+                    "state them in a gdetkd_cli.adapter.TrainableModule"
                 )
         maps = tuple(stack([group.maps[level] for group in groups]) for level in range(len(self.levels)))
         height, width = (max(group.network_input.shape[axis] for group in groups) for axis in (-2, -1))
@@ -137,9 +139,13 @@ class TrainableDetector(ProbedDetector):
         try:
             with Tap(self.module, list({output.module for output in outputs})) as tap:
                 returned = self.module(*arguments)
-        except TypeError as error:
+        except _CALL_ERRORS as error:
             called = "(images, targets)" if len(arguments) > 1 else "images"
-            raise PairError(f"{self._source} cannot be trained: called with {called}, {error}") from error
+            raise PairError(
+                f"{self._source} cannot be trained: called with {called}, it raised {type(error).__name__}: "
+                f"{get_first_line(error)}; if it has losses of another form, state them in a "
+                "gdetkd_cli.adapter.TrainableModule"
+            ) from error
         finally:
             handle.remove()
         values = [list_tensors(tap.outputs(output.module)[output.call])[output.leaf] for output in outputs]
@@ -174,3 +180,17 @@ class TrainableDetector(ProbedDetector):
         device = batch.images[0].device
         found_boxes, index = (torch.cat(x).to(device, non_blocking=True) for x in (boxes, image_index))
         return Candidates(found_boxes, index, sampled=False, counts=tuple(len(b) for b in boxes))
+
+
+def _is_loss(value: object) -> bool:
+    return isinstance(value, Tensor) and value.dim() == 0 and value.requires_grad
+
+
+def _describe_result(losses: object) -> str:
+    """Describes what a module returned in place of losses."""
+    if not isinstance(losses, dict) or not losses:
+        return type(losses).__name__ if losses != {} else "an empty dictionary"
+    name, value = next((name, value) for name, value in losses.items() if not _is_loss(value))
+    if not isinstance(value, Tensor):
+        return f"{type(value).__name__} for {name!r}"
+    return f"a tensor of shape {tuple(value.shape)}{'' if value.requires_grad else ' without a gradient'} for {name!r}"

@@ -11,6 +11,8 @@ from torchvision.models.detection import FCOS
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from twins import TopDown, conv
 
+from gdetkd_cli.adapter import TrainableModule
+
 STRIDES = (8, 16, 32)
 
 
@@ -51,6 +53,44 @@ def fcos(classes: int = 9) -> nn.Module:
     """torchvision's own class, built directly."""
     backbone = resnet_fpn_backbone(backbone_name="resnet18", weights=None, trainable_layers=5)
     return FCOS(backbone, num_classes=1 + classes, min_size=64, max_size=64)
+
+
+class Stated(TrainableModule):
+    """A network with another call, whose losses and detections are stated."""
+
+    def __init__(self) -> None:
+        super().__init__(divisor=32)
+        self.net = Own()
+
+    def losses(self, images: Tensor, targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        return self.net(list(images), targets)
+
+    def detect(self, images: Tensor) -> list[dict[str, Tensor]]:
+        return self.net(list(images))
+
+
+def stated() -> nn.Module:
+    return Stated()
+
+
+class Vectors(Stated):
+    def losses(self, images: Tensor, targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        return {"class": self.net(list(images), targets)["class"], "box": images.new_ones(4)}
+
+
+def vectors() -> nn.Module:
+    return Vectors()
+
+
+class OtherTargets(Own):
+    """Expects its targets in another form."""
+
+    def forward(self, images: list[Tensor], targets: Any = None) -> Any:
+        return super().forward(images) if targets is None else super().forward(images, targets["boxes"])
+
+
+def other_targets() -> nn.Module:
+    return OtherTargets()
 
 
 class Bare(nn.Module):

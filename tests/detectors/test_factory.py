@@ -146,7 +146,7 @@ def test_levels_with_their_channels_last_are_turned_in_training_as_well() -> Non
 
 
 @pytest.mark.usefixtures("consent")
-@pytest.mark.parametrize("name", ["own", "fcos"])
+@pytest.mark.parametrize("name", ["own", "fcos", "stated"])
 def test_a_student_of_ones_own_is_distilled(name: str, tmp_path: Path) -> None:
     run = run_distill(recipe(factory(name)), output=tmp_path / "run").run
 
@@ -161,6 +161,22 @@ def test_a_student_of_ones_own_is_distilled(name: str, tmp_path: Path) -> None:
     trust_code(False)
     with pytest.raises(ModelError, match="--trust-code"):
         run_eval(str(run), data=None)
+
+
+@pytest.mark.usefixtures("consent")
+def test_targets_of_another_form(tmp_path: Path) -> None:
+    message = r"called with \(images, targets\), it raised TypeError: .*; if it has losses of another"
+    with pytest.raises(PairError, match=message):
+        run_train(recipe(factory("other_targets")), output=tmp_path / "run")
+
+
+@pytest.mark.usefixtures("consent")
+def test_losses_of_another_form(tmp_path: Path) -> None:
+    message = (
+        r"own_code:vectors cannot .* returned a tensor of shape \(4,\) without a gradient for 'box'; expected a dict"
+    )
+    with pytest.raises(PairError, match=message):
+        run_train(recipe(factory("vectors")), output=tmp_path / "run")
 
 
 @pytest.mark.usefixtures("consent")
