@@ -177,22 +177,30 @@ def needs_labels(data: Data, which: Which) -> TypeGuard[Unlabelled]:
     return isinstance(data, CocoData | YoloData) and which == "train" and data.labels != "annotations"
 
 
-def read_split(data: Data, which: Which) -> Split:
+def read_split(
+    data: Data, which: Which, *, bad: BadImages | None = None, problems: list[DataProblem] | None = None
+) -> Split:
     """Reads a split's images, and their annotations if they have any; needs no teacher labels.
 
-    Raises:
-        DataError: the data cannot be read.
+    ``bad``, ``problems`` and errors: see ``build_split``.
     """
-    return read_unlabelled_split(data, which) if needs_labels(data, which) else build_split(data, which)
+    if needs_labels(data, which):
+        return read_unlabelled_split(data, which, bad=bad, problems=problems)
+    return build_split(data, which, bad=bad, problems=problems)
 
 
-def read_unlabelled_split(data: Unlabelled, which: Which) -> Split:
-    """Reads the images for the teacher to label; the split has no classes if it takes the teacher's."""
-    bad = _collect_bad_images(data)
+def read_unlabelled_split(
+    data: Unlabelled, which: Which, *, bad: BadImages | None = None, problems: list[DataProblem] | None = None
+) -> Split:
+    """Reads the images for the teacher to label; the split has no classes if it takes the teacher's.
+
+    ``bad``, ``problems`` and errors: see ``build_split``.
+    """
+    bad = bad or _collect_bad_images(data)
     if isinstance(data, FolderData):
         split = read_folder(get_image_folder(data), "all" if data.val is not None else which, bad=bad)
         return replace(split, class_names=tuple(data.classes or ()))
-    return _read_annotated(data, "train", needs_labels=False, bad=bad)
+    return _read_annotated(data, "train", needs_labels=False, bad=bad, problems=problems)
 
 
 def get_image_folder(data: Unlabelled) -> Path:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import ceil
 from pathlib import Path
@@ -23,6 +23,7 @@ from gdetkd_cli.assembly.data import (
     read_unlabelled_split,
 )
 from gdetkd_cli.assembly.detector import build_detector
+from gdetkd_cli.data.folds import select_images
 from gdetkd_cli.data.image_files import ImageFiles
 from gdetkd_cli.data.loader import load_validation_batches
 from gdetkd_cli.data.readers.coco import build_split_from_tables
@@ -40,11 +41,19 @@ Tables = Mapping[str, list[dict[str, Any]]]
 
 @dataclass(frozen=True)
 class LabelledSplit:
-    """A split that a teacher labelled, its COCO tables, and the number of images in the whole split."""
+    """A split that a teacher labelled.
+
+    Attributes:
+        split: the labelled split.
+        tables: the same as COCO's tables.
+        images: number of images in the whole split.
+        by_teacher: number of images of ``split`` that the teacher labelled; the others have annotations.
+    """
 
     split: Split
     tables: Tables
     images: int
+    by_teacher: int
 
 
 def label_split(
@@ -61,7 +70,8 @@ def label_split(
     """Labels the images of a split. Every process predicts its share and receives all detections.
 
     Args:
-        split: a split of image files; its annotations are ignored. Without classes, it takes the teacher's.
+        split: a split of image files. Without classes, it takes the teacher's. Its annotations are ignored, unless
+            the teacher labels only the images without any.
         data: the recipe's block of the split.
         teacher: the detector that labels, on ``device``.
         device: the teacher's device.
@@ -77,31 +87,53 @@ def label_split(
     teacher.check_detects()
     total = len(split)
     split = replace(split, records=split.records[:most])
-    options = data.labels if isinstance(data.labels, TeacherLabels) else TeacherLabels()
+    options = _read_options(data)
     class_names = split.class_names or teacher.class_names
-    unknown = [name for name in (*class_names, *options.per_class) if name not in teacher.class_names]
-    if unknown:
-        raise DataError(
-            f"the teacher cannot label {', '.join(unknown)}; choose from its classes: {', '.join(teacher.class_names)}"
-        )
-    batches = load_validation_batches(split=split, batch_size=1, rank=rank, world_size=world_size)
-    progress = report_every(observer, "labelled", ceil(len(split) / world_size))
+    _check_classes((*class_names, *options.per_class), teacher)
+    keeps = options.images == "unlabelled"
+    own = [record for record in split.records if keeps and record.annotated]
+    asked = select_images(split, [i for i, each in enumerate(split.records) if not (keeps and each.annotated)])
+    batches = load_validation_batches(split=asked, batch_size=1, rank=rank, world_size=world_size)
+    progress = report_every(observer, "labelled", ceil(len(asked) / world_size))
     detections = gather_predictions(predict_split(teacher, batches, device, progress))
-    assert isinstance(split.read, ImageFiles), "only image files can be labelled"
-    kept = list_predicted(split, detections)
-    files = {record.image_id: path for record, path in zip(split.records, split.read.paths, strict=False)}
+    predicted = list_predicted(asked, detections)
     categories = {name: number for number, name in enumerate(class_names, start=1)}
-    annotations = _build_annotations(kept, detections, teacher.class_names, categories, options)
+    annotations = _build_annotations(predicted, detections, teacher.class_names, categories, options)
+    annotations = [*_list_truth(own), *annotations]
     if not annotations:
         best = max((float(one.scores.max()) for one in detections.values() if len(one.scores)), default=0.0)
         raise DataError(
             f"the teacher detects nothing in {split.name} with a score of {options.score:g} or more (highest score: "
             f"{best:.2f}); lower data.labels.score, or check the teacher's input format (teacher.input)"
         )
+    assert isinstance(split.read, ImageFiles), "only image files can be labelled"
+    kept = {record.image_id for record in (*own, *predicted)}
+    files = zip(split.records, split.read.paths, strict=False)
     folder = get_image_folder(data)
-    tables = _build_tables([(record, files[record.image_id]) for record in kept], folder, categories, annotations)
+    images = [(record, path) for record, path in files if record.image_id in kept]
+    tables = _build_tables(images, folder, categories, annotations)
     labelled = build_split_from_tables(tables, source=Path(split.name), images=folder, bad=split.bad)
-    return LabelledSplit(labelled, tables, total)
+    return LabelledSplit(labelled, tables, total, by_teacher=len(predicted))
+
+
+def _read_options(data: Unlabelled) -> TeacherLabels:
+    if isinstance(data.labels, TeacherLabels):
+        return data.labels
+    return TeacherLabels(images="unlabelled" if data.labels == "mixed" else "all")
+
+
+def _check_classes(names: Iterable[str], teacher: Detector) -> None:
+    """Checks that the teacher has all classes."""
+    unknown = [name for name in names if name not in teacher.class_names]
+    if unknown:
+        raise DataError(
+            f"the teacher cannot label {', '.join(unknown)}; choose from its classes: {', '.join(teacher.class_names)}"
+        )
+
+
+def _list_truth(records: Iterable[Record]) -> Iterator[dict[str, Any]]:
+    """Lists the annotations of images as COCO's; their category is the label."""
+    return ({**item, "image_id": record.image_id} for record in records for item in record.truth)
 
 
 def _build_annotations(
@@ -120,7 +152,6 @@ def _build_annotations(
             if name in categories and score >= options.per_class.get(name, options.score):
                 annotations.append(
                     {
-                        "id": len(annotations) + 1,
                         "image_id": record.image_id,
                         "category_id": categories[name],
                         "bbox": [box[0], box[1], box[2] - box[0], box[3] - box[1]],
@@ -150,7 +181,7 @@ def _build_tables(
             for record, path in images
         ],
         "categories": [{"id": number, "name": name} for name, number in categories.items()],
-        "annotations": annotations,
+        "annotations": [{**annotation, "id": number} for number, annotation in enumerate(annotations, start=1)],
     }
 
 
@@ -167,6 +198,7 @@ def describe_labels(labelled: LabelledSplit) -> str:
     counts = Counter(int(label) for record in split.records for label in record.labels)
     each = ", ".join(f"{name} {counts[number]}" for number, name in enumerate(split.class_names, start=1))
     images = f"{len(split)} images" + (f" of {labelled.images}" if len(split) < labelled.images else "")
+    images += f", {len(split) - labelled.by_teacher} annotated" if labelled.by_teacher < len(split) else ""
     return f"{split.name}: labelled by the teacher, {images}, {sum(counts.values())} objects ({each})"
 
 
@@ -214,7 +246,6 @@ def label_data(recipe: DistillationRecipe, folder: Path, device: str, observer: 
 def _convert_split(split: Split, folder: Path) -> Tables:
     """Converts an annotated split to COCO's tables, with file names relative to ``folder``."""
     assert isinstance(split.read, ImageFiles)
-    annotations = [{**item, "image_id": record.image_id} for record in split.records for item in record.truth]
     categories = {name: number for number, name in enumerate(split.class_names, start=1)}
     images = list(zip(split.records, split.read.paths, strict=True))
-    return _build_tables(images, folder, categories, [{**one, "id": id} for id, one in enumerate(annotations, 1)])
+    return _build_tables(images, folder, categories, list(_list_truth(split.records)))

@@ -14,6 +14,7 @@ from typer.exceptions import TyperException
 from gdetkd_cli import __version__
 from gdetkd_cli.cli.bench import bench
 from gdetkd_cli.cli.compare import compare
+from gdetkd_cli.cli.data import data
 from gdetkd_cli.cli.demo import demo
 from gdetkd_cli.cli.distill import distill
 from gdetkd_cli.cli.evaluate import evaluate
@@ -101,6 +102,7 @@ def _set_global_options(
 
 app.command("demo")(demo)
 app.command("init")(init)
+app.command("data")(data)
 app.command("probe")(probe)
 app.command("train")(train)
 app.command("distill")(distill)

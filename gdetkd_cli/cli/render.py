@@ -16,6 +16,7 @@ from gdetkd_cli.text import show_hidden
 
 if TYPE_CHECKING:
     from gdetkd_cli.commands.bench import Profile
+    from gdetkd_cli.commands.data import DataReport
     from gdetkd_cli.commands.demo import DemoResult
     from gdetkd_cli.commands.evaluate import EvalResult
     from gdetkd_cli.commands.export import ExportedFile, ExportResult
@@ -35,6 +36,8 @@ _AP_ROWS = {
     "AP_L": "above 96 x 96 pixels",
     "AR": "recall, 100 detections per image",
 }
+
+_MOST_PROBLEMS = 20  # of a data set that are shown
 
 # ------------------------------------------------------------------------------------------------ numbers and lines
 
@@ -92,6 +95,36 @@ def _build_metrics_tables(metrics: CocoMetrics) -> Group:
         ),
         _build_table(None, ("class", "AP"), [(name, format_number(ap)) for name, ap in metrics.per_class.items()]),
     )
+
+
+def format_data(report: DataReport) -> RenderableType:
+    """Formats a data set: what was recognised, counts, and the first problems."""
+    fields = ", ".join(f"{name}: {_format_value(value)}" for name, value in report.data.items())
+    counts = ("images", "without_objects", "boxes", "small", "medium", "large", "crowds")
+    rows = [(one.split, *(str(getattr(one, name)) for name in counts)) for one in report.splits]
+    names = dict.fromkeys(name for one in report.splits for name in one.per_class)
+    classes = [(name, *(str(one.per_class.get(name, 0)) for one in report.splits)) for name in names]
+    columns = ("class", *(f"{one.split} boxes" for one in report.splits))
+    problems = report.problems[:_MOST_PROBLEMS]
+    left = len(report.problems) - len(problems)
+    return Group(
+        _build_line(f"{report.source}: data: {{{fields}}}"),
+        *(_build_line(f"{one.split}: {one.name}: no annotations") for one in report.splits if not one.annotated),
+        _build_table(None, ("split", *(name.replace("_", " ") for name in counts)), rows),
+        *([_build_table(None, columns, classes)] if classes else []),
+        *(_build_line(f"{one.split}: {note}") for one in report.splits for note in one.notes),
+        *(_build_line(f"{one.place}: {one.problem}") for one in problems),
+        *([_build_line(f"... and {left} more problems; --json lists all")] if left else []),
+        _build_line(f"{len(report.problems) or 'no'} problem{'' if len(report.problems) == 1 else 's'}"),
+        *([_build_line(f"wrote {report.sheet}")] if report.sheet else []),
+    )
+
+
+def _format_value(value: object) -> str:
+    """Formats a value as in YAML's flow style."""
+    if isinstance(value, list):
+        return f"[{', '.join(map(_format_value, value))}]"
+    return "null" if value is None else str(value)
 
 
 def format_run(result: TrainResult) -> RenderableType:

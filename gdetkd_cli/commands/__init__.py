@@ -2,6 +2,7 @@
 
 from gdetkd_cli.commands.bench import profile_distill
 from gdetkd_cli.commands.compare import run_compare
+from gdetkd_cli.commands.data import run_data
 from gdetkd_cli.commands.demo import run_demo
 from gdetkd_cli.commands.evaluate import run_eval
 from gdetkd_cli.commands.export import run_export
@@ -17,6 +18,7 @@ __all__ = [
     "profile_distill",
     "resume_run",
     "run_compare",
+    "run_data",
     "run_demo",
     "run_distill",
     "run_eval",

@@ -31,10 +31,14 @@ class BadImages:
 
     Args:
         most: number of images that may be left out.
+
+    Attributes:
+        errors: one per image that is left out.
     """
 
     def __init__(self, most: int) -> None:
         self.most = most
+        self.errors: list[BadImageError] = []
         self._found: dict[str, str] = {}  # messages by file
         self._listed: set[str] = set()
         self._list: Path | None = None
@@ -68,6 +72,7 @@ class BadImages:
         if name in self._found:
             return
         self._found[name] = message
+        self.errors.append(error)
         self._write(name, message)
         if self._warn is not None:
             self._warn(self._format(len(self._found), message))

@@ -41,20 +41,21 @@ def hold_out(split: Split, which: Literal["train", "val"]) -> Split:
     Raises:
         DataError: there are too few images.
     """
-    assert isinstance(split.read, ImageFiles)
     chosen = [index for index in range(len(split)) if is_in_part(index, which)]
     if not chosen:
         raise DataError(
             f"{split.name} has {len(split)} images; expected at least 2, one of them for validation; add images"
         )
-    return replace(
-        split,
-        name=f"{split.name}, {'every tenth image' if which == 'val' else 'without every tenth image'}",
-        records=[split.records[index] for index in chosen],
-        read=ImageFiles(
-            paths=[split.read.paths[index] for index in chosen], sizes=[split.read.sizes[index] for index in chosen]
-        ),
-    )
+    part = "every tenth image" if which == "val" else "without every tenth image"
+    return replace(select_images(split, chosen), name=f"{split.name}, {part}")
+
+
+def select_images(split: Split, indices: Sequence[int]) -> Split:
+    """Returns a split of image files with some of its images."""
+    assert isinstance(split.read, ImageFiles)
+    paths, sizes = split.read.paths, split.read.sizes
+    files = ImageFiles(paths=[paths[index] for index in indices], sizes=[sizes[index] for index in indices])
+    return replace(split, records=[split.records[index] for index in indices], read=files)
 
 
 def build_fold(train: Split, val: Split, *, number: int, of: int, which: Literal["train", "val", "all"]) -> Split:

@@ -44,6 +44,7 @@ class Record:
             (square pixels), ``category_id`` (the label 1..K) and ``iscrowd``.
         outlines: of the M objects: polygons (x, y, x, y, ...) in pixels, COCO's run lengths, or None for an object
             without one; empty if the reader did not keep them.
+        annotated: whether someone annotated the image, even as an image without objects.
     """
 
     image_id: int
@@ -52,6 +53,7 @@ class Record:
     labels: Tensor
     truth: list[dict[str, object]] = field(default_factory=list)
     outlines: tuple[Outline, ...] = ()
+    annotated: bool = True
 
 
 @dataclass(frozen=True)

@@ -62,18 +62,25 @@ class TeacherLabels(Strict):
 
     score: Fraction = Field(0.5, description="minimum score of a detection used as a target")
     per_class: dict[str, Fraction] = Field(default_factory=dict, description="minimum scores by class name")
+    images: Literal["all", "unlabelled"] = Field(
+        "all", description="images that the teacher labels; unlabelled: only those without annotations"
+    )
 
 
 Labels = Annotated[
-    Literal["annotations", "teacher"] | TeacherLabels,
-    Field(description="targets of the training images: their annotations, or the teacher's detections"),
+    Literal["annotations", "teacher", "mixed"] | TeacherLabels,
+    Field(
+        description="targets of the training images: their annotations, the teacher's detections, or (mixed) the "
+        "annotations where an image has some and the detections elsewhere"
+    ),
 ]
 
 
 def _check_folds_have_annotations(data: Any) -> Any:
     if data.fold is not None and data.labels != "annotations":
+        kind = "mixed" if data.labels == "mixed" else "teacher"
         raise ValueError(
-            "fold requires annotations for every image and cannot be combined with labels: teacher; remove one"
+            f"fold requires annotations for every image and cannot be combined with labels: {kind}; remove one"
         )
     return data
 

@@ -1,4 +1,4 @@
-"""Draws detections on images."""
+"""Draws images with boxes: detections beside the truth, or a sheet of annotated images."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ from gdetkd_cli.structures import Detections
 from gdetkd_cli.text import show_hidden
 
 _MIN_SCORE = 0.5
+_SHEET_COLUMNS = 4
+_SHEET_PIXELS = 500  # longest side of an image on a sheet, at least
 
 
 def draw_predictions(
@@ -73,6 +75,42 @@ def draw_grid(
     for axis, title in zip(axes[0], ["truth", *predictors], strict=True):
         axis.set_title(title)
     figure.savefig(path, dpi=100)
+
+
+def draw_sheet(split: Split, path: Path, *, count: int = 12) -> list[int]:
+    """Draws images with their boxes in a grid, evenly chosen from those with objects, or from all if none has any.
+
+    Args:
+        split: images that cannot be decoded are passed over.
+        path: the file to write, unless there is no image to draw.
+        count: maximum number of images.
+
+    Returns:
+        Indices of the images that are drawn.
+    """
+    full = [index for index, record in enumerate(split.records) if len(record.labels)] or list(range(len(split)))
+    chosen = full[:: max(1, len(full) // count)][:count]
+    rows = max(1, -(-len(chosen) // _SHEET_COLUMNS))
+    figure = Figure(figsize=(3.2 * _SHEET_COLUMNS, 3.2 * rows), layout="constrained")
+    axes = figure.subplots(rows, _SHEET_COLUMNS, squeeze=False).ravel()
+    colours = matplotlib.colormaps["tab20"].colors  # type: ignore[attr-defined]  # a ListedColormap
+    drawn: list[int] = []
+    for axis in axes:
+        axis.set_axis_off()
+    for index in chosen:
+        try:
+            pixels = split.read(index)
+        except BadImageError:
+            continue
+        record = split.records[index]
+        every = max(1, max(record.size) // _SHEET_PIXELS)
+        axis = axes[len(drawn)]
+        _draw(axis, pixels[:, ::every, ::every], record.boxes / every, record.labels, None, split.class_names, colours)
+        drawn.append(index)
+    if drawn:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=100)
+    return drawn
 
 
 def _draw(

@@ -11,12 +11,22 @@ import pytest
 import torch
 import toy
 
-from gdetkd_cli.assembly.labels import label_split
+from gdetkd_cli.assembly.data import SPLITS, build_split, read_unlabelled_split
+from gdetkd_cli.assembly.labels import describe_labels, label_data, label_split
 from gdetkd_cli.commands import plan_distill, run_distill, run_eval, run_train
 from gdetkd_cli.commands.train import resume_run
 from gdetkd_cli.data.readers.folder import read_folder
 from gdetkd_cli.errors import DataError
-from gdetkd_cli.recipe.schema import CheckpointDetector, CocoData, FolderData, Recipe
+from gdetkd_cli.recipe.checks import require_distillation
+from gdetkd_cli.recipe.schema import (
+    CheckpointDetector,
+    CocoData,
+    Distill,
+    FolderData,
+    Recipe,
+    TeacherLabels,
+    YoloData,
+)
 from gdetkd_cli.structures import Detections
 
 CPU = torch.device("cpu")
@@ -96,6 +106,46 @@ def test_labels_by_hand(folder: Path, labels: Any, classes: list[str] | None, ex
     assert found.tables["images"][0]["file_name"] == "00.png"
 
 
+def test_mixed_labels_keep_annotations(tmp_path: Path) -> None:
+    toy.write_images(tmp_path / "images", ["a.png", "b.png", "c.png", "d.png"])
+    box = {"image_id": 2, "category_id": 1, "bbox": [1, 1, 9, 9], "iscrowd": 0}
+    tables = {
+        "images": [{"id": number, "file_name": f"{name}.png"} for number, name in enumerate("abcd", start=1)],
+        "annotations": [box, {**box, "image_id": 4, "iscrowd": 1}],
+        "categories": [{"id": 1, "name": "cat"}, {"id": 2, "name": "bird"}],
+    }
+    (tmp_path / "train.json").write_text(json.dumps(tables))
+    teacher: Any = Says()
+    for labels in ("mixed", {"images": "unlabelled"}):
+        data = CocoData.model_validate({"format": "coco", "root": tmp_path, "labels": labels})
+        found = label_split(read_unlabelled_split(data, "train"), data, teacher, device=CPU)
+        assert [record.labels.tolist() for record in found.split.records] == [[2, 1], [1], [2, 1], []]
+        assert found.split.records[1].boxes.tolist() == [[1, 1, 10, 10]]
+        assert [item["iscrowd"] for item in found.split.records[3].truth] == [1]
+        assert [image["file_name"] for image in found.tables["images"]] == ["a.png", "b.png", "c.png", "d.png"]
+        assert describe_labels(found).endswith("4 images, 2 annotated, 5 objects (cat 3, bird 2)")
+    strict = data.model_copy(update={"labels": TeacherLabels(images="unlabelled", score=0.95)})
+    split = label_split(read_unlabelled_split(strict, "train"), strict, teacher, device=CPU).split
+    assert [len(record.labels) for record in split.records] == [0, 1, 0, 0]
+
+
+def test_mixed_labels_of_yolo_leave_empty_files_empty(tmp_path: Path) -> None:
+    toy.write_images(tmp_path / "images", ["a.png", "b.png", "c.png"])
+    (tmp_path / "labels").mkdir()
+    (tmp_path / "labels" / "a.txt").write_text("0 0.5 0.5 0.5 0.5")
+    (tmp_path / "labels" / "b.txt").touch()
+    (tmp_path / "data.yaml").write_text("train: images\nval: images\nnames: [cat]\n")
+    data = YoloData(format="yolo", root=tmp_path, labels="mixed")
+    teacher: Any = Says()
+    found = label_split(read_unlabelled_split(data, "train"), data, teacher, device=CPU)
+    assert [len(record.labels) for record in found.split.records] == [1, 0, 1]
+    assert (found.by_teacher, found.tables["images"][0]["file_name"]) == (1, "images/a.png")
+    (tmp_path / "labels" / "a.txt").unlink()
+    (tmp_path / "labels" / "b.txt").unlink()
+    found = label_split(read_unlabelled_split(data, "train"), data, teacher, device=CPU)
+    assert found.by_teacher == 3
+
+
 def test_unusable_teacher_labels(folder: Path) -> None:
     teacher: Any = Says()
     split = read_folder(folder)
@@ -155,3 +205,19 @@ def test_annotations_can_be_left_aside(folder: Path, tmp_path: Path) -> None:
 def test_plain_training_cannot_label(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="have no annotations; run `gdetkd distill`"):
         run_train(recipe(folder), output=tmp_path / "run")
+
+
+def test_labels_of_yolo_data_are_coco_files(folder: Path, tmp_path: Path) -> None:
+    """For `compare`, whose trials share the labels, the annotated validation images are written, too."""
+    (folder / "data.yaml").write_text("train: .\nnames: [disc-dot, square-dot]\n")
+    (folder / "03.txt").write_text("0 0.5 0.5 0.5 0.5")
+    block = YoloData(format="yolo", root=folder, val=None, labels="teacher")
+    whole = require_distillation(recipe(folder).model_copy(update={"data": block, "distill": Distill()}))
+    found = label_data(whole, tmp_path / "labels", "cpu", lambda _: None)
+    for name in ("data.yaml", "03.txt"):
+        (folder / name).unlink()
+    assert isinstance(found, CocoData)
+    train, val = (build_split(found, which) for which in SPLITS)
+    assert (len(train), len(val)) == (10, 2)
+    assert train.class_names == val.class_names == ("disc-dot", "square-dot")
+    assert sum(len(record.labels) for record in train.records) > 0

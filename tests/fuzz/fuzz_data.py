@@ -1,4 +1,4 @@
-"""COCO, VOC and BDD100K annotations, and image files."""
+"""COCO, YOLO, VOC and BDD100K annotations, and image files."""
 
 from __future__ import annotations
 
@@ -24,8 +24,11 @@ from gdetkd_cli.data.dataset import DetectionDataset
 from gdetkd_cli.data.image_files import ImageFiles, read_image_size
 from gdetkd_cli.data.readers.bdd100k import read_bdd100k
 from gdetkd_cli.data.readers.coco import read_coco
+from gdetkd_cli.data.readers.data_yaml import read_yolo_config
 from gdetkd_cli.data.readers.layout import find_detection_files
 from gdetkd_cli.data.readers.voc import read_object_names, read_voc
+from gdetkd_cli.data.readers.yolo import read_yolo
+from gdetkd_cli.data.readers.yolo_layout import find_yolo
 from gdetkd_cli.data.split import Split
 from gdetkd_cli.data.transforms import build_augmentation
 from gdetkd_cli.errors import DataError
@@ -214,6 +217,92 @@ def run_voc(rng: random.Random, folder: Path, files: dict[str, bytes]) -> None:
     check_split(read_voc(lists=[listing], root=folder if rng.random() < 0.8 else folder / "elsewhere"))
 
 
+def _yolo(folder: Path) -> dict[str, bytes]:
+    """The files of a small data set; all images but the last are also in a list."""
+    names = _write_images(folder / "images" / "train")
+    rows = ("0 0.5 0.5 0.25 0.5", "1 0.1 0.2 0.5 0.2 0.5 0.8", "2 0.9 0.5 0.2 0.4")
+    listed = "".join(f"./images/train/{name}\n" for name in names[:-1])
+    files = {
+        "data.yaml": "path: .\ntrain: images/train\nval: [train.txt]\nnc: 3\nnames: {0: car, 1: bus, 2: x}\n",
+        "train.txt": listed,
+    }
+    for name in names:
+        files[f"labels/train/{Path(name).stem}.txt"] = "\n".join(rows) + "\n"
+    return {name: text.encode() for name, text in files.items()}
+
+
+_YAML_TEXTS = (
+    b"/", b"..", b"../..", b"/dev/null", b"/proc", b"labels", b"train.txt", b"x" * 5000, b"[" * 300, b"*a", b"yes",
+    b"!!python/name:os.system x", b"{}", b"[]", b"[[images/train]]", b"~", b"1e999", b"9" * 6000, b"\x00", b"\xff",
+    b"\xe2\x80\xae", b"&a [*a]",
+)  # fmt: skip
+_WORDS = (
+    b"9" * 400, b"-1", b"nan", b"-inf", b"1e999", b"1e308", b"x", b"1_0", b"0x1", b"\xff", b"\x00", b"\xe2\x80\xae",
+    b"1,5", b"\xef\xbc\x91", b"0.5 " * 3000, b"1e-320", b"-0.0", b"True",
+)  # fmt: skip
+
+
+def _write_yolo(folder: Path, files: dict[str, bytes]) -> None:
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+
+
+def _read_yolo(folder: Path, *, outlines: bool = False) -> Split:
+    config = read_yolo_config(folder / "data.yaml")
+    splits = [
+        read_yolo(config=config, sources=config.find_sources(which), root=folder, outlines=outlines)
+        for which in ("train", "val")
+    ]
+    for split in splits:
+        check_split(split)
+    return splits[0]
+
+
+def run_yolo(rng: random.Random, folder: Path, files: dict[str, bytes]) -> None:
+    """Changes the YAML file, the list and the label files."""
+    changed = dict(files)
+    for _ in range(rng.choice((1, 1, 2))):
+        name = rng.choice(list(files))
+        lines = changed[name].split(b"\n")
+        at = rng.randrange(len(lines))
+        if rng.random() < 0.4:
+            changed[name] = mutate_bytes(rng, changed[name])
+            continue
+        if name == "data.yaml":
+            key, _, value = lines[at].partition(b": ")
+            lines[at] = rng.choice((key + b": " + rng.choice(_YAML_TEXTS), value, key, b"kpt_shape: [3, 2]"))
+        elif name == "train.txt":
+            lines[at] = rng.choice((*_XML_TEXTS, b"images/train/" + lines[at], b"/" + lines[at], b"labels/train/0.txt"))
+        else:
+            words = lines[at].split(b" ")
+            words[rng.randrange(len(words))] = rng.choice(_WORDS)
+            lines[at] = b" ".join(words)
+        changed[name] = b"\n".join(lines)
+    _write_yolo(folder, changed)
+    find_yolo(folder)
+    _read_yolo(folder, outlines=rng.random() < 0.5)
+
+
+def run_wrong_row(rng: random.Random, folder: Path, files: dict[str, bytes]) -> None:
+    """Writes something else where a row belongs; it must be counted in a note."""
+    name = rng.choice([name for name in files if name.startswith("labels")])
+    words: list[bytes] = [b"0", b"0.5", b"0.5", b"0.25", b"0.5"]
+    match rng.randrange(3):
+        case 0:
+            words[rng.randrange(5)] = rng.choice([word for word in _WORDS if word not in (b"1e-320", b"-0.0")])
+        case 1:
+            del words[rng.randrange(5)]
+        case 2:
+            words.append(b"0.9")
+    row = b" ".join(words)
+    _write_yolo(folder, files | {name: files[name] + row + b"\n"})
+    split = _read_yolo(folder)
+    if not any("dropped" in note and f"{name}:4" in note for note in split.notes):
+        raise AcceptedSilentlyError(f"row {row!r}: {split.notes}")
+    raise DataError(split.notes[0])
+
+
 def _bdd(folder: Path) -> list[dict[str, Any]]:
     return [
         {"name": name, "attributes": {"weather": "clear"}, "labels": [
@@ -303,6 +392,8 @@ def _once(folder: Path, make: Callable[[Path], Any]) -> Any:
 TARGETS = [
     Target("coco", 3000, partial(_once, make=_coco), run_coco),
     Target("coco-box", 500, partial(_once, make=_coco), run_wrong_box),
+    Target("yolo", 2000, partial(_once, make=_yolo), run_yolo),
+    Target("yolo-row", 500, partial(_once, make=_yolo), run_wrong_row),
     Target("voc", 1500, partial(_once, make=_voc), run_voc),
     Target("bdd100k", 1500, partial(_once, make=_bdd), run_bdd),
     Target("bdd100k-box", 500, partial(_once, make=_bdd), run_wrong_corner),

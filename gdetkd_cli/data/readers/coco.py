@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -87,6 +87,7 @@ def build_split_from_tables(
     bad: BadImages | None = None,
     tally: Tally | None = None,
     describe_place: Callable[[int], str] | None = None,
+    annotated: Collection[int] | None = None,
 ) -> Split:
     """Builds a split from COCO's three tables.
 
@@ -96,6 +97,7 @@ def build_split_from_tables(
         images, classes, outlines, bad: see ``read_coco``.
         tally: the remarks of a reader that made the tables; None: a new tally.
         describe_place: place of the annotation with an index, from 0; default: in ``source``.
+        annotated: ids of the images that someone annotated; default: those with an annotation.
     """
     names = _read_category_names(tables["categories"], file=source)
     class_names = _choose_classes(classes, names=names, file=source)
@@ -123,7 +125,8 @@ def build_split_from_tables(
                 if outlines:
                     shapes[image_id].append(_convert_outline(annotation.get("segmentation"), sizes[image_id]))
 
-    records = [_build_record(image_id, sizes[image_id], truth[image_id], shapes[image_id]) for image_id in ids]
+    annotated = _list_annotated(tables) if annotated is None else annotated
+    records = [_build_record(id, sizes[id], truth[id], shapes[id], annotated=id in annotated) for id in ids]
     tally.add(_NEGATIVE, sum(len(record.labels) == 0 for record in records))
     return Split(
         name="/".join(source.absolute().parts[-2:]),
@@ -133,6 +136,12 @@ def build_split_from_tables(
         notes=tuple(_format_notes(tally, len(tables["annotations"]))),
         bad=bad,
     )
+
+
+def _list_annotated(tables: Tables) -> set[int]:
+    """Lists the ids of the images that have annotations, usable or not."""
+    ids = (_read_id(annotation.get("image_id")) for annotation in tables["annotations"])
+    return {image_id for image_id in ids if image_id is not None}
 
 
 def _describe_place(source: Path, image: str | None, index: int) -> str:
@@ -321,7 +330,7 @@ def _convert_outline(segmentation: object, size: tuple[int, int]) -> Outline:
 
 
 def _build_record(
-    image_id: int, size: tuple[int, int], truth: list[dict[str, object]], outlines: list[Outline]
+    image_id: int, size: tuple[int, int], truth: list[dict[str, object]], outlines: list[Outline], *, annotated: bool
 ) -> Record:
     """Builds a record; its training boxes are the truth without crowds."""
     objects = [item for item in truth if not item["iscrowd"]]
@@ -334,4 +343,5 @@ def _build_record(
         labels=torch.tensor([item["category_id"] for item in objects], dtype=torch.int64),
         truth=truth,
         outlines=tuple(o for item, o in zip(truth, outlines, strict=True) if not item["iscrowd"]) if outlines else (),
+        annotated=annotated,
     )

@@ -41,7 +41,9 @@ def read_folder(folder: Path, which: Literal["train", "val", "all"] = "all", *, 
     return Split(
         name=f"{folder.name}/{which}",
         class_names=(),
-        records=[Record(number, size, *nothing) for number, size in enumerate(sizes.values(), start=1)],
+        records=[
+            Record(number, size, *nothing, annotated=False) for number, size in enumerate(sizes.values(), start=1)
+        ],
         read=ImageFiles(paths=list(sizes), sizes=list(sizes.values())),
         bad=bad,
     )

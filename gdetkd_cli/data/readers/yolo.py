@@ -86,6 +86,7 @@ def read_yolo(
         bad=bad,
         tally=tally,
         describe_place=lambda index: _describe_line(*places[index]),
+        annotated={number for number, file in enumerate(labels, start=1) if file is not None},
     )
 
 
