@@ -196,8 +196,12 @@ def _build_probed(spec: CheckpointDetector, path: Path, kind: Kind, *, is_teache
         class_names=tuple(spec.classes or ()),
         levels=tuple(spec.levels or ()),
     )
-    notes = (f"{path}: called with a {detector.probed.call.name}", f"{path}: {detector.probed.reason}")
-    return BuiltDetector(detector, {}, notes)
+    notes = [f"{path}: called with a {detector.probed.call.name}", f"{path}: {detector.probed.reason}"]
+    if runner.size is not None:
+        notes.append(
+            f"{path}: takes images of {runner.size[0]} x {runner.size[1]} pixels only, so images are fitted in"
+        )
+    return BuiltDetector(detector, {}, tuple(notes))
 
 
 def _build_input(options: schema.ModelInput, runner: Runner | None = None) -> ModelInput:

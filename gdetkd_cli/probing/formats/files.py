@@ -62,7 +62,10 @@ def open_runner(path: Path, kind: Kind, *, last: bool = False) -> Runner:
     module = load_torchscript(path, extra_files=texts).eval()
     notes = parse_notes(texts[DESCRIPTION_FILE] or texts[_YOLO_FILE])
     calls = list_calls(last=last)
-    return ModuleRunner(module, calls=calls, size=_read_size(notes.get("imgsz")), class_names=read_class_names(notes))
+    runner = ModuleRunner(module, calls=calls, size=_read_size(notes.get("imgsz")), class_names=read_class_names(notes))
+    if runner.size is None:
+        runner.size = runner.find_size()
+    return runner
 
 
 def _read_size(value: object) -> tuple[int, int] | None:

@@ -17,6 +17,10 @@ from gdetkd_cli.probing.inputs import Call, stack_images, take_channels_last, ta
 from gdetkd_cli.probing.record import AddName, Address, Value, read, record
 
 RUN_ERRORS = (RuntimeError, torch.jit.Error)  # of PyTorch; the second is raised by scripted code
+_CALL_ERRORS = (*RUN_ERRORS, TypeError, ValueError, AttributeError, LookupError, AssertionError)
+_ORDINARY = (480, 640)  # pixels (height, width), to which no model is likely to be bound
+# Sides of the squares with which models are traced, the most frequent first.
+_USUAL_SIDES = (640, 416, 320, 512, 300, 800, 608, 224, 256, 1024, 384, 448, 550, 600, 768, 896, 960, 1280, 128, 96, 64)
 _MARKED = re.compile(r"[\w.]*Error: (.+)")
 # Ways of calling a module, tried in this order.
 CALLS = (
@@ -137,6 +141,25 @@ class ModuleRunner:
     def parameters(self) -> int:
         return sum(p.numel() for p in self.module.parameters())
 
+    @torch.no_grad()
+    def find_size(self) -> tuple[int, int] | None:
+        """Returns the (height, width) of a module that fails on ordinary images and works on squares of a usual size.
+
+        Most tools trace a model with one image, and its size becomes a constant of the file. None if ordinary images
+        work, or if no usual size does.
+        """
+        for size in (_ORDINARY, *((side, side) for side in _USUAL_SIDES)):
+            if any(self._accepts(call, size) for call in self._calls):
+                return None if size == _ORDINARY else size
+        return None
+
+    def _accepts(self, call: Call, size: tuple[int, int]) -> bool:
+        try:
+            self.run(call, [torch.full((3, *size), 0.5)])
+        except _CALL_ERRORS:
+            return False
+        return True
+
     def list_bad_weights(self) -> list[str]:
         return list_not_finite(self.module.state_dict())
 
@@ -150,7 +173,7 @@ class ModuleRunner:
                 found = record(partial(self._run_with_names, call, [image]), weights, [image], submodules)
                 self._hooks = HookReader(self.module, found.values) if submodules else None
                 return RecordedCall(call, found.values, found.returned)
-            except (*RUN_ERRORS, TypeError, ValueError, AttributeError, LookupError, AssertionError) as error:
+            except _CALL_ERRORS as error:
                 reasons.append(f"{call.name}: {find_reason(error)}")
         if weights and all(tensor.dim() < 4 for tensor in weights.values()):
             raise NoPyramidError(NO_CONVOLUTION)  # for instance a text model
