@@ -11,6 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from gdetkd_cli.data.image_files import ImageFiles
+from gdetkd_cli.data.packed import PackedRecords
 from gdetkd_cli.data.readers.coco import align_classes
 from gdetkd_cli.data.split import Split, is_in_part
 from gdetkd_cli.errors import DataError
@@ -55,7 +56,9 @@ def select_images(split: Split, indices: Sequence[int]) -> Split:
     assert isinstance(split.read, ImageFiles)
     paths, sizes = split.read.paths, split.read.sizes
     files = ImageFiles(paths=[paths[index] for index in indices], sizes=[sizes[index] for index in indices])
-    return replace(split, records=[split.records[index] for index in indices], read=files)
+    own = split.records
+    records = own.select(indices) if isinstance(own, PackedRecords) else [own[index] for index in indices]
+    return replace(split, records=records, read=files)
 
 
 def build_fold(train: Split, val: Split, *, number: int, of: int, which: Literal["train", "val", "all"]) -> Split:

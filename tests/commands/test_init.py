@@ -25,6 +25,7 @@ from gdetkd_cli.recipe.schema import (
     FolderData,
     ModelInput,
     VocData,
+    YoloData,
 )
 
 
@@ -100,6 +101,25 @@ def test_bdd100k_is_recognised(data: Path, teacher: str, tmp_path: Path) -> None
     run_init(teacher, "resnet18+fcos", root, output=tmp_path / "mine.yaml")
 
     assert load_recipe(str(tmp_path / "mine.yaml"), ()).data == Bdd100kData(format="bdd100k", root=root)
+
+
+def test_yolo_is_recognised(data: Path, teacher: str, tmp_path: Path) -> None:
+    root = tmp_path / "roboflow"
+    for split, image in (("train", "0.png"), ("valid", "3.png")):
+        for part in ("images", "labels"):
+            (root / split / part).mkdir(parents=True)
+        (data / "images" / image).rename(root / split / "images" / image)
+        (root / split / "labels" / f"{Path(image).stem}.txt").write_text("0 0.5 0.5 0.25 0.5\n")
+    (root / "data.yaml").write_text("train: ../train/images\nval: ../valid/images\nnc: 1\nnames: ['car']\n")
+    run_init(teacher, "resnet18+fcos", root, output=tmp_path / "mine.yaml")
+    assert load_recipe(str(tmp_path / "mine.yaml"), ()).data == YoloData(format="yolo", root=root)
+
+    (root / "valid").rename(root / "elsewhere")  # as an export without a validation split
+    (root / "elsewhere" / "images" / "3.png").rename(root / "train" / "images" / "3.png")
+    notes: list[str] = []
+    run_init(teacher, "resnet18+fcos", root, output=tmp_path / "held.yaml", observer=lambda e: notes.append(str(e)))
+    assert load_recipe(str(tmp_path / "held.yaml"), ()).data == YoloData(format="yolo", root=root, val=None)
+    assert any("every tenth image is held out" in note for note in notes)
 
 
 def test_annotations_of_another_format_are_not_passed_over(data: Path, teacher: str, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import torch
 
 from gdetkd_cli.data.bad_images import BadImages
 from gdetkd_cli.data.image_files import ImageFiles, read_sizes
+from gdetkd_cli.data.packed import PackedPaths, PackedRecords, PackedSizes, RecordPacker
 from gdetkd_cli.data.readers.json_file import is_number, is_text, is_whole, read_json
 from gdetkd_cli.data.readers.run_lengths import is_mask
 from gdetkd_cli.data.readers.tally import Remark, Tally
@@ -101,38 +102,37 @@ def build_split_from_tables(
     """
     names = _read_category_names(tables["categories"], file=source)
     class_names = _choose_classes(classes, names=names, file=source)
-    ids, files = _find_images(tables["images"], folder=images, file=source, bad=bad)
+    ids, kept, sizes = _find_images(tables["images"], folder=images, file=source, bad=bad)
     tally = tally or Tally()
     file_names = {image["id"]: image["file_name"] for image in tables["images"]}
-    sizes = dict(zip(ids, files.sizes, strict=True))
+    rows = {image_id: row for row, image_id in enumerate(ids)}
     labels = {name: label for label, name in enumerate(class_names, start=1)}
-    truth: dict[int, list[dict[str, object]]] = {image_id: [] for image_id in ids}
-    shapes: dict[int, list[Outline]] = {image_id: [] for image_id in ids}
+    packer = RecordPacker(outlines=outlines)
     for index, annotation in enumerate(tables["annotations"]):
-        image_id, category = (_read_id(annotation.get(key)) for key in ("image_id", "category_id"))
+        image_id, category = _read_id(annotation.get("image_id")), _read_id(annotation.get("category_id"))
         name = names.get(category)
         place = partial(describe_place or partial(_describe_place, source, file_names.get(image_id)), index)
-        if image_id is None or image_id not in sizes:
+        row = None if image_id is None else rows.get(image_id)
+        if row is None:
             tally.add_problem(_NO_IMAGE, place)
         elif name is None:
             tally.add_problem(_NO_CATEGORY, place)
         elif name not in labels:
             tally.add(_LEFT_OUT)
         else:
-            item = _convert_annotation(annotation, label=labels[name], size=sizes[image_id], tally=tally, place=place)
+            size = sizes[row]
+            item = _convert_annotation(annotation, label=labels[name], size=size, tally=tally, place=place)
             if item is not None:
-                truth[image_id].append(item)
-                if outlines:
-                    shapes[image_id].append(_convert_outline(annotation.get("segmentation"), sizes[image_id]))
+                packer.add(row, item, _convert_outline(annotation.get("segmentation"), size) if outlines else None)
 
     annotated = _list_annotated(tables) if annotated is None else annotated
-    records = [_build_record(id, sizes[id], truth[id], shapes[id], annotated=id in annotated) for id in ids]
-    tally.add(_NEGATIVE, sum(len(record.labels) == 0 for record in records))
+    records = packer.build(ids, sizes, (image_id in annotated for image_id in ids))
+    tally.add(_NEGATIVE, records.count_empty())
     return Split(
         name="/".join(source.absolute().parts[-2:]),
         class_names=class_names,
         records=records,
-        read=files,
+        read=ImageFiles(paths=PackedPaths(images, kept), sizes=PackedSizes(sizes)),
         notes=tuple(_format_notes(tally, len(tables["annotations"]))),
         bad=bad,
     )
@@ -180,6 +180,8 @@ def align_classes(split: Split, class_names: tuple[str, ...]) -> Split:
         label: class_names.index(name) + 1 for label, name in enumerate(split.class_names, start=1)
     }
     table = torch.tensor([0, *new_label.values()])
+    if isinstance(split.records, PackedRecords):
+        return replace(split, class_names=class_names, records=split.records.relabel(table))
 
     def relabel(record: Record) -> Record:
         truth = [{**item, "category_id": new_label[item["category_id"]]} for item in record.truth]
@@ -242,8 +244,8 @@ def _choose_classes(classes: Sequence[str] | None, *, names: Mapping[object, str
 
 def _find_images(
     entries: Sequence[Mapping[str, Any]], *, folder: Path, file: Path, bad: BadImages | None
-) -> tuple[list[int], ImageFiles]:
-    """Returns the images' ids and files, after checking that the files exist."""
+) -> tuple[list[int], list[str], list[tuple[int, int]]]:
+    """Returns ids, file names and (height, width) pixels of the images, after checking that the files exist."""
     if not entries:
         raise DataError(f"{file} lists no images; give a file with at least one")
     if not all(is_whole(e.get("id")) and isinstance(e.get("file_name"), str) for e in entries):
@@ -261,8 +263,8 @@ def _find_images(
             f"{name_kind(missing[0])}; give their folder, or add the missing files"
         )
     sizes = read_sizes(paths, [_read_size(entry) for entry in entries], bad)
-    kept = [(entry["id"], path, size) for entry, path, size in zip(entries, paths, sizes, strict=True) if size]
-    return [one[0] for one in kept], ImageFiles(paths=[one[1] for one in kept], sizes=[one[2] for one in kept])
+    kept = [(entry["id"], entry["file_name"], size) for entry, size in zip(entries, sizes, strict=True) if size]
+    return [one[0] for one in kept], [one[1] for one in kept], [one[2] for one in kept]
 
 
 def _read_size(entry: Mapping[str, Any]) -> tuple[int, int] | None:
@@ -286,7 +288,7 @@ def _convert_annotation(
         place: describes where the annotation is.
     """
     box = annotation.get("bbox")
-    if not (isinstance(box, list) and len(box) == 4 and all(is_number(number) for number in box)):
+    if not (isinstance(box, list) and len(box) == 4 and all(map(is_number, box))):
         tally.add_problem(_NO_BOX, place)
         return None
     left, top, width, height = box
@@ -327,21 +329,3 @@ def _convert_outline(segmentation: object, size: tuple[int, int]) -> Outline:
         if isinstance(p, list) and len(p) >= 6 and len(p) % 2 == 0 and all(is_number(v) and abs(v) < reach for v in p)
     ]
     return [np.asarray(polygon, dtype=np.float32) for polygon in polygons] or None
-
-
-def _build_record(
-    image_id: int, size: tuple[int, int], truth: list[dict[str, object]], outlines: list[Outline], *, annotated: bool
-) -> Record:
-    """Builds a record; its training boxes are the truth without crowds."""
-    objects = [item for item in truth if not item["iscrowd"]]
-    boxes = torch.tensor([item["bbox"] for item in objects], dtype=torch.float64).reshape(-1, 4)
-    boxes[:, 2:] += boxes[:, :2]  # xywh -> xyxy
-    return Record(
-        image_id=image_id,
-        size=size,
-        boxes=boxes.to(torch.float32),
-        labels=torch.tensor([item["category_id"] for item in objects], dtype=torch.int64),
-        truth=truth,
-        outlines=tuple(o for item, o in zip(truth, outlines, strict=True) if not item["iscrowd"]) if outlines else (),
-        annotated=annotated,
-    )

@@ -38,6 +38,8 @@ def read_json(file: Path, kind: str) -> object:
 
 def is_number(value: object) -> TypeGuard[float]:
     """Whether a value is a finite number that a float can hold; true and false are no numbers."""
+    if type(value) is float:  # most values, quickly
+        return math.isfinite(value)
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
     try:
