@@ -8,6 +8,7 @@ the two disagree is refused.
 from __future__ import annotations
 
 import zipfile
+import zlib
 from pathlib import Path
 
 from torch._C import PyTorchFileReader
@@ -28,7 +29,7 @@ class Archive:
         """Opens an archive.
 
         Raises:
-            ModelError: it is incomplete, or readers could disagree about its files.
+            ModelError: it is incomplete or damaged, or readers could disagree about its files.
         """
         self._path = path
         try:
@@ -37,15 +38,21 @@ class Archive:
             with zipfile.ZipFile(path) as archive:
                 others = [name.partition("/")[2] for name in archive.namelist()]
                 size = sum(entry.file_size for entry in archive.infolist())
-        except (RuntimeError, ValueError, IndexError, zipfile.BadZipFile, EOFError, OSError) as error:
+                plain = size <= path.stat().st_size + _MOST_SAVED
+                damaged = archive.testzip() if plain else None  # torch compares no checksums
+        except (RuntimeError, ValueError, IndexError, zipfile.BadZipFile, zlib.error, EOFError, OSError) as error:
             raise ModelError(f"{path} is not a whole file of torch ({get_first_line(error)}); save it anew") from error
         # torch finds a file under its name in any case, but not under a name that it lists cut off.
         distinct = len({name.casefold() for name in self.names}) == len(self.names)
         readable = all(map(self._reader.has_record, self.names))  # type: ignore[attr-defined]  # torch's stub lacks it
-        if not distinct or not readable or others != self.names or size > path.stat().st_size + _MOST_SAVED:
+        if not distinct or not readable or others != self.names or not plain:
             raise ModelError(
                 f"{path} is not a plain archive: it holds two files of one name, or its tables of files differ, or "
                 "its files fill the memory; save it anew"
+            )
+        if damaged is not None:
+            raise ModelError(
+                f"{path} is damaged: the checksum of its file {damaged!r} does not fit; copy or save it anew"
             )
 
     def read(self, name: str) -> bytes:
