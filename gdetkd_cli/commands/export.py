@@ -22,6 +22,7 @@ from gdetkd_cli.evaluation.predict import Predictor
 from gdetkd_cli.export.onnx import export_onnx
 from gdetkd_cli.export.parity import (
     BOX_TOLERANCE,
+    QUERY_TOLERANCE,
     SCORE_TOLERANCE,
     Cut,
     Parity,
@@ -143,7 +144,8 @@ def _export(
     fresh = path.with_name(f"{path.name}.new")
     try:
         exporter = kind.write(detector, fresh, architecture=architecture)
-        parity = check_parity(detector, kind.read(fresh), images, cut=Cut.of(detector.module))
+        relative = QUERY_TOLERANCE if detector.family == "query" else 0.0
+        parity = check_parity(detector, kind.read(fresh), images, cut=Cut.of(detector.module), relative=relative)
         if not parity.passed:
             raise ExportError(f"{path} was not written: {_describe_difference(parity)}")
         fresh.rename(path)

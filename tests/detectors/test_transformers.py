@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from gdetkd_cli.errors import GDetKDError, ModelError
 from gdetkd_cli.evaluation.exported import OnnxDetector
 from gdetkd_cli.export.onnx import export_onnx
 from gdetkd_cli.export.parity import Cut, check_parity
-from gdetkd_cli.structures import Batch, Regions, Target
+from gdetkd_cli.structures import Batch, Detections, Regions, Target
 
 CLASSES = ("car", "bus", "bike")
 SIZE = (64, 96)
@@ -192,6 +193,21 @@ def test_the_onnx_file_agrees_on_images_of_any_size(name: str, tmp_path: Path) -
     images = [torch.rand(3, *size) for size in ((64, 96), (100, 120), (301, 200))]
     parity = check_parity(detector, OnnxDetector(tmp_path / "s.onnx"), images, cut=Cut.of(detector.module))
     assert parity.passed, parity
+
+
+def test_an_export_may_differ_by_a_thousandth_of_the_image() -> None:
+    @dataclass
+    class Answer:
+        shift: float
+
+        def predict(self, images: list[Tensor]) -> list[Detections]:
+            boxes = torch.tensor([[10.0, 10, 50, 50]]) + self.shift
+            return [Detections(boxes=boxes, scores=torch.tensor([0.5]), labels=torch.tensor([1])) for _ in images]
+
+    cut, images = Cut(score=-1.0, count=300), [torch.zeros(3, 100, 200)]
+    for shift, passed in ((0.19, True), (0.21, False)):
+        assert check_parity(Answer(0), Answer(shift), images, cut=cut, relative=1e-3).passed == passed
+    assert not check_parity(Answer(0), Answer(0.06), images, cut=cut).passed
 
 
 # -------------------------------------------------------------------------------------------------- preprocessing

@@ -32,6 +32,8 @@ class QueryModel(nn.Module):
         super().__init__()
         self.model = model
         self.preparation = preparation
+        # Limits of the output: no score is too low, and only the best are returned.
+        self.score_thresh, self.detections_per_img = -1.0, _MOST
         self._takes_mask = "pixel_mask" in inspect.signature(model.forward).parameters
 
     def forward(self, images: list[Tensor], targets: list[dict[str, Tensor]] | None = None) -> Any:
