@@ -78,7 +78,7 @@ def build(description: dict[str, Any], class_names: Sequence[str]) -> Detector:
 
 
 def _check_memory(description: dict[str, Any], num_classes: int) -> None:
-    with torch.device("meta"):  # takes no memory
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):  # takes no memory, and no random numbers
         sizes = [tensor.nbytes for tensor in portable.build(description, num_classes).state_dict().values()]
     named = ", ".join(f"{key} {value}" for key, value in description.items() if key in _SIZES and value is not None)
     check_memory(f"a detector with {named or description.get('name')} and {num_classes} classes", sum(sizes))

@@ -105,7 +105,7 @@ def _choose_options(name: str, levels: range) -> tuple[dict[str, Any], list[int]
     fault = ""
     for options in _ANY_SIZE:
         try:
-            with torch.device("meta"):  # only shapes are needed
+            with torch.random.fork_rng(devices=[]), torch.device("meta"):  # only shapes are needed
                 net = timm.create_model(name, pretrained=False, features_only=True, **options)
                 _run(net)
         except _FAULTS as error:

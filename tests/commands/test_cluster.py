@@ -65,8 +65,8 @@ def _no_process_stays() -> Iterator[None]:
 
 @pytest.mark.usefixtures("_no_process_stays")
 def test_a_job_is_requeued_and_cancelled_with_a_checkpoint(tmp_path: Path) -> None:
-    recipe = select_method(toy.recipe(checkpoint_every=5000), "none", steps=5000, seed=0)
-    trial, cluster = build_trial(tmp_path, "none", 5000, 0), Cluster(Launcher("local"), tmp_path / "jobs")
+    recipe = select_method(toy.recipe(checkpoint_every=100_000), "none", steps=100_000, seed=0)
+    trial, cluster = build_trial(tmp_path, "none", 100_000, 0), Cluster(Launcher("local"), tmp_path / "jobs")
     with ThreadPoolExecutor() as pool:
         done = pool.submit(cluster.run, trial, recipe)
         try:

@@ -97,7 +97,7 @@ def build(description: Mapping[str, Any], class_names: Sequence[str]) -> QueryDe
     config = _read_config(description["config"], class_names)
     with _quiet():
         try:
-            with torch.device("meta"):  # takes no memory
+            with torch.random.fork_rng(devices=[]), torch.device("meta"):  # takes no memory, and no random numbers
                 size = sum(t.nbytes for t in AutoModelForObjectDetection.from_config(config).state_dict().values())
             check_memory(f"this configuration of {config.model_type}", size)
             model = AutoModelForObjectDetection.from_config(config)
