@@ -156,10 +156,7 @@ def build_setup(
         teacher.detector.module.to(device)  # so that its levels are measured on the run's device
         labelled = _label_splits(unlabelled, recipe, teacher.detector, compute.accelerator, most_labelled, observer)
         splits |= {which: one.split for which, one in labelled.items()}
-    student = _build_student(recipe, splits["train"].class_names, device)
-    if student.detector.skips_parameters:
-        assert compute.accelerator.ddp_handler is not None
-        compute.accelerator.ddp_handler.find_unused_parameters = True
+    student = _build_student(recipe, splits["train"].class_names, compute.accelerator)
     train, val = (relabel(splits[which], student.detector) for which in SPLITS)
     report_bad_images((train, val), observer)
     pair = None
@@ -261,14 +258,17 @@ def _build_pair(recipe: DistillationRecipe, student: BuiltDetector, teacher: Bui
     )
 
 
-def _build_student(recipe: Recipe, class_names: tuple[str, ...], device: torch.device) -> BuiltDetector:
+def _build_student(recipe: Recipe, class_names: tuple[str, ...], accelerator: Accelerator) -> BuiltDetector:
     student = build_detector(recipe.student, class_names, recipe.seed)
     if student.detector.features_only and has_task_loss(recipe):
         raise PairError(
             f"{format_title(recipe.student)} accepts no targets, so it has no losses of its own; to train its features "
             "with a teacher, set distill.task_loss to none"
         )
-    student.detector.module.to(device)
+    student.detector.module.to(accelerator.device)
+    if student.detector.skips_parameters:
+        assert accelerator.ddp_handler is not None
+        accelerator.ddp_handler.find_unused_parameters = True
     return student
 
 
