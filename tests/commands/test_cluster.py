@@ -57,8 +57,13 @@ def wait_for(pattern: str, folder: Path) -> None:
 
 @pytest.fixture
 def _no_process_stays() -> Iterator[None]:
-    """Ends the processes that a failed test leaves, which would train for minutes."""
+    """Ends the processes that a failed test leaves, which would train for minutes.
+
+    Jobs are cancelled with SIGINT, which a shell lets its background processes ignore. ``compare`` handles it itself.
+    """
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
+    signal.signal(signal.SIGINT, before)
     for process in psutil.Process().children(recursive=True):
         process.kill()
 
