@@ -16,12 +16,12 @@ from gdetkd_cli.detectors.protocol import Detector
 from gdetkd_cli.detectors.scripted import NotRebuiltError, load_scripted
 from gdetkd_cli.detectors.timm_weights import load_timm_weights
 from gdetkd_cli.detectors.weights import (
-    BATCH_COUNT,
     extract_state_dict,
     find_norm_eps,
     find_refitted_layers,
     has_frozen_norms,
     list_torchvision_categories,
+    load_body,
     load_state,
     read_torch_file,
     read_torchvision_weights,
@@ -287,14 +287,5 @@ def _load_backbone(detector: Detector, spec: TorchvisionDetector | ComposedDetec
         state = read_torchvision_weights(name, spec.backbone if isinstance(spec, ComposedDetector) else None)
     body: nn.Module = detector.module.backbone  # type: ignore[assignment]  # torchvision's detectors have one
     body = getattr(body, "body", body)
-    own = body.state_dict()
     state = {key.removeprefix("features."): value for key, value in state.items()}
-    fitting = {key: value for key, value in state.items() if key in own and own[key].shape == value.shape}
-    absent = [key for key in own if key not in fitting and not key.endswith(BATCH_COUNT)]
-    if absent:
-        raise ModelError(
-            f"backbone_weights {name!r} do not fit this backbone: {len(absent)} of {len(own)} tensors are missing or "
-            f"have another shape (the first is {absent[0]}); choose weights of the same backbone"
-        )
-    body.load_state_dict(fitting, strict=False)
-    return [f"{name}: loaded {len(fitting)} tensors into the backbone"]
+    return load_body(body, state, weights=name, backbone="this backbone", kind="backbone")

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from gdetkd_cli.detectors.weights import BATCH_COUNT, extract_state_dict, read_torch_file
+from gdetkd_cli.detectors.weights import extract_state_dict, load_body, read_torch_file
 from gdetkd_cli.errors import ModelError, get_first_line
 from gdetkd_cli.portable.timm_bodies import find_model, import_timm
 
@@ -34,17 +34,9 @@ def load_timm_weights(body: nn.Module, backbone: str, weights: str) -> list[str]
         state = _read_file(Path(weights))
     else:
         state = _read_named(find_model(backbone), weights)
-    own = body.state_dict()
-    found = {key: next((state[n] for n in _list_names(key) if n in state), None) for key in own}
-    fitting = {key: value for key, value in found.items() if value is not None and value.shape == own[key].shape}
-    absent = [key for key in own if key not in fitting and not key.endswith(BATCH_COUNT)]
-    if absent:
-        raise ModelError(
-            f"backbone_weights {weights!r} do not fit {backbone}: {len(absent)} of {len(own)} tensors are missing or "
-            f"have another shape (the first is {absent[0]}); choose weights of the same timm model"
-        )
-    body.load_state_dict(fitting, strict=False)
-    return [f"{weights}: loaded {len(fitting)} tensors into the backbone"]
+    names = {key: next((name for name in _list_names(key) if name in state), None) for key in body.state_dict()}
+    found = {key: state[name] for key, name in names.items() if name is not None}
+    return load_body(body, found, weights=weights, backbone=backbone, kind="timm model")
 
 
 def _list_names(key: str) -> list[str]:

@@ -110,6 +110,31 @@ def _is_plain(value: Tensor) -> bool:
     return value.layout == torch.strided and not any(kinds)
 
 
+def load_body(body: nn.Module, state: dict[str, Tensor], *, weights: str, backbone: str, kind: str) -> list[str]:
+    """Loads a classifier's weights, without the classifier, into a body; returns notes.
+
+    Args:
+        body: to load into.
+        state: by the body's own names.
+        weights: their name, for messages.
+        backbone: the body's name, for messages.
+        kind: of the bodies that have such weights, for messages.
+
+    Raises:
+        ModelError: the weights do not fit.
+    """
+    own = body.state_dict()
+    fitting = {key: value for key, value in state.items() if key in own and own[key].shape == value.shape}
+    absent = [key for key in own if key not in fitting and not key.endswith(BATCH_COUNT)]
+    if absent:
+        raise ModelError(
+            f"backbone_weights {weights!r} do not fit {backbone}: {len(absent)} of {len(own)} tensors are missing or "
+            f"have another shape (the first is {absent[0]}); choose weights of the same {kind}"
+        )
+    body.load_state_dict(fitting, strict=False)
+    return [f"{weights}: loaded {len(fitting)} tensors into the backbone"]
+
+
 def convert_to_float(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Converts weights in half or double precision to float32."""
     return {name: value.float() if value.is_floating_point() else value for name, value in state.items()}

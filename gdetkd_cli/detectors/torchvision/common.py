@@ -68,17 +68,17 @@ def convert_targets(batch: Batch) -> list[dict[str, Tensor]]:
     return [{"boxes": t.boxes, "labels": t.labels} for t in batch.targets]
 
 
-def build_frame(images: Sequence[Tensor], resized: Any) -> Frame:
-    """The frame of GeneralizedRCNNTransform, which resizes from the corner and pads the far sides.
+def build_frame(images: Sequence[Tensor], sizes: Sequence[tuple[int, int]], padded: tuple[int, int]) -> Frame:
+    """The frame of a transform that resizes from the corner and pads the far sides, as GeneralizedRCNNTransform does.
 
     Args:
         images: N tensors (3, H_i, W_i) before the transform.
-        resized: the transform's ImageList.
+        sizes: (height, width) pixels of each image after its resize.
+        padded: (height, width) pixels of the tensor of all images.
     """
     before = torch.tensor([[i.shape[-1], i.shape[-2]] for i in images], dtype=torch.float32)
-    after = torch.tensor([[w, h] for h, w in resized.image_sizes], dtype=torch.float32)
-    height, width = resized.tensors.shape[-2:]
-    return Frame.of(after / before, torch.zeros_like(before), (height, width), resized.tensors.device)
+    after = torch.tensor([[w, h] for h, w in sizes], dtype=torch.float32)
+    return Frame.of(after / before, torch.zeros_like(before), padded, images[0].device)
 
 
 def convert_anchors(generator: Any, levels: Sequence[LevelSpec]) -> tuple[Tensor, ...]:

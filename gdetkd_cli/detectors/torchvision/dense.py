@@ -74,7 +74,11 @@ class DenseDetector(Detector):
             losses = self.module(batch.images, common.convert_targets(batch))
         images, _ = tap.output("transform")
         features = common.name_features(tap.output("backbone"))
-        pyramid = Pyramid(tuple(features.values()), self.levels, common.build_frame(batch.images, images))
+        pyramid = Pyramid(
+            tuple(features.values()),
+            self.levels,
+            common.build_frame(batch.images, images.image_sizes, images.tensors.shape[-2:]),
+        )
         boxes, cell = None, None
         if candidates:
             boxes, cell = self._select_candidates(tap.output("head"), tap.output("anchor_generator"), pyramid, images)
@@ -89,7 +93,11 @@ class DenseDetector(Detector):
 
     def extract_features(self, batch: Batch) -> DenseObservation:
         images, features = common.extract_features(self.module, batch.images)
-        pyramid = Pyramid(tuple(features.values()), self.levels, common.build_frame(batch.images, images))
+        pyramid = Pyramid(
+            tuple(features.values()),
+            self.levels,
+            common.build_frame(batch.images, images.image_sizes, images.tensors.shape[-2:]),
+        )
         return DenseObservation(losses={}, pyramid=pyramid, candidates=None, tower=None, cell=None, class_logits=None)
 
     def region_outputs(self, seen: Observation, regions: Regions, needs: frozenset[View]) -> RegionView:

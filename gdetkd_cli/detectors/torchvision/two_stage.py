@@ -88,7 +88,7 @@ class TwoStageDetector(Detector):
             losses = self.module(batch.images, common.convert_targets(batch))
         images, _ = tap.output("transform")
         features = common.name_features(tap.output("backbone"))
-        frame = common.build_frame(batch.images, images)
+        frame = common.build_frame(batch.images, images.image_sizes, images.tensors.shape[-2:])
         proposals: list[Tensor] = tap.inputs(_POOL)[1]
         image_index = torch.cat([torch.full((len(p),), i, device=p.device) for i, p in enumerate(proposals)])
         with torch.no_grad():
@@ -120,7 +120,11 @@ class TwoStageDetector(Detector):
         images, features = common.extract_features(self.module, batch.images)
         return TwoStageObservation(
             losses={},
-            pyramid=Pyramid(tuple(features.values()), self.levels, common.build_frame(batch.images, images)),
+            pyramid=Pyramid(
+                tuple(features.values()),
+                self.levels,
+                common.build_frame(batch.images, images.image_sizes, images.tensors.shape[-2:]),
+            ),
             candidates=None,
             features=features,
             image_sizes=images.image_sizes,

@@ -5,7 +5,6 @@ Shapes: N images, L levels, Q queries, R regions, K classes, D channels, P candi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,7 +12,6 @@ import torch
 from torch import Tensor
 from torchvision.ops import box_iou
 
-from gdetkd_cli.detectors.probed import stack
 from gdetkd_cli.detectors.protocol import Candidates, Family, Observation, QueryView, RegionView, View
 from gdetkd_cli.detectors.tap import Tap
 from gdetkd_cli.detectors.torchvision import common
@@ -24,7 +22,7 @@ from gdetkd_cli.host import copy_tensor
 from gdetkd_cli.probing.formats.runner import RUN_ERRORS, find_reason
 from gdetkd_cli.probing.inputs import ModelInput
 from gdetkd_cli.probing.record import list_tensors
-from gdetkd_cli.structures import Batch, Detections, Frame, Pyramid, Regions
+from gdetkd_cli.structures import Batch, Detections, Pyramid, Regions
 
 _PROBE_SIZE = (352, 416)  # pixels; 11 x 13 cells at stride 32
 _MODEL = "model"  # the submodule of ``QueryModel`` that is transformers' own
@@ -162,9 +160,9 @@ class QueryDetector(TrainableDetector):
         return QueryObservation(
             losses=returned if targets is not None else {},
             pyramid=Pyramid(
-                maps=tuple(stack([m]) for m in maps),
+                maps=tuple(maps),
                 levels=self.levels,
-                frame=_build_frame(batch.images, prepared, (height, width)),
+                frame=common.build_frame(batch.images, prepared, (height, width)),
             ),
             candidates=None,
             boxes=torch.stack(boxes),
@@ -195,7 +193,8 @@ class QueryDetector(TrainableDetector):
     def _find_queries(self, seen: QueryObservation, regions: Regions) -> Tensor:
         """(R,) int64: the row of each region's query in the N x Q queries."""
         own = seen.boxes[regions.image_index]  # (R, Q, 4)
-        overlap = torch.stack([box_iou(box[None], boxes)[0] for box, boxes in zip(regions.boxes, own, strict=True)])
+        by_image = zip(regions.per_image(len(seen.boxes)), seen.boxes, strict=True)
+        overlap = torch.cat([box_iou(boxes, predicted) for boxes, predicted in by_image])
         centres = (own[..., :2] + own[..., 2:]) / 2
         here = (regions.boxes[:, None, :2] + regions.boxes[:, None, 2:]) / 2
         # Without any overlap, the query with the nearest centre.
@@ -205,10 +204,3 @@ class QueryDetector(TrainableDetector):
         if seen.query is None or not len(seen.query):
             return row
         return torch.where(regions.candidate >= 0, seen.query[regions.candidate.clamp(min=0)], row)
-
-
-def _build_frame(images: Sequence[Tensor], sizes: Sequence[tuple[int, int]], padded: tuple[int, int]) -> Frame:
-    """The frame of a resize to ``sizes`` (height, width) with padding at the right and the bottom."""
-    before = torch.tensor([[i.shape[-1], i.shape[-2]] for i in images], dtype=torch.float32)
-    after = torch.tensor([[width, height] for height, width in sizes], dtype=torch.float32)
-    return Frame.of(after / before, torch.zeros_like(before), padded, images[0].device)

@@ -45,13 +45,19 @@ class Prepared:
 
     Attributes:
         pixels: (N, 3, H, W).
-        mask: (N, H, W) int64, 1 inside an image and 0 in the padding.
         sizes: (height, width) pixels of each resized image inside the padding.
     """
 
     pixels: Tensor
-    mask: Tensor
     sizes: list[tuple[int, int]]
+
+    @property
+    def mask(self) -> Tensor:
+        """(N, H, W) int64, 1 inside an image and 0 in the padding."""
+        mask = self.pixels.new_zeros((len(self.sizes), *self.pixels.shape[-2:]), dtype=torch.int64)
+        for row, (height, width) in zip(mask, self.sizes, strict=True):
+            row[:height, :width] = 1
+        return mask
 
     @property
     def is_padded(self) -> bool:
@@ -132,10 +138,7 @@ class Preparation:
         sizes = [(int(image.shape[-2]), int(image.shape[-1])) for image in prepared]
         height, width = (max(sides) for sides in zip(*sizes, strict=True))
         pixels = torch.stack([pad(i, (0, width - w, 0, height - h)) for i, (h, w) in zip(prepared, sizes, strict=True)])
-        mask = torch.zeros((len(sizes), height, width), dtype=torch.int64, device=pixels.device)
-        for row, (h, w) in zip(mask, sizes, strict=True):
-            row[:h, :w] = 1
-        return Prepared(pixels, mask, sizes)
+        return Prepared(pixels, sizes)
 
     def _prepare(self, image: Tensor) -> Tensor:
         size = self.compute_size(image.shape[-2], image.shape[-1])
