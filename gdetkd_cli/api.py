@@ -70,18 +70,26 @@ def distill(
     return run_distill(recipe, output=None if output is None else Path(output), observer=observer)
 
 
-def evaluate(target: str | Path, *, data: str | Path | None = None, observer: Observer = silent) -> EvalResult:
+def evaluate(
+    target: str | Path,
+    *,
+    data: str | Path | None = None,
+    classes: Sequence[str] = (),
+    observer: Observer = silent,
+) -> EvalResult:
     """COCO metrics of a detector on the validation split.
 
     Args:
         target: a run folder, a model file whose detections can be read, ``builtin:NAME``, or a recipe (its teacher).
         data: a folder of data; default: the data of the recipe beside the detector.
+        classes: names of the detector's classes, for a file that does not name them.
         observer: receives progress.
 
     Raises:
         GDetKDError: the target is no detector, its detections cannot be read, or the data have other classes.
     """
-    return run_eval(str(target), data=None if data is None else Path(data), observer=observer)
+    block = None if data is None else Path(data)
+    return run_eval(str(target), data=block, classes=classes, observer=observer)
 
 
 def export(

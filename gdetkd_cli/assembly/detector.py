@@ -75,6 +75,8 @@ def build_detector(
     """
     if isinstance(spec, CheckpointDetector):
         built = _build_from_file(spec, class_names, seed, keep_classes=keep_classes)
+        if spec.classes and keep_classes:
+            catalog.rename_classes(built.detector, spec.classes, spec.path)
     elif isinstance(spec, FactoryDetector):
         built = _build_custom(spec, class_names, seed)
     elif isinstance(spec, TransformersDetector):

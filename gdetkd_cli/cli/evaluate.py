@@ -30,6 +30,7 @@ def evaluate(
             "init` reads. Default: the run's own data.",
         ),
     ] = None,
+    classes: options.ClassesOption = None,
     trust_code: options.TrustOption = False,
     as_json: options.JsonOption = False,
 ) -> None:
@@ -44,4 +45,5 @@ def evaluate(
         block = folder if folder.is_dir() and not (folder / "val.json").is_file() else load_data(data)
     from gdetkd_cli.commands import run_eval
 
-    perform(partial(run_eval, target, data=block), render.format_evaluation, as_json=as_json)
+    names = options.split_names(classes)
+    perform(partial(run_eval, target, data=block, classes=names), render.format_evaluation, as_json=as_json)

@@ -25,6 +25,7 @@ def init(
         Path,
         typer.Option(metavar="DIR", help="Folder of images with COCO, YOLO, VOC or BDD100K annotations, or with none."),
     ],
+    classes: options.ClassesOption = None,
     output: Annotated[Path, typer.Option(metavar="FILE", help="Recipe to write.")] = Path("recipe.yaml"),
     trust_code: options.TrustOption = False,
     as_json: options.JsonOption = False,
@@ -37,4 +38,6 @@ def init(
     from gdetkd_cli.cli.output import perform
     from gdetkd_cli.commands import run_init
 
-    perform(partial(run_init, teacher, student, data, output=output), render.format_check, as_json=as_json)
+    names = options.split_names(classes)
+    work = partial(run_init, teacher, student, data, output=output, classes=names)
+    perform(work, render.format_check, as_json=as_json)

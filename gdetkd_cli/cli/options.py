@@ -60,6 +60,33 @@ TrustOption = Annotated[
         help="Allow gdetkd to run your own code: the Python functions that `factory` fields name.",
     ),
 ]
+
+
+def _parse_classes(text: str | None) -> str | None:
+    """Checks that the names are distinct and not empty."""
+    names = split_names(text)
+    if text is not None and (not all(names) or len(set(names)) < len(names)):
+        raise typer.BadParameter(
+            f"expected distinct class names with commas between them, for example cat,dog; got {text[:80]!r}",
+            param_hint="--classes",
+        )
+    return text
+
+
+def split_names(text: str | None) -> tuple[str, ...]:
+    """Returns the names of a comma-separated list without the spaces around them; empty for None."""
+    return () if text is None else tuple(name.strip() for name in text.split(","))
+
+
+ClassesOption = Annotated[
+    str | None,
+    typer.Option(
+        "--classes",
+        metavar="NAME,…",
+        callback=_parse_classes,
+        help="Names of the model's classes in the order of its labels, for a file that does not name them.",
+    ),
+]
 TargetArgument = Annotated[str, typer.Argument(metavar="RUN|FILE", help="Run folder or detector file.")]
 
 

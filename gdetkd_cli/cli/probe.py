@@ -94,6 +94,7 @@ def probe(
     channels: _Channels = "rgb",
     layout: _Layout = "chw",
     levels: _Levels = None,
+    classes: options.ClassesOption = None,
     image: _Image = None,
     plot: _Plot = None,
     recipe: _Recipe = None,
@@ -119,7 +120,8 @@ def probe(
         std=std,
         bgr=channels == "bgr",
         last=layout == "hwc",
-        levels=() if levels is None else tuple(name.strip() for name in levels.split(",")),
+        levels=options.split_names(levels),
+        classes=options.split_names(classes),
         image=image,
         plot=plot,
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -21,7 +23,7 @@ from gdetkd_cli.detectors import catalog
 from gdetkd_cli.distill.distiller import synchronize
 from gdetkd_cli.engine.events import Note, Observer, report_every, silent
 from gdetkd_cli.engine.run_folder import RunFolder
-from gdetkd_cli.errors import DataError, RecipeError
+from gdetkd_cli.errors import DataError, PairError, RecipeError
 from gdetkd_cli.evaluation.coco_metrics import CocoMetrics, evaluate_coco
 from gdetkd_cli.evaluation.exported import NotOursError, OnnxDetector, ScriptedDetector
 from gdetkd_cli.evaluation.predict import Predictor, list_predicted, predict_split
@@ -59,12 +61,15 @@ class _Subject:
     size_mb: float
 
 
-def run_eval(target: str, *, data: Data | Path | None, observer: Observer = silent) -> EvalResult:
+def run_eval(
+    target: str, *, data: Data | Path | None, classes: Sequence[str] = (), observer: Observer = silent
+) -> EvalResult:
     """Evaluates a detector on the validation split, one image at a time, on the GPU if there is one.
 
     Args:
         target: a run folder, a model file with readable detections, builtin:NAME, or a recipe (evaluates its teacher).
         data: the data or their folder; None: the data of the recipe.yaml beside the detector.
+        classes: names of the detector's classes, for a file that does not name them.
         observer: receives notes and progress.
 
     Raises:
@@ -79,6 +84,8 @@ def run_eval(target: str, *, data: Data | Path | None, observer: Observer = sile
         recipe = load_recipe(target)
         if recipe.teacher is None:
             raise RecipeError(f"the recipe {target} has no teacher to evaluate; evaluate a run or a model file instead")
+        if classes:
+            raise RecipeError(f"--classes is for a file; in the recipe {target}, set teacher.classes instead")
         require_trained_teacher(recipe)
         split = assembly.build_split(data or recipe.data, "val")
         subject = _build(recipe.teacher, device, split.class_names, observer)
@@ -86,7 +93,8 @@ def run_eval(target: str, *, data: Data | Path | None, observer: Observer = sile
         path = catalog.locate(target)
         block, labels = (data, None) if data else (_read_data_beside(path), _find_labels(path))
         split = assembly.build_split(block, "val", labels)
-        subject = _open(path, device, split.class_names, run=path.name == "student.pt", observer=observer)
+        spec = CheckpointDetector(arch="checkpoint", path=str(path), classes=list(classes) or None)
+        subject = _open(spec, device, split.class_names, observer)
     assembly.report_bad_images([split], observer)
     for note in split.notes:
         observer(Note(f"{split.name}: {note}"))
@@ -145,18 +153,21 @@ class _Stopwatch:
         return 1e3 * median(self._seconds[1:] or self._seconds)
 
 
-def _open(path: Path, device: torch.device, class_names: tuple[str, ...], *, run: bool, observer: Observer) -> _Subject:
+def _open(spec: CheckpointDetector, device: torch.device, class_names: tuple[str, ...], observer: Observer) -> _Subject:
     """Opens a detector file by its content; ``class_names`` are the data's, for a file without class names."""
+    path = Path(spec.path)
     kind = detect_kind(path)
     exported = _open_exported(path, kind, device)
     if exported is not None:
+        if spec.classes:
+            catalog.rename_classes(exported, spec.classes, spec.path)
         for warning in warn_about_weights(exported):
             observer(Note(warning))
         return _Subject(exported, exported.class_names, kind, None, path.stat().st_size / 1e6)
-    subject = _build(CheckpointDetector(arch="checkpoint", path=str(path)), device, class_names, observer)
-    if kind != "checkpoint" or subject.format == "transformers":
-        return replace(subject, format="run") if run else subject
-    return replace(subject, format="run" if run else kind)
+    subject = _build(spec, device, class_names, observer)
+    if path.name == "student.pt":
+        return replace(subject, format="run")
+    return replace(subject, format=kind) if kind == "checkpoint" and subject.format != "transformers" else subject
 
 
 def _open_exported(path: Path, kind: Kind, device: torch.device) -> OnnxDetector | ScriptedDetector | None:
@@ -176,7 +187,13 @@ def _build(spec: DetectorSpec, device: torch.device, class_names: tuple[str, ...
         observer(Note(note))
     detector = built.detector
     detector.module.to(device)
-    detector.check_detects()
+    try:
+        detector.check_detects()
+    except PairError as error:
+        if not detector.class_names and _fits_classes(spec, class_names):
+            names = shlex.quote(",".join(class_names))
+            raise PairError(f"{error}. If its classes are the data's, in their order, add --classes {names}") from error
+        raise
     parameters = detector.parameter_count
     file = Path(spec.path) if isinstance(spec, CheckpointDetector) else Path()
     size_mb = (file.stat().st_size if file.is_file() else 4 * parameters) / 1e6
@@ -187,6 +204,18 @@ def _build(spec: DetectorSpec, device: torch.device, class_names: tuple[str, ...
         parameters,
         size_mb,
     )
+
+
+def _fits_classes(spec: DetectorSpec, class_names: tuple[str, ...]) -> bool:
+    """Whether the output of a model without class names can be read as detections of these classes."""
+    if not isinstance(spec, CheckpointDetector):
+        return False
+    named = spec.model_copy(update={"classes": list(class_names)})
+    try:
+        assembly.build_detector(named, class_names, seed=0, keep_classes=True).detector.check_detects()
+    except PairError:
+        return False
+    return True
 
 
 def _find_labels(path: Path) -> Path | None:

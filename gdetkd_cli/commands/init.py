@@ -35,7 +35,15 @@ _FRESH = (
 )
 
 
-def run_init(teacher: str, student: str, data: Path, *, output: Path, observer: Observer = silent) -> CheckedRecipe:
+def run_init(
+    teacher: str,
+    student: str,
+    data: Path,
+    *,
+    output: Path,
+    classes: Sequence[str] = (),
+    observer: Observer = silent,
+) -> CheckedRecipe:
     """Probes both detectors, reads the data, and writes a commented recipe that you can run as written.
 
     Args:
@@ -44,10 +52,11 @@ def run_init(teacher: str, student: str, data: Path, *, output: Path, observer: 
         student: any of these, or ``BACKBONE+HEAD``, for example ``resnet18+retinanet``.
         data: folder of images with COCO, YOLO, VOC or BDD100K annotations, or of images alone for the teacher to label.
         output: the file to write.
+        classes: names of the teacher's classes, for a file that does not name them.
         observer: receives progress.
 
     Raises:
-        RecipeError: the file already exists.
+        RecipeError: the file already exists, or classes are named for a teacher that is no file.
         GDetKDError: the data, a detector, or the pair cannot be used.
     """
     if output.exists():
@@ -60,7 +69,7 @@ def run_init(teacher: str, student: str, data: Path, *, output: Path, observer: 
         "name": _choose_name(output),
         "data": block.model_dump(mode="json", exclude_unset=True),
         "student": _describe_detector(student, (short, long), is_student=True),
-        "teacher": _describe_detector(teacher, (short, long), is_student=False),
+        "teacher": _describe_teacher(teacher, (short, long), classes),
         "distill": {},
         "train": {
             "steps": min(max(ceil(_EPOCHS * len(train) / batch_size), _LEAST_STEPS), _MOST_STEPS),
@@ -94,7 +103,7 @@ def run_probe_to_recipe(
         raise RecipeError(f"{output} already exists; choose another file with --recipe")
     report = run_probe(model, options, observer=observer)
     size = (min(report.size), max(report.size))
-    teacher = _describe_detector(model, size, is_student=False)
+    teacher = _describe_teacher(model, size, options.classes)
     if "input" in teacher:
         teacher |= {"input": _describe_input(options, report.size)}
         teacher |= {"levels": list(options.levels)} if options.levels else {}
@@ -161,6 +170,16 @@ def _describe_detector(reference: str, size: tuple[int, int], *, is_student: boo
             f"{', '.join(portable.HEADS)}{near}"
         )
     return {"arch": "checkpoint", "path": reference, "input": {"size": list(size)}}
+
+
+def _describe_teacher(reference: str, size: tuple[int, int], classes: Sequence[str]) -> dict[str, Any]:
+    """Returns the teacher's block with the names of its classes, if they were given."""
+    block = _describe_detector(reference, size, is_student=False)
+    if not classes:
+        return block
+    if block["arch"] != "checkpoint":
+        raise RecipeError(f"--classes names the classes of a teacher's file; {reference} is no file, so remove it")
+    return block | {"classes": list(classes)}
 
 
 def _format_checked(recipe: dict[str, Any], checked: CheckedRecipe, passes: float) -> str:

@@ -36,6 +36,7 @@ class ProbeOptions:
         scale, mean, std, bgr: the images that a custom model expects, as in ``ModelInput``.
         last: whether a custom model expects images (H, W, 3).
         levels: names of the levels to use instead of those found.
+        classes: names of the model's classes, for a file that does not name them.
         image: image file on which to measure the levels; None: a built-in pattern.
         plot: file for a drawing of the levels' activations over the image.
     """
@@ -47,6 +48,7 @@ class ProbeOptions:
     bgr: bool = False
     last: bool = False
     levels: tuple[str, ...] = ()
+    classes: tuple[str, ...] = ()
     image: Path | None = None
     plot: Path | None = None
 
@@ -88,6 +90,8 @@ def run_probe(model: str, options: ProbeOptions | None = None, *, observer: Obse
     if kind != "checkpoint":
         return _report_runner(open_runner(path, kind, last=options.last), model, kind, options, observer)
     loaded = catalog.load(path)
+    if options.classes:
+        catalog.rename_classes(loaded.detector, options.classes, model)
     for note in loaded.notes:
         observer(Note(note))
     format = "torchvision" if loaded.origin == "state_dict" else loaded.origin
@@ -127,7 +131,8 @@ def _report_runner(
     scale = options.scale or (255.0 if runner.bytes else 1.0)
     model_input = ModelInput(scale=scale, mean=options.mean, std=options.std, fit=runner.size, bgr=options.bgr)
     size = options.size or runner.size or _SIZE
-    found = probe(runner, size, model_input, options.levels, len(runner.class_names) or None)
+    class_names = options.classes or runner.class_names
+    found = probe(runner, size, model_input, options.levels, len(class_names) or None)
     image = _read_image(options, size)
     addresses = [level.address for level in found.levels]
     network_input, values = runner.read(found.call, [model_input.prepare(image)], addresses)
@@ -152,7 +157,7 @@ def _report_runner(
         region_embedding=None if embedding is None else {"channels": embedding[1], "source": embedding[0]},
         detections=found.detections.name if found.detections else None,
         size=size,
-        classes=runner.class_names,
+        classes=class_names,
         parameters=runner.parameters,
         reason=found.reason,
         confidence=found.confidence,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -143,6 +143,34 @@ def name_classes(
         if names is not None and len(names) + 1 == outputs:
             return names
     return tuple(f"class {i}" for i in range(1, outputs))
+
+
+class _HasClasses(Protocol):
+    class_names: tuple[str, ...]
+
+
+def rename_classes(detector: _HasClasses, names: Sequence[str], source: str) -> None:
+    """Gives a detector the names that the user chose for its classes.
+
+    Args:
+        detector: the detector.
+        names: K names in the order of its labels.
+        source: the detector's name in messages.
+
+    Raises:
+        ModelError: their number is not the detector's.
+    """
+    own = detector.class_names
+    if len(names) != len(own):
+        raise ModelError(
+            f"{source} has {len(own)} classes ({_abbreviate(own)}), but {len(names)} are named ({_abbreviate(names)}); "
+            "name each class once, in the order of the labels"
+        )
+    detector.class_names = tuple(names)
+
+
+def _abbreviate(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
 
 
 def save(path: Path, detector: Detector, description: dict[str, Any]) -> None:

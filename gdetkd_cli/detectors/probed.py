@@ -111,10 +111,13 @@ class ProbedDetector(Detector):
             raise PairError(
                 f"{self._source}, a detector of {known}, can teach with its features, but its detections cannot be "
                 "read; expected boxes, scores and labels, or YOLO's single tensor; if the file does not name the "
-                "classes, set teacher.classes in the recipe"
+                "classes, name them with --classes, or with teacher.classes in a recipe"
             )
         if not self.class_names:
-            raise PairError(f"the classes of {self._source} are unknown; name them in a recipe with teacher.classes")
+            raise PairError(
+                f"the classes of {self._source} are unknown; name them with --classes, or with teacher.classes in a "
+                "recipe"
+            )
         return form
 
     def check_detects(self) -> None:

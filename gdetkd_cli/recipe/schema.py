@@ -160,7 +160,7 @@ class CheckpointDetector(Strict):
     input: ModelInput = ModelInput()
     levels: Levels = None
     classes: list[str] | None = Field(
-        None, description="class names of another tool's model, in its order; default: those stored in the file"
+        None, description="class names in the order of the model's labels; default: those stored in the file"
     )
 
 

@@ -122,15 +122,26 @@ def test_eval(runs: Any, recipe: str, tmp_path: Path) -> None:
     (tmp_path / "val.json").write_text("{}")
     done("eval", "runs/tiny")
     done("eval", "runs/tiny", "--data", recipe)
-    done("eval", "student.onnx", "--data", str(tmp_path))
+    done("eval", "student.onnx", "--data", str(tmp_path), "--classes", "cat, big dog")
     (tmp_path / "annotations").mkdir()
     done("eval", "student.onnx", "--data", str(tmp_path / "annotations"))
     assert runs.calls == [
-        ("run_eval", ("runs/tiny",), {"data": None}),
-        ("run_eval", ("runs/tiny",), {"data": SyntheticData()}),
-        ("run_eval", ("student.onnx",), {"data": CocoData(format="coco", root=tmp_path)}),
-        ("run_eval", ("student.onnx",), {"data": tmp_path / "annotations"}),
+        ("run_eval", ("runs/tiny",), {"data": None, "classes": ()}),
+        ("run_eval", ("runs/tiny",), {"data": SyntheticData(), "classes": ()}),
+        (
+            "run_eval",
+            ("student.onnx",),
+            {"data": CocoData(format="coco", root=tmp_path), "classes": ("cat", "big dog")},
+        ),
+        ("run_eval", ("student.onnx",), {"data": tmp_path / "annotations", "classes": ()}),
     ]
+
+
+@pytest.mark.parametrize("names", ["", "cat,,dog", "cat,dog,cat"])
+def test_classes_that_are_no_list_of_names(runs: Any, names: str) -> None:
+    shown = gdetkd("eval", "student.onnx", "--classes", names)
+    assert shown.exit_code == 2
+    assert "expected distinct class names" in shown.output
 
 
 def test_export(runs: Any) -> None:
@@ -178,7 +189,7 @@ def test_other_ranks_are_silent(
 def test_init(runs: Any) -> None:
     shown = done("init", "--teacher", "t.onnx", "--student", "resnet18+fcos", "--data", "d", "--output", "mine.yaml")
     arguments = ("t.onnx", "resnet18+fcos", Path("d"))
-    assert runs.call == ("run_init", arguments, {"output": Path("mine.yaml")})
+    assert runs.call == ("run_init", arguments, {"output": Path("mine.yaml"), "classes": ()})
     assert "mine.yaml: a heterogeneous pair" in shown.stdout
     assert "next: gdetkd distill --recipe mine.yaml --dry-run" in shown.stdout
 

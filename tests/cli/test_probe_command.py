@@ -19,8 +19,21 @@ def test_probe(runs: Any) -> None:
     done("probe", "t.onnx", "--range", "0-255", "--mean", "1", "2", "3", "--image", "a.jpg", "--plot", "b.png")
     options = ProbeOptions(scale=255.0, mean=(1.0, 2.0, 3.0), image=Path("a.jpg"), plot=Path("b.png"))
     assert runs.calls[-1] == ("run_probe", ("t.onnx", options), {})
-    done("probe", "t.pt", "--channels", "bgr", "--layout", "hwc", "--levels", "neck.0, neck.1", "--recipe", "r.yaml")
-    options = ProbeOptions(bgr=True, last=True, levels=("neck.0", "neck.1"))
+    done(
+        "probe",
+        "t.pt",
+        "--channels",
+        "bgr",
+        "--layout",
+        "hwc",
+        "--levels",
+        "neck.0, neck.1",
+        "--recipe",
+        "r.yaml",
+        "--classes",
+        "a,b",
+    )
+    options = ProbeOptions(bgr=True, last=True, levels=("neck.0", "neck.1"), classes=("a", "b"))
     assert runs.calls[-1] == ("run_probe_to_recipe", ("t.pt", options, Path("r.yaml")), {})
 
 

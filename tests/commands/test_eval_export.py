@@ -19,7 +19,7 @@ from gdetkd_cli.data.synthetic import draw_split
 from gdetkd_cli.detectors import catalog
 from gdetkd_cli.detectors.protocol import Detector
 from gdetkd_cli.engine.events import Event, Note
-from gdetkd_cli.errors import DataError, ExportError, ModelError, PairError
+from gdetkd_cli.errors import DataError, ExportError, ModelError, PairError, RecipeError
 from gdetkd_cli.export.onnx import export_onnx
 from gdetkd_cli.recipe.load import dump_recipe
 from gdetkd_cli.recipe.schema import CheckpointDetector, CocoData, Recipe, SyntheticData
@@ -103,8 +103,11 @@ def test_another_tools_file_is_read_by_the_form_of_its_output(finished: Path, da
     del model.metadata_props[:]
     foreign = tmp_path / "foreign.onnx"
     onnx.save(model, foreign)
-    with pytest.raises(PairError, match=r"the classes of .*foreign\.onnx are unknown; name them in a recipe"):
+    with pytest.raises(
+        PairError, match=r"the classes of .*foreign\.onnx are unknown; name them .*add --classes"
+    ) as caught:
         run_eval(str(foreign), data=data)
+    assert str(caught.value).endswith(f"add --classes {','.join(names)}")
 
     teacher = CheckpointDetector(arch="checkpoint", path=str(foreign), classes=names)
     recipe = tmp_path / "mine.yaml"
@@ -115,8 +118,24 @@ def test_another_tools_file_is_read_by_the_form_of_its_output(finished: Path, da
         assert found.format == "onnx"
         assert found.parameters == pytest.approx(expected.parameters, rel=0.02)  # norms are folded into convolutions
         assert found.metrics.ap == pytest.approx(expected.metrics.ap, abs=0.1)
+    typed = run_eval(str(foreign), data=data, classes=names)
+    assert typed.metrics.ap == found.metrics.ap
+    with pytest.raises(RecipeError, match=r"in the recipe .*mine\.yaml, set teacher.classes instead"):
+        run_eval(str(recipe), data=None, classes=names)
     assert expected.metrics.ap is not None
     assert expected.metrics.ap > 50
+
+
+def test_classes_that_the_user_names_replace_those_of_the_file(finished: Path, data: CocoData, tmp_path: Path) -> None:
+    names = catalog.load(finished / "student.pt").detector.class_names
+    with pytest.raises(ModelError, match=rf"has {len(names)} classes .*, but 1 are named \(cat\)"):
+        run_eval(str(finished), data=data, classes=["cat"])
+    for file in (finished, finished / "student.onnx"):
+        with pytest.raises(DataError, match=f"in the same order, add --classes {','.join(names)}, or in a recipe"):
+            run_eval(str(file), data=data, classes=[f"other {name}" for name in names])
+        expected, turned = (run_eval(str(file), data=data, classes=c).metrics.ap for c in (names, names[::-1]))
+        assert expected is not None and turned is not None
+        assert turned < expected - 20
 
 
 def _named(path: Path, names: list[str]) -> Path:

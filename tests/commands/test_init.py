@@ -138,11 +138,14 @@ def test_a_recipe_from_a_probe(teacher: str, tmp_path: Path) -> None:
     path = tmp_path / "odd.yaml"
     with warnings.catch_warnings(action="ignore"):
         torch.jit.trace(TwoWay().eval(), torch.rand(1, 3, 64, 96)).save(tmp_path / "traced.pt")
-    options = ProbeOptions(size=(64, 96), scale=255.0, mean=(1.0, 2.0, 3.0), bgr=True, levels=("silu:1", "silu:2"))
+    options = ProbeOptions(
+        size=(64, 96), scale=255.0, mean=(1.0, 2.0, 3.0), bgr=True, levels=("silu:1", "silu:2"), classes=("cat", "dog")
+    )
     report = run_probe_to_recipe(str(tmp_path / "traced.pt"), options, path)
 
     recipe = load_recipe(str(path), ())
     assert isinstance(recipe.teacher, CheckpointDetector)
+    assert recipe.teacher.classes == ["cat", "dog"] == list(report.classes)
     assert recipe.teacher.levels == ["silu:1", "silu:2"] == [level.name for level in report.levels]
     assert recipe.teacher.input == ModelInput.model_validate(
         {"size": [64, 96], "range": "0-255", "mean": [1, 2, 3], "channels": "bgr"}
@@ -151,6 +154,19 @@ def test_a_recipe_from_a_probe(teacher: str, tmp_path: Path) -> None:
     assert recipe.student.head == "fcos"
     with pytest.raises(RecipeError, match=r"odd\.yaml already exists; choose another file with --recipe"):
         run_probe_to_recipe(teacher, ProbeOptions(), path)
+
+
+def test_the_users_names_of_a_teachers_classes(data: Path, teacher: str, tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    names = tuple(catalog.load(catalog.locate(teacher)).detector.class_names)
+    run_init(teacher, "resnet18+fcos", data, output=path, classes=names[::-1])
+    recipe = load_recipe(str(path), ())
+    assert isinstance(recipe.teacher, CheckpointDetector)
+    assert recipe.teacher.classes == list(names[::-1])
+    with pytest.raises(RecipeError, match="fcos_resnet50_fpn is no file, so remove it"):
+        run_init("fcos_resnet50_fpn", "resnet18+fcos", data, output=tmp_path / "no.yaml", classes=names)
+    with pytest.raises(ModelError, match=rf"has {len(names)} classes .*, but 1 are named"):
+        run_probe_to_recipe(teacher, ProbeOptions(size=(64, 64), classes=("cat",)), tmp_path / "no.yaml")
 
 
 def test_names_of_classes_add_no_line_to_a_recipe(tmp_path: Path, tiny_detector: Any, tiny_description: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -172,9 +173,15 @@ def align_classes(split: Split, class_names: tuple[str, ...]) -> Split:
         return split
     missing = [name for name in split.class_names if name not in class_names]
     if missing:
+        advice = "choose the data's classes to match"
+        if len(split.class_names) == len(class_names):
+            names = shlex.quote(",".join(split.class_names))
+            advice += (
+                f"; if both lists mean the same classes in the same order, add --classes {names}, or in a recipe "
+                "teacher.classes"
+            )
         raise DataError(
-            f"{split.name} has the classes {', '.join(missing)}, which are not among {', '.join(class_names)}; "
-            "choose the data's classes to match"
+            f"{split.name} has the classes {', '.join(missing)}, which are not among {', '.join(class_names)}; {advice}"
         )
     new_label: dict[object, int] = {
         label: class_names.index(name) + 1 for label, name in enumerate(split.class_names, start=1)
