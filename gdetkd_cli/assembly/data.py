@@ -41,6 +41,7 @@ from gdetkd_cli.structures import Batch
 
 Which = Literal["train", "val"]
 Unlabelled = CocoData | YoloData | FolderData  # data whose images the teacher can label
+_SAMPLED_SIZES = 1000  # images whose size is read to estimate a batch's memory
 SPLITS: tuple[Which, ...] = ("train", "val")
 
 
@@ -223,7 +224,8 @@ def build_batches(
     """
     augment = recipe.augment
     if augment.multi_scale is None and len(split):
-        pixels = sum(math.prod(record.size) for record in split.records) // len(split)  # of an average image
+        sample = [split.records[i].size for i in range(0, len(split), math.ceil(len(split) / _SAMPLED_SIZES))]
+        pixels = sum(map(math.prod, sample)) // len(sample)  # of an average image
         batch = recipe.train.batch_size
         check_memory(f"train.batch_size: {batch} images of {pixels:,} pixels on average", batch * 12 * pixels)
     dataset = DetectionDataset(

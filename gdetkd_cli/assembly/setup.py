@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -27,6 +28,7 @@ from gdetkd_cli.assembly.detector import BuiltDetector, build_detector, format_t
 from gdetkd_cli.assembly.distillation import BuiltPair, build_pair
 from gdetkd_cli.assembly.labels import LabelledSplit, Tables, describe_labels, label_split
 from gdetkd_cli.assembly.runtime import apply_runtime, resolve_runtime
+from gdetkd_cli.assembly.sharing import read_once
 from gdetkd_cli.assembly.warnings import warn_about_data, warn_about_sizes
 from gdetkd_cli.data.split import Split
 from gdetkd_cli.detectors.protocol import Detector
@@ -147,7 +149,7 @@ def build_setup(
     """
     recipe = narrow_recipe(recipe)
     device = compute.accelerator.device
-    splits, unlabelled = _read_splits(recipe, labels)
+    splits, unlabelled = read_once(partial(_read_splits, recipe, labels), compute.accelerator)
     teacher = None
     labelled: dict[Which, LabelledSplit] = {}
     if isinstance(recipe, DistillationRecipe):
