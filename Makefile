@@ -18,7 +18,7 @@ env: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,slurm,timm,transformers]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,slurm,timm,transformers,video]'
 	touch $@
 
 demo: env

@@ -16,9 +16,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gdetkd_cli.commands import run_distill, run_eval, run_export, run_probe
+from gdetkd_cli.commands import run_distill, run_eval, run_export, run_predict, run_probe
 from gdetkd_cli.commands.evaluate import EvalResult
 from gdetkd_cli.commands.export import ExportResult
+from gdetkd_cli.commands.predict import PredictOptions, PredictResult
 from gdetkd_cli.commands.probe import ProbeOptions
 from gdetkd_cli.commands.train import TrainResult
 from gdetkd_cli.engine.events import Observer, silent
@@ -26,7 +27,7 @@ from gdetkd_cli.recipe.load import load_recipe, validate_recipe
 from gdetkd_cli.recipe.schema import Recipe
 from gdetkd_cli.report.pyramid import PyramidReport
 
-__all__ = ["distill", "evaluate", "export", "probe"]
+__all__ = ["distill", "evaluate", "export", "predict", "probe"]
 
 
 def probe(model: str | Path, options: ProbeOptions | None = None, *, observer: Observer = silent) -> PyramidReport:
@@ -90,6 +91,28 @@ def evaluate(
     """
     block = None if data is None else Path(data)
     return run_eval(str(target), data=block, classes=classes, observer=observer)
+
+
+def predict(
+    target: str | Path,
+    images: str | Path | Sequence[str | Path],
+    options: PredictOptions | None = None,
+    *,
+    observer: Observer = silent,
+) -> PredictResult:
+    """Detects objects in images and videos.
+
+    Args:
+        target: a run folder, a model file whose detections can be read, ``builtin:NAME``, or a recipe (its teacher).
+        images: image files, videos, folders or patterns.
+        options: the lowest score, the classes to keep, and files to write.
+        observer: receives progress.
+
+    Raises:
+        GDetKDError: the target is no detector, no image can be read, or a file to write exists.
+    """
+    places = [images] if isinstance(images, (str, Path)) else images
+    return run_predict(str(target), [str(place) for place in places], options, observer=observer)
 
 
 def export(

@@ -25,6 +25,9 @@ def test_distill_evaluate_and_export(tmp_path: Path) -> None:
     evaluated = api.evaluate(trained.run)
     exported = api.export(trained.run, onnx=False, torchscript=True)
 
+    predicted = api.predict(trained.run, tmp_path / "run" / "images")
+
+    assert predicted.images[0].image == "00.png"
     assert trained.steps == 2
     assert evaluated.metrics.ap == trained.metrics.ap
     assert [file.path.name for file in exported.files] == ["student.torchscript"]

@@ -20,6 +20,7 @@ from gdetkd_cli.cli.distill import distill
 from gdetkd_cli.cli.evaluate import evaluate
 from gdetkd_cli.cli.export import export
 from gdetkd_cli.cli.init import init
+from gdetkd_cli.cli.predict import predict
 from gdetkd_cli.cli.probe import probe
 from gdetkd_cli.cli.recipe import app as recipe_app
 from gdetkd_cli.cli.train import train
@@ -107,6 +108,7 @@ app.command("probe")(probe)
 app.command("train")(train)
 app.command("distill")(distill)
 app.command("eval")(evaluate)
+app.command("predict")(predict)
 app.command("export")(export)
 app.command("compare")(compare)
 app.command("bench")(bench)

@@ -67,12 +67,12 @@ def _format_millions(parameters: int | None) -> str:
     return "-" if parameters is None else f"{parameters / 1e6:.2f} M"
 
 
-def _build_line(text: str) -> Text:
+def build_line(text: str) -> Text:
     """A line that never wraps, so that you can copy its paths."""
     return Text(show_hidden(text), no_wrap=True, overflow="ignore")
 
 
-def _build_table(title: str | None, columns: Sequence[str], rows: Iterable[Sequence[str]], *, words: int = 1) -> Table:
+def build_table(title: str | None, columns: Sequence[str], rows: Iterable[Sequence[str]], *, words: int = 1) -> Table:
     """A table: the first ``words`` columns are text, aligned left; the others are numbers, aligned right."""
     table = Table(box=SIMPLE_HEAD, title=title, title_justify="left", title_style="bold")
     for index, column in enumerate(columns):
@@ -89,11 +89,11 @@ def _build_metrics_tables(metrics: CocoMetrics) -> Group:
     """AP by metric, then by class."""
     values = metrics.to_json()
     return Group(
-        _build_line(f"{metrics.images} images, {metrics.detections} detections"),
-        _build_table(
+        build_line(f"{metrics.images} images, {metrics.detections} detections"),
+        build_table(
             None, ("metric", "over", "value"), [(k, v, format_number(values[k])) for k, v in _AP_ROWS.items()], words=2
         ),
-        _build_table(None, ("class", "AP"), [(name, format_number(ap)) for name, ap in metrics.per_class.items()]),
+        build_table(None, ("class", "AP"), [(name, format_number(ap)) for name, ap in metrics.per_class.items()]),
     )
 
 
@@ -108,15 +108,15 @@ def format_data(report: DataReport) -> RenderableType:
     problems = report.problems[:_MOST_PROBLEMS]
     left = len(report.problems) - len(problems)
     return Group(
-        _build_line(f"{report.source}: data: {{{fields}}}"),
-        *(_build_line(f"{one.split}: {one.name}: no annotations") for one in report.splits if not one.annotated),
-        _build_table(None, ("split", *(name.replace("_", " ") for name in counts)), rows),
-        *([_build_table(None, columns, classes)] if classes else []),
-        *(_build_line(f"{one.split}: {note}") for one in report.splits for note in one.notes),
-        *(_build_line(f"{one.place}: {one.problem}") for one in problems),
-        *([_build_line(f"... and {left} more problems; --json lists all")] if left else []),
-        _build_line(f"{len(report.problems) or 'no'} problem{'' if len(report.problems) == 1 else 's'}"),
-        *([_build_line(f"wrote {report.sheet}")] if report.sheet else []),
+        build_line(f"{report.source}: data: {{{fields}}}"),
+        *(build_line(f"{one.split}: {one.name}: no annotations") for one in report.splits if not one.annotated),
+        build_table(None, ("split", *(name.replace("_", " ") for name in counts)), rows),
+        *([build_table(None, columns, classes)] if classes else []),
+        *(build_line(f"{one.split}: {note}") for one in report.splits for note in one.notes),
+        *(build_line(f"{one.place}: {one.problem}") for one in problems),
+        *([build_line(f"... and {left} more problems; --json lists all")] if left else []),
+        build_line(f"{len(report.problems) or 'no'} problem{'' if len(report.problems) == 1 else 's'}"),
+        *([build_line(f"wrote {report.sheet}")] if report.sheet else []),
     )
 
 
@@ -130,7 +130,7 @@ def _format_value(value: object) -> str:
 def format_run(result: TrainResult) -> RenderableType:
     """Formats a finished run."""
     return Group(
-        _build_line(f"run {result.run}: {result.steps} steps in {format_duration(result.seconds)}"),
+        build_line(f"run {result.run}: {result.steps} steps in {format_duration(result.seconds)}"),
         _build_metrics_tables(result.metrics),
     )
 
@@ -138,8 +138,8 @@ def format_run(result: TrainResult) -> RenderableType:
 def format_evaluation(result: EvalResult) -> RenderableType:
     """Formats an evaluation."""
     return Group(
-        _build_line(f"{result.source} ({result.format}) on {result.data}"),
-        _build_line(
+        build_line(f"{result.source} ({result.format}) on {result.data}"),
+        build_line(
             f"{_format_millions(result.parameters)} parameters, {format_number(result.size_mb)} MB, "
             f"{format_number(result.ms_per_image)} ms per image"
         ),
@@ -175,9 +175,9 @@ def format_comparison(result: Comparison) -> RenderableType:
     lines = [*result.notes, *(f"failed: {failure}" for failure in result.failures)]
     return Group(
         table,
-        _build_line(teacher),
-        *map(_build_line, lines),
-        _build_line(f"{result.table}  {result.trials}  {result.plot}"),
+        build_line(teacher),
+        *map(build_line, lines),
+        build_line(f"{result.table}  {result.trials}  {result.plot}"),
     )
 
 
@@ -198,7 +198,7 @@ def _build_levels_table(report: PyramidReport, title: str | None, *, values: boo
         for level in report.levels
     ]
     columns = ("level", "channels", "cells", "stride", "offset", *(("mean", "std") * values))
-    return _build_table(title, columns, rows)
+    return build_table(title, columns, rows)
 
 
 def _format_pair(yx: tuple[float, float]) -> str:
@@ -226,16 +226,16 @@ def format_pyramid(report: PyramidReport, *, verbose: bool = False) -> Renderabl
     if verbose:
         facts += [f"alternative: {', '.join(other.levels)}: {other.reason}" for other in report.alternatives]
         facts += [] if report.alternatives else ["no alternative set of levels"]
-    return Group(*map(_build_line, lines), _build_levels_table(report, None, values=True), *map(_build_line, facts))
+    return Group(*map(build_line, lines), _build_levels_table(report, None, values=True), *map(build_line, facts))
 
 
 def format_check(result: CheckedRecipe) -> RenderableType:
     """Formats a checked recipe and the next command."""
     changes = "".join(f" --set {shlex.quote(change)}" for change in result.changes)
     return Group(
-        _build_line(f"{result.recipe}: a {result.pair} pair"),
+        build_line(f"{result.recipe}: a {result.pair} pair"),
         *_pair_tables(result),
-        _build_line(f"next: gdetkd distill --recipe {result.recipe}{changes} --dry-run"),
+        build_line(f"next: gdetkd distill --recipe {result.recipe}{changes} --dry-run"),
     )
 
 
@@ -245,14 +245,14 @@ def _pair_tables(result: CheckedRecipe | Plan) -> list[RenderableType]:
         (term.name, "left out" if term.weight is None else f"{term.weight:g}", term.reason) for term in result.terms
     ]
     return [
-        _build_line(f"student {_describe_detector(result.student)}"),
-        _build_line(f"teacher {_describe_detector(result.teacher)}"),
+        build_line(f"student {_describe_detector(result.student)}"),
+        build_line(f"teacher {_describe_detector(result.teacher)}"),
         Columns(
             [_build_levels_table(result.student, "student"), _build_levels_table(result.teacher, "teacher")],
             padding=(0, 2),
         ),
-        _build_table(None, ("term", "weight", "why"), rows, words=3),
-        _build_line(f"head transfer: {result.head_transfer}"),
+        build_table(None, ("term", "weight", "why"), rows, words=3),
+        build_line(f"head transfer: {result.head_transfer}"),
     ]
 
 
@@ -267,9 +267,9 @@ def format_plan(plan: Plan) -> RenderableType:
         f"{plan.seconds_per_step:.2f} s per step, about {format_duration(plan.estimated_seconds)} in total",
     ]
     return Group(
-        _build_line(f"{plan.recipe}: {plan.pair}"),
+        build_line(f"{plan.recipe}: {plan.pair}"),
         *_pair_tables(plan),
-        *map(_build_line, [*facts, *plan.notes]),
+        *map(build_line, [*facts, *plan.notes]),
     )
 
 
@@ -280,20 +280,20 @@ def format_profile(profile: Profile) -> RenderableType:
         for phase, seconds in profile.seconds.items()
     ]
     return Group(
-        _build_table(None, ("phase", "ms", "share of a step"), rows),
-        _build_line(
+        build_table(None, ("phase", "ms", "share of a step"), rows),
+        build_line(
             f"a distillation step takes {profile.step * 1e3:.1f} ms (median of {profile.steps}; "
             f"{profile.device}, {profile.threads} threads)"
         ),
-        _build_line(
+        build_line(
             f"the teacher's features and a plain student step take {profile.floor * 1e3:.1f} ms; "
             f"a distillation step takes {profile.ratio:.2f} times as long (both without data loading)"
         ),
-        _build_line(
+        build_line(
             f"{profile.images_per_second:.1f} images/s; the loader alone: {profile.loader_images_per_second:.1f} "
             f"images/s ({_format_workers(profile.workers)}); peak memory {profile.peak_memory_mb:.0f} MB"
         ),
-        _build_line(
+        build_line(
             f"the recipe's {profile.recipe_steps} steps would take {format_duration(3600 * profile.recipe_hours)} "
             "without evaluations"
         ),
@@ -309,7 +309,7 @@ def _format_workers(count: int) -> str:
 
 def format_export(result: ExportResult) -> RenderableType:
     """Formats exported files and their parity with the detector."""
-    return Group(*(_build_line(line) for file in result.files for line in _format_file(file)))
+    return Group(*(build_line(line) for file in result.files for line in _format_file(file)))
 
 
 def _format_file(file: ExportedFile) -> Iterable[str]:
@@ -342,11 +342,11 @@ def format_demo(result: DemoResult) -> RenderableType:
         )
     columns = ("", "AP", "AP50", "AP_S", "AP_M", "AP_L", "params", "MB", "ms/image")
     return Group(
-        _build_table(None, columns, rows),
-        _build_line(f"gain from distillation: {result.gain:+.1f} AP at {result.steps} steps (seed {result.seed})"),
-        _build_line(f"ONNX file matches the detector: {'yes' if result.onnx_parity else 'NO'}"),
+        build_table(None, columns, rows),
+        build_line(f"gain from distillation: {result.gain:+.1f} AP at {result.steps} steps (seed {result.seed})"),
+        build_line(f"ONNX file matches the detector: {'yes' if result.onnx_parity else 'NO'}"),
         Text(result.verdict),
-        _build_line(f"image {result.image}"),
-        _build_line(f"files {result.output}"),
-        _build_line(f"took {format_duration(result.seconds)}"),
+        build_line(f"image {result.image}"),
+        build_line(f"files {result.output}"),
+        build_line(f"took {format_duration(result.seconds)}"),
     )

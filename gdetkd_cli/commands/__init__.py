@@ -8,6 +8,7 @@ from gdetkd_cli.commands.evaluate import run_eval
 from gdetkd_cli.commands.export import run_export
 from gdetkd_cli.commands.init import run_init, run_probe_to_recipe
 from gdetkd_cli.commands.plan import plan_distill
+from gdetkd_cli.commands.predict import run_predict
 from gdetkd_cli.commands.probe import run_probe
 from gdetkd_cli.commands.train import resume_run, run_distill, run_train
 from gdetkd_cli.commands.validate import check_recipe
@@ -24,6 +25,7 @@ __all__ = [
     "run_eval",
     "run_export",
     "run_init",
+    "run_predict",
     "run_probe",
     "run_probe_to_recipe",
     "run_train",

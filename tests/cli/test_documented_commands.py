@@ -144,12 +144,19 @@ def prepare_page(page: str) -> None:
         sys.path.insert(0, ".")
         models = importlib.import_module("my_package.models")
         torch.save(models.detector(width=32).state_dict(), "start.pt")
-    if page in ("docs/guides/export.md", "docs/guides/stop-and-resume.md", "docs/reference/run-folder.md"):
+    if page in (
+        "docs/guides/export.md",
+        "docs/guides/stop-and-resume.md",
+        "docs/reference/run-folder.md",
+        "docs/guides/predict.md",
+    ):
         invoke.done("distill", "--recipe", "my.yaml", "--output", "runs/student")
         invoke.done("train", "--recipe", "my.yaml", "--output", "runs/teacher")
 
 
 # -------------------------------------------------------------------------------------------------------- commands
+
+OUTPUTS = ("--output", "--plot", "--save", "--coco", "--csv", "--yolo")
 
 
 def shorten(words: list[str]) -> list[str]:
@@ -175,7 +182,7 @@ def shorten(words: list[str]) -> list[str]:
 
 def find_outputs(words: list[str]) -> list[Path]:
     """The files and folders that a command writes where it says."""
-    named = [Path(after) for word, after in pairwise(words) if word in ("--output", "--plot")]
+    named = [Path(after) for word, after in pairwise(words) if word in OUTPUTS]
     if words[0] == "probe" and "--recipe" in words:
         named.append(Path(words[words.index("--recipe") + 1]))
     return named + ([Path(words[2])] if words[:2] == ["recipe", "init"] else [])
