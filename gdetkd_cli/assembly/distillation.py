@@ -28,6 +28,8 @@ from gdetkd_cli.recipe.distillation import (
 )
 from gdetkd_cli.structures import Batch, Regions
 
+_MOST_PARTS = 5  # of a transferred head that a message names
+
 Block = SGFI | CKD | PredictionKD | WholeMaps | RoIImitation | Logit
 GDETKD_TERMS = ("sgfi", "ckd", "class_kd", "box_kd")
 
@@ -193,5 +195,6 @@ def _transfer_head(config: Distill, student: Detector, teacher: Detector, traine
     if config.head_transfer == "auto" and trained_head:  # copying lowers a trained student's AP (docs/experiments.md)
         return False, "nothing copied: the student's head is trained already; `head_transfer: true` copies anyway"
     copied = transfer_head(student, teacher)
-    parts = sorted({re.sub(r"(head|predictor)\..*", r"\1", name) for name in copied})
-    return True, f"copied from the teacher: {', '.join(parts)} ({len(copied)} tensors)"
+    parts = sorted({re.sub(r"(head|predictor)\..*|\.\d+\..*", r"\1", name) for name in copied})
+    more = f" and {len(parts) - _MOST_PARTS} more parts" if len(parts) > _MOST_PARTS else ""
+    return True, f"copied from the teacher: {', '.join(parts[:_MOST_PARTS])}{more} ({len(copied)} tensors)"

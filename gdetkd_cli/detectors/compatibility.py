@@ -44,8 +44,8 @@ def match_predictions(student: Detector, teacher: Detector) -> Tensor:
     """
     if student.box_weights is None or teacher.box_weights is None:
         raise PairError(
-            "only two two-stage detectors have RoI heads whose predictions can be compared; "
-            f"this pair is {teacher.family} -> {student.family}"
+            "predictions can be compared between two two-stage or two DETR-like detectors only; this pair is "
+            f"{teacher.family} -> {student.family}"
         )
     if student.box_weights != teacher.box_weights:
         raise PairError(f"the box coders differ: weights {teacher.box_weights} -> {student.box_weights}")
