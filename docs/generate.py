@@ -19,6 +19,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from gdetkd_cli import errors
 from gdetkd_cli.recipe.load import build_json_schema
 
 FOLDER = Path(__file__).parent / "reference"
@@ -62,7 +63,25 @@ def command_page() -> str:
         command = [sys.executable, "-m", "typer", "gdetkd_cli.cli.app", "utils", "docs", "--name", "gdetkd"]
         subprocess.run([*command, "--title", "Command line", "--output", str(path)], check=True, capture_output=True)
         text = path.read_text(encoding="utf-8")
-    return _with_whole_summaries(text).strip() + "\n"
+    return f"{_with_whole_summaries(text).strip()}\n\n{_exit_codes()}\n"
+
+
+def _exit_codes() -> str:
+    """A table of the exit codes with the errors that have them, from the docstrings of ``gdetkd_cli.errors``."""
+    codes: dict[int, list[str]] = {}
+    for error in vars(errors).values():
+        if isinstance(error, type) and issubclass(error, errors.GDetKDError) and error is not errors.GDetKDError:
+            codes.setdefault(error.exit_code, []).append(str(error.__doc__).splitlines()[0])
+    codes[2].append("The command line is wrong: an unknown option, a missing argument, or two that exclude each other.")
+    rows = {
+        "0": "The command is done.",
+        **{str(code): " ".join(meanings) for code, meanings in sorted(codes.items())},
+        "70": "An error of gdetkd itself. `gdetkd --debug ...` shows where.",
+        "128 + N": "Signal N stopped the command: 130 is an interrupt, 143 a termination. A run can be resumed.",
+    }
+    table = "\n".join(f"| {code} | {meaning} |" for code, meaning in rows.items())
+    text = 'Every error is one sentence on stderr. With `--json`, stdout also has `{"schema": 1, "error": {...}}`.'
+    return f"## Exit codes\n\n{text}\n\n| code | meaning |\n|---|---|\n{table}"
 
 
 def _with_whole_summaries(text: str) -> str:

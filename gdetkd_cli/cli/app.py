@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import traceback
 from functools import partial
 from pathlib import Path
@@ -30,40 +31,66 @@ from gdetkd_cli.text import show_hidden
 
 _INTERRUPTED = 130
 _INTERNAL_ERROR = 70
+_PREFIX = "Error: "
 _show = partial(show_hidden, keep="\n")
 
 
 class _ErrorBoundary(TyperGroup):
-    """The one place where an exception becomes a line on stderr and an exit code."""
+    """The one place where an exception becomes a line on stderr, a JSON document on stdout, and an exit code."""
 
-    def invoke(self, ctx: Any) -> Any:  # Any: the type that typer declares here is private
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:  # Any: the type that typer declares is private
+        """Notes whether the command was asked for JSON, before an argument can be refused."""
+        ctx.meta["gdetkd.json"] = "--json" in args
+        return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: Any) -> Any:
         """Runs the parsed command."""
         try:
             return super().invoke(ctx)
-        except (TyperException, typer.Exit, typer.Abort, BrokenPipeError):
-            raise  # Typer handles these: usage errors, --help, a closed stdout.
+        except (typer.Exit, typer.Abort, BrokenPipeError):
+            raise  # Typer handles these: --help, a closed stdout.
+        except TyperException as error:  # a mistake in the command line, which Typer explains
+            if ctx.meta["gdetkd.json"]:
+                _print_error("UsageError", error.format_message(), error.exit_code)
+            raise
         except (Exception, KeyboardInterrupt) as error:
             if ctx.params["debug"]:
                 typer.echo(_show("".join(traceback.format_exception(error))), err=True)
             message, code = describe_error(error)
-            typer.echo(message, err=True)
+            typer.echo(_colour(message), err=True)
+            if ctx.meta["gdetkd.json"]:
+                _print_error(type(error).__name__, message.removeprefix(_PREFIX), code)
             raise typer.Exit(code) from error
+
+
+def _print_error(kind: str, message: str, code: int) -> None:
+    """Prints an error as a JSON document, in the first of several processes."""
+    from gdetkd_cli.cli.terminal import is_first_process  # imports rich, which is slow
+
+    if is_first_process():
+        error = {"type": kind, "message": message, "exit_code": code}
+        typer.echo(json.dumps({"schema": 1, "error": error}, indent=2))
+
+
+def _colour(message: str) -> str:
+    if not message.startswith(_PREFIX):
+        return message
+    return typer.style(_PREFIX.strip(), fg=typer.colors.RED, bold=True) + message.removeprefix(_PREFIX.strip())
 
 
 def describe_error(error: BaseException) -> tuple[str, int]:
     """Returns the message for the user and the exit code."""
-    prefix = typer.style("Error:", fg=typer.colors.RED, bold=True)
     notes = getattr(error, "__notes__", ())
     match error:
         case GDetKDError():
-            return f"{prefix} {_show('; '.join([str(error), *notes]))}", error.exit_code
+            return f"{_PREFIX}{_show('; '.join([str(error), *notes]))}", error.exit_code
         case KeyboardInterrupt():
             # Interrupted functions add a note on how to continue.
             return _show("; ".join([str(error) or "interrupted", *notes])), getattr(error, "exit_code", _INTERRUPTED)
         case OSError(filename=str() | Path() as path, strerror=str() as reason):
-            return f"{prefix} {_show(f'{path}: {reason}')}", 1
+            return f"{_PREFIX}{_show(f'{path}: {reason}')}", 1
         case _ if (exhausted := describe_exhaustion(error)) is not None:
-            return "; ".join([f"{prefix} {exhausted}", *getattr(error, "__notes__", ())]), 1
+            return "; ".join([f"{_PREFIX}{exhausted}", *getattr(error, "__notes__", ())]), 1
         case _:
             problem = _show(f"{type(error).__name__}: {' '.join(str(error).split())}")
             return f"internal error: {problem}; run `gdetkd --debug ...` to see the traceback", _INTERNAL_ERROR
@@ -72,7 +99,7 @@ def describe_error(error: BaseException) -> tuple[str, int]:
 app = typer.Typer(
     cls=_ErrorBoundary,
     name="gdetkd",
-    no_args_is_help=True,
+    invoke_without_command=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -86,8 +113,23 @@ def _print_version(requested: bool) -> None:
         raise typer.Exit
 
 
+_START = """\
+gdetkd trains a small object detector with your large one as its teacher.
+
+See it work on drawn images, in minutes:
+  gdetkd demo
+
+Write a recipe for your own teacher, student and data, then run it:
+  gdetkd init --teacher teacher.pt --student resnet18+fcos --data DIR
+  gdetkd distill recipe.yaml
+
+All commands: gdetkd --help
+"""
+
+
 @app.callback()
 def _set_global_options(
+    context: typer.Context,
     debug: Annotated[
         bool, typer.Option("--debug", envvar="GDETKD_DEBUG", help="Show the traceback when a command fails.")
     ] = False,
@@ -97,8 +139,10 @@ def _set_global_options(
 ) -> None:
     """Distill large object detectors into small ones with G-DetKD.
 
-    To see an example, run: gdetkd demo. To use your own images, run: gdetkd recipe init.
+    To see an example, run: gdetkd demo. To use your own images, run: gdetkd init.
     """
+    if context.invoked_subcommand is None:
+        typer.echo(_START, nl=False)
 
 
 app.command("demo")(demo)

@@ -17,7 +17,10 @@ def bench(
     trust_code: options.TrustOption = False,
     as_json: options.JsonOption = False,
 ) -> None:
-    """Measure where a step's time goes, its memory and its cost."""
+    """Measure where a step's time goes, its memory and its cost.
+
+    Example: gdetkd bench my.yaml --steps 50
+    """
     from gdetkd_cli.cli import render
     from gdetkd_cli.cli.output import perform
     from gdetkd_cli.recipe.load import load_recipe

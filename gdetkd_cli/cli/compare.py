@@ -82,6 +82,8 @@ def compare(
     Finished trials are skipped and interrupted ones resume, so you can stop, continue and extend a comparison.
 
     The 95 % interval of a difference covers seeds and validation images together; with --folds, it covers folds.
+
+    Example: gdetkd compare my.yaml --methods none,gdetkd --seeds 3
     """
     from gdetkd_cli.cli import render
     from gdetkd_cli.cli.output import perform

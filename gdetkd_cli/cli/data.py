@@ -28,6 +28,8 @@ def data(
     """Describe a data set: its format, counts by class and size, and every problem with its file.
 
     Reads annotations as training does, checks the header of every image, and draws a sheet of annotated images.
+
+    Example: gdetkd data DIR
     """
     from gdetkd_cli.cli import render
     from gdetkd_cli.cli.output import perform

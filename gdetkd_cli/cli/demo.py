@@ -27,6 +27,8 @@ def demo(
     """Try distillation on drawn images, in minutes.
 
     Trains a small student with and without a teacher, and compares the two.
+
+    Example: gdetkd demo --output runs/demo
     """
     from gdetkd_cli.cli import render
     from gdetkd_cli.cli.output import perform

@@ -11,6 +11,7 @@ from gdetkd_cli.cli import options
 
 
 def distill(
+    recipe_file: options.OptionalRecipe = None,
     recipe: options.RecipeOption = None,
     overrides: options.SetOption = None,
     output: options.OutputOption = None,
@@ -27,11 +28,15 @@ def distill(
     trust_code: options.TrustOption = False,
     as_json: options.JsonOption = False,
 ) -> None:
-    """Train a recipe's student with its teacher."""
+    """Train a recipe's student with its teacher.
+
+    Example: gdetkd distill my.yaml --output runs/student
+    """
     from gdetkd_cli.cli import render
     from gdetkd_cli.cli.output import perform
 
-    others = {"--recipe": recipe, "--set": overrides, "--output": output, "--dry-run": dry_run, "--profile": profile}
+    recipe = options.choose_recipe(recipe_file, recipe)
+    others = {"a recipe": recipe, "--set": overrides, "--output": output, "--dry-run": dry_run, "--profile": profile}
     if continued := options.plan_resume(resume, steps=steps, force=force, others=others):
         from gdetkd_cli.commands import resume_run
 

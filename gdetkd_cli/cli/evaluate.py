@@ -34,7 +34,10 @@ def evaluate(
     trust_code: options.TrustOption = False,
     as_json: options.JsonOption = False,
 ) -> None:
-    """Evaluate a detector with COCO box metrics."""
+    """Evaluate a detector with COCO box metrics.
+
+    Example: gdetkd eval runs/student
+    """
     from gdetkd_cli.cli import render
     from gdetkd_cli.cli.output import perform
     from gdetkd_cli.recipe.load import load_data

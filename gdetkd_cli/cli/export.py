@@ -24,6 +24,8 @@ def export(
     """Export a trained student to ONNX or TorchScript.
 
     Compares each file's detections with the original detector's on validation images.
+
+    Example: gdetkd export runs/student --onnx
     """
     if not (onnx or torchscript):
         raise options.UsageError("no format given; add --onnx, --torchscript or both")

@@ -33,6 +33,8 @@ def init(
     """Write a recipe for a teacher, a student and a folder of data.
 
     Probes both detectors, finds the data files, and chooses terms, sizes and steps. You can run the recipe as written.
+
+    Example: gdetkd init --teacher teacher.pt --student resnet18+fcos --data DIR
     """
     from gdetkd_cli.cli import render
     from gdetkd_cli.cli.output import perform

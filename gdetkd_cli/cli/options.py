@@ -23,7 +23,8 @@ def _trust(given: bool) -> bool:
 
 _RECIPE_HELP = "Recipe file (YAML), or a name from: gdetkd recipe list."
 RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help=_RECIPE_HELP)]
-RecipeOption = Annotated[str | None, typer.Option("--recipe", metavar="RECIPE", help=_RECIPE_HELP)]
+OptionalRecipe = Annotated[str | None, typer.Argument(metavar="RECIPE", help=_RECIPE_HELP)]
+RecipeOption = Annotated[str | None, typer.Option("--recipe", metavar="RECIPE", help="As RECIPE.")]
 SetOption = Annotated[
     list[str] | None,
     typer.Option(
@@ -96,17 +97,28 @@ class UsageError(GDetKDError):
     exit_code = 2
 
 
+def choose_recipe(argument: str | None, option: str | None) -> str | None:
+    """Returns the recipe that was named with or without ``--recipe``.
+
+    Raises:
+        UsageError: two recipes were named.
+    """
+    if argument and option:
+        raise UsageError(f"two recipes given, {argument} and --recipe {option}; remove one")
+    return argument or option
+
+
 def load_required_recipe(recipe: str | None, overrides: list[str] | None) -> Recipe:
     """Loads the recipe of a command without ``--resume``.
 
     Call it before you import ``gdetkd_cli.commands``: torch takes seconds to load, and recipe errors should not wait.
 
     Raises:
-        UsageError: ``--recipe`` is missing.
+        UsageError: there is no recipe.
         RecipeError: the recipe is not usable.
     """
     if recipe is None:
-        raise UsageError("no recipe given; add --recipe RECIPE to start a run, or --resume RUN to continue one")
+        raise UsageError("no recipe given; name a RECIPE to start a run, or add --resume RUN to continue one")
     from gdetkd_cli.recipe.load import load_recipe
 
     return load_recipe(recipe, overrides or ())

@@ -105,6 +105,8 @@ def probe(
     """Find and measure a detector's feature pyramid.
 
     Lists the levels from fine to coarse, with their channels, strides and offsets in pixels.
+
+    Example: gdetkd probe teacher.pt --image street.jpg --plot levels.png
     """
     height_width = None if size is None else _parse_size(size)
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -14,22 +15,34 @@ app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="List, show,
 
 
 @app.command("list")
-def list_recipes() -> None:
-    """List the built-in recipes."""
+def list_recipes(as_json: options.JsonOption = False) -> None:
+    """List the built-in recipes.
+
+    Example: gdetkd recipe list
+    """
     from gdetkd_cli.recipe.builtin import list_builtin
 
     recipes = list_builtin()
+    if as_json:
+        _print_json({"recipes": [{"name": recipe.name, "title": recipe.title} for recipe in recipes]})
+        return
     width = max((len(recipe.name) for recipe in recipes), default=0)
     for recipe in recipes:
         typer.echo(f"{recipe.name:{width}}  {recipe.title}")
 
 
 @app.command("show")
-def show_recipe(recipe: options.RecipeArgument) -> None:
-    """Print a recipe's file unchanged, but hidden characters as visible text."""
-    from gdetkd_cli.recipe.load import find_recipe
+def show_recipe(recipe: options.RecipeArgument, as_json: options.JsonOption = False) -> None:
+    """Print a recipe's file unchanged, but hidden characters as visible text.
+
+    Example: gdetkd recipe show shapes/frcnn-frcnn
+    """
+    from gdetkd_cli.recipe.load import find_recipe, load_recipe
     from gdetkd_cli.text import show_hidden
 
+    if as_json:
+        _print_json({"recipe": load_recipe(recipe).model_dump(mode="json", exclude_unset=True)})
+        return
     text = find_recipe(recipe).read_bytes().decode(errors="surrogateescape")
     typer.echo(show_hidden(text, keep="\ufeff\r\n\t").encode(), nl=False)
 
@@ -37,8 +50,12 @@ def show_recipe(recipe: options.RecipeArgument) -> None:
 @app.command("init")
 def init_recipe(
     path: Annotated[Path, typer.Argument(metavar="PATH", help="Recipe to write.")] = Path("recipe.yaml"),
+    as_json: options.JsonOption = False,
 ) -> None:
-    """Write a commented recipe for you to edit."""
+    """Write a commented recipe for you to edit.
+
+    Example: gdetkd recipe init my.yaml
+    """
     from gdetkd_cli.files import write_text
     from gdetkd_cli.recipe.starter import format_starter
     from gdetkd_cli.text import show_hidden
@@ -51,7 +68,10 @@ def init_recipe(
         write_text(path, format_starter(shown))
     except OSError as error:
         raise options.UsageError(f"cannot write {path}: {error.strerror}") from error
-    typer.echo(shown)
+    if as_json:
+        _print_json({"path": str(path)})
+    else:
+        typer.echo(shown)
     typer.echo(f"Edit this file, then check it with: gdetkd recipe validate {shown}", err=True)
 
 
@@ -63,8 +83,12 @@ def validate_recipe(
         bool, typer.Option("--deep", help="Also build the data and both detectors, and show how they fit together.")
     ] = False,
     trust_code: options.TrustOption = False,
+    as_json: options.JsonOption = False,
 ) -> None:
-    """Check a recipe and print it with all defaults."""
+    """Check a recipe and print it with all defaults.
+
+    Example: gdetkd recipe validate my.yaml --deep
+    """
     from gdetkd_cli.recipe.load import dump_recipe, load_recipe
 
     loaded = load_recipe(recipe, overrides or ())
@@ -73,17 +97,25 @@ def validate_recipe(
         from gdetkd_cli.cli.output import perform
         from gdetkd_cli.commands import check_recipe
 
-        perform(partial(check_recipe, loaded, recipe, changes=overrides or ()), render.format_check, as_json=False)
+        perform(partial(check_recipe, loaded, recipe, changes=overrides or ()), render.format_check, as_json=as_json)
         return
-    typer.echo(dump_recipe(loaded), nl=False)
+    if as_json:
+        _print_json({"recipe": loaded.model_dump(mode="json")})
+    else:
+        typer.echo(dump_recipe(loaded), nl=False)
     typer.echo(f"{recipe} is valid", err=True)
 
 
 @app.command("schema")
 def print_schema() -> None:
-    """Print the JSON Schema of recipes, for use in editors."""
-    import json
+    """Print the JSON Schema of recipes, for use in editors.
 
+    Example: gdetkd recipe schema
+    """
     from gdetkd_cli.recipe.load import build_json_schema
 
     typer.echo(json.dumps(build_json_schema(), indent=2))
+
+
+def _print_json(content: dict[str, Any]) -> None:
+    typer.echo(json.dumps({"schema": 1, **content}, indent=2, allow_nan=False))

@@ -188,7 +188,7 @@ def _build_levels_table(report: PyramidReport, title: str | None, *, values: boo
     """A pyramid's levels, fine to coarse; ``values`` adds their means and deviations."""
     rows = [
         (
-            level.name,
+            wrap_name(level.name),
             str(level.channels),
             f"{level.shape[0]} x {level.shape[1]}",
             _format_pair(level.stride),
@@ -199,6 +199,16 @@ def _build_levels_table(report: PyramidReport, title: str | None, *, values: boo
     ]
     columns = ("level", "channels", "cells", "stride", "offset", *(("mean", "std") * values))
     return build_table(title, columns, rows)
+
+
+def wrap_name(name: str, width: int = 32) -> str:
+    """Breaks a long dotted name into lines of at most ``width`` characters, where it has dots."""
+    lines = [""]
+    for part in name.replace(".", ".\n").split("\n"):
+        if lines[-1] and len(lines[-1]) + len(part) > width:
+            lines.append("")
+        lines[-1] += part
+    return "\n".join(lines)
 
 
 def _format_pair(yx: tuple[float, float]) -> str:

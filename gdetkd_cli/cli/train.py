@@ -11,6 +11,7 @@ from gdetkd_cli.cli import options
 
 
 def train(
+    recipe_file: options.OptionalRecipe = None,
     recipe: options.RecipeOption = None,
     detector: Annotated[
         Literal["student", "teacher"] | None,
@@ -24,11 +25,15 @@ def train(
     trust_code: options.TrustOption = False,
     as_json: options.JsonOption = False,
 ) -> None:
-    """Train a recipe's student or teacher without distillation."""
+    """Train a recipe's student or teacher without distillation.
+
+    Example: gdetkd train my.yaml --detector teacher --output runs/teacher
+    """
     from gdetkd_cli.cli import render
     from gdetkd_cli.cli.output import perform
 
-    others = {"--recipe": recipe, "--detector": detector, "--set": overrides, "--output": output}
+    recipe = options.choose_recipe(recipe_file, recipe)
+    others = {"a recipe": recipe, "--detector": detector, "--set": overrides, "--output": output}
     if continued := options.plan_resume(resume, steps=steps, force=force, others=others):
         from gdetkd_cli.commands import resume_run
 

@@ -8,13 +8,16 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 from invoke import done, gdetkd
 
 from gdetkd_cli import __version__
+from gdetkd_cli.cli.app import app
 from gdetkd_cli.recipe.load import load_recipe
 from gdetkd_cli.recipe.schema import CocoData, SyntheticData
 
@@ -267,31 +270,22 @@ def test_version() -> None:
     assert done("--version").stdout == f"gdetkd {__version__}\n"
 
 
-def test_nothing_typed_shows_the_help() -> None:
-    shown = gdetkd()
-    assert shown.exit_code == 2
-    assert "Commands:" in shown.output
+def test_nothing_typed_shows_where_to_start() -> None:
+    shown = done().stdout
+    assert "gdetkd demo" in shown and "gdetkd init --teacher" in shown and "gdetkd distill recipe.yaml" in shown
+    assert "Commands:" not in shown
+    assert "Commands:" in done("--help").stdout
 
 
-@pytest.mark.parametrize(
-    "command",
-    [
-        [],
-        ["train"],
-        ["distill"],
-        ["eval"],
-        ["export"],
-        ["probe"],
-        ["init"],
-        ["demo"],
-        ["compare"],
-        ["bench"],
-        ["recipe"],
-        ["recipe", "init"],
-    ],
-)
-def test_every_command_explains_itself(command: list[str]) -> None:
-    assert "Usage: gdetkd" in done(*command, "--help").stdout
+def list_commands(group: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    for own, command in group.commands.items():
+        full = f"{name} {own}".strip()
+        yield from list_commands(command, full) if hasattr(command, "commands") else [(full, command)]
+
+
+@pytest.mark.parametrize("name", [name for name, _ in list_commands(typer.main.get_command(app))])
+def test_every_help_shows_an_example(name: str) -> None:
+    assert f"Example: gdetkd {name}" in done(*name.split(), "--help").output
 
 
 def test_help_is_fast_and_imports_nothing_heavy() -> None:

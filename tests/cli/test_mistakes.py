@@ -1,128 +1,80 @@
-"""A mistake on the command line is one sentence and an exit code; so is an interrupt."""
+"""Mistakes at the command line, for people and for programs; other ways of naming a recipe."""
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
-from invoke import gdetkd
+from invoke import done, gdetkd
 
-from gdetkd_cli.errors import ExportError, NonFiniteLossError, RunFolderError
-
-NO_START = "no recipe given; add --recipe RECIPE to start a run, or --resume RUN to continue one"
+from gdetkd_cli.errors import ModelError, StoppedError
 
 
-@pytest.mark.parametrize(
-    ("arguments", "sentence"),
-    [
-        (["train"], NO_START),
-        (["distill", "--dry-run"], NO_START),
-        (
-            ["distill", "--recipe", "r", "--resume", "x"],
-            "--resume cannot be combined with --recipe; remove one or the other",
-        ),
-        (
-            ["train", "--resume", "x", "--detector", "teacher", "--set", "a=b", "--output", "o"],
-            "--resume cannot be combined with --detector, --set, --output; remove one or the other",
-        ),
-        (
-            ["train", "--recipe", "r", "--steps", "9"],
-            "--steps needs --resume RUN; for a new run, use --set train.steps=N",
-        ),
-        (
-            ["distill", "--recipe", "r", "--resume", "auto", "--force"],
-            "--force needs --resume RUN; a run that changed cannot be continued by --resume auto",
-        ),
-        (
-            ["distill", "--resume", "x", "--dry-run"],
-            "--resume cannot be combined with --dry-run; remove one or the other",
-        ),
-        (
-            ["distill", "--recipe", "r", "--dry-run", "--profile", "3"],
-            "--dry-run cannot be combined with --profile; remove one or the other",
-        ),
-        (["export", "x"], "no format given; add --onnx, --torchscript or both"),
-        (
-            ["train", "--recipe", "nowhere.yaml"],
-            (
-                "no recipe file or built-in recipe is named nowhere.yaml; "
-                "to list the built-in recipes, run: gdetkd recipe list"
-            ),
-        ),
-        (
-            ["distill", "--recipe", "tiny.yaml", "--set", "train.steps=-1"],
-            "--set train.steps=-1: train.steps: input should be greater than 0 (got -1)",
-        ),
-    ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
-)
-def test_a_mistake_is_one_sentence_and_nothing_runs(
-    runs: Any, recipe: str, arguments: list[str], sentence: str
-) -> None:
-    shown = gdetkd(*arguments)
-    assert (shown.exit_code, shown.stdout, shown.stderr) == (2, "", f"Error: {sentence}\n")
-    assert runs.calls == []
+def test_errors_as_json(runs: Any) -> None:
+    runs.fails = ModelError("no detector")
+    shown = gdetkd("eval", "runs/tiny", "--json")
+    assert shown.exit_code == 2
+    assert json.loads(shown.stdout) == {
+        "schema": 1,
+        "error": {"type": "ModelError", "message": "no detector", "exit_code": 2},
+    }
+    assert "Error: no detector" in shown.stderr
+    runs.fails = StoppedError("stopped after step 3", 15)
+    assert json.loads(gdetkd("eval", "runs/tiny", "--json").stdout)["error"]["exit_code"] == 143
+    for arguments, message in ((["eval", "--json"], "Missing argument"), (["eval", "a", "--jsn", "--json"], "--jsn")):
+        shown = gdetkd(*arguments)
+        assert shown.exit_code == 2
+        error = json.loads(shown.stdout)["error"]
+        assert (error["type"], error["exit_code"]) == ("UsageError", 2)
+        assert message in error["message"]
+    assert gdetkd("eval", "runs/tiny").stdout == ""
+
+
+def test_near_names_are_suggested() -> None:
+    assert "Did you mean 'probe'?" in gdetkd("prob").stderr
+    assert "--recipe" in gdetkd("distill", "--recpe", "a").stderr
+
+
+@pytest.mark.parametrize("command", ["train", "distill"])
+def test_a_recipe_without_its_option(runs: Any, command: str, recipe: str) -> None:
+    done(command, recipe)
+    done(command, "--recipe", recipe)
+    assert runs.calls[0] == runs.calls[1]
+    shown = gdetkd(command, recipe, "--recipe", "other.yaml")
+    assert shown.exit_code == 2
+    assert f"two recipes given, {recipe} and --recipe other.yaml; remove one" in shown.stderr
+    shown = gdetkd(command)
+    assert "no recipe given; name a RECIPE to start a run" in shown.stderr
+
+
+def test_recipe_commands_as_json(recipe: str) -> None:
+    listed = json.loads(done("recipe", "list", "--json").stdout)
+    assert {"name", "title"} == set(listed["recipes"][0])
+    assert json.loads(done("recipe", "show", recipe, "--json").stdout)["recipe"]["name"] == "tiny"
+    checked = json.loads(done("recipe", "validate", recipe, "--json").stdout)
+    assert checked["recipe"]["train"]["batch_size"]
+    assert json.loads(done("recipe", "init", "new.yaml", "--json").stdout) == {"schema": 1, "path": "new.yaml"}
+    shown = gdetkd("recipe", "show", "absent", "--json")
+    assert json.loads(shown.stdout)["error"]["type"] == "RecipeError"
 
 
 @pytest.mark.parametrize(
-    ("arguments", "part"),
+    "command",
     [
-        (["nothing"], "No such command 'nothing'"),
-        (["train", "--nothing"], "No such option: --nothing"),
-        (["eval"], "Missing argument"),
-        (["train", "--detector", "both"], "'both' is not one of 'student', 'teacher'"),
-        (["probe", "x", "--size", "480"], "expected height x width in pixels, for example 480x640; got 480"),
-        (["probe", "x", "--size", "0x640"], "expected height x width in pixels, for example 480x640; got 0x640"),
-        (["distill", "--recipe", "r", "--profile", "0"], "Invalid value for '--profile'"),
+        [],
+        ["train"],
+        ["distill"],
+        ["eval"],
+        ["export"],
+        ["probe"],
+        ["init"],
+        ["demo"],
+        ["compare"],
+        ["bench"],
+        ["recipe"],
+        ["recipe", "init"],
     ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_typers_own_usage_errors_keep_code_2(runs: Any, arguments: list[str], part: str) -> None:
-    shown = gdetkd(*arguments)
-    assert (shown.exit_code, shown.stdout) == (2, "")
-    assert part in shown.stderr
-    assert runs.calls == []
-
-
-@pytest.mark.parametrize("error", [RunFolderError("no folder"), NonFiniteLossError("NaN"), ExportError("differs")])
-def test_a_known_error_is_a_sentence_and_its_own_code(runs: Any, error: Any) -> None:
-    runs.fails = error
-    shown = gdetkd("demo", "--json")
-    assert (shown.exit_code, shown.stdout) == (error.exit_code, "")
-    assert shown.stderr.splitlines()[-1] == f"Error: {error}"
-    assert "Traceback" not in shown.stderr
-
-
-def test_an_unknown_error_is_one_line(runs: Any) -> None:
-    runs.fails = ValueError("shapes\n  differ")
-    shown = gdetkd("demo")
-    assert (shown.exit_code, shown.stdout) == (70, "")
-    assert shown.stderr.splitlines()[-1] == (
-        "internal error: ValueError: shapes differ; run `gdetkd --debug ...` to see the traceback"
-    )
-    assert "Traceback" not in shown.stderr
-
-
-@pytest.mark.parametrize("error", [ValueError("boom"), RunFolderError("boom")])
-@pytest.mark.parametrize("by", ["option", "variable"])
-def test_debug_adds_the_traceback(runs: Any, monkeypatch: pytest.MonkeyPatch, error: Exception, by: str) -> None:
-    runs.fails = error
-    if by == "variable":
-        monkeypatch.setenv("GDETKD_DEBUG", "1")
-    shown = gdetkd(*(["--debug"] if by == "option" else []), "demo")
-    assert shown.exit_code in (2, 70)
-    assert "Traceback (most recent call last)" in shown.stderr
-    assert "boom" in shown.stderr.splitlines()[-1]
-
-
-def test_an_interrupt_is_one_line(runs: Any) -> None:
-    runs.fails = KeyboardInterrupt()
-    shown = gdetkd("demo")
-    assert (shown.exit_code, shown.stdout, shown.stderr.splitlines()[-1]) == (130, "", "interrupted")
-
-
-def test_an_interrupt_says_how_to_go_on_where_that_is_known(runs: Any) -> None:
-    runs.fails = KeyboardInterrupt()
-    runs.fails.add_note("continue with gdetkd distill --resume runs/tiny")
-    shown = gdetkd("demo")
-    assert shown.stderr.splitlines()[-1] == "interrupted; continue with gdetkd distill --resume runs/tiny"
+def test_every_command_explains_itself(command: list[str]) -> None:
+    assert "Usage: gdetkd" in done(*command, "--help").stdout
