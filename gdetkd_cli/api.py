@@ -16,7 +16,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gdetkd_cli.commands import run_distill, run_eval, run_export, run_predict, run_probe
+from gdetkd_cli.commands import run_demo, run_distill, run_eval, run_export, run_predict, run_probe
+from gdetkd_cli.commands.demo import DemoResult
 from gdetkd_cli.commands.evaluate import EvalResult
 from gdetkd_cli.commands.export import ExportResult
 from gdetkd_cli.commands.predict import PredictOptions, PredictResult
@@ -27,7 +28,7 @@ from gdetkd_cli.recipe.load import load_recipe, validate_recipe
 from gdetkd_cli.recipe.schema import Recipe
 from gdetkd_cli.report.pyramid import PyramidReport
 
-__all__ = ["distill", "evaluate", "export", "predict", "probe"]
+__all__ = ["demo", "distill", "evaluate", "export", "predict", "probe"]
 
 
 def probe(model: str | Path, options: ProbeOptions | None = None, *, observer: Observer = silent) -> PyramidReport:
@@ -44,6 +45,23 @@ def probe(model: str | Path, options: ProbeOptions | None = None, *, observer: O
         NoPyramidError: it has no feature pyramid.
     """
     return run_probe(str(model), options, observer=observer)
+
+
+def demo(
+    *, steps: int | None = None, seed: int = 0, output: str | Path | None = None, observer: Observer = silent
+) -> DemoResult:
+    """Trains a student alone and distilled on built-in scenes, and compares both.
+
+    Args:
+        steps: optimizer steps of each student; default: 500.
+        seed: seed of both students' weights and data order.
+        output: a new folder; default: ``runs/demo``.
+        observer: receives progress.
+
+    Raises:
+        GDetKDError: the folder exists, or the exported student differs from the trained one.
+    """
+    return run_demo(seed=seed, steps=steps, output=None if output is None else Path(output), observer=observer)
 
 
 def distill(

@@ -100,7 +100,6 @@ app = typer.Typer(
     cls=_ErrorBoundary,
     name="gdetkd",
     invoke_without_command=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
