@@ -1,10 +1,8 @@
-"""Inputs other than float32 RGB images: half precision, grey, whole numbers, fixed batches, and second inputs."""
+"""Images other than float32 RGB images of any number and size."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import onnx
 import pytest
@@ -12,94 +10,27 @@ import torch
 from forms import build
 from torch import Tensor, nn
 from twins import SharedHead
+from written import (
+    CLASSES,
+    SIZE,
+    WRITERS,
+    Detecting,
+    draw,
+    expect_maps,
+    open_detector,
+    probe_notes,
+    read_maps,
+    script,
+    to_onnx,
+    trace,
+)
 
-from gdetkd_cli.commands.probe import ProbeOptions, run_probe
-from gdetkd_cli.detectors.probed import ProbedDetector
-from gdetkd_cli.engine.events import Event, Note
+from gdetkd_cli.assembly.detector import build_detector
+from gdetkd_cli.commands.probe import run_probe
 from gdetkd_cli.errors import ModelError
-from gdetkd_cli.probing.formats.files import detect_kind, open_runner
+from gdetkd_cli.probing.formats.files import open_runner
 from gdetkd_cli.probing.inputs import ModelInput
-from gdetkd_cli.structures import Batch
-
-SIZE = (96, 128)
-CLASSES = ("a", "b", "c")
-
-
-def script(model: nn.Module, path: Path, _: Any) -> None:
-    torch.jit.script(model).save(str(path))
-
-
-def trace(model: nn.Module, path: Path, example: tuple[Tensor, ...]) -> None:
-    torch.jit.trace(model, example, check_trace=False).save(str(path))
-
-
-def freeze(model: nn.Module, path: Path, example: tuple[Tensor, ...]) -> None:
-    torch.jit.freeze(torch.jit.trace(model, example, check_trace=False)).save(str(path))
-
-
-def export(model: nn.Module, path: Path, example: tuple[Tensor, ...]) -> None:
-    torch.export.save(torch.export.export(model, example), path)
-
-
-def to_onnx(model: nn.Module, path: Path, example: tuple[Tensor, ...], **options: Any) -> None:
-    torch.onnx.export(model, example, path, dynamo=False, **options)
-
-
-WRITERS: dict[str, Callable[..., None]] = {"traced": trace, "frozen": freeze, "exported": export, "onnx": to_onnx}
-
-
-def open_detector(path: Path, model_input: ModelInput | None = None) -> ProbedDetector:
-    return ProbedDetector(
-        runner=open_runner(path, detect_kind(path)),
-        source=str(path),
-        kind=detect_kind(path),
-        model_input=model_input or ModelInput(),
-        size=SIZE,
-        class_names=CLASSES,
-    )
-
-
-def draw(count: int) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    return [torch.rand(3, *SIZE, generator=generator) for _ in range(count)]
-
-
-def read_maps(detector: ProbedDetector, images: list[Tensor]) -> tuple[Tensor, ...]:
-    return detector.extract_features(Batch(images=images, targets=[], image_ids=torch.arange(len(images)))).pyramid.maps
-
-
-@torch.no_grad()
-def expect_maps(neck: nn.Module, images: Tensor) -> list[Tensor]:
-    return neck(images)
-
-
-def probe_notes(path: Path, options: ProbeOptions | None = None) -> list[str]:
-    notes: list[str] = []
-
-    def keep(event: Event) -> None:
-        if isinstance(event, Note):
-            notes.append(event.text)
-
-    run_probe(str(path), options or ProbeOptions(size=SIZE), observer=keep)
-    return notes
-
-
-class Detecting(nn.Module):
-    """Boxes of each cell, whose right corner is the image's mean times 64; two cells have a score, of classes 0, 1."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner = SharedHead()
-
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return self.decode(images, images.mean(dim=(1, 2, 3)) * 64)
-
-    def decode(self, images: Tensor, corner: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        cells = self.inner(images).transpose(1, 2)
-        zeros = cells[..., 0] * 0
-        number = (zeros + 1).cumsum(dim=1)
-        boxes = torch.stack([zeros, zeros, zeros + corner[:, None], zeros + 32], dim=2)
-        return boxes, (number == 1) * 0.9 + (number == 2) * 0.5, (number > 1).long()
+from gdetkd_cli.recipe.schema import CheckpointDetector
 
 
 class BoundBatch(Detecting):
@@ -224,102 +155,6 @@ def test_whole_numbers_channels_last(tmp_path: Path, form: str) -> None:
     assert "takes images as uint8" in probe_notes(path)
 
 
-# ------------------------------------------------------------------------------------------------------ second inputs
-
-
-class SecondRows(Detecting):
-    """The right corner of its boxes shows the second input: its first number and a hundredth of its second."""
-
-    def forward(self, images: Tensor, second: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
-        rows = second.to(images.dtype).flatten(1)
-        return self.decode(images, rows[:, 0] + rows[:, 1] / 100)
-
-
-def rename(name: str) -> type[nn.Module]:
-    """The same network, whose second argument has this name."""
-    source = f"def forward(self, images, {name}):\n    return SecondRows.forward(self, images, {name})\n"
-    space: dict[str, Any] = {"SecondRows": SecondRows}
-    exec(source, space)  # noqa: S102  # the names of arguments cannot be made otherwise
-    return type("Renamed", (SecondRows,), {"forward": space["forward"]})
-
-
-ROWS = {
-    "im_shape": (96, 128),
-    "scale_factor": (1, 1),
-    "im_info": (96, 128, 1),
-    "orig_target_sizes": (128, 96),  # its boxes reach beyond the image and are clipped
-    "image_shape": (96, 128),
-}
-
-
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("form", WRITERS)
-@pytest.mark.parametrize("name", ROWS)
-def test_second_inputs_of_a_usual_name(tmp_path: Path, form: str, name: str) -> None:
-    row = ROWS[name]
-    example = (torch.rand(1, 3, *SIZE), torch.tensor([row], dtype=torch.float32))
-    path = tmp_path / "model"
-    options = {"input_names": ["images", name]} if form == "onnx" else {}
-    WRITERS[form](build(rename(name)), path, example, **options)
-
-    (one,) = open_detector(path).predict(draw(1))
-    assert one.boxes[0].tolist() == pytest.approx([0, 0, min(row[0] + row[1] / 100, 128), 32])
-    assert f"also passes {name} = {row}" in probe_notes(path)
-
-
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("form", WRITERS)
-def test_a_mask_of_the_images_pixels(tmp_path: Path, form: str) -> None:
-    example = (torch.rand(1, 3, *SIZE), torch.ones(1, *SIZE, dtype=torch.int64))
-    path = tmp_path / "model"
-    options = {"input_names": ["pixel_values", "pixel_mask"]} if form == "onnx" else {}
-    WRITERS[form](build(rename("pixel_mask")), path, example, **options)
-    (one,) = open_detector(path).predict(draw(1))
-    assert one.boxes[0].tolist() == pytest.approx([0, 0, 1.01, 32])
-    assert "also passes pixel_mask = ones" in probe_notes(path)
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_inputs_in_paddles_order_and_for_several_images(tmp_path: Path) -> None:
-    class Paddle(SecondRows):
-        def forward(self, im_shape: Tensor, image: Tensor, scale_factor: Tensor) -> Any:  # type: ignore[override]
-            return super().forward(image, im_shape * scale_factor)
-
-    path = tmp_path / "model.onnx"
-    names = ["im_shape", "image", "scale_factor"]
-    rows = torch.ones(1, 2)
-    to_onnx(
-        build(Paddle),
-        path,
-        (rows, torch.rand(1, 3, *SIZE), rows),
-        input_names=names,
-        dynamic_axes={name: {0: "N"} for name in names},
-    )
-    found = open_detector(path).predict(draw(2))
-    assert [one.boxes[0].tolist() for one in found] == [pytest.approx([0, 0, 97.28, 32])] * 2
-    assert "also passes im_shape = (96, 128), scale_factor = (1, 1)" in probe_notes(path)
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_a_mask_given_by_name_in_an_exported_program(tmp_path: Path) -> None:
-    path = tmp_path / "model.pt2"
-    given = {"images": torch.rand(1, 3, *SIZE), "pixel_mask": torch.ones(1, *SIZE)}
-    torch.export.save(torch.export.export(build(rename("pixel_mask")), (), given), path)
-    (one,) = open_detector(path).predict(draw(1))
-    assert one.boxes[0].tolist() == pytest.approx([0, 0, 1.01, 32])
-
-
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("form", WRITERS)
-def test_other_inputs_are_refused_by_name(tmp_path: Path, form: str) -> None:
-    example = (torch.rand(1, 3, *SIZE), torch.ones(1, 2))
-    path = tmp_path / "model"
-    options = {"input_names": ["images", "prompts"]} if form == "onnx" else {}
-    WRITERS[form](build(rename("prompts")), path, example, **options)
-    with pytest.raises(ModelError, match=r"also takes prompts, whose value gdetkd does not know; export"):
-        run_probe(str(path))
-
-
 class NoArgument(nn.Module):
     """Takes nothing."""
 
@@ -395,6 +230,28 @@ def test_a_named_size_that_a_graph_does_not_need(tmp_path: Path) -> None:
     onnx.helper.set_model_props(model, {"imgsz": "[160, 160]"})
     onnx.save(model, path)
     assert run_probe(str(path)).size == (480, 640)
+
+
+class BoundBoth(BoundBatch):
+    """A trace binds its boxes to the number of images and to the size."""
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        boxes, scores, labels = super().forward(images)
+        return boxes.view(int(boxes.shape[0]), int(boxes.shape[1]), 4), scores, labels
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_trace_of_one_size_and_batch_teaches_images_of_any_size(tmp_path: Path) -> None:
+    model, path = build(BoundBoth), tmp_path / "model.pt"
+    trace(model, path, (torch.rand(2, 3, 320, 320),))
+    spec = CheckpointDetector(arch="checkpoint", path=str(path), classes=list(CLASSES))
+    built = build_detector(spec, CLASSES, 0, keep_classes=True)
+    notes = [note.removeprefix(f"{path}: ") for note in built.notes]
+
+    assert "takes images of 320 x 320 pixels only, so images are fitted in" in notes
+    assert "takes 2 images at a time, so fewer are filled up with copies" in notes
+    (one,) = built.detector.predict([torch.full((3, 160, 240), 0.5)])
+    assert one.boxes[0].tolist() == pytest.approx([0, 0, 24, 24], abs=0.05)  # 32 pixels at 3/4, rounded
 
 
 def test_a_file_of_any_size_is_opened_without_a_forward(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
