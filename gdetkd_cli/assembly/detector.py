@@ -29,7 +29,6 @@ from gdetkd_cli.detectors.weights import (
 from gdetkd_cli.errors import ModelError
 from gdetkd_cli.portable import TIMM
 from gdetkd_cli.probing.formats.files import Kind, detect_kind, open_runner
-from gdetkd_cli.probing.formats.runner import Runner
 from gdetkd_cli.probing.inputs import ModelInput
 from gdetkd_cli.recipe import schema
 from gdetkd_cli.recipe.schema import (
@@ -193,28 +192,23 @@ def _build_probed(spec: CheckpointDetector, path: Path, kind: Kind, *, is_teache
         runner=runner,
         source=str(path),
         kind=kind,
-        model_input=_build_input(options, runner),
+        model_input=_build_input(options),
         size=options.size,
         class_names=tuple(spec.classes or ()),
         levels=tuple(spec.levels or ()),
     )
     notes = [f"{path}: called with a {detector.probed.call.name}", f"{path}: {detector.probed.reason}"]
-    if runner.size is not None:
-        notes.append(
-            f"{path}: takes images of {runner.size[0]} x {runner.size[1]} pixels only, so images are fitted in"
-        )
+    notes += [f"{path}: {note}" for note in detector.probed.notes]
     return BuiltDetector(detector, {}, tuple(notes))
 
 
-def _build_input(options: schema.ModelInput, runner: Runner | None = None) -> ModelInput:
-    """Builds a model's input format from the recipe's block and, for a file, its ``runner``."""
-    takes_bytes = options.range == "0-255" or (runner is not None and runner.bytes)
-    fixed_size = None if runner is None else runner.size
+def _build_input(options: schema.ModelInput) -> ModelInput:
+    """Builds a model's input format from the recipe's block."""
     return ModelInput(
-        scale=255.0 if takes_bytes else 1.0,
+        scale=255.0 if options.range == "0-255" else 1.0,
         mean=options.mean,
         std=options.std,
-        fit=options.size if options.fit else fixed_size,
+        fit=options.size if options.fit else None,
         bgr=options.channels == "bgr",
     )
 

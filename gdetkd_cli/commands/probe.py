@@ -128,11 +128,12 @@ def _report_runner(
     runner: Runner, source: str, format: str, options: ProbeOptions, observer: Observer
 ) -> PyramidReport:
     """Probes a custom model by running it."""
-    scale = options.scale or (255.0 if runner.bytes else 1.0)
-    model_input = ModelInput(scale=scale, mean=options.mean, std=options.std, fit=runner.size, bgr=options.bgr)
-    size = options.size or runner.size or _SIZE
     class_names = options.classes or runner.class_names
-    found = probe(runner, size, model_input, options.levels, len(class_names) or None)
+    stated = ModelInput(scale=options.scale or 1.0, mean=options.mean, std=options.std, bgr=options.bgr)
+    found = probe(runner, options.size, stated, options.levels, len(class_names) or None)
+    model_input, size = found.model_input, found.size
+    for note in found.notes:
+        observer(Note(note))
     image = _read_image(options, size)
     addresses = [level.address for level in found.levels]
     network_input, values = runner.read(found.call, [model_input.prepare(image)], addresses)

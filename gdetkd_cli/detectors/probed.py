@@ -49,7 +49,7 @@ class ProbedDetector(Detector):
             runner: the model, in evaluation mode, on the CPU.
             source: name for messages.
             kind: of its file.
-            model_input: how its images are prepared.
+            model_input: how its images are prepared, as far as the user said.
             size: (height, width) pixels of an image that it accepts.
             class_names: K names of its classes; by default those in its file.
             levels: names of the pyramid's levels, if the user named them.
@@ -62,9 +62,9 @@ class ProbedDetector(Detector):
         self._source = source
         self.kind = kind
         self.class_names = class_names or runner.class_names
-        self._input = model_input
         self._frames: dict[tuple[int, int], Geometry] = {}
         self.probed: Probed = probe(runner, size, model_input, levels, len(self.class_names) or None)
+        self._input = self.probed.model_input
         self._levels = tuple(
             LevelSpec(level.name, level.channels, level.cells.stride, level.cells.offset, level.shape)
             for level in self.probed.levels

@@ -16,8 +16,8 @@ from gdetkd_cli.detectors.recognise import Recognised, recognise
 from gdetkd_cli.detectors.torchvision.common import predict
 from gdetkd_cli.detectors.weights import list_torchvision_categories, load_state
 from gdetkd_cli.errors import ModelError
-from gdetkd_cli.probing.formats.class_names import OWN, parse_notes, read_class_names
 from gdetkd_cli.probing.formats.files import DESCRIPTION_FILE, load_torchscript
+from gdetkd_cli.probing.formats.metadata import OWN, parse_notes, read_class_names
 from gdetkd_cli.probing.pyramid import probe_image
 
 CLASSES, ARCHITECTURE = (

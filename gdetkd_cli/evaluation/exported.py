@@ -15,8 +15,8 @@ from gdetkd_cli import __version__
 from gdetkd_cli.detectors.protocol import Detector
 from gdetkd_cli.detectors.scripted import ARCHITECTURE, CLASSES
 from gdetkd_cli.errors import ModelError, get_first_line
-from gdetkd_cli.probing.formats.class_names import parse_notes, read_class_names
 from gdetkd_cli.probing.formats.files import DESCRIPTION_FILE, load_torchscript
+from gdetkd_cli.probing.formats.metadata import parse_notes, read_class_names
 from gdetkd_cli.probing.formats.runner import list_not_finite
 from gdetkd_cli.structures import Detections
 

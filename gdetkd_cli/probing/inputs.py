@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn.functional import interpolate, pad
+from torch.utils._pytree import tree_map
 
 _GREY = 0.5  # fills the rest of a fixed size
+_LUMINANCE = (0.299, 0.587, 0.114)  # of red, green and blue; ITU-R BT.601, as in most image libraries
 
 
 @dataclass(frozen=True)
@@ -23,6 +26,7 @@ class ModelInput:
         fit: (height, width) of a model with a fixed input size: images are resized to fit in, and padded at the right
             and the bottom.
         bgr: the model takes blue first, as OpenCV reads images.
+        grey: the model takes one channel, the luminance; ``mean`` and ``std`` count before it.
     """
 
     scale: float = 1.0
@@ -30,9 +34,10 @@ class ModelInput:
     std: tuple[float, float, float] | None = None
     fit: tuple[int, int] | None = None
     bgr: bool = False
+    grey: bool = False
 
     def prepare(self, image: Tensor) -> Tensor:
-        """Converts an image (3, H, W) in 0..1 to the model's input."""
+        """Converts an image (3, H, W) in 0..1 to the model's input, (3, H, W) or, if grey, (1, H, W)."""
         if self.fit is not None:
             image = _fit(image, self.fit)
         image = (image.flip(0) if self.bgr else image) * self.scale
@@ -40,6 +45,9 @@ class ModelInput:
             image = image - image.new_tensor(self.mean)[:, None, None]
         if self.std is not None:
             image = image / image.new_tensor(self.std)[:, None, None]
+        if self.grey:
+            weights = image.new_tensor(_LUMINANCE[::-1] if self.bgr else _LUMINANCE)
+            image = (image * weights[:, None, None]).sum(dim=0, keepdim=True)
         return image
 
     def to_image(self, boxes: Tensor, size: tuple[int, int]) -> Tensor:
@@ -73,36 +81,59 @@ class Call:
     Attributes:
         name: shown to the user.
         takes: which images fit into one call: any, those of one size, or one.
-        argument: images (3, H, W) -> the model's argument.
+        arrange: images (C, H, W) -> the model's argument.
+        dtype: of the images; uint8: values 0..255, rounded.
+        batch: number of images that every call needs, or None; fewer are filled up with copies of the last.
     """
 
     name: str
     takes: Literal["any", "one size", "one"]
-    argument: Callable[[Sequence[Tensor]], object]
+    arrange: Callable[[Sequence[Tensor]], object]
+    dtype: torch.dtype = torch.float32
+    batch: int | None = None
 
     def groups(self, images: Sequence[Tensor]) -> list[list[Tensor]]:
         """Splits the images, in their order, into groups that fit into one call."""
         alike = len({image.shape for image in images}) == 1
         if self.takes == "any" or (self.takes == "one size" and alike):
-            return [list(images)]
+            count = self.batch or len(images) or 1
+            return [list(images[start : start + count]) for start in range(0, len(images), count)]
         return [[image] for image in images]
+
+    def argument(self, images: Sequence[Tensor]) -> object:
+        """Converts images (C, H, W) that fit into one call to the model's argument."""
+        filled = [*images, *[images[-1]] * ((self.batch or len(images)) - len(images))]
+        if self.dtype == torch.uint8:
+            filled = [image.round().clamp(0, 255) for image in filled]
+        return self.arrange(filled if self.dtype == torch.float32 else [image.to(self.dtype) for image in filled])
+
+    def keep(self, result: object, count: int) -> object:
+        """Returns a call's result for its first ``count`` images, without the copies that filled the batch."""
+        if self.batch is None:
+            return result
+        if isinstance(result, list) and len(result) == self.batch and all(isinstance(row, Mapping) for row in result):
+            return result[:count]
+        return tree_map(lambda value: value[:count] if self.is_batch(value) else value, result)
+
+    def is_batch(self, value: object) -> bool:
+        return isinstance(value, Tensor) and value.shape[:1] == (self.batch,)
 
 
 def stack_images(images: Sequence[Tensor]) -> Tensor:
-    """Stacks images of one size to (N, 3, H, W)."""
+    """Stacks images of one size to (N, C, H, W)."""
     return torch.stack(list(images))
 
 
 def take_single(images: Sequence[Tensor]) -> Tensor:
-    """Returns the only image, (3, H, W)."""
+    """Returns the only image, (C, H, W)."""
     (image,) = images
     return image
 
 
 def take_channels_last(call: Call) -> Call:
-    """Returns the same call for a model that takes images as (H, W, 3)."""
-    name = call.name.replace("3, H, W", "H, W, 3")
-    return Call(name, call.takes, lambda images: _move_channels_last(call.argument(images)))
+    """Returns the same call for a model that takes images as (H, W, C)."""
+    name = re.sub(r"(\d), H, W", r"H, W, \1", call.name)
+    return replace(call, name=name, arrange=lambda images: _move_channels_last(call.arrange(images)))
 
 
 def _move_channels_last(given: object) -> object:

@@ -15,13 +15,14 @@ from torch.nn.functional import interpolate
 from gdetkd_cli.errors import ModelError, NoPyramidError
 from gdetkd_cli.memory import check_memory
 from gdetkd_cli.probing.flow import LINEAR
-from gdetkd_cli.probing.formats.runner import Runner
+from gdetkd_cli.probing.formats.runner import RecordedCall, Runner, complete_input
 from gdetkd_cli.probing.geometry import Geometry, locate_cells, measure_frame, tile_frame, to_image_pixels
 from gdetkd_cli.probing.inputs import Call, ModelInput
 from gdetkd_cli.probing.levels import FoundLevels, Layout, choose_levels, find_levels
 from gdetkd_cli.probing.outputs import OutputForm, recognise_form
 from gdetkd_cli.probing.record import Address, Output, Value
 
+_SIZE = (480, 640)  # (height, width) in pixels of the usual image
 _LEAST_SIDE = 32  # pixels; one cell of the usual coarsest level that a body computes
 
 
@@ -78,6 +79,9 @@ class Probed:
         confidence: how often this rule was right, in 0..1.
         alternatives: names of other candidate sets of maps, with their reasons.
         first: name of the first convolution's module; empty if unknown.
+        model_input: how images are prepared for the model, with what its file and the probe added.
+        size: (height, width) pixels of the image on which it ran.
+        notes: how its images differ from the usual, shown to the user.
     """
 
     call: Call
@@ -90,11 +94,14 @@ class Probed:
     confidence: float
     alternatives: tuple[tuple[tuple[str, ...], str], ...]
     first: str
+    model_input: ModelInput
+    size: tuple[int, int]
+    notes: tuple[str, ...]
 
 
 def probe(
     runner: Runner,
-    size: tuple[int, int],
+    size: tuple[int, int] | None,
     model_input: ModelInput,
     chosen: Sequence[str] = (),
     classes: int | None = None,
@@ -103,8 +110,8 @@ def probe(
 
     Args:
         runner: the model, on the CPU.
-        size: (height, width) pixels of the image on which the model runs.
-        model_input: how images are prepared for the model.
+        size: (height, width) pixels of the image on which the model runs; None: its fixed size, else 480 x 640.
+        model_input: how images are prepared for the model, as far as the user said.
         chosen: names of the levels, if the user names them; empty to find them.
         classes: K, or None if unknown.
 
@@ -113,19 +120,13 @@ def probe(
             or several.
         NoPyramidError: the model has no feature pyramid.
     """
-    if min(size) < _LEAST_SIDE:
-        raise ModelError(
-            f"an image of {size[0]} x {size[1]} pixels is too small to find a pyramid with; expected at least "
-            f"{_LEAST_SIDE} pixels in height and width"
-        )
-    image = probe_image(size)
     with warnings.catch_warnings(action="ignore"):  # those of the model
+        model_input, image, recorded = _record(runner, size, complete_input(model_input, runner))
         given = model_input.prepare(image)
-        recorded = runner.record(given)
         call, values = recorded.call, recorded.values
         found = choose_levels(values, _find_values(values, chosen)) if chosen else find_levels(values)
         frame = measure_image_frame(runner, call, image, model_input)
-    first_token = _find_first_token(runner, call, model_input.prepare(image), values, found)
+    first_token = _find_first_token(runner, call, given, values, found)
     pooled = next((i for i, v in enumerate(values) if v.op == "roi_align"), None)
     return Probed(
         call=call,
@@ -138,7 +139,51 @@ def probe(
         confidence=found.confidence,
         alternatives=tuple((tuple(_name(values[i]) for i in levels), why) for levels, why in found.alternatives),
         first=values[found.stem].module,
+        model_input=model_input,
+        size=(image.shape[-2], image.shape[-1]),
+        notes=_describe_input(runner, call, model_input, (given.shape[-2], given.shape[-1])),
     )
+
+
+def _record(
+    runner: Runner, size: tuple[int, int] | None, model_input: ModelInput
+) -> tuple[ModelInput, Tensor, RecordedCall]:
+    """Runs the model on the probe image. Returns how images are prepared for it, the image, and the record."""
+    image = _draw(size or model_input.fit or _SIZE)
+    try:
+        return model_input, image, runner.record(model_input.prepare(image))
+    except ModelError:
+        adapted = runner.adapt(model_input)
+        if adapted is None:
+            raise
+    image = _draw(size or adapted.fit or _SIZE)
+    return adapted, image, runner.record(adapted.prepare(image))
+
+
+def _draw(size: tuple[int, int]) -> Tensor:
+    if min(size) < _LEAST_SIDE:
+        raise ModelError(
+            f"an image of {size[0]} x {size[1]} pixels is too small to find a pyramid with; expected at least "
+            f"{_LEAST_SIDE} pixels in height and width"
+        )
+    return probe_image(size)
+
+
+def _describe_input(runner: Runner, call: Call, model_input: ModelInput, size: tuple[int, int]) -> tuple[str, ...]:
+    """Describes what of the model's input is not the usual; ``size`` is the input's, (height, width) pixels."""
+    notes = []
+    if runner.size is not None:
+        height, width = runner.size
+        notes.append(f"takes images of {height} x {width} pixels only, so images are fitted in")
+    if call.batch is not None:
+        notes.append(f"takes {call.batch} images at a time, so fewer are filled up with copies")
+    if call.dtype != torch.float32:
+        notes.append(f"takes images as {str(call.dtype).removeprefix('torch.')}")
+    if model_input.grey:
+        notes.append("takes grey images, so it gets the luminance of the colours")
+    if runner.others:
+        notes.append(f"also passes {', '.join(other.describe(size) for other in runner.others)}")
+    return tuple(notes)
 
 
 def _describe_levels(

@@ -114,8 +114,7 @@ def test_what_is_not_whole(program: Path, tmp_path: Path) -> None:
         load_exported(bad)
 
 
-@pytest.mark.parametrize("shape", [(4, 3, 64, 64), (1, 12288)])
-def test_inputs_that_are_no_single_image(shape: tuple[int, ...], tmp_path: Path) -> None:
+def test_an_input_that_is_no_image(tmp_path: Path) -> None:
     class Reshaped(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -125,6 +124,6 @@ def test_inputs_that_are_no_single_image(shape: tuple[int, ...], tmp_path: Path)
             return self.network(x.reshape(-1, 3, 64, 64))
 
     path = tmp_path / "model.pt2"
-    torch.export.save(torch.export.export(Reshaped().eval(), (torch.rand(shape),)), path)
-    with pytest.raises(ModelError, match=r"takes batches of 4 images|one \(N, 3, H, W\) tensor or one"):
+    torch.export.save(torch.export.export(Reshaped().eval(), (torch.rand(1, 12288),)), path)
+    with pytest.raises(ModelError, match=r"one \(N, 3, H, W\) tensor or one"):
         load_exported(path)

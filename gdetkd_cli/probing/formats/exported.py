@@ -14,22 +14,25 @@ import logging
 import pickle
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch._export.verifier import SpecViolationError
+from torch.export import ExportedProgram
 from torch.fx import GraphModule, Interpreter, Node
 
 from gdetkd_cli.errors import NO_CONVOLUTION, ModelError, NoPyramidError, get_first_line
 from gdetkd_cli.probing.formats.archive import Archive
+from gdetkd_cli.probing.formats.declared import read_declared
 from gdetkd_cli.probing.formats.operators import allows_target
 from gdetkd_cli.probing.formats.runner import CALLS, ModuleRunner
-from gdetkd_cli.probing.inputs import Call, stack_images, take_channels_last
 from gdetkd_cli.probing.record import AddName
+from gdetkd_cli.probing.second_inputs import KNOWN, SecondInput, describe_unknown
 
 _READ_ERRORS = (RuntimeError, ValueError, LookupError, AssertionError, TypeError, AttributeError, SyntaxError)
 # What torch.export.save writes: no compiled libraries, no models under another ending.
@@ -88,25 +91,15 @@ def load_exported(path: Path) -> ModuleRunner:
         with _silence(), path.open("rb") as file:
             program = torch.export.load(file)
         # Guards are Python code from the file, so they are skipped; the operators check sizes themselves.
-        module = _Program(program.module(check_guards=False))
+        _, named = program.call_spec.in_spec.children()
+        module = _Program(program.module(check_guards=False), named.context or ())
     except (*_READ_ERRORS, SpecViolationError) as error:
         raise ModelError(
             f"torch {torch.__version__} cannot read the program in {path} ({get_first_line(error)})"
         ) from error
     if not any("conv" in str(node.target) for node in program.graph.nodes):
         raise NoPyramidError(NO_CONVOLUTION)
-    inputs = [
-        node.meta["val"]
-        for node in program.graph.nodes
-        if node.op == "placeholder" and node.name in program.graph_signature.user_inputs
-    ]
-    shapes = [tuple(value.shape) for value in inputs if isinstance(value, Tensor)]
-    if len(shapes) != 1 or len(inputs) != 1 or len(shapes[0]) not in (3, 4):
-        raise ModelError(
-            f"{path} was exported with inputs of shapes {', '.join(str(list(s)) for s in shapes) or 'none'}; expected "
-            "one (N, 3, H, W) tensor or one (3, H, W) image; export the model with such an example"
-        )
-    return ModuleRunner(module, **_read_convention(path, shapes[0]))
+    return ModuleRunner(module, **_read_inputs(path, program))
 
 
 @contextmanager
@@ -137,37 +130,56 @@ class _NamingInterpreter(Interpreter):
 class _Program(nn.Module):
     """An exported graph. It has one mode, so ``train`` and ``eval`` do nothing instead of raising."""
 
-    def __init__(self, graph: GraphModule) -> None:
+    def __init__(self, graph: GraphModule, named: Sequence[str]) -> None:
+        """Takes a graph and the names of the arguments that are given by name, which are its last."""
         super().__init__()
         self.graph = graph
+        self._named = named
 
-    def forward(self, images: object) -> object:
-        return self.graph(images)
+    def forward(self, *arguments: object) -> object:
+        count = len(arguments) - len(self._named)
+        return self.graph(*arguments[:count], **dict(zip(self._named, arguments[count:], strict=True)))
 
-    def run_with_names(self, argument: object, add_name: AddName) -> object:
+    def run_with_names(self, arguments: Sequence[object], add_name: AddName) -> object:
         """Runs a forward and names the values of the graph's nodes."""
-        return _NamingInterpreter(self.graph, add_name).run(argument)
+        return _NamingInterpreter(self.graph, add_name).run(*arguments)
 
     def train(self, mode: bool = True) -> Self:
         return self
 
 
-def _read_convention(path: Path, shape: tuple[Any, ...]) -> dict[str, Any]:
-    """Returns ``ModuleRunner``'s calls and size, from the shape of the program's input."""
-    last = shape[-1] == 3 and shape[-3] != 3
-    sides = shape[-3:-1] if last else shape[-2:]
-    size = (int(sides[0]), int(sides[1])) if all(isinstance(side, int) for side in sides) else None
-    listed, batch, single = CALLS
-    if len(shape) == 3:
+def _read_inputs(path: Path, program: ExportedProgram) -> dict[str, Any]:
+    """Returns ``ModuleRunner``'s arguments, from a program's inputs.
+
+    Raises:
+        ModelError: it does not take images, or takes more than them.
+    """
+    given = set(program.graph_signature.user_inputs)
+    inputs = {n.name: n.meta["val"] for n in program.graph.nodes if n.op == "placeholder" and n.name in given}
+    images = {name: value for name, value in inputs.items() if name not in KNOWN or not isinstance(value, Tensor)}
+    shapes = [tuple(value.shape) for value in images.values() if isinstance(value, Tensor)]
+    if len(images) > 1 and shapes and len(shapes[0]) in (3, 4):
+        raise ModelError(describe_unknown(path, list(images)[1:]))
+    if len(shapes) != 1 or len(shapes[0]) not in (3, 4):
+        raise ModelError(
+            f"{path} was exported with inputs of shapes {', '.join(str(list(s)) for s in shapes) or 'none'}; expected "
+            "one (N, 3, H, W) tensor or one (3, H, W) image; export the model with such an example"
+        )
+    (image,) = images.values()
+    declared = read_declared(path, shapes[0], image.dtype)
+    calls = [declared.call]
+    if len(shapes[0]) == 3:
         # torch.export flattens a list of one image into one input, but the program takes it as a list.
-        calls = [single, Call(listed.name, "one", listed.argument)]
-    elif not isinstance(shape[0], int):
-        calls = [Call(batch.name, "one size", stack_images)]
-    elif shape[0] == 1:
-        calls = [Call("(1, 3, H, W) tensor", "one", stack_images)]
-    else:
-        raise ModelError(f"{path} takes batches of {shape[0]} images; export it for 1 image or for any number")
-    return {"calls": [take_channels_last(call) for call in calls] if last else calls, "size": size}
+        calls.append(replace(declared.call, name=CALLS[0].name, arrange=CALLS[0].arrange))
+    return {
+        "calls": calls,
+        "size": declared.size,
+        "grey": declared.grey,
+        "inputs": [
+            SecondInput.declare(name, value.dtype, value.shape) if name in KNOWN else None
+            for name, value in inputs.items()
+        ],
+    }
 
 
 def _check_file(path: Path) -> None:

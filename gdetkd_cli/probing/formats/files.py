@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import warnings
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
 import torch
 
 from gdetkd_cli.errors import ModelError, get_first_line
-from gdetkd_cli.probing.formats.class_names import parse_notes, read_class_names
 from gdetkd_cli.probing.formats.exported import load_exported
+from gdetkd_cli.probing.formats.metadata import parse_notes, read_class_names, read_size
 from gdetkd_cli.probing.formats.operators import check_torchscript
 from gdetkd_cli.probing.formats.runner import ModuleRunner, Runner, list_calls
+from gdetkd_cli.probing.formats.search import find_weight_type
+from gdetkd_cli.probing.second_inputs import KNOWN, SecondInput
 
 DESCRIPTION_FILE = "gdetkd.json"  # in TorchScript files exported by gdetkd
 _YOLO_FILE = "config.txt"  # in TorchScript files exported by ultralytics; also JSON
@@ -60,19 +63,28 @@ def open_runner(path: Path, kind: Kind, *, last: bool = False) -> Runner:
         return load_exported(path)
     texts = {DESCRIPTION_FILE: "", _YOLO_FILE: ""}
     module = load_torchscript(path, extra_files=texts).eval()
+    if not hasattr(module, "forward"):
+        raise ModelError(f"{path} has no method forward, with which gdetkd calls a model; save a module that has one")
     notes = parse_notes(texts[DESCRIPTION_FILE] or texts[_YOLO_FILE])
-    calls = list_calls(last=last)
-    runner = ModuleRunner(module, calls=calls, size=_read_size(notes.get("imgsz")), class_names=read_class_names(notes))
-    if runner.size is None:
-        runner.size = runner.find_size()
-    return runner
+    dtype = find_weight_type(module)
+    inputs, unknown = _read_inputs(module)
+    return ModuleRunner(
+        module,
+        calls=[replace(call, dtype=dtype) for call in list_calls(last=last)],
+        size=read_size(notes.get("imgsz")),
+        class_names=read_class_names(notes),
+        inputs=inputs,
+        unknown=unknown,
+    )
 
 
-def _read_size(value: object) -> tuple[int, int] | None:
-    """Reads ultralytics' [height, width] in pixels."""
-    if isinstance(value, list) and len(value) == 2 and all(isinstance(side, int) and side > 0 for side in value):
-        return value[0], value[1]
-    return None
+def _read_inputs(module: torch.jit.ScriptModule) -> tuple[list[SecondInput | None], list[str]]:
+    """Returns a module's inputs, None for the image, and the names of those that are unknown."""
+    arguments = module.forward.schema.arguments[1:]  # type: ignore[attr-defined]  # of a loaded method
+    needed = [argument.name for argument in arguments if not argument.has_default_value()]
+    unknown = [name for name in needed if name not in KNOWN][1:]  # the first is the image
+    inputs = [SecondInput.declare(name) if name in KNOWN else None for name in needed if name not in unknown]
+    return inputs or [None], unknown
 
 
 def load_torchscript(

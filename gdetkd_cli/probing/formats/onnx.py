@@ -17,10 +17,13 @@ from onnx import AttributeProto, ModelProto, NodeProto, TensorProto
 from torch import Tensor, nn
 
 from gdetkd_cli.errors import NO_CONVOLUTION, ModelError, NoPyramidError, get_first_line
-from gdetkd_cli.probing.formats.class_names import read_class_names
-from gdetkd_cli.probing.formats.runner import RecordedCall
-from gdetkd_cli.probing.inputs import Call, stack_images, take_channels_last, take_single
+from gdetkd_cli.probing.formats.declared import read_declared
+from gdetkd_cli.probing.formats.metadata import read_class_names, read_size
+from gdetkd_cli.probing.formats.runner import RecordedCall, complete_input
+from gdetkd_cli.probing.formats.search import find_size
+from gdetkd_cli.probing.inputs import Call, ModelInput
 from gdetkd_cli.probing.record import Address, Value, Window, measure_sides
+from gdetkd_cli.probing.second_inputs import KNOWN, SecondInput, describe_unknown
 
 # aten's names, by which the rules for levels recognise operators.
 _NAMES = {
@@ -39,7 +42,13 @@ _NAMES = {
 }
 # Element types of maps; 8 bits in quantised models. Wider integers are sizes and indices.
 _MAP_TYPES = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE, TensorProto.INT8, TensorProto.UINT8)
-_NUMPY_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(uint8)": np.uint8}
+_IMAGE_TYPES = {
+    "tensor(float)": torch.float32,
+    "tensor(float16)": torch.float16,
+    "tensor(double)": torch.float64,
+    "tensor(uint8)": torch.uint8,
+}
+_OTHER_TYPES = _IMAGE_TYPES | {"tensor(int64)": torch.int64, "tensor(int32)": torch.int32, "tensor(bool)": torch.bool}
 _FATAL = 4  # log level; at lower ones onnxruntime also prints the errors that it raises
 
 
@@ -73,43 +82,47 @@ class OnnxRunner:
         inputs = self._open(self._model).get_inputs()
         if not any("Conv" in node.op_type for node in graph.node):
             raise NoPyramidError(NO_CONVOLUTION)
-        images = [i for i in inputs if len(i.shape) in (3, 4) and i.type in _NUMPY_TYPES]
+        images = [i for i in inputs if i.name not in KNOWN and len(i.shape) in (3, 4) and i.type in _IMAGE_TYPES]
         if len(images) != 1:
             raise ModelError(
                 f"{path} has {len(images)} inputs that could be images, among "
-                f"{', '.join(f'{i.name} {i.type} {i.shape}' for i in inputs) or 'none'}; expected exactly one"
+                f"{', '.join(f'{i.name} {i.type} {i.shape}' for i in inputs) or 'none'}; expected exactly one, of "
+                f"{', '.join(map(str, _IMAGE_TYPES))}"
             )
-        self._image = images[0]
-        self._others = [i for i in inputs if i.name != self._image.name]
-        self.bytes = self._image.type == "tensor(uint8)"
-        self.class_names = read_class_names({entry.key: entry.value for entry in self._model.metadata_props})
-        self._call, self.size = self._read_convention(list(self._image.shape))
+        self._image = images[0].name
+        others = [i for i in inputs if i.name != self._image]
+        unknown = [i.name for i in others if i.name not in KNOWN or i.type not in _OTHER_TYPES]
+        if unknown:
+            raise ModelError(describe_unknown(path, unknown))
+        self.others = tuple(SecondInput.declare(i.name, _OTHER_TYPES[i.type], i.shape) for i in others)
+        metadata = {entry.key: entry.value for entry in self._model.metadata_props}
+        self.class_names = read_class_names(metadata)
+        self._named_size = read_size(metadata.get("imgsz"))
+        declared = read_declared(path, images[0].shape, _IMAGE_TYPES[images[0].type])
+        self._call, self.size, self.grey = declared.call, declared.size, declared.grey
+        self.bytes = self._call.dtype == torch.uint8
 
     def list_bad_weights(self) -> list[str]:
         return _list_bad_initializers(self._model)
 
-    def _read_convention(self, shape: list[Any]) -> tuple[Call, tuple[int, int] | None]:
-        """Returns the way of calling the model, and its input size (height, width) if that is fixed."""
-        last = shape[-1] == 3 and shape[-3] != 3
-        height, width = shape[-3:-1] if last else shape[-2:]
-        size = (height, width) if isinstance(height, int) and isinstance(width, int) else None
-        if len(shape) == 3:
-            call = Call("one (3, H, W) image", "one", take_single)
-        elif isinstance(shape[0], int) and shape[0] != 1:
-            raise ModelError(
-                f"{self._path} takes batches of {shape[0]} images; export it for 1 image or for any number"
-            )
-        elif shape[0] == 1:
-            call = Call("(1, 3, H, W) tensor", "one", stack_images)
-        else:
-            call = Call("(N, 3, H, W) tensor", "one size", stack_images)
-        return take_channels_last(call) if last else call, size
+    def adapt(self, model_input: ModelInput) -> ModelInput | None:
+        # A size that the graph states is complete; a free one may be contradicted by constants.
+        if self.size is None:
+            self.size = find_size(self._accepts, [self._named_size] if self._named_size else [])
+        return None if self.size is None else complete_input(model_input, self)
+
+    def _accepts(self, size: tuple[int, int]) -> bool:
+        try:
+            self.run(self._call, [torch.full((1 if self.grey else 3, *size), 0.5)])
+        except ModelError:
+            return False
+        return True
 
     def record(self, image: Tensor) -> RecordedCall:
         shapes, returned = self._measure(image)
         aliases = {name: name for name in self._weights}  # a converted or scaled weight counts as the weight
-        index = {self._image.name: 0}
-        values = [Value("input", 0, 0, shapes[self._image.name], (), name=self._image.name)]
+        index = {self._image: 0}
+        values = [Value("input", 0, 0, shapes[self._image], (), name=self._image)]
         calls: Counter[str] = Counter()
         results = {output.name for output in self._model.graph.output}
         for node in self._model.graph.node:
@@ -131,7 +144,7 @@ class OnnxRunner:
                     self._tensors[Address(op, call, output)] = name
                     if op == "convolution" and parents and not self._network_input:
                         self._network_input = node.input[0]
-        return RecordedCall(self._call, tuple(values), returned)
+        return RecordedCall.of(self._call, values, returned)
 
     def read(self, call: Call, images: Sequence[Tensor], addresses: Sequence[Address]) -> tuple[Tensor, list[Tensor]]:
         if not self._network_input:
@@ -149,6 +162,7 @@ class OnnxRunner:
         device = images[0].device
         # float(): a quantised map holds 8-bit integers.
         found = [torch.from_numpy(np.asarray(known[name])).to(device).float() for name in names]
+        found = [value[: len(images)] if call.is_batch(value) else value for value in found]
         return found[0] if found[0].dim() == 4 else found[0][None], found[1:]
 
     def run(self, call: Call, images: Sequence[Tensor]) -> object:
@@ -157,7 +171,8 @@ class OnnxRunner:
         names = [output.name for output in self._whole.get_outputs()]
         found = self._run(self._whole, self._feed(call, images), names)
         device = images[0].device
-        return {name: value.to(device) for name, value in _select_arrays(names, found).items()}
+        rows = {name: value.to(device) for name, value in _select_arrays(names, found).items()}
+        return call.keep(rows, len(images))
 
     def _measure(self, image: Tensor) -> tuple[dict[str, tuple[int, ...]], dict[str, Tensor]]:
         """Runs the model on an image. Returns each value's shape by name, and the model's own outputs.
@@ -180,7 +195,9 @@ class OnnxRunner:
             graph.node.append(onnx.helper.make_node("Identity", [name], [output]))
         whole = [onnx.helper.make_tensor_value_info(name, TensorProto.INT64, None) for name in (*shaped, *computed)]
         graph.output.extend(whole)
-        graph.output.extend(onnx.helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in boxes)
+        for output, name in boxes.items():
+            kind = self._types.get(name, TensorProto.FLOAT)
+            graph.output.append(onnx.helper.make_tensor_value_info(output, kind, None))
         outputs = [*shaped, *computed, *boxes, *own]
         feed = self._feed(self._call, [image])
         rows = self._run(self._open(model), feed, outputs)
@@ -191,7 +208,7 @@ class OnnxRunner:
         self._paddings = dict(zip(computed.values(), found[len(shaped) :], strict=True))
         shapes = dict(zip(shaped.values(), found, strict=False))
         returned = _select_arrays(own, rows[len(rows) - len(own) :])
-        return shapes | {self._image.name: tuple(feed[self._image.name].shape)}, returned
+        return shapes | {self._image: tuple(feed[self._image].shape)}, returned
 
     def _list_maps(self) -> Iterable[str]:
         """Yields the names of values that may be maps, in the order of their computation."""
@@ -234,7 +251,7 @@ class OnnxRunner:
             found: list[np.ndarray] = session.run(names, {name: value for name, value in feed.items() if name in given})
         except Exception as error:  # onnxruntime's errors have no common base class
             raise ModelError(
-                f"onnxruntime cannot run {self._path} on an image of shape {list(feed[self._image.name].shape)} "
+                f"onnxruntime cannot run {self._path} on an image of shape {list(feed[self._image].shape)} "
                 f"({get_first_line(error)})"
             ) from error
         return found
@@ -242,23 +259,9 @@ class OnnxRunner:
     def _feed(self, call: Call, images: Sequence[Tensor]) -> dict[str, np.ndarray]:
         argument = call.argument(images)
         assert isinstance(argument, Tensor)
-        array = argument.detach().cpu().contiguous().numpy()
-        if self.bytes:
-            array = array.round().clip(0, 255)
-        feed = {self._image.name: array.astype(_NUMPY_TYPES[self._image.type])}
-        size = images[0].shape[-2:]
-        for other in self._others:  # exports of DETR- and Paddle-like detectors have such inputs
-            if "scale" in other.name:
-                row = [1.0, 1.0]
-            elif "size" in other.name or "shape" in other.name:
-                row = [float(size[0]), float(size[1])]
-            else:
-                raise ModelError(
-                    f"{self._path} has an unknown input {other.name!r}; expected the image, its size or scale"
-                )
-            whole = np.int64 if "int64" in other.type else np.int32 if "int32" in other.type else np.float32
-            feed[other.name] = np.array([row] * len(images), dtype=whole)
-        return feed
+        count, size = call.batch or len(images), (images[0].shape[-2], images[0].shape[-1])
+        tensors = {one.name: one.compute(count, size, argument.device) for one in self.others}
+        return {name: value.detach().cpu().numpy() for name, value in ({self._image: argument} | tensors).items()}
 
     def _read_window(self, node: NodeProto, shapes: dict[str, tuple[int, ...]]) -> Window | None:
         attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol, runtime_checkable
 
@@ -12,16 +12,17 @@ import torch
 from torch import Tensor, nn
 
 from gdetkd_cli.errors import NO_CONVOLUTION, ModelError, NoPyramidError, get_first_line
+from gdetkd_cli.probing.formats.declared import describe_channels
+from gdetkd_cli.probing.formats.search import find_way, list_batches
 from gdetkd_cli.probing.hooks import HookReader
-from gdetkd_cli.probing.inputs import Call, stack_images, take_channels_last, take_single
+from gdetkd_cli.probing.inputs import Call, ModelInput, stack_images, take_channels_last, take_single
 from gdetkd_cli.probing.record import AddName, Address, Value, read, record
+from gdetkd_cli.probing.second_inputs import SecondInput, describe_unknown
 
 RUN_ERRORS = (RuntimeError, torch.jit.Error)  # of PyTorch; the second is raised by scripted code
 _CALL_ERRORS = (*RUN_ERRORS, TypeError, ValueError, AttributeError, LookupError, AssertionError)
-_ORDINARY = (480, 640)  # pixels (height, width), to which no model is likely to be bound
-# Sides of the squares with which models are traced, the most frequent first.
-_USUAL_SIDES = (640, 416, 320, 512, 300, 800, 608, 224, 256, 1024, 384, 448, 550, 600, 768, 896, 960, 1280, 128, 96, 64)
 _MARKED = re.compile(r"[\w.]*Error: (.+)")
+_CHANNELS = re.compile(r"to have (\d+) channels, but got 3 channels")  # of a convolution's error
 # Ways of calling a module, tried in this order.
 CALLS = (
     Call("list of (3, H, W) images", "any", list),
@@ -41,13 +42,20 @@ class RecordedCall:
 
     Attributes:
         call: how the model was called.
-        values: the values that it computed.
-        returned: its output; tensors by name if the file names its outputs.
+        values: the values that it computed, with shapes as for one image.
+        returned: its output for one image; tensors by name if the file names its outputs.
     """
 
     call: Call
     values: tuple[Value, ...]
     returned: object
+
+    @classmethod
+    def of(cls, call: Call, values: Sequence[Value], returned: object) -> RecordedCall:
+        """Describes a forward of one image, which may have been repeated to fill a batch."""
+        if call.batch is not None:
+            values = [replace(v, shape=(1, *v.shape[1:])) if v.shape[:1] == (call.batch,) else v for v in values]
+        return cls(call, tuple(values), call.keep(returned, 1))
 
 
 class Runner(Protocol):
@@ -58,6 +66,8 @@ class Runner(Protocol):
         parameters: number of parameters.
         size: (height, width) if the model takes only this size, else None.
         bytes: whether it takes whole numbers 0..255.
+        grey: whether it takes images of one channel.
+        others: its inputs besides the image.
         class_names: from the model's file; empty if it has none.
     """
 
@@ -74,6 +84,12 @@ class Runner(Protocol):
     def bytes(self) -> bool: ...
 
     @property
+    def grey(self) -> bool: ...
+
+    @property
+    def others(self) -> tuple[SecondInput, ...]: ...
+
+    @property
     def class_names(self) -> tuple[str, ...]: ...
 
     def list_bad_weights(self) -> list[str]:
@@ -86,6 +102,9 @@ class Runner(Protocol):
             ModelError: no known way of calling the model works.
             NoPyramidError: the model has no convolution.
         """
+
+    def adapt(self, model_input: ModelInput) -> ModelInput | None:
+        """Finds how a model takes images after ``record`` failed, and calls it so from then on; None if in no way."""
 
     def read(self, call: Call, images: Sequence[Tensor], addresses: Sequence[Address]) -> tuple[Tensor, list[Tensor]]:
         """Reads the first convolution's input (N, C, H, W) and the values at the addresses, for images in one call.
@@ -114,14 +133,12 @@ def find_reason(error: Exception) -> str:
 class NamesValues(Protocol):
     """A module whose file names its values."""
 
-    def run_with_names(self, argument: object, add_name: AddName) -> object:
+    def run_with_names(self, arguments: Sequence[object], add_name: AddName) -> object:
         """Runs a forward and names each value as it is computed."""
 
 
 class ModuleRunner:
     """A module in evaluation mode: eager, TorchScript or an exported program."""
-
-    bytes = False
 
     def __init__(
         self,
@@ -129,33 +146,56 @@ class ModuleRunner:
         *,
         calls: Sequence[Call] = CALLS,
         size: tuple[int, int] | None = None,
+        grey: bool = False,
         class_names: tuple[str, ...] = (),
+        inputs: Sequence[SecondInput | None] = (None,),
+        unknown: Sequence[str] = (),
     ) -> None:
+        """Takes a module.
+
+        Args:
+            module: in evaluation mode.
+            calls: ways of calling it, in the order of trying.
+            size: (height, width) if it takes only this size.
+            grey: it takes images of one channel.
+            class_names: from its file.
+            inputs: its inputs in their order; None stands for the image.
+            unknown: names of further inputs, for which there is no value.
+        """
         self.module = module
         self.class_names = class_names
         self.size = size
+        self.grey = grey
         self._calls = calls
+        self._inputs, self._unknown = inputs, unknown
         self._hooks: HookReader | None = None  # set by ``record``
 
     @property
     def parameters(self) -> int:
         return sum(p.numel() for p in self.module.parameters())
 
+    @property
+    def bytes(self) -> bool:
+        return self._calls[0].dtype == torch.uint8
+
+    @property
+    def others(self) -> tuple[SecondInput, ...]:
+        return tuple(one for one in self._inputs if one is not None)
+
     @torch.no_grad()
-    def find_size(self) -> tuple[int, int] | None:
-        """Returns the (height, width) of a module that fails on ordinary images and works on squares of a usual size.
+    def adapt(self, model_input: ModelInput) -> ModelInput | None:
+        if not isinstance(self.module, torch.jit.ScriptModule) or self._unknown:  # others declare their input
+            return None
+        found = find_way(self._accepts, self._calls, list_batches(self.module), self.size)
+        if found is None:
+            return None
+        call, channels, size = found
+        self._calls, self.grey, self.size = (call,), channels == 1, size
+        return complete_input(model_input, self)
 
-        Most tools trace a model with one image, and its size becomes a constant of the file. None if ordinary images
-        work, or if no usual size does.
-        """
-        for size in (_ORDINARY, *((side, side) for side in _USUAL_SIDES)):
-            if any(self._accepts(call, size) for call in self._calls):
-                return None if size == _ORDINARY else size
-        return None
-
-    def _accepts(self, call: Call, size: tuple[int, int]) -> bool:
+    def _accepts(self, call: Call, channels: int, size: tuple[int, int]) -> bool:
         try:
-            self.run(call, [torch.full((3, *size), 0.5)])
+            self.run(call, [torch.full((channels, *size), 0.5)])
         except _CALL_ERRORS:
             return False
         return True
@@ -168,22 +208,45 @@ class ModuleRunner:
         scripted = isinstance(self.module, torch.jit.ScriptModule)  # its submodules take no hooks
         submodules = {} if scripted else {name: module for name, module in self.module.named_modules() if name}
         reasons = []
-        for call in self._calls:
+        for call in () if self._unknown else self._calls:
             try:
                 found = record(partial(self._run_with_names, call, [image]), weights, [image], submodules)
                 self._hooks = HookReader(self.module, found.values) if submodules else None
-                return RecordedCall(call, found.values, found.returned)
+                return RecordedCall.of(call, found.values, found.returned)
             except _CALL_ERRORS as error:
-                reasons.append(f"{call.name}: {find_reason(error)}")
+                reasons.append(f"{call.name}: {self._explain(call, image, error)}")
         if weights and all(tensor.dim() < 4 for tensor in weights.values()):
             raise NoPyramidError(NO_CONVOLUTION)  # for instance a text model
+        if self._unknown:
+            raise ModelError(describe_unknown("this model", self._unknown))
+        channels = _CHANNELS.search(" ".join(reasons))
+        if channels is not None and channels[1] != "1":
+            raise ModelError(describe_channels("this model", int(channels[1])))
         raise ModelError(
             f"no known way of calling this model works with an image of {image.shape[-2]} x {image.shape[-1]} pixels "
             f"({'; '.join(reasons)}); if the model has a fixed input size, give it with --size"
         )
 
+    def _explain(self, call: Call, image: Tensor, error: Exception) -> str:
+        """Returns the reason of a failed call of one image."""
+        if isinstance(self.module, torch.jit.ScriptModule):  # loses an error's text while its operators are recorded
+            try:
+                self._run_batch(call, [image])
+            except _CALL_ERRORS as own:
+                return find_reason(own)
+        return find_reason(error)
+
     def read(self, call: Call, images: Sequence[Tensor], addresses: Sequence[Address]) -> tuple[Tensor, list[Tensor]]:
-        run = partial(self.run, call, images)
+        network_input, values = self._read(call, images, addresses)
+        count = len(images)
+        if call.batch is not None:
+            network_input, values = network_input[:count], [v[:count] if call.is_batch(v) else v for v in values]
+        if call.dtype in (torch.float16, torch.bfloat16):
+            network_input, values = network_input.float(), [value.float() for value in values]
+        return network_input, values
+
+    def _read(self, call: Call, images: Sequence[Tensor], addresses: Sequence[Address]) -> tuple[Tensor, list[Tensor]]:
+        run = partial(self._run_batch, call, images)
         if self._hooks is None or not self._hooks.can_read(addresses):
             return read(run, addresses)
         own = self._hooks.read(run, addresses)
@@ -195,8 +258,26 @@ class ModuleRunner:
 
     def _run_with_names(self, call: Call, images: Sequence[Tensor], add_name: AddName) -> object:
         if isinstance(self.module, NamesValues):
-            return self.module.run_with_names(call.argument(images), add_name)
-        return self.run(call, images)
+            return self.module.run_with_names(self._list_arguments(call, images), add_name)
+        return self._run_batch(call, images)
 
     def run(self, call: Call, images: Sequence[Tensor]) -> object:
-        return self.module(call.argument(images))
+        return call.keep(self._run_batch(call, images), len(images))
+
+    def _run_batch(self, call: Call, images: Sequence[Tensor]) -> object:
+        return self.module(*self._list_arguments(call, images))
+
+    def _list_arguments(self, call: Call, images: Sequence[Tensor]) -> list[object]:
+        given = call.argument(images)
+        count, size = call.batch or len(images), (images[0].shape[-2], images[0].shape[-1])
+        return [given if one is None else one.compute(count, size, images[0].device) for one in self._inputs]
+
+
+def complete_input(model_input: ModelInput, runner: Runner) -> ModelInput:
+    """Adds what is known of a model's images to what the user said about them."""
+    return replace(
+        model_input,
+        scale=255.0 if runner.bytes else model_input.scale,
+        grey=runner.grey,
+        fit=model_input.fit or runner.size,
+    )

@@ -1,4 +1,4 @@
-"""Reads class names from the metadata of a model file."""
+"""Reads class names and the image size from the metadata of a model file."""
 
 from __future__ import annotations
 
@@ -33,3 +33,15 @@ def read_class_names(notes: Mapping[str, object]) -> tuple[str, ...]:
     except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):  # the last: too many brackets
         return ()
     return tuple(map(str, names)) if isinstance(names, list) else ()
+
+
+def read_size(value: object) -> tuple[int, int] | None:
+    """Reads ultralytics' ``imgsz``, [height, width] in pixels, in ONNX as text; None if it is neither."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            return None
+    if isinstance(value, list) and len(value) == 2 and all(type(side) is int and side > 0 for side in value):
+        return value[0], value[1]
+    return None
