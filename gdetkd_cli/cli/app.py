@@ -22,7 +22,9 @@ from gdetkd_cli.cli.export import export
 from gdetkd_cli.cli.init import init
 from gdetkd_cli.cli.probe import probe
 from gdetkd_cli.cli.recipe import app as recipe_app
+from gdetkd_cli.cli.report import report
 from gdetkd_cli.cli.train import train
+from gdetkd_cli.cli.watch import watch
 from gdetkd_cli.errors import GDetKDError
 from gdetkd_cli.memory import describe_exhaustion
 from gdetkd_cli.text import show_hidden
@@ -109,6 +111,8 @@ app.command("distill")(distill)
 app.command("eval")(evaluate)
 app.command("export")(export)
 app.command("compare")(compare)
+app.command("report")(report)
+app.command("watch")(watch)
 app.command("bench")(bench)
 app.add_typer(recipe_app, name="recipe")
 

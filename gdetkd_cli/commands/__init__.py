@@ -9,6 +9,7 @@ from gdetkd_cli.commands.export import run_export
 from gdetkd_cli.commands.init import run_init, run_probe_to_recipe
 from gdetkd_cli.commands.plan import plan_distill
 from gdetkd_cli.commands.probe import run_probe
+from gdetkd_cli.commands.report import run_report
 from gdetkd_cli.commands.train import resume_run, run_distill, run_train
 from gdetkd_cli.commands.validate import check_recipe
 
@@ -26,5 +27,6 @@ __all__ = [
     "run_init",
     "run_probe",
     "run_probe_to_recipe",
+    "run_report",
     "run_train",
 ]

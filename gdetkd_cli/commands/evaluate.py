@@ -27,6 +27,7 @@ from gdetkd_cli.errors import DataError, PairError, RecipeError
 from gdetkd_cli.evaluation.coco_metrics import CocoMetrics, evaluate_coco
 from gdetkd_cli.evaluation.exported import NotOursError, OnnxDetector, ScriptedDetector
 from gdetkd_cli.evaluation.predict import Predictor, list_predicted, predict_split
+from gdetkd_cli.evaluation.stored import write_detections
 from gdetkd_cli.probing.formats.files import Kind, detect_kind
 from gdetkd_cli.recipe.builtin import list_builtin
 from gdetkd_cli.recipe.checks import require_trained_teacher
@@ -62,7 +63,12 @@ class _Subject:
 
 
 def run_eval(
-    target: str, *, data: Data | Path | None, classes: Sequence[str] = (), observer: Observer = silent
+    target: str,
+    *,
+    data: Data | Path | None,
+    classes: Sequence[str] = (),
+    store: Path | None = None,
+    observer: Observer = silent,
 ) -> EvalResult:
     """Evaluates a detector on the validation split, one image at a time, on the GPU if there is one.
 
@@ -70,6 +76,7 @@ def run_eval(
         target: a run folder, a model file with readable detections, builtin:NAME, or a recipe (evaluates its teacher).
         data: the data or their folder; None: the data of the recipe.yaml beside the detector.
         classes: names of the detector's classes, for a file that does not name them.
+        store: a file for the detections (``write_detections``); None: they are not kept.
         observer: receives notes and progress.
 
     Raises:
@@ -101,9 +108,11 @@ def run_eval(
     if len(split) == 0:
         raise DataError(f"{split.name} has no images to evaluate on; choose other data with --data")
     split = align_classes(split, subject.class_names)
-    stopwatch = _Stopwatch(subject.predictor, device)
+    stopwatch = Stopwatch(subject.predictor, device)
     progress = report_every(observer, "evaluated", len(split))
     detections = predict_split(stopwatch, load_validation_batches(split=split, batch_size=1), device, progress)
+    if store is not None:
+        write_detections(store, split.class_names, detections)
     return EvalResult(
         source=target,
         format=subject.format,
@@ -131,7 +140,7 @@ def evaluate_teacher(recipe: Recipe, split: Split, observer: Observer) -> CocoMe
     return evaluate_coco(list_predicted(split, detections), split.class_names, detections)
 
 
-class _Stopwatch:
+class Stopwatch:
     """A predictor that times each call of another predictor."""
 
     def __init__(self, predictor: Predictor, device: torch.device) -> None:
