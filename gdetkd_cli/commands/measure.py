@@ -15,6 +15,7 @@ from gdetkd_cli.commands.evaluate import Stopwatch
 from gdetkd_cli.data.loader import load_validation_batches
 from gdetkd_cli.data.packed import PackedRecords
 from gdetkd_cli.data.split import Split
+from gdetkd_cli.detectors import catalog
 from gdetkd_cli.detectors.protocol import Detector
 from gdetkd_cli.distill.pair_measurement import PairMeasurement, measure_pair
 from gdetkd_cli.engine.run_folder import RunFolder
@@ -22,6 +23,7 @@ from gdetkd_cli.errors import PairError
 from gdetkd_cli.evaluation.predict import predict_split
 from gdetkd_cli.evaluation.stored import write_detections
 from gdetkd_cli.files import write_text
+from gdetkd_cli.recipe.schema import CheckpointDetector, Recipe
 from gdetkd_cli.report.levels import draw_levels
 from gdetkd_cli.report.pyramid import describe_on_image
 from gdetkd_cli.structures import Detections
@@ -64,7 +66,7 @@ def measure_run(setup: assembly.TrainingSetup, folder: RunFolder) -> None:
         str(device), _measure_detector(student, some, device, folder.student.stat().st_size / 1e6)[0]
     )
     if teacher is not None:
-        size = 4 * teacher.parameter_count / 1e6  # its file may hold more, or 16-bit numbers
+        size = _measure_file(setup.recipe, 4 * teacher.parameter_count) / 1e6
         cost, detections = _measure_detector(teacher, some, device, size)
         if detections:
             write_detections(folder.teacher_detections, teacher.class_names, detections)
@@ -86,6 +88,13 @@ def select_images(split: Split, most: int) -> Split:
     records = split.records
     kept = records.select(chosen) if isinstance(records, PackedRecords) else [records[index] for index in chosen]
     return replace(split, records=kept, read=lambda place: split.read(chosen[place]))
+
+
+def _measure_file(recipe: Recipe, otherwise: int) -> int:
+    """Bytes of the teacher's file, or ``otherwise`` for a teacher that is built from code."""
+    if isinstance(recipe.teacher, CheckpointDetector):
+        return catalog.locate(recipe.teacher.path).stat().st_size
+    return otherwise
 
 
 def _measure_detector(

@@ -108,8 +108,8 @@ def _find_runs(runs: Sequence[Path]) -> _Runs:
     for kind, paths in kinds.items():
         if len(paths) > 1:
             raise RunFolderError(
-                f"{' and '.join(map(str, paths))} are both {kind} runs; a report shows one distilled and one plain run. "
-                "`gdetkd compare` compares more"
+                f"{' and '.join(map(str, paths))} are both {kind} runs; a report shows one distilled and one plain run "
+                "(`gdetkd compare` compares more)"
             )
     distilled, alone = (RunFolder(paths[0]) if paths else None for paths in kinds.values())
     home = (distilled or alone or RunFolder(runs[0])).path
@@ -144,16 +144,15 @@ def _find_comparison(folder: Path) -> _Runs:
     command += f" --methods {','.join(methods)} --steps {','.join(map(str, steps))} --seeds {seeds} --output NEW"
     budget = [trial for trial in finished if trial.steps == steps[-1]]
     others = [trial for trial in budget if trial.method != NONE]
-    best = max(
-        others, key=lambda trial: (trial.method == _FULL, finished[trial]["AP"] or 0.0, -trial.seed), default=None
-    )
+    best = max(others, key=lambda trial: (trial.method == _FULL, finished[trial]["AP"] or 0.0), default=None)
     if best is not None:
         best = min((trial for trial in others if trial.method == best.method), key=lambda trial: trial.seed)
     plain = [t for t in budget if t.method == NONE and (best is None or t.seed == best.seed)]
     alone = plain[0] if plain else None
     shown = " and ".join(trial.title for trial in (alone, best) if trial)
     words = f"The sections about single detectors show these trials: {shown}."
-    return _Runs(folder, best and best.run, alone and alone.run, command, (best, alone), words)
+    distilled, plainly = (trial.run if trial else None for trial in (best, alone))
+    return _Runs(folder, distilled, plainly, command, (best, alone), words)
 
 
 def _collect(found: _Runs) -> Contents:

@@ -1,5 +1,4 @@
-"""Measures a trained pair on validation images: which student level answers for which teacher level, and how similar the
-embeddings of the same region are.
+"""Measures a trained pair on validation images: matched levels (SGFI), and similarity of region embeddings (CKD).
 
 Shapes: R objects, L student levels, T teacher levels.
 """
@@ -77,7 +76,9 @@ def measure_pair(distiller: Distiller, batches: Iterable[Batch], *, seconds: flo
     """
     sgfi, ckd = _find_terms(distiller)
     weights, levels, areas, matched, unmatched = [], [], [], [], []
-    images, started, student, teacher = 0, perf_counter(), (), ()
+    images, started = 0, perf_counter()
+    student: tuple[LevelSpec, ...] = ()
+    teacher: tuple[LevelSpec, ...] = ()
     training = distiller.training
     distiller.eval()
     try:
@@ -110,7 +111,7 @@ def _find_terms(distiller: Distiller) -> tuple[SGFITerm | None, CKDTerm | None]:
     terms = list(distiller.terms.values())
     sgfi = [term for term in terms if isinstance(term, SGFITerm)]
     ckd = [term for term in terms if isinstance(term, CKDTerm)]
-    return (sgfi or [None])[0], (ckd or [None])[0]
+    return next(iter(sgfi), None), next(iter(ckd), None)
 
 
 def _average(

@@ -99,8 +99,8 @@ def match_split(records: Sequence[Record], classes: int, predictions: Mapping[in
         rows.append(torch.stack([column.double() for column in columns], dim=1)[kinds != _CROWD])
     table = torch.cat(rows).numpy()
     table = table[np.argsort(-table[:, 0], kind="stable")]
-    whole = table[:, 1:].astype(np.int64)
-    return Matches(table[:, 0], *whole.T, objects=objects, missed=missed, images=len(records))
+    found_labels, kinds_, repaired_, image = table[:, 1:].astype(np.int64).T
+    return Matches(table[:, 0], found_labels, kinds_, repaired_, image, objects, missed, len(records))
 
 
 def measure_errors(matches: Matches) -> ErrorReport:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
@@ -54,7 +55,7 @@ def write_detections(path: Path, class_names: Sequence[str], detections: Mapping
     """
     found = list(detections.values())
     empty = Detections(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0, dtype=torch.int64))
-    arrays = {
+    arrays: dict[str, Any] = {
         "images": np.array(list(detections), dtype=np.int64),
         "counts": np.array([len(one.scores) for one in found], dtype=np.int64),
         "boxes": torch.cat([one.boxes.float() for one in [empty, *found]]).numpy(),

@@ -117,7 +117,7 @@ class CKDTerm(nn.Module):
 
     @torch.no_grad()
     def compare_regions(self, pair: ObservedPair) -> tuple[Tensor, Tensor]:
-        """Cosines in the common space: of each region with itself (R,), and of all pairs of negatives; no side effect."""
+        """Cosines in the common space: of each region with itself (R,), and of all pairs of negatives."""
         student, teacher = pair.student_view.embedding, pair.teacher_view.embedding
         assert student is not None and teacher is not None
         s = normalize(self.project_student(student.float()), dim=1)

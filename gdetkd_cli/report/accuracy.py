@@ -93,9 +93,9 @@ def write_confusions(contents: Contents) -> Section:
     assert split is not None
     classes = len(split.class_names)
     html = page.paragraph(
-        "Rows are true classes, columns are found classes. An object and a detection of any class are paired at IoU 0.5. "
-        "The last column counts objects that are not found, the last row detections without an object. Each detector is "
-        "read at the score with its best F1, since scores of different detectors mean different things."
+        "Rows are true classes, columns are found classes. An object and a detection of any class are paired at IoU "
+        "0.5. The last column counts objects that are not found, the last row detections without an object. Each "
+        "detector is read at the score with its best F1, since scores of different detectors mean different things."
     )
     for one in contents.complete:
         least = contents.min_scores[one.role]
@@ -103,8 +103,8 @@ def write_confusions(contents: Contents) -> Section:
         counts, names = _merge_rare(counts, split.class_names)
         right = int(np.trace(counts[:-1, :-1]))
         words = (
-            f"{one.title}, score at least {least:.2f}: of {int(counts[:-1].sum())} objects, {right} are found with their "
-            f"class, {int(counts[:-1, :-1].sum()) - right} with another, {int(counts[:-1, -1].sum())} not; "
+            f"{one.title}, score at least {least:.2f}: of {int(counts[:-1].sum())} objects, {right} are found with "
+            f"their class, {int(counts[:-1, :-1].sum()) - right} with another, {int(counts[:-1, -1].sum())} not; "
             f"{int(counts[-1].sum())} detections have no object"
         )
         chart = draw_heat(
@@ -148,8 +148,8 @@ def write_errors(contents: Contents) -> Section:
     html = page.paragraph(
         "dAP as TIDE defines it (ECCV 2020): by how much AP50 would rise if all errors of one type, and no others, "
         "were repaired. Class: right place (IoU at least 0.5), wrong class. Location: right class, IoU 0.1 to 0.5. "
-        "Duplicate: of an object that is found already. Background: IoU with every object at most 0.1. Missed: an object "
-        "that no other error explains. The types do not add up to 100 - AP50."
+        "Duplicate: of an object that is found already. Background: IoU with every object at most 0.1. Missed: an "
+        "object that no other error explains. The types do not add up to 100 - AP50."
     )
     html += page.figure(draw_bars(ERRORS, costs, y="dAP (AP50 lost to this type)", alternative=words), f"dAP: {words}.")
     return Section(title, html + page.details("dAP and counts as a table", _write_error_table(reports)))

@@ -91,7 +91,8 @@ def _draw_row(contents: Contents, index: int, pixels: Tensor) -> tuple[bytes, st
     pixels = pixels[:, ::every, ::every]
     shown = [one for one in contents.shown if one.detections is not None and record.image_id in one.detections]
     height = 2.6 * min(2.0, max(0.5, record.size[0] / record.size[1]))
-    figure = Figure(figsize=(2.6 * (1 + len(shown)), height + 0.25), layout="constrained", facecolor="white")
+    figure = Figure(figsize=(2.6 * (1 + len(shown)), height + 0.25), facecolor="white")
+    figure.subplots_adjust(left=0.005, right=0.995, bottom=0.01, top=height / (height + 0.25), wspace=0.02)
     axes = figure.subplots(1, 1 + len(shown), squeeze=False)[0]
     boxes, labels, crowds = read_truth(record)
     names = split.class_names
@@ -117,7 +118,7 @@ def _draw_row(contents: Contents, index: int, pixels: Tensor) -> tuple[bytes, st
             _add_boxes(axis, own.boxes[rows] / every, titles, colour, dash)
         parts.append(f"{one.title}: {sum(hits)} hits, {len(hits) - sum(hits)} false")
     jpeg = io.BytesIO()
-    figure.savefig(jpeg, format="jpeg", dpi=90, pil_kwargs={"quality": 80})
+    figure.savefig(jpeg, format="jpeg", dpi=110, pil_kwargs={"quality": 80})
     return jpeg.getvalue(), "; ".join(parts)
 
 
@@ -139,4 +140,14 @@ def _add_boxes(axis: Axes, boxes: Tensor, titles: list[str], colour: str, dash: 
             Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=colour, linestyle=dash, linewidth=1.3)
         )
         # parse_math: a class may be named "$"
-        axis.text(x0, y0 - 1, page.show(title), fontsize=5, color=colour, va="bottom", parse_math=False, clip_on=True)
+        axis.text(
+            x0,
+            y0,
+            page.show(title),
+            fontsize=5.5,
+            color="white",
+            va="bottom",
+            parse_math=False,
+            clip_on=True,
+            bbox={"facecolor": colour, "alpha": 0.75, "pad": 0.6, "linewidth": 0},
+        )

@@ -9,6 +9,7 @@ import io
 import re
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -17,7 +18,7 @@ from matplotlib.figure import Figure
 from numpy.typing import ArrayLike, NDArray
 
 _INK = "#010203"  # becomes currentColor, the page's text colour
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text: it can be searched, and follows the page's font
     "svg.hashsalt": "gdetkd",
     "text.parse_math": False,  # a class may be named "$"
@@ -33,9 +34,10 @@ _STYLE = {
 } | dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color", "grid.color"), _INK)
 _COLOURS = ("#8a8f98", "#d9822b", "#2f86c9", "#3a9b6b", "#a05fb0", "#c2504f", "#7d7a2a", "#4a6fd0")
 _DASHES: tuple[str | tuple[int, tuple[int, ...]], ...] = ("--", ":", "-", "-.", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)))
-_MARKERS = ("s", "^", "o", "D", "v", "x", "P", "*")
+_MARKERS = ("s", "^", "o", "D", "v", "x", "P", "*", "<", ">", "h")
 _HATCHES = ("//", "..", "", "xx", "\\\\", "++")
 _WIDE, _HIGH = 7.2, 3.2  # inches
+_PLACES = {"teacher": 0, "student alone": 1, "distilled student": 2}  # a detector looks the same in all charts
 
 Points = tuple[Sequence[float], Sequence[float]]
 
@@ -55,7 +57,8 @@ def draw_lines(
     def draw(figure: Figure) -> None:
         axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
         for axis, (title, lines) in zip(axes, panels.items(), strict=True):
-            for place, (name, (xs, ys)) in enumerate(lines.items()):
+            for order, (name, (xs, ys)) in enumerate(lines.items()):
+                place = _PLACES.get(name, order)
                 axis.plot(
                     xs,
                     ys,
@@ -69,8 +72,7 @@ def draw_lines(
                 )
             _label(axis, title, x, y if axis is axes[0] else "")
             axis.grid(alpha=0.15)
-        if len(next(iter(panels.values()))) <= len(_MARKERS):
-            axes[-1].legend(fontsize=8)
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
 
     return _render(draw, (_WIDE, _HIGH), alternative)
 
@@ -81,8 +83,9 @@ def draw_bars(groups: Sequence[str], bars: Mapping[str, Sequence[float | None]],
 
     def draw(figure: Figure) -> None:
         axis = figure.subplots()
-        for place, (name, values) in enumerate(bars.items()):
-            spots = np.arange(len(groups)) + (place - (len(bars) - 1) / 2) * height
+        for order, (name, values) in enumerate(bars.items()):
+            spots = np.arange(len(groups)) + (order - (len(bars) - 1) / 2) * height
+            place = _PLACES.get(name, order)
             lengths = [value or 0.0 for value in values]
             drawn = axis.barh(
                 spots,
@@ -149,7 +152,8 @@ def draw_histograms(edges: Sequence[float], counts: Mapping[str, Sequence[int]],
 def _draw_cells(axis: Axes, values: NDArray[np.float64], digits: int) -> None:
     total = np.nansum(values, axis=1, keepdims=True)
     share = np.divide(values, total, out=np.zeros_like(values), where=total > 0)
-    axis.imshow(np.nan_to_num(share), cmap="Blues", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
+    shaded = np.ma.array(share, mask=np.isnan(values))  # nothing is drawn in an empty cell
+    axis.imshow(shaded, cmap="Blues", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
     size = 8 if values.shape[1] <= 12 else 5.5
     for (row, column), value in np.ndenumerate(values):
         if not np.isnan(value):

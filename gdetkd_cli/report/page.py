@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -11,6 +12,7 @@ from string import Template
 
 from gdetkd_cli.text import show_hidden
 
+DASH = "-"  # stands for a missing number
 _TEMPLATE = Path(__file__).with_name("template.html")
 
 
@@ -33,17 +35,23 @@ def show(value: str) -> str:
 
 
 def paragraph(words: str) -> str:
-    return f"<p>{text(words)}</p>\n"
+    return f"<p>{prose(words)}</p>\n"
+
+
+def prose(words: str) -> str:
+    """Escaped text in which `this` is code."""
+    return re.sub(r"`([^`]+)`", r"<code>\1</code>", text(words))
 
 
 def number(value: object, digits: int = 1) -> str:
     """A number with ``digits`` decimals, and anything else as a dash."""
-    return f"{value:.{digits}f}" if isinstance(value, (int, float)) else "–"
+    return f"{value:.{digits}f}" if isinstance(value, (int, float)) else DASH
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, words: int = 1) -> str:
     """A table; the first ``words`` columns are text, the others numbers."""
-    head = "".join(f'<th scope="col">{text(one)}</th>' for one in columns)
+    head = "".join(f'<th scope="col">{text(one)}</th>' for one in columns[words:])
+    head = "".join(f'<th scope="col" class="word">{text(one)}</th>' for one in columns[:words]) + head
     lines = []
     for row in rows:
         cells = [f'<td class="word">{text(one)}</td>' for one in row[1:words]]
@@ -54,7 +62,7 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, words: int =
 
 def figure(image: str, caption: str) -> str:
     """A chart or an image element, with its caption."""
-    return f"<figure>{image}<figcaption>{text(caption)}</figcaption></figure>\n"
+    return f"<figure>{image}<figcaption>{prose(caption)}</figcaption></figure>\n"
 
 
 def details(title: str, content: str) -> str:

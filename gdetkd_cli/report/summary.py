@@ -12,7 +12,7 @@ from gdetkd_cli.report.contents import Contents, Shown
 from gdetkd_cli.report.page import Section
 
 _COLUMNS = ("AP", "AP50", "AP75", "AP_S", "AP_M", "AP_L")
-_SIZES = {"AP_S": "small (below 32 x 32 pixels)", "AP_M": "medium", "AP_L": "large (above 96 x 96 pixels)"}
+_SIZES = {"AP_S": "small (below 32² pixels)", "AP_M": "medium", "AP_L": "large (above 96² pixels)"}
 _DRAWINGS = 200
 _MOST_IMAGES = 1000  # whose detections are matched again for an interval
 _MOST_CLASSES = 40  # that a chart shows
@@ -26,12 +26,14 @@ def write_summary(contents: Contents) -> Section:
         metrics, cost = one.metrics or {}, one.cost
         parameters = cost.get("parameters")
         facts = [
-            "–" if parameters is None else f"{parameters / 1e6:.2f} M",
+            page.DASH if parameters is None else f"{parameters / 1e6:.2f} M",
             *(page.number(cost.get(name)) for name in ("size_mb", "ms_per_image")),
         ]
-        rows.append([one.title, *(page.number(metrics.get(name)) for name in _COLUMNS), *facts, one.source])
-    columns = ("", *_COLUMNS, "parameters", "MB", "ms/image", "source")
+        rows.append([one.title, *(page.number(metrics.get(name)) for name in _COLUMNS), *facts])
+    columns = ("", *_COLUMNS, "parameters", "MB", "ms/image")
     html = page.table(columns, rows) + page.paragraph(_describe_gain(contents))
+    sources = "; ".join(f"{one.title}: {one.source}" for one in contents.shown if one.source)
+    html += page.paragraph(f"{sources}.") if sources else ""
     teacher = contents.find("teacher")
     if teacher is not None and teacher.metrics is None:
         html += page.paragraph(
@@ -61,8 +63,9 @@ def _describe_gain(contents: Contents) -> str:
     if not 2 <= len(contents.split) <= _MOST_IMAGES:
         return f"{gain}. An interval is computed for 2 to {_MOST_IMAGES:,} images only; use `gdetkd compare` for one."
     half = 1.96 * _measure_deviation(contents, alone, distilled)
+    low, high = aps[1] - aps[0] - half, aps[1] - aps[0] + half
     return (
-        f"{gain}; 95 % interval over the validation images {aps[1] - aps[0] - half:+.1f} to {aps[1] - aps[0] + half:+.1f} "
+        f"{gain}; 95 % interval over the validation images {low:+.1f} to {high:+.1f} "
         f"({_DRAWINGS} drawings of the images). It does not cover the seed: another seed can change the gain by "
         "more than this. `gdetkd compare` trains several seeds, and its intervals cover both."
     )
@@ -91,10 +94,10 @@ def _write_methods(contents: Contents) -> str:
             [
                 row["method"],
                 row["steps"],
-                row.get("seeds", "–"),
+                row.get("seeds", page.DASH),
                 *(page.number(_parse(row.get(name))) for name in ("mean", "ap_small", "ap_medium", "ap_large")),
-                "–" if difference is None else f"{difference:+.1f}",
-                "–" if low is None or high is None else f"{low:+.1f} … {high:+.1f}",
+                page.DASH if difference is None else f"{difference:+.1f}",
+                page.DASH if low is None or high is None else f"{low:+.1f} … {high:+.1f}",
             ]
         )
     over, baseline = (
@@ -159,7 +162,7 @@ def _write_losses(one: Shown) -> str:
 
 def write_classes(contents: Contents) -> Section:
     """Builds AP per class and per size of the objects."""
-    evaluated = {one.title: one.metrics for one in contents.shown if one.metrics}
+    evaluated = {one.title: one.metrics for one in contents.shown if one.metrics and "per_class" in one.metrics}
     title = "AP per class and size"
     if not evaluated:
         return Section(title, page.paragraph("No detector of this report was evaluated."))

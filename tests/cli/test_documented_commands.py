@@ -144,7 +144,12 @@ def prepare_page(page: str) -> None:
         sys.path.insert(0, ".")
         models = importlib.import_module("my_package.models")
         torch.save(models.detector(width=32).state_dict(), "start.pt")
-    if page in ("docs/guides/export.md", "docs/guides/stop-and-resume.md", "docs/reference/run-folder.md"):
+    if page in (
+        "docs/guides/export.md",
+        "docs/guides/report.md",
+        "docs/guides/stop-and-resume.md",
+        "docs/reference/run-folder.md",
+    ):
         invoke.done("distill", "--recipe", "my.yaml", "--output", "runs/student")
         invoke.done("train", "--recipe", "my.yaml", "--output", "runs/teacher")
 
