@@ -24,7 +24,9 @@ from gdetkd_cli.cli.init import init
 from gdetkd_cli.cli.predict import predict
 from gdetkd_cli.cli.probe import probe
 from gdetkd_cli.cli.recipe import app as recipe_app
+from gdetkd_cli.cli.report import report
 from gdetkd_cli.cli.train import train
+from gdetkd_cli.cli.watch import watch
 from gdetkd_cli.errors import GDetKDError
 from gdetkd_cli.memory import describe_exhaustion
 from gdetkd_cli.text import show_hidden
@@ -154,6 +156,8 @@ app.command("eval")(evaluate)
 app.command("predict")(predict)
 app.command("export")(export)
 app.command("compare")(compare)
+app.command("report")(report)
+app.command("watch")(watch)
 app.command("bench")(bench)
 app.add_typer(recipe_app, name="recipe")
 

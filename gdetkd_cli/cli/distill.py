@@ -25,6 +25,7 @@ def distill(
     resume: options.ResumeOption = None,
     steps: options.StepsOption = None,
     force: options.ForceOption = False,
+    no_report: Annotated[bool, typer.Option("--no-report", help="Write no report.html at the end.")] = False,
     trust_code: options.TrustOption = False,
     as_json: options.JsonOption = False,
 ) -> None:
@@ -52,5 +53,5 @@ def distill(
     elif profile is not None:
         perform(partial(profile_distill, loaded, steps=profile), render.format_profile, as_json=as_json)
     else:
-        work = partial(run_distill, loaded, output=output, requeue=resume == "auto")
+        work = partial(run_distill, loaded, output=output, requeue=resume == "auto", report=not no_report)
         perform(work, render.format_run, as_json=as_json)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from gdetkd_cli.commands.evaluate import EvalResult
     from gdetkd_cli.commands.export import ExportedFile, ExportResult
     from gdetkd_cli.commands.plan import Plan
+    from gdetkd_cli.commands.report import ReportResult
     from gdetkd_cli.commands.train import TrainResult
     from gdetkd_cli.commands.validate import CheckedRecipe
     from gdetkd_cli.compare.table import Comparison
@@ -133,6 +134,11 @@ def format_run(result: TrainResult) -> RenderableType:
         build_line(f"run {result.run}: {result.steps} steps in {format_duration(result.seconds)}"),
         _build_metrics_tables(result.metrics),
     )
+
+
+def format_report(result: ReportResult) -> RenderableType:
+    """Formats a written report."""
+    return build_line(f"wrote {result.report} ({result.size_mb:.1f} MB): {', '.join(result.detectors)}")
 
 
 def format_evaluation(result: EvalResult) -> RenderableType:

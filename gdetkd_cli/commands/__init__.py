@@ -10,6 +10,7 @@ from gdetkd_cli.commands.init import run_init, run_probe_to_recipe
 from gdetkd_cli.commands.plan import plan_distill
 from gdetkd_cli.commands.predict import run_predict
 from gdetkd_cli.commands.probe import run_probe
+from gdetkd_cli.commands.report import run_report
 from gdetkd_cli.commands.train import resume_run, run_distill, run_train
 from gdetkd_cli.commands.validate import check_recipe
 
@@ -28,5 +29,6 @@ __all__ = [
     "run_predict",
     "run_probe",
     "run_probe_to_recipe",
+    "run_report",
     "run_train",
 ]

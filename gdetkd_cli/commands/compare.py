@@ -14,6 +14,7 @@ import torch
 from gdetkd_cli import assembly
 from gdetkd_cli.assembly.labels import label_data
 from gdetkd_cli.commands.evaluate import evaluate_teacher, run_eval
+from gdetkd_cli.commands.report import add_report
 from gdetkd_cli.compare.cluster import Cluster, Launcher
 from gdetkd_cli.compare.folds import build_fold_recipe, list_folds, plan_fold_teachers, pool_teacher_ap, select_fold
 from gdetkd_cli.compare.plot import draw_comparison
@@ -184,6 +185,7 @@ def _write(
         write_pooled(folder / "pooled.csv", table.recipe, runs)
     write_table(comparison.table, rows, table.baseline, len(split), folds)
     draw_comparison(comparison, comparison.plot)
+    add_report([folder], observer)
     return comparison
 
 
@@ -293,7 +295,7 @@ def _measure_teacher(
         teachers: the folds' own teachers; each is evaluated on its held-out images, and their detections are pooled.
         observer: receives the reason if there is no AP.
     """
-    kept = folder / "teacher.json"
+    kept, source = folder / "teacher.json", str(folder / "recipe.yaml")
     if kept.exists():
         return float(json.loads(kept.read_text())["AP"])
     try:
@@ -302,7 +304,7 @@ def _measure_teacher(
         elif every_fold is not None:
             ap = evaluate_teacher(recipe, every_fold, observer).ap
         else:
-            ap = run_eval(str(folder / "recipe.yaml"), data=None, observer=observer).metrics.ap
+            ap = run_eval(source, data=None, store=folder / "teacher.npz", observer=observer).metrics.ap
     except GDetKDError as error:
         observer(Note(f"the teacher cannot be evaluated: {error}"))
         return None

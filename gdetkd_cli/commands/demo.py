@@ -11,6 +11,7 @@ from time import perf_counter
 from gdetkd_cli import assembly
 from gdetkd_cli.commands.evaluate import run_eval
 from gdetkd_cli.commands.export import run_export
+from gdetkd_cli.commands.report import add_report
 from gdetkd_cli.commands.train import TrainResult, run_distill, run_train
 from gdetkd_cli.detectors import catalog
 from gdetkd_cli.engine import run_folder
@@ -87,17 +88,18 @@ def _run_demo(seed: int, steps: int | None, folder: Path, observer: Observer) ->
     observer(Phase("evaluation"))
     assert isinstance(recipe.teacher, CheckpointDetector)
     rows = {
-        name: _evaluate(target, recipe, observer)
-        for name, target in (
-            ("teacher", recipe.teacher.path),
-            ("student", str(plain.run)),
-            ("distilled", str(distilled.run)),
+        name: _evaluate(target, recipe, observer, store)
+        for name, target, store in (
+            ("teacher", recipe.teacher.path, folder / "teacher.npz"),
+            ("student", str(plain.run), None),
+            ("distilled", str(distilled.run), None),
         )
     }
     observer(Phase("export"))
     exported = run_export(str(distilled.run), onnx=True, torchscript=False, output=None, observer=observer)
     image = _draw(recipe, plain.run, distilled.run, folder / "comparison.png")
     observer(Note(f"images: {image}"))
+    add_report([folder], observer)
     gain = (rows["distilled"].metrics.ap or 0.0) - (rows["student"].metrics.ap or 0.0)
     return DemoResult(
         teacher=rows["teacher"],
@@ -124,14 +126,14 @@ def _train_both(recipe: Recipe, folder: Path, observer: Observer) -> tuple[Train
         observer(Phase("student alone"))
         plain = run_train(recipe, output=folder / "alone", observer=observer)
         observer(Phase("student distilled"))
-        return plain, run_distill(recipe, output=folder / "distilled", observer=observer)
+        return plain, run_distill(recipe, output=folder / "distilled", report=False, observer=observer)
     # Not fork: torch's threads do not survive it.
     with ProcessPoolExecutor(max_workers=1, mp_context=multiprocessing.get_context("spawn")) as beside:
         alone = beside.submit(run_train, recipe, output=folder / "alone")
         observer(Phase("student distilled"))
         observer(Note("the student alone trains at the same time, in a separate process"))
         try:
-            distilled = run_distill(recipe, output=folder / "distilled", observer=observer)
+            distilled = run_distill(recipe, output=folder / "distilled", report=False, observer=observer)
         except BaseException:
             for process in multiprocessing.active_children():  # else the executor waits for the whole training
                 process.terminate()
@@ -142,8 +144,8 @@ def _train_both(recipe: Recipe, folder: Path, observer: Observer) -> tuple[Train
     return plain, distilled
 
 
-def _evaluate(target: str, recipe: Recipe, observer: Observer) -> DemoRow:
-    result = run_eval(target, data=recipe.data, observer=observer)
+def _evaluate(target: str, recipe: Recipe, observer: Observer, store: Path | None) -> DemoRow:
+    result = run_eval(target, data=recipe.data, store=store, observer=observer)
     assert result.parameters is not None
     return DemoRow(
         metrics=result.metrics, parameters=result.parameters, size_mb=result.size_mb, ms_per_image=result.ms_per_image

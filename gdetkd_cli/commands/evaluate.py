@@ -20,6 +20,7 @@ from gdetkd_cli.engine.run_folder import RunFolder
 from gdetkd_cli.errors import DataError
 from gdetkd_cli.evaluation.coco_metrics import CocoMetrics, evaluate_coco
 from gdetkd_cli.evaluation.predict import list_predicted, predict_split
+from gdetkd_cli.evaluation.stored import write_detections
 from gdetkd_cli.recipe.load import load_recipe
 from gdetkd_cli.recipe.schema import Data, Recipe
 
@@ -38,7 +39,12 @@ class EvalResult:
 
 
 def run_eval(
-    target: str, *, data: Data | Path | None, classes: Sequence[str] = (), observer: Observer = silent
+    target: str,
+    *,
+    data: Data | Path | None,
+    classes: Sequence[str] = (),
+    store: Path | None = None,
+    observer: Observer = silent,
 ) -> EvalResult:
     """Evaluates a detector on the validation split, one image at a time, on the GPU if there is one.
 
@@ -46,6 +52,7 @@ def run_eval(
         target: a run folder, a model file with readable detections, builtin:NAME, or a recipe (evaluates its teacher).
         data: the data or their folder; None: the data of the recipe.yaml beside the detector.
         classes: names of the detector's classes, for a file that does not name them.
+        store: a file for the detections (``write_detections``); None: they are not kept.
         observer: receives notes and progress.
 
     Raises:
@@ -75,6 +82,8 @@ def run_eval(
     stopwatch = Stopwatch(subject.predictor, device)
     progress = report_every(observer, "evaluated", len(split))
     detections = predict_split(stopwatch, load_validation_batches(split=split, batch_size=1), device, progress)
+    if store is not None:
+        write_detections(store, split.class_names, detections)
     return EvalResult(
         source=target,
         format=subject.format,

@@ -15,6 +15,8 @@ from accelerate import Accelerator
 
 from gdetkd_cli import assembly, portable
 from gdetkd_cli.assembly.labels import write_labels
+from gdetkd_cli.commands.measure import measure_run
+from gdetkd_cli.commands.report import add_report
 from gdetkd_cli.commands.target import Target, open_checkpoint, open_folder, read_own_recipe
 from gdetkd_cli.data.loader import load_validation_batches
 from gdetkd_cli.data.split import Split
@@ -31,6 +33,7 @@ from gdetkd_cli.engine.signals import StopSignals
 from gdetkd_cli.errors import DiskError, RecipeError
 from gdetkd_cli.evaluation.coco_metrics import CocoMetrics, evaluate_coco
 from gdetkd_cli.evaluation.predict import gather_predictions, list_predicted, predict_split
+from gdetkd_cli.evaluation.stored import write_detections
 from gdetkd_cli.files import write_text
 from gdetkd_cli.recipe.checks import has_weights, remove_teacher, require_distillation, require_trained_teacher
 from gdetkd_cli.recipe.load import dump_recipe, load_recipe
@@ -92,9 +95,17 @@ def run_train(
 
 
 def run_distill(
-    recipe: Recipe, *, output: Path | None = None, requeue: bool = False, observer: Observer = silent
+    recipe: Recipe,
+    *,
+    output: Path | None = None,
+    requeue: bool = False,
+    report: bool = True,
+    observer: Observer = silent,
 ) -> TrainResult:
     """Trains the recipe's student with its teacher; arguments as in ``run_train``.
+
+    Args:
+        report: write ``report.html`` at the end.
 
     Raises:
         GDetKDError: something that the recipe names cannot be used, or the pair does not fit.
@@ -102,7 +113,7 @@ def run_distill(
     """
     distillation = require_distillation(recipe)
     require_trained_teacher(distillation)
-    return _run(distillation, Target(output, requeue=requeue), observer)
+    return _run(distillation, Target(output, requeue=requeue), observer, report=report)
 
 
 def resume_run(run: Path, *, steps: int | None = None, force: bool = False, observer: Observer = silent) -> TrainResult:
@@ -120,10 +131,11 @@ def resume_run(run: Path, *, steps: int | None = None, force: bool = False, obse
         StoppedError: a signal stopped the run; it can be continued.
     """
     recipe = load_recipe(run_folder.open_existing(run).recipe)
-    return _run(recipe, Target(run, resume=True, steps=steps, force=force), observer)
+    target = Target(run, resume=True, steps=steps, force=force)
+    return _run(recipe, target, observer, report=recipe.distill is not None)
 
 
-def _run(recipe: Recipe, target: Target, observer: Observer) -> TrainResult:
+def _run(recipe: Recipe, target: Target, observer: Observer, *, report: bool = False) -> TrainResult:
     started = perf_counter()
     signals = StopSignals()
     with ExitStack() as stack:
@@ -153,6 +165,9 @@ def _run(recipe: Recipe, target: Target, observer: Observer) -> TrainResult:
         result = _build_result(setup, folder, metrics, perf_counter() - started)
         if main:
             _write_results(folder, setup, result)
+            _measure(folder, setup, observer)
+            if report:
+                add_report([folder.path], observer)
     compute.accelerator.end_training()
     return result
 
@@ -184,7 +199,8 @@ def _train(
     def evaluate() -> CocoMetrics | None:
         if setup.student.detector.features_only:
             return None
-        return evaluate_split(setup.student.detector, setup.val, accelerator, train.batch_size, observer)
+        detector = setup.student.detector
+        return evaluate_split(detector, setup.val, accelerator, train.batch_size, observer, folder.detections)
 
     loop = Loop(
         accelerator=accelerator,
@@ -233,7 +249,12 @@ def _build_result(
 
 
 def evaluate_split(
-    detector: Detector, split: Split, accelerator: Accelerator, batch_size: int, observer: Observer = silent
+    detector: Detector,
+    split: Split,
+    accelerator: Accelerator,
+    batch_size: int,
+    observer: Observer = silent,
+    store: Path | None = None,
 ) -> CocoMetrics | None:
     """Computes COCO metrics of a detector. Every process predicts its share; only the main one returns metrics.
 
@@ -249,6 +270,8 @@ def evaluate_split(
     detections = gather_predictions(predict_split(detector, batches, accelerator.device, progress))
     if not accelerator.is_main_process:
         return None
+    if store is not None:
+        write_detections(store, split.class_names, detections)
     return evaluate_coco(list_predicted(split, detections), split.class_names, detections)
 
 
@@ -317,6 +340,14 @@ def _write_student(path: Path, folder: RunFolder, setup: assembly.TrainingSetup)
                 transformers.save_pretrained(detector, description, folder.pretrained)
         case _:
             _copy_portable(folder.student_code)
+
+
+def _measure(folder: RunFolder, setup: assembly.TrainingSetup, observer: Observer) -> None:
+    """Measures the run for its report; a failure becomes a note, because the run itself is complete."""
+    try:
+        measure_run(setup, folder)
+    except Exception as error:
+        observer(Note(f"the run could not be measured for its report: {type(error).__name__}: {error}"))
 
 
 def _write_results(folder: RunFolder, setup: assembly.TrainingSetup, result: TrainResult) -> None:

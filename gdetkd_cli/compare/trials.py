@@ -282,6 +282,8 @@ def train_trial(trial: Trial, recipe: Recipe, place: Place, children: Children |
     write_text(path, dump_recipe(recipe))
     command = [sys.executable, "-m", "gdetkd_cli", "distill" if recipe.distill else "train", "--json"]
     command += ["--recipe", str(path), "--output", str(run.path), "--resume", "auto"]
+    if recipe.distill:
+        command.append("--no-report")  # the comparison has its own
     if is_code_trusted():
         command.append("--trust-code")
     log = trial.folder / "log.txt"

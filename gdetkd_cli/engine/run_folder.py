@@ -33,7 +33,12 @@ class RunFolder:
     student/           code that rebuilds it without this package
     pretrained/        a student of transformers, as its ``from_pretrained`` loads it, instead of ``student/``
     metrics.json       the last evaluation
+    detections.npz     the student's detections at the last evaluation
     images/            validation images with predicted boxes
+    measured.json      costs of the detectors, and what SGFI and CKD do on some validation images
+    teacher.npz        the teacher's detections on these images, or on all
+    pyramids/          the levels of both detectors over one image
+    report.html        all of it on one page
     bad_images.txt     images that could not be read and were left out, if there are any
     """
 
@@ -50,7 +55,12 @@ class RunFolder:
         self.student_code = path / "student"
         self.pretrained = path / "pretrained"
         self.metrics = path / "metrics.json"
+        self.detections = path / "detections.npz"
         self.images = path / "images"
+        self.measured = path / "measured.json"
+        self.teacher_detections = path / "teacher.npz"
+        self.pyramids = path / "pyramids"
+        self.report = path / "report.html"
         self.bad_images = path / "bad_images.txt"
 
     def checkpoints(self, keep: int = 1) -> Checkpoints:

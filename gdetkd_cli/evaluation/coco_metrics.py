@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 from gdetkd_cli.errors import DataError
 
 if TYPE_CHECKING:  # the command line imports CocoMetrics and must start without torch
+    import numpy as np
+    from numpy.typing import NDArray
     from pycocotools.cocoeval import COCOeval
 
     from gdetkd_cli.data.split import Record
@@ -76,17 +78,7 @@ def evaluate_coco(
     Raises:
         DataError: a prediction's image is not among the records, or its label is not in 1..K.
     """
-    # Imported here to keep the start fast, see TYPE_CHECKING.
-    from faster_coco_eval import COCO, COCOeval_faster
-
-    truth, detections = _build_annotations(records, class_names, predictions)
-    with contextlib.redirect_stdout(io.StringIO()):
-        evaluation = COCOeval_faster(
-            *(_build_index(COCO, records, class_names, a) for a in (truth, detections)), "bbox"
-        )
-        evaluation.evaluate()
-        evaluation.accumulate()
-        evaluation.summarize()
+    evaluation, detections = _accumulate(records, class_names, predictions)
     ap, ap50, ap75, ap_small, ap_medium, ap_large, _, _, ar, *_ = (_to_percent(value) for value in evaluation.stats)
     # (IoU, recall, class, area, detections per image): "all areas" is the first, 100 detections the last.
     precision = evaluation.eval["precision"][:, :, :, 0, -1]
@@ -100,8 +92,39 @@ def evaluate_coco(
         ar=ar,
         per_class={name: _to_percent(precision[:, :, k].mean()) for k, name in enumerate(class_names)},
         images=len(records),
-        detections=len(detections),
+        detections=detections,
     )
+
+
+def compute_precision(
+    records: Sequence[Record], class_names: Sequence[str], predictions: Mapping[int, Detections]
+) -> dict[float, NDArray[np.float64]]:
+    """Computes precision over recall, at IoU 0.5 and 0.75; arguments and errors as in ``evaluate_coco``.
+
+    Returns:
+        By IoU, (101, K) precision in 0..1 at the recalls 0, 0.01, ..., 1; -1 for a class without objects.
+    """
+    evaluation, _ = _accumulate(records, class_names, predictions)
+    precision = evaluation.eval["precision"][:, :, :, 0, -1]
+    return {0.5: precision[0], 0.75: precision[5]}
+
+
+def _accumulate(
+    records: Sequence[Record], class_names: Sequence[str], predictions: Mapping[int, Detections]
+) -> tuple[Any, int]:
+    """Runs the whole evaluation; returns it and the number of detections."""
+    # Imported here to keep the start fast, see TYPE_CHECKING.
+    from faster_coco_eval import COCO, COCOeval_faster
+
+    truth, detections = _build_annotations(records, class_names, predictions)
+    with contextlib.redirect_stdout(io.StringIO()):
+        evaluation = COCOeval_faster(
+            *(_build_index(COCO, records, class_names, a) for a in (truth, detections)), "bbox"
+        )
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    return evaluation, len(detections)
 
 
 def match_images(

@@ -115,6 +115,18 @@ class CKDTerm(nn.Module):
         self.queue.add(teacher, pair.image_ids)
         return loss
 
+    @torch.no_grad()
+    def compare_regions(self, pair: ObservedPair) -> tuple[Tensor, Tensor]:
+        """Cosines in the common space: of each region with itself (R,), and of all pairs of negatives."""
+        student, teacher = pair.student_view.embedding, pair.teacher_view.embedding
+        assert student is not None and teacher is not None
+        s = normalize(self.project_student(student.float()), dim=1)
+        t = normalize(self.project_teacher(teacher.float()), dim=1)
+        regions = pair.regions
+        others = overlap_negatives(box_iou(regions.boxes, regions.boxes), regions.image_index, self.negative_iou)
+        cosines = s @ t.T
+        return cosines.diagonal(), cosines[others]
+
 
 def build(pair: Detectors, *, gamma: float, negative_iou: float, queue: int, project_channels: int) -> CKDTerm:
     """Builds the term; any pair allows it."""

@@ -234,6 +234,19 @@ class SGFITerm(nn.Module):
         assert target is not None
         if self.normalizer is not None:
             self.normalizer.update(target, channels)
+        imitation, target, _ = self._imitate(pair)
+        return imitation_loss(imitation, target, channels)
+
+    @torch.no_grad()
+    def match_levels(self, pair: ObservedPair) -> Tensor:
+        """(R, L) how much each student level answers for the teacher's feature of a region; the term is unchanged."""
+        return self._imitate(pair)[2]
+
+    def _imitate(self, pair: ObservedPair) -> tuple[Tensor, Tensor, Tensor]:
+        """The student's aggregate and the target, (R, C_t, 7, 7) each, and the weights of the levels (R, L)."""
+        target, channels = pair.teacher_view.pooled, pair.teacher_view.pooled_channels
+        assert target is not None
+        if self.normalizer is not None:
             target = self.normalizer(target.float(), channels)
         pyramid = pair.student_seen.pyramid
         levels = pool_all_levels(pyramid, pair.regions, size=target.shape[-1], sampling_ratio=self.sampling_ratio)
@@ -242,8 +255,8 @@ class SGFITerm(nn.Module):
         # The adapters' weights include the standardisation, and half precision would lose a small deviation around a
         # large mean.
         with torch.autocast(target.device.type, enabled=False):
-            imitation, _ = self.matcher(levels, target.float(), affine, prior)
-        return imitation_loss(imitation.float(), target.float(), channels)
+            imitation, weights = self.matcher(levels, target.float(), affine, prior)
+        return imitation.float(), target.float(), weights
 
     def _compute_prior(self, pair: ObservedPair) -> Tensor | None:
         """(R, L) logits added to the match of each region; None if the prior favours no level."""

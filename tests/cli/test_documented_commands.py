@@ -146,9 +146,10 @@ def prepare_page(page: str) -> None:
         torch.save(models.detector(width=32).state_dict(), "start.pt")
     if page in (
         "docs/guides/export.md",
+        "docs/guides/predict.md",
+        "docs/guides/report.md",
         "docs/guides/stop-and-resume.md",
         "docs/reference/run-folder.md",
-        "docs/guides/predict.md",
     ):
         invoke.done("distill", "--recipe", "my.yaml", "--output", "runs/student")
         invoke.done("train", "--recipe", "my.yaml", "--output", "runs/teacher")

@@ -1,0 +1,83 @@
+"""``gdetkd watch``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from time import sleep
+from typing import Annotated, Any
+
+import typer
+
+from gdetkd_cli.cli.terminal import build_console
+from gdetkd_cli.errors import RunFolderError
+from gdetkd_cli.text import show_hidden
+
+_BLOCKS = "▁▂▃▄▅▆▇█"
+_WIDTH = 60  # points of a curve
+_NO_LOSS = {"step", "lr", "gradient_norm", "images_per_second"}
+
+
+def watch(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run that trains, or has trained.")],
+    once: Annotated[bool, typer.Option("--once", help="Print the state once and exit.")] = False,
+    every: Annotated[float, typer.Option("--every", metavar="SECONDS", min=0.2, help="Seconds between looks.")] = 5.0,
+) -> None:
+    """Show the AP curve and the latest losses of a run until it ends.
+
+    Example: gdetkd watch runs/student
+    """
+    from rich.live import Live
+
+    if once or is_finished(run):
+        typer.echo(describe_run(run))
+        return
+    with Live(describe_run(run), console=build_console(), auto_refresh=False) as live:
+        while not is_finished(run):
+            sleep(every)
+            live.update(describe_run(run), refresh=True)
+
+
+def is_finished(run: Path) -> bool:
+    """Whether the run has its last evaluation."""
+    return (run / "metrics.json").exists()
+
+
+def describe_run(run: Path) -> str:
+    """Describes the state of a run in a few lines.
+
+    Raises:
+        RunFolderError: the folder is not a run folder.
+    """
+    if not (run / "recipe.yaml").exists():
+        raise RunFolderError(f"{run} is not a run folder, because it has no recipe.yaml")
+    lines = read_log(run / "metrics.jsonl")
+    steps = [line for line in lines if "loss" in line]
+    aps = [line["evaluation"]["AP"] for line in lines if "evaluation" in line]
+    aps = [ap for ap in aps if ap is not None]
+    state = "finished" if is_finished(run) else "not finished"
+    text = [f"{run}: {state}, {steps[-1]['step'] if steps else 0} steps"]
+    text.append(f"AP   {draw_curve(aps)}  {aps[-1]:.1f} (best {max(aps):.1f})" if aps else "AP   no evaluation yet")
+    if steps:
+        text.append(f"loss {draw_curve([line['loss'] for line in steps])}  {steps[-1]['loss']:.3g}")
+        parts = {k: v for k, v in steps[-1].items() if k not in _NO_LOSS | {"loss"} and not k.startswith("weight/")}
+        text.append("     " + "  ".join(f"{name} {value:.3g}" for name, value in parts.items()))
+        text.append(f"     {steps[-1]['images_per_second']:.1f} images/s  lr {steps[-1]['lr']:.2g}")
+    return show_hidden("\n".join(text), keep="\n")
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The lines of a log; a last line that is not complete yet is left out."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+
+
+def draw_curve(values: list[float]) -> str:
+    """Draws values as a row of blocks from the lowest to the highest; longer rows are thinned, the last stays."""
+    if len(values) > _WIDTH:
+        values = [values[place * (len(values) - 1) // (_WIDTH - 1)] for place in range(_WIDTH)]
+    low, high = min(values), max(values)
+    if low == high:
+        return _BLOCKS[3] * len(values)
+    return "".join(_BLOCKS[round((value - low) / (high - low) * (len(_BLOCKS) - 1))] for value in values)

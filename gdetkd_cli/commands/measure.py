@@ -1,0 +1,127 @@
+"""Measures a trained run on some validation images, so that its report needs neither detector."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
+from time import perf_counter
+from typing import Any
+
+import torch
+
+from gdetkd_cli import assembly
+from gdetkd_cli.commands.subject import Stopwatch
+from gdetkd_cli.data.loader import load_validation_batches
+from gdetkd_cli.data.packed import PackedRecords
+from gdetkd_cli.data.split import Split
+from gdetkd_cli.detectors import catalog
+from gdetkd_cli.detectors.protocol import Detector
+from gdetkd_cli.distill.pair_measurement import PairMeasurement, measure_pair
+from gdetkd_cli.engine.run_folder import RunFolder
+from gdetkd_cli.errors import PairError
+from gdetkd_cli.evaluation.predict import predict_split
+from gdetkd_cli.evaluation.stored import write_detections
+from gdetkd_cli.files import write_text
+from gdetkd_cli.recipe.schema import CheckpointDetector, Recipe
+from gdetkd_cli.report.levels import draw_levels
+from gdetkd_cli.report.pyramid import describe_on_image
+from gdetkd_cli.structures import Detections
+
+IMAGES = 64
+_SECONDS = 10.0  # per part: a large pair on a CPU stops after fewer images
+_TOGETHER = 8  # images per batch, so that CKD's negatives also come from other images
+
+
+@dataclass(frozen=True)
+class MeasuredDetector:
+    """A detector's cost. ``ms_per_image`` is the median, one image at a time; None without detections."""
+
+    parameters: int
+    size_mb: float
+    ms_per_image: float | None
+
+
+@dataclass(frozen=True)
+class MeasuredRun:
+    """What ``measured.json`` holds; ``teacher`` and ``pair`` are None for plain training."""
+
+    device: str
+    student: MeasuredDetector
+    teacher: MeasuredDetector | None = None
+    pair: PairMeasurement | None = None
+
+
+def measure_run(setup: assembly.TrainingSetup, folder: RunFolder) -> None:
+    """Measures the trained student and its pair; writes ``measured.json``, ``teacher.npz`` and ``pyramids/``.
+
+    Args:
+        setup: after the last step; it is left as it was.
+        folder: holds the student's file.
+    """
+    device = setup.compute.accelerator.device
+    some = select_images(setup.val, IMAGES)
+    student, teacher = setup.student.detector, setup.distiller.teacher
+    measured = MeasuredRun(
+        str(device), _measure_detector(student, some, device, folder.student.stat().st_size / 1e6)[0]
+    )
+    if teacher is not None:
+        size = _measure_file(setup.recipe, 4 * teacher.parameter_count) / 1e6
+        cost, detections = _measure_detector(teacher, some, device, size)
+        if detections:
+            write_detections(folder.teacher_detections, teacher.class_names, detections)
+        batches = (batch.to(device) for batch in load_validation_batches(split=some, batch_size=_TOGETHER))
+        measured = replace(measured, teacher=cost, pair=measure_pair(setup.distiller, batches, seconds=_SECONDS))
+    write_text(folder.measured, json.dumps(asdict(measured), indent=1))
+    if teacher is not None and len(some):
+        _draw_pyramids({"student": student, "teacher": teacher}, some, folder)
+
+
+def read_measured(folder: RunFolder) -> dict[str, Any]:
+    """Reads ``measured.json``; empty if the run has none."""
+    return json.loads(folder.measured.read_text()) if folder.measured.exists() else {}
+
+
+def select_images(split: Split, most: int) -> Split:
+    """Returns at most ``most`` images, evenly spread over the split."""
+    chosen = [place * len(split) // most for place in range(most)] if len(split) > most else list(range(len(split)))
+    records = split.records
+    kept = records.select(chosen) if isinstance(records, PackedRecords) else [records[index] for index in chosen]
+    return replace(split, records=kept, read=lambda place: split.read(chosen[place]))
+
+
+def _measure_file(recipe: Recipe, otherwise: int) -> int:
+    """Bytes of the teacher's file, or ``otherwise`` for a teacher that is built from code."""
+    if isinstance(recipe.teacher, CheckpointDetector):
+        return catalog.locate(recipe.teacher.path).stat().st_size
+    return otherwise
+
+
+def _measure_detector(
+    detector: Detector, split: Split, device: torch.device, size_mb: float
+) -> tuple[MeasuredDetector, dict[int, Detections]]:
+    """Runs a detector one image at a time; returns its cost and its detections, none if they cannot be read."""
+    cost = MeasuredDetector(detector.parameter_count, size_mb, None)
+    try:
+        detector.check_detects()
+    except PairError:
+        return cost, {}
+    if detector.features_only or not len(split):
+        return cost, {}
+    stopwatch, started = Stopwatch(detector, device), perf_counter()
+    detections: dict[int, Detections] = {}
+    batches = load_validation_batches(split=split, batch_size=1)
+    while perf_counter() - started < _SECONDS and (some := list(islice(batches, 1))):
+        detections |= predict_split(stopwatch, some, device)
+    return replace(cost, ms_per_image=stopwatch.ms_per_call), detections
+
+
+def _draw_pyramids(detectors: dict[str, Detector], split: Split, folder: RunFolder) -> None:
+    """Draws both pyramids over the first image."""
+    image = split.read(0).float() / 255
+    for name, detector in detectors.items():
+        training = detector.module.training
+        detector.module.eval()
+        report, maps = describe_on_image(detector, image, source=name, format="run", classes=None)
+        draw_levels(image, report.levels, maps, folder.pyramids / f"{name}.jpg")
+        detector.module.train(training)
