@@ -167,9 +167,10 @@ def _match_image(
     repaired, lost = torch.zeros_like(kinds), ~matched
     for kind, overlap in ((_CLASS, other), (_LOCATION, own)):
         taken = matched.clone()
-        for row in (kinds == kind).nonzero().flatten().tolist():
-            goal = int(overlap[row].argmax())
-            lost[goal] = False
+        rows = (kinds == kind).nonzero().flatten()
+        goals = overlap[rows].argmax(dim=1)
+        lost[goals] = False
+        for row, goal in zip(rows.tolist(), goals.tolist(), strict=True):
             if not taken[goal]:
                 taken[goal], repaired[row] = True, labels[goal]
     return kinds, repaired, lost
