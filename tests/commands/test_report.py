@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import invoke
 import pytest
+import torch
 import toy
 
 from gdetkd_cli.commands import report as report_command
@@ -53,6 +55,46 @@ def test_two_runs_show_the_gain(runs: tuple[Path, Path], tmp_path: Path) -> None
     html = result.report.read_text()
     assert "The distilled student gains" in html
     assert "gdetkd train --recipe" in html
+
+
+def test_a_comparison(runs: tuple[Path, Path], tmp_path: Path) -> None:
+    for name, run in zip(("gdetkd-4-0", "none-4-0"), runs, strict=True):
+        shutil.copytree(run, tmp_path / name / "run")
+        shutil.copy(run / "recipe.yaml", tmp_path / name)
+        found = read_detections(run / "detections.npz").by_image
+        torch.save({number: vars(one) for number, one in found.items()}, tmp_path / name / "detections.pt")
+        (tmp_path / name / "run" / "detections.npz").unlink()  # as older versions left it
+    shutil.copy(runs[0] / "recipe.yaml", tmp_path)
+    (tmp_path / "teacher.json").write_text('{"AP": 61.25}')
+    (tmp_path / "table.csv").write_text(
+        "method,steps,mean,difference,seeds,low,high,interval_over,baseline\n"
+        "none,4,20.0,,3,,,seeds and images,none\ngdetkd,4,25.0,5.0,3,2.5,7.5,seeds and images,none\n"
+    )
+    html = run_report([tmp_path]).report.read_text()
+
+    assert "show these trials: none, 4 steps, seed 0 and gdetkd, 4 steps, seed 0" in html
+    assert "+2.5 … +7.5" in html
+    assert "cover seeds and images" in html
+    assert "61.2" in html  # the teacher, of which nothing else is known
+    assert "--methods gdetkd,none --steps 4 --seeds 1" in html
+    assert "Left out" not in html
+
+
+def test_a_comparison_without_finished_trials(runs: tuple[Path, Path], tmp_path: Path) -> None:
+    (tmp_path / "none-4-0").mkdir()
+    for folder in (tmp_path, tmp_path / "none-4-0"):
+        shutil.copy(runs[1] / "recipe.yaml", folder)
+
+    assert "No trial without folds is finished" in run_report([tmp_path]).report.read_text()
+
+
+def test_the_folder_of_the_demo(runs: tuple[Path, Path], tmp_path: Path) -> None:
+    for name, run in zip(("distilled", "alone"), runs, strict=True):
+        shutil.copytree(run, tmp_path / name)
+    result = run_report([tmp_path])
+
+    assert result.report == tmp_path / "report.html"
+    assert "gdetkd demo --seed 0 --steps 4" in result.report.read_text()
 
 
 def test_a_plain_run_alone(runs: tuple[Path, Path], tmp_path: Path) -> None:
