@@ -9,7 +9,6 @@ from typing import Annotated, Any
 
 import typer
 
-from gdetkd_cli.cli.terminal import build_console
 from gdetkd_cli.errors import RunFolderError
 from gdetkd_cli.text import show_hidden
 
@@ -28,6 +27,8 @@ def watch(
     Example: gdetkd watch runs/student
     """
     from rich.live import Live
+
+    from gdetkd_cli.cli.terminal import build_console
 
     if once or is_finished(run):
         typer.echo(describe_run(run))

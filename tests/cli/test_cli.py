@@ -41,7 +41,16 @@ def test_train_with_every_option(runs: Any, recipe: str) -> None:
 
 def test_distill(runs: Any, recipe: str) -> None:
     done("distill", "--recipe", recipe, "--output", "out")
-    assert runs.call == ("run_distill", (load_recipe(recipe),), {"output": Path("out"), "requeue": False})
+    assert runs.call == (
+        "run_distill",
+        (load_recipe(recipe),),
+        {"output": Path("out"), "requeue": False, "report": True},
+    )
+
+
+def test_distill_without_a_report(runs: Any, recipe: str) -> None:
+    done("distill", "--recipe", recipe, "--no-report")
+    assert runs.call[2]["report"] is False
 
 
 def test_bench(runs: Any, recipe: str) -> None:
