@@ -19,6 +19,7 @@ from distilling import ALL_TERMS
 from gdetkd_cli.assembly import setup
 from gdetkd_cli.commands import profile_distill, run_distill
 from gdetkd_cli.engine.device import ComputeSettings
+from gdetkd_cli.engine.events import Event
 from gdetkd_cli.engine.run_folder import RunFolder
 from gdetkd_cli.recipe.distillation import Logit
 from gdetkd_cli.recipe.methods import TERMS
@@ -109,3 +110,15 @@ def test_a_step_is_timed_elsewhere() -> None:
     with runs_elsewhere():
         profile = profile_distill(with_student("faster-rcnn"), steps=1)
     assert {"student forward", "teacher", "term sgfi", "backward", "optimizer"} <= profile.seconds.keys()
+
+
+@pytest.mark.reports
+@pytest.mark.parametrize("student", ["faster-rcnn", "retinanet"])
+def test_a_run_is_measured_elsewhere(student: str, tmp_path: Path) -> None:
+    notes: list[Event] = []
+    recipe = with_student(student)
+    with runs_elsewhere():
+        run = run_distill(recipe, output=tmp_path / "run", observer=notes.append).run
+
+    assert RunFolder(run).measured.exists(), notes
+    assert RunFolder(run).report.exists(), notes
