@@ -65,6 +65,11 @@ def find_levels(values: Sequence[Value]) -> FoundLevels:
     flow = Flow(values, find_stem(values))
     if _is_classifier(flow):
         raise NoPyramidError("this model gives one prediction per image, like a classifier; it has no detection head")
+    if _is_image_to_image(flow):
+        raise NoPyramidError(
+            "this model gives images of the input's size or larger, like a denoiser or a super-resolution network; it "
+            "has no detection head"
+        )
     own_heads = _find_own_heads(flow)
     rules = (_find_shared_head(flow), _find_pooled_maps(flow), _find_token_exits(flow, own_heads), own_heads)
     sets = [found for found in rules if found.levels]
@@ -138,6 +143,21 @@ def _is_classifier(flow: Flow) -> bool:
     # The score of a single box has the shape (1,), which is not a row.
     rows = bool(results) and all(len(shape) > 1 and prod(shape[:-1]) == 1 for shape in results)
     return rows or all(shape[:1] == (1,) and prod(shape[:-1]) == 1 for shape in ends)
+
+
+def _is_image_to_image(flow: Flow) -> bool:
+    """Whether the model returns only images (1, 1..4, H, W) or (1, H, W, 1..4) of its input's size or a multiple."""
+    height, width = flow.values[flow.values[flow.stem].parents[0]].shape[2:]
+    results = [value.shape for value in flow.values if value.result]
+
+    def is_image(channels: int, rows: int, columns: int) -> bool:
+        scale = (rows / height, columns / width)
+        # Convolutions without padding trim the image, so its scale may be a little less than a whole number.
+        return channels <= 4 and min(scale) >= 0.75 and round(scale[0]) == round(scale[1])
+
+    return bool(results) and all(
+        len(shape) == 4 and (is_image(*shape[1:]) or is_image(shape[3], shape[1], shape[2])) for shape in results
+    )
 
 
 def _find_shared_head(flow: Flow) -> _Set:
