@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 
 from gdetkd_cli.errors import NO_CONVOLUTION, NoPyramidError
 from gdetkd_cli.probing.record import Value
@@ -37,7 +38,7 @@ class Flow:
         self.stem = stem
         frame = values[values[stem].parents[0]].shape[2:]
         reached = [False] * len(values)
-        sizes: set[Size] = set()
+        nearest: list[set[Size]] = [set() for _ in values]  # of the last maps on the paths to the value
         self.children: list[list[int]] = [[] for _ in values]
         self.maps: list[tuple[Size, bool] | None] = [None] * len(values)
         self.weighted = [False] * len(values)
@@ -57,14 +58,21 @@ class Flow:
             # Patches or slices may later be joined into a map of another size.
             cut = len(values[i].shape) > 4 or (values[i].op == "slice" and not found)
             self.folded[i] = cut and any(self.maps[p] or self.folded[p] for p in parents)
-            if found and (i == stem or any(self.maps[p] or self.folded[p] for p in parents)):
-                sizes.add(found[0])
-            elif found and found[0] not in sizes:
-                found = None  # tokens or scores are a map only if an earlier map has the same size
+            before = set[Size]().union(*(nearest[p] for p in parents))
+            mapped = i == stem or any(self.maps[p] or self.folded[p] for p in parents)
+            if found and not mapped and (found[0] not in before or not self._is_rearranged(i)):
+                found = None  # tokens or scores shaped like a map
+            nearest[i] = {found[0]} if found else before
             self.maps[i] = found
             made_by_weights = values[i].op == "convolution" or values[i].op in LINEAR
             self.weighted[i] = bool(values[i].weights) and made_by_weights and self.maps[i] is not None
         self.reached = reached
+
+    def _is_rearranged(self, i: int) -> bool:
+        """Whether a value has the elements of a parent, or some of them, as a map made from its own tokens has."""
+        value = self.values[i]
+        # A slice cuts off the padding of windows.
+        return value.op == "slice" or any(prod(value.shape) == prod(self.values[p].shape) for p in value.parents)
 
     def size(self, i: int) -> Size | None:
         found = self.maps[i]

@@ -10,6 +10,7 @@ from torch.nn.functional import interpolate, pad
 from twins import (
     DownToOneCell,
     Functional,
+    KeysLikeAMap,
     NoNeck,
     OneConvolutionHeads,
     OneLevel,
@@ -18,6 +19,7 @@ from twins import (
     Queries,
     SharedHead,
     Smoothed,
+    StatisticsLikeAMap,
     Stems,
     TokenDecoder,
     Tokens,
@@ -32,7 +34,17 @@ from gdetkd_cli.probing.inputs import ModelInput
 from gdetkd_cli.probing.pyramid import probe
 from gdetkd_cli.probing.record import Output
 
-NOT_SCRIPTED = (Functional, TwoWay, OneConvolutionHeads, Tokens, PatchMerging, TokenDecoder, Stems, Smoothed)
+NOT_SCRIPTED = (
+    Functional,
+    TwoWay,
+    OneConvolutionHeads,
+    Tokens,
+    PatchMerging,
+    TokenDecoder,
+    StatisticsLikeAMap,
+    Stems,
+    Smoothed,
+)
 CALLS = {"exported": "(1, 3, H, W) tensor", "onnx": "(1, 3, H, W) tensor"}
 # class -> channels and strides of its levels
 TWINS: dict[type[nn.Module], list[tuple[int, int]]] = {
@@ -51,6 +63,8 @@ TWINS: dict[type[nn.Module], list[tuple[int, int]]] = {
     Queries: [(10, 32)],
     PlainTransformer: [(10, 16)],
     TokensAlone: [(12, 16)],
+    KeysLikeAMap: [(10, 64)],
+    StatisticsLikeAMap: [(12, 8), (12, 16), (12, 32)],
 }
 # A frozen graph does not contain module names, so the outputs of the head's stems are the levels.
 FROZEN: dict[type[nn.Module], list[tuple[int, int]]] = {Stems: [(6, 8), (6, 16), (6, 32)]}
