@@ -374,7 +374,7 @@ class TokenDecoder(nn.Module):
 
 
 class KeysLikeAMap(Queries):
-    """DAB-DETR-like: the transposed keys of the queries, (1, 1, 12, 16), are shaped like the body's last map but one."""
+    """DAB-DETR-like: the transposed keys of the queries, (1, 1, 12, 16), are shaped like one of the body's maps."""
 
     def __init__(self) -> None:
         super().__init__()
