@@ -188,7 +188,7 @@ def _build_levels_table(report: PyramidReport, title: str | None, *, values: boo
     """A pyramid's levels, fine to coarse; ``values`` adds their means and deviations."""
     rows = [
         (
-            level.name,
+            f"{level.name} ({level.module})" if level.module else level.name,
             str(level.channels),
             f"{level.shape[0]} x {level.shape[1]}",
             _format_pair(level.stride),

@@ -12,8 +12,8 @@ The rules, in order:
 5. Token sequence: if the patches stay tokens to the end (YOLOS), the last tokens are the only level.
 
 Rules 1 and 4 are tried first on sequences with one token per cell, after a rule for sequences that are joined. A result
-holds if linear layers computed all of these sequences but the finest: a transformer merges patches and never forms maps,
-or a head reads slices of an encoder's sequence.
+holds if linear layers computed all of these sequences but the finest: a transformer merges patches and never forms
+maps, or a head reads slices of an encoder's sequence.
 
 The reference is the first convolution's input; a model may resize, pad and batch images before it.
 """

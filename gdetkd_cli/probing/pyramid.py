@@ -33,6 +33,8 @@ class ProbedLevel:
 
     Attributes:
         name: shown to the user.
+        module: where it is computed, shown beside a name that does not say so: a module's path, or "after" and the
+            path of the last module that is known; empty if unknown.
         address: of its value in a forward.
         layout: order of its axes.
         channels: C.
@@ -45,6 +47,7 @@ class ProbedLevel:
     """
 
     name: str
+    module: str
     address: Address
     layout: Layout
     channels: int
@@ -166,6 +169,7 @@ def _describe_levels(
         levels.append(
             ProbedLevel(
                 name=_name(value),
+                module=_find_module(values, index),
                 address=_address(value),
                 layout=layout,
                 channels=value.shape[1 if layout == "NCHW" else -1],
@@ -220,6 +224,18 @@ def _name(value: Value) -> str:
     return (not value.output and value.module) or _name_call(value)
 
 
+def _find_module(values: Sequence[Value], i: int) -> str:
+    """Returns ``neck.out3`` if this module computed a value and its name is another, or ``after neck.out3``."""
+    name, after = _name(values[i]), ""
+    if values[i].name.startswith("/") or (values[i].returned and not values[i].name):
+        return ""  # the name is a path
+    while not (module := values[i].place or values[i].module):
+        if len(values[i].parents) != 1:
+            return ""
+        i, after = values[i].parents[0], "after "
+    return "" if module == name else f"{after}{module}"
+
+
 def _name_call(value: Value) -> str:
     """``convolution:3``, or ``split:3.1`` for an operator's second output."""
     return f"{value.op}:{value.call}{f'.{value.output}' if value.output else ''}"
@@ -238,6 +254,7 @@ def _find_values(values: Sequence[Value], names: Sequence[str]) -> list[int]:
         module = "" if value.output else value.module
         for name in (own | {_name_call(value), module}) - {""}:
             known.setdefault(name, []).append(i)
+    known = _find_outputs(values) | known
     for name in names:
         if name not in known:
             near = get_close_matches(name, known, n=3, cutoff=0.4)
@@ -247,6 +264,24 @@ def _find_values(values: Sequence[Value], names: Sequence[str]) -> list[int]:
             calls = ", ".join(_name_call(values[i]) for i in known[name])
             raise ModelError(f"{len(known[name])} values are named {name!r}; choose one by its call: {calls}")
     return [known[name][0] for name in names]
+
+
+def _find_outputs(values: Sequence[Value]) -> dict[str, list[int]]:
+    """Finds, by module, the last value of each of its calls, if the model's file says which module computed a value."""
+    found: dict[str, list[int]] = {}
+    before: set[str] = set()
+    for i, value in enumerate(values):
+        if not value.place:
+            continue
+        parts = value.place.split(".")
+        inside = {".".join(parts[:n]) for n in range(1, len(parts) + 1)}
+        for module in inside:
+            if module in before:
+                found[module][-1] = i
+            else:
+                found.setdefault(module, []).append(i)
+        before = inside
+    return found
 
 
 def _find_first_token(runner: Runner, call: Call, image: Tensor, values: Sequence[Value], found: FoundLevels) -> int:
