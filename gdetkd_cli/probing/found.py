@@ -53,4 +53,5 @@ CONFIDENCE = {
     "decoder": 0.86,
     "one level": 0.75,
     "tokens": 0.67,
+    "sequences": 0.5,
 }

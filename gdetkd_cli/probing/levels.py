@@ -69,6 +69,7 @@ def _find_sequences(values: Sequence[Value], stem: int) -> FoundLevels | None:
     best = next((_order_levels(flow, found) for found in rules if found.levels), LevelSet())
     if not all(refined[i] for i in best.levels) or len({flow.size(i) for i in best.levels}) < 2:
         return None
+    best = replace(best, confidence=CONFIDENCE["sequences"])
     return slice_joined(flow, _describe_levels(flow, best, ()))
 
 
@@ -84,7 +85,9 @@ def choose_levels(values: Sequence[Value], chosen: Sequence[int]) -> FoundLevels
         NoPyramidError: there is no convolution, or a chosen value is not a map over the image.
     """
     flow = Flow(values, find_stem(values))
-    invalid = [i for i in chosen if flow.maps[i] is None]
+    if not all(map(flow.is_level, chosen)):
+        flow = Flow(values, flow.stem, tokens=True)
+    invalid = [i for i in chosen if not flow.is_level(i)]
     if invalid:
         shape = " x ".join(map(str, values[invalid[0]].shape))
         raise NoPyramidError(f"a chosen level, of shape {shape}, is not a feature map over the image; choose another")

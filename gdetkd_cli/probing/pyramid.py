@@ -32,7 +32,7 @@ class ProbedLevel:
     """A level.
 
     Attributes:
-        name: shown to the user.
+        name: shown to the user; ``encoder[1]`` for the second slice of a value.
         module: where it is computed, shown beside a name that does not say so: a module's path, or "after" and the
             path of the last module that is known; empty if unknown.
         address: of its value in a forward.
@@ -168,7 +168,7 @@ def _describe_levels(
         preceding = [i for i, order in enumerate(found.order) if order < found.order[place]]
         levels.append(
             ProbedLevel(
-                name=_name(value),
+                name=_name(value) + (f"[{found.order[place]}]" if found.order else ""),
                 module=_find_module(values, index),
                 address=_address(value),
                 layout=layout,

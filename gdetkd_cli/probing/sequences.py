@@ -55,7 +55,7 @@ def find_joined(flow: Flow, refined: Sequence[bool]) -> LevelSet:
             rows = sum(flow.values[p].shape[-2] for p in parents)
             if flow.values[i].shape == (1, rows, flow.values[parents[0]].shape[-1]):
                 reason = "the sequences, one token per cell, that are joined before the last linear layers"
-                return LevelSet(parents, reason, CONFIDENCE["tokens"])
+                return LevelSet(parents, reason, CONFIDENCE["sequences"])
     return LevelSet()
 
 

@@ -73,3 +73,18 @@ def test_the_slices_of_an_image_of_another_size() -> None:
     memory = model.memory(image[None]).detach()
     torch.testing.assert_close(maps[0], memory[:, 2 * 4 + 4 * 8 :].transpose(1, 2).unflatten(2, (8, 16)))
     torch.testing.assert_close(maps[2], memory[:, : 2 * 4].transpose(1, 2).unflatten(2, (2, 4)))
+
+
+def test_sequences_can_be_chosen() -> None:
+    runner = ModuleRunner(build(StageHeads))
+    chosen = probe(runner, SIZE, ModelInput(), ["add:3", "add:1"])
+    assert [(level.channels, level.shape, level.layout) for level in chosen.levels] == [
+        (8, (24, 32), "tokens"),
+        (12, (12, 16), "tokens"),
+    ]
+
+
+def test_every_slice_has_a_name() -> None:
+    found = run(build(JoinedStages))
+    assert [level.name for level in found.levels] == ["encoder[2]", "encoder[1]", "encoder[0]"]
+    assert found.confidence == 0.5
