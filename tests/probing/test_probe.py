@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from forms import FORMATS, SIZE, build, run
+from token_twins import KeysLikeAMap, StatisticsLikeAMap
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, pad
 from twins import (
     DownToOneCell,
     Functional,
-    KeysLikeAMap,
     NoNeck,
     OneConvolutionHeads,
     OneLevel,
@@ -19,7 +19,6 @@ from twins import (
     Queries,
     SharedHead,
     Smoothed,
-    StatisticsLikeAMap,
     Stems,
     TokenDecoder,
     Tokens,
@@ -41,7 +40,6 @@ NOT_SCRIPTED = (
     Tokens,
     PatchMerging,
     TokenDecoder,
-    StatisticsLikeAMap,
     Stems,
     Smoothed,
 )

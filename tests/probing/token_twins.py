@@ -1,10 +1,10 @@
-"""Small twins of detectors whose levels are sequences of tokens, one token per cell, or slices of such a sequence."""
+"""Small twins of detectors whose levels are sequences of tokens, or whose tokens are shaped like maps."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from twins import Body
+from twins import Body, Queries, TokenDecoder, conv
 
 
 class Mixer(nn.Module):
@@ -120,3 +120,35 @@ class JoinedStages(nn.Module):
     def memory(self, x: Tensor) -> Tensor:
         rows = [project(stage) for project, stage in zip(self.project, self.stages(x), strict=True)]
         return self.encoder(torch.cat(rows[::-1], dim=1))
+
+
+class KeysLikeAMap(Queries):
+    """DAB-DETR-like: the transposed keys of the queries, (1, 1, 12, 16), are shaped like one of the body's maps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body.c5 = nn.Sequential(conv(12, 16, 3, 2), conv(16, 16, 3, 2))
+        self.queries = nn.Parameter(torch.randn(1, 16, 10))
+        self.keys = nn.Linear(10, 12)
+
+    def decode(self, level: Tensor) -> tuple[Tensor, Tensor]:
+        tokens = self.encode(level.flatten(2).transpose(1, 2))
+        found = (self.queries @ tokens.transpose(1, 2)).softmax(dim=-1) @ tokens
+        keys = self.keys(found).unflatten(2, (1, 12)).permute(0, 2, 3, 1)  # (1, heads, channels, queries)
+        found = found + (found[:, None, :, :1] @ keys[:, :, :1]).softmax(dim=-1)[:, 0] @ found
+        return self.classes(found), self.boxes(found).sigmoid()
+
+
+class StatisticsLikeAMap(TokenDecoder):
+    """D-FINE-like: the box sides' statistics of each query, (1, 9, 6, 8), are shaped like the coarsest map."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sides, self.quality = nn.Linear(12, 6 * 20), nn.Linear(6 * 8, 5)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        tokens = self.tokens(x)
+        found = tokens[:, tokens.mean(dim=-1).topk(9).indices[0]]
+        sides = self.sides(found).unflatten(2, (6, 20)).softmax(dim=-1)
+        statistics = torch.cat([sides.topk(7, dim=-1).values, sides.mean(dim=-1, keepdim=True)], dim=-1)
+        return self.quality(statistics.flatten(2)), self.boxes(found).sigmoid()
