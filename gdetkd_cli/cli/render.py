@@ -194,7 +194,7 @@ def _build_levels_table(report: PyramidReport, title: str | None, *, values: boo
     """A pyramid's levels, fine to coarse; ``values`` adds their means and deviations."""
     rows = [
         (
-            wrap_name(level.name),
+            wrap_name(level.name) + (f"\n({level.module})" if level.module else ""),
             str(level.channels),
             f"{level.shape[0]} x {level.shape[1]}",
             _format_pair(level.stride),

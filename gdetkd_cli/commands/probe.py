@@ -151,6 +151,7 @@ def _report_runner(
                 shape=level.shape,
                 stride=level.geometry.stride,
                 offset=level.geometry.offset,
+                module=level.module,
                 **measure_level(features),
             )
             for level, features in zip(found.levels, maps, strict=True)

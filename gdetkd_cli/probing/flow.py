@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
+from typing import Literal
 
 from gdetkd_cli.errors import NO_CONVOLUTION, NoPyramidError
 from gdetkd_cli.probing.record import Value
@@ -10,7 +12,10 @@ from gdetkd_cli.probing.record import Value
 LINEAR = ("mm", "addmm", "bmm", "baddbmm")
 _POOLS = ("mean", "_adaptive_avg_pool2d", "adaptive_avg_pool2d", "adaptive_max_pool2d")
 
+_CUTS = ("slice", "split", "split_with_sizes")
+
 Size = tuple[int, int]
+Layout = Literal["NCHW", "NHWC", "tokens"]  # tokens: (N, T, C); some of the T tokens are the cells, row by row
 
 
 def find_stem(values: Sequence[Value]) -> int:
@@ -24,22 +29,29 @@ def find_stem(values: Sequence[Value]) -> int:
 class Flow:
     """The values that depend on the first convolution. Every attribute below has one entry per value.
 
+    Args:
+        values: of a record.
+        stem: index of the first convolution.
+        tokens: whether a sequence (1, T, C) or (T, C) is a map if it has one token per cell of the first convolution's
+            map, or of this map halved several times.
+
     Attributes:
         reached: whether the value depends on the first convolution.
-        maps: ((height, width), channels last) if the value is a map over the image, else None.
+        maps: ((height, width), layout) if the value is a map over the image, else None.
         children: the values that read it.
         weighted: whether it is a map computed by a convolution or linear layer with weights.
         folded: whether it is a map reshaped into patches or cut along one axis.
     """
 
-    def __init__(self, values: Sequence[Value], stem: int) -> None:
+    def __init__(self, values: Sequence[Value], stem: int, *, tokens: bool = False) -> None:
         self.values = values
         self.stem = stem
         frame = values[values[stem].parents[0]].shape[2:]
-        reached = [False] * len(values)
-        sizes: set[Size] = set()
+        self.reached = reached = [False] * len(values)
+        halved: list[Size] = []  # the first convolution's size, and its halves
+        nearest: list[set[Size]] = [set() for _ in values]  # of the last maps on the paths to the value
         self.children: list[list[int]] = [[] for _ in values]
-        self.maps: list[tuple[Size, bool] | None] = [None] * len(values)
+        self.maps: list[tuple[Size, Layout] | None] = [None] * len(values)
         self.weighted = [False] * len(values)
         self.folded = [False] * len(values)
         for i in range(stem, len(values)):
@@ -54,21 +66,43 @@ class Flow:
             single = values[i].op == "convolution" and window is not None and window.kernel != (1, 1)
             single = single or any(self.size(p) == (1, 1) for p in parents)
             found = _match_map(values[i].shape, (frame[0], frame[1]), single)
+            before = set[Size]().union(*(nearest[p] for p in parents))
+            if tokens and not found:
+                found = _match_tokens(values[i].shape, [*before, *halved])
             # Patches or slices may later be joined into a map of another size.
             cut = len(values[i].shape) > 4 or (values[i].op == "slice" and not found)
             self.folded[i] = cut and any(self.maps[p] or self.folded[p] for p in parents)
-            if found and (i == stem or any(self.maps[p] or self.folded[p] for p in parents)):
-                sizes.add(found[0])
-            elif found and found[0] not in sizes:
-                found = None  # tokens or scores are a map only if an earlier map has the same size
+            if found and i != stem and not self._is_map(i, found, before):
+                found = None  # tokens or scores shaped like a map
+            nearest[i] = {found[0]} if found else before
             self.maps[i] = found
+            if i == stem and found:
+                halved = _halve(found[0])
             made_by_weights = values[i].op == "convolution" or values[i].op in LINEAR
             self.weighted[i] = bool(values[i].weights) and made_by_weights and self.maps[i] is not None
-        self.reached = reached
+
+    def _is_map(self, i: int, found: tuple[Size, Layout], before: set[Size]) -> bool:
+        """Whether a value shaped like a map is computed from maps, or made from the tokens of an earlier map.
+
+        ``before`` has the sizes of the last maps on the paths to the value.
+        """
+        size, layout = found
+        value, parents = self.values[i], self.parents(i)
+        if any(self.folded[p] or (self.maps[p] and (layout != "tokens" or self.size(p) == size)) for p in parents):
+            return True
+        # A map made from tokens has all elements of a parent. A slice drops the padding of windows, or other levels.
+        whole = any(prod(value.shape) == prod(self.values[p].shape) for p in parents)
+        if layout == "tokens":
+            return (before == {size} and whole) or (size in before and value.op in _CUTS)
+        return size in before and (value.op == "slice" or whole)
 
     def size(self, i: int) -> Size | None:
         found = self.maps[i]
         return found[0] if found else None
+
+    def is_level(self, i: int) -> bool:
+        """Whether a value can be a level: a map, but no view (T, C) of its tokens."""
+        return self.maps[i] is not None and len(self.values[i].shape) > 2
 
     def area(self, i: int) -> int:
         size = self.size(i)
@@ -78,8 +112,8 @@ class Flow:
         return [p for p in self.values[i].parents if self.reached[p]]
 
 
-def _match_map(shape: Sequence[int], frame: Size, single: bool) -> tuple[Size, bool] | None:
-    """Returns ((height, width), channels last) if the shape covers the frame with one stride, give or take a cell.
+def _match_map(shape: Sequence[int], frame: Size, single: bool) -> tuple[Size, Layout] | None:
+    """Returns ((height, width), layout) if the shape covers the frame with one stride, give or take a cell.
 
     With ``single``, one cell counts as a map.
     """
@@ -92,8 +126,25 @@ def _match_map(shape: Sequence[int], frame: Size, single: bool) -> tuple[Size, b
         low = max(frame[0] / (height + 1), frame[1] / (width + 1))
         high = min(frame[0] / max(height - 1, 0.5), frame[1] / max(width - 1, 0.5))
         if low <= high:
-            return (height, width), last
+            return (height, width), "NHWC" if last else "NCHW"
     return None
+
+
+def _match_tokens(shape: Sequence[int], sizes: Sequence[Size]) -> tuple[Size, Layout] | None:
+    """Returns ((height, width), "tokens") if (1, T, C) or (T, C) has one token per cell of one of these sizes."""
+    if not (len(shape) == 2 or (len(shape) == 3 and shape[0] == 1)) or shape[-2] == 1:
+        return None
+    size = next((size for size in sizes if size[0] * size[1] == shape[-2]), None)
+    return None if size is None else (size, "tokens")
+
+
+def _halve(size: Size) -> list[Size]:
+    """Lists a size and its halves, as long as they are whole numbers."""
+    sizes = [size]
+    while not size[0] % 2 and not size[1] % 2:
+        size = (size[0] // 2, size[1] // 2)
+        sizes.append(size)
+    return sizes
 
 
 def is_averaged(flow: Flow, start: int) -> bool:

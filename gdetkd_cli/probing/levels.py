@@ -11,49 +11,25 @@ The rules, in order:
    is the last map that all of them depend on.
 5. Token sequence: if the patches stay tokens to the end (YOLOS), the last tokens are the only level.
 
+Rules 1 and 4 are tried first on sequences with one token per cell, after a rule for sequences that are joined. A result
+holds if linear layers computed all of these sequences but the finest: a transformer merges patches and never forms
+maps, or a head reads slices of an encoder's sequence.
+
 The reference is the first convolution's input; a model may resize, pad and batch images before it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import takewhile
 from math import prod
-from typing import Literal
 
 from gdetkd_cli.errors import NoPyramidError
 from gdetkd_cli.probing.flow import LINEAR, Flow, Size, find_dominators, find_stem, is_averaged
+from gdetkd_cli.probing.found import CONFIDENCE, FoundLevels, LevelSet
 from gdetkd_cli.probing.record import Value
-
-Layout = Literal["NCHW", "NHWC", "tokens"]  # tokens: (N, T, C); some of the T tokens are the cells, row by row
-
-
-@dataclass(frozen=True)
-class FoundLevels:
-    """The pyramid among a record's values.
-
-    Attributes:
-        levels: indices of the values, fine to coarse.
-        sizes: (height, width) cells of each level.
-        layouts: order of each level's axes.
-        stem: index of the first convolution.
-        reference: index of the first convolution's input.
-        reason: why these are the levels, shown to the user.
-        confidence: how often this rule was right, in 0..1 (see ``_CONFIDENCE``).
-        alternatives: other candidate sets of maps with their reasons, the likeliest first.
-        embedded: for a level of tokens, the index of the first value with the whole sequence; else None.
-    """
-
-    levels: tuple[int, ...]
-    sizes: tuple[Size, ...]
-    layouts: tuple[Layout, ...]
-    stem: int
-    reference: int
-    reason: str
-    confidence: float
-    alternatives: tuple[tuple[tuple[int, ...], str], ...] = ()
-    embedded: int | None = None
+from gdetkd_cli.probing.sequences import find_joined, find_token_sequence, list_refined, slice_joined
 
 
 def find_levels(values: Sequence[Value]) -> FoundLevels:
@@ -65,18 +41,41 @@ def find_levels(values: Sequence[Value]) -> FoundLevels:
     flow = Flow(values, find_stem(values))
     if _is_classifier(flow):
         raise NoPyramidError("this model gives one prediction per image, like a classifier; it has no detection head")
+    if _is_image_to_image(flow):
+        raise NoPyramidError(
+            "this model gives images of the input's size or larger, like a denoiser or a super-resolution network; it "
+            "has no detection head"
+        )
+    if sequences := _find_sequences(values, flow.stem):
+        return sequences
     own_heads = _find_own_heads(flow)
     rules = (_find_shared_head(flow), _find_pooled_maps(flow), _find_token_exits(flow, own_heads), own_heads)
-    sets = [found for found in rules if found.levels]
-    if not sets and (sequence := _find_token_sequence(flow)):
+    sets = [_order_levels(flow, found) for found in rules if found.levels]
+    if not sets and (sequence := find_token_sequence(flow)):
         return sequence
     if not sets:
         raise NoPyramidError("no feature map of this model reaches a detection head as a map; name the levels yourself")
-    ordered = [replace(found, levels=tuple(sorted(found.levels, key=lambda i: -flow.area(i)))) for found in sets]
-    best = ordered[0]  # equal sizes stay in the head's order
-    others = {found.levels: found.reason for found in (*ordered, _find_body_maps(flow, best.levels)) if found.levels}
+    best = sets[0]
+    others = {found.levels: found.reason for found in (*sets, _find_body_maps(flow, best.levels)) if found.levels}
     others.pop(best.levels)
     return _describe_levels(flow, best, tuple(others.items()))
+
+
+def _find_sequences(values: Sequence[Value], stem: int) -> FoundLevels | None:
+    """Returns several levels that are computed as sequences of tokens, one token per cell; None if there are none."""
+    flow = Flow(values, stem, tokens=True)
+    refined = list_refined(flow)
+    rules = (find_joined(flow, refined), _find_shared_head(flow), _find_own_heads(flow))
+    best = next((_order_levels(flow, found) for found in rules if found.levels), LevelSet())
+    if not all(refined[i] for i in best.levels) or len({flow.size(i) for i in best.levels}) < 2:
+        return None
+    best = replace(best, confidence=CONFIDENCE["sequences"])
+    return slice_joined(flow, _describe_levels(flow, best, ()))
+
+
+def _order_levels(flow: Flow, found: LevelSet) -> LevelSet:
+    """Sorts levels fine to coarse; equal sizes stay in the head's order."""
+    return replace(found, levels=tuple(sorted(found.levels, key=lambda i: -flow.area(i))))
 
 
 def choose_levels(values: Sequence[Value], chosen: Sequence[int]) -> FoundLevels:
@@ -86,40 +85,22 @@ def choose_levels(values: Sequence[Value], chosen: Sequence[int]) -> FoundLevels
         NoPyramidError: there is no convolution, or a chosen value is not a map over the image.
     """
     flow = Flow(values, find_stem(values))
-    invalid = [i for i in chosen if flow.maps[i] is None]
+    if not all(map(flow.is_level, chosen)):
+        flow = Flow(values, flow.stem, tokens=True)
+    invalid = [i for i in chosen if not flow.is_level(i)]
     if invalid:
         shape = " x ".join(map(str, values[invalid[0]].shape))
         raise NoPyramidError(f"a chosen level, of shape {shape}, is not a feature map over the image; choose another")
     levels = tuple(sorted(chosen, key=lambda i: -flow.area(i)))
-    return _describe_levels(flow, _Set(levels, "chosen by you", 1.0), ())
+    return _describe_levels(flow, LevelSet(levels, "chosen by you", 1.0), ())
 
 
-@dataclass(frozen=True)
-class _Set:
-    """The levels that a rule found, its reason, and how often the rule is right."""
-
-    levels: tuple[int, ...]
-    reason: str = ""
-    confidence: float = 0.0
-
-
-# (right + 1) / (tried + 2) of each rule, on the detectors in docs/reference/probed-models.md.
-_CONFIDENCE = {
-    "shared head": 0.95,
-    "pooled": 0.5,
-    "own heads": 0.95,
-    "decoder": 0.86,
-    "one level": 0.75,
-    "tokens": 0.67,
-}
-
-
-def _describe_levels(flow: Flow, best: _Set, others: tuple[tuple[tuple[int, ...], str], ...]) -> FoundLevels:
+def _describe_levels(flow: Flow, best: LevelSet, others: tuple[tuple[tuple[int, ...], str], ...]) -> FoundLevels:
     maps = [found for i in best.levels if (found := flow.maps[i])]
     return FoundLevels(
         levels=best.levels,
         sizes=tuple(size for size, _ in maps),
-        layouts=tuple("NHWC" if last else "NCHW" for _, last in maps),
+        layouts=tuple(layout for _, layout in maps),
         stem=flow.stem,
         reference=flow.values[flow.stem].parents[0],
         reason=best.reason,
@@ -140,7 +121,22 @@ def _is_classifier(flow: Flow) -> bool:
     return rows or all(shape[:1] == (1,) and prod(shape[:-1]) == 1 for shape in ends)
 
 
-def _find_shared_head(flow: Flow) -> _Set:
+def _is_image_to_image(flow: Flow) -> bool:
+    """Whether the model returns only images (1, 1..4, H, W) or (1, H, W, 1..4) of its input's size or a multiple."""
+    height, width = flow.values[flow.values[flow.stem].parents[0]].shape[2:]
+    results = [value.shape for value in flow.values if value.result]
+
+    def is_image(channels: int, rows: int, columns: int) -> bool:
+        scale = (rows / height, columns / width)
+        # Convolutions without padding trim the image, so its scale may be a little less than a whole number.
+        return channels <= 4 and min(scale) >= 0.75 and round(scale[0]) == round(scale[1])
+
+    return bool(results) and all(
+        len(shape) == 4 and (is_image(*shape[1:]) or is_image(shape[3], shape[1], shape[2])) for shape in results
+    )
+
+
+def _find_shared_head(flow: Flow) -> LevelSet:
     """Returns the maps read by the first convolution that reads maps of several sizes."""
     uses: dict[str, list[int]] = {}
     for i, weighted in enumerate(flow.weighted):
@@ -148,21 +144,27 @@ def _find_shared_head(flow: Flow) -> _Set:
             uses.setdefault(flow.values[i].weights[0], []).append(i)
     for weight, calls in uses.items():  # in the order of their first use
         if len({flow.size(i) for i in calls}) > 1:
-            levels = [next(p for p in flow.parents(i) if flow.maps[p]) for i in calls]
+            levels = [_find_read_map(flow, i) for i in calls]
             reason = f"{weight} reads {len(levels)} maps, so it belongs to a head that all levels share"
-            return _Set(tuple(levels), reason, _CONFIDENCE["shared head"])
-    return _Set(())
+            return LevelSet(tuple(levels), reason, CONFIDENCE["shared head"])
+    return LevelSet()
 
 
-def _find_pooled_maps(flow: Flow) -> _Set:
+def _find_read_map(flow: Flow, i: int) -> int:
+    """Returns the map that a layer reads; a linear layer reads a view (T, C) of it."""
+    read = next(p for p in flow.parents(i) if flow.maps[p])
+    return _find_read_map(flow, read) if len(flow.values[read].shape) == 2 else read
+
+
+def _find_pooled_maps(flow: Flow) -> LevelSet:
     """Returns the maps that regions are pooled from."""
     poolings = [i for i, value in enumerate(flow.values) if flow.reached[i] and value.op == "roi_align"]
     read = [next((p for p in flow.parents(i) if flow.maps[p]), None) for i in poolings]
     levels = tuple(dict.fromkeys(i for i in read if i is not None))
-    return _Set(levels, "the maps that regions are pooled from", _CONFIDENCE["pooled"])
+    return LevelSet(levels, "the maps that regions are pooled from", CONFIDENCE["pooled"])
 
 
-def _find_own_heads(flow: Flow) -> _Set:
+def _find_own_heads(flow: Flow) -> LevelSet:
     """Returns, for each size, the last map that all final convolutions of that size depend on.
 
     A convolution that no result depends on is not a head. A projection for a token decoder is a head if there are
@@ -192,15 +194,15 @@ def _find_own_heads(flow: Flow) -> _Set:
             common &= needed[i]
         for i in finals:
             common &= ~(1 << i)
-        chain = [i for i in range(flow.stem, count) if common >> i & 1 and flow.size(i) == size]
+        chain = [i for i in range(flow.stem, count) if common >> i & 1 and flow.is_level(i) and flow.size(i) == size]
         if chain:
             levels.append(chain)
             heads += finals
     if len(levels) == 1 and all(tokens[i] for i in heads):
-        return _Set(())
+        return LevelSet()
     reason = "the last map of each size that all of that size's final convolutions depend on"
     chosen = _step_out_of_head(flow, levels, heads)
-    return _Set(chosen, reason, _CONFIDENCE["own heads" if len(levels) > 1 else "one level"])
+    return LevelSet(chosen, reason, CONFIDENCE["own heads" if len(levels) > 1 else "one level"])
 
 
 def _step_out_of_head(flow: Flow, chains: Sequence[Sequence[int]], finals: Sequence[int]) -> tuple[int, ...]:
@@ -263,44 +265,21 @@ def _find_token_maps(flow: Flow) -> list[bool]:
     return read
 
 
-def _find_token_exits(flow: Flow, own_heads: _Set) -> _Set:
+def _find_token_exits(flow: Flow, own_heads: LevelSet) -> LevelSet:
     """Returns the last map of each size that a decoder reads as tokens; none if ``own_heads`` covers all sizes."""
     tokens = _find_token_maps(flow)
-    exits = {size: i for i in range(flow.stem + 1, len(flow.values)) if tokens[i] and (size := flow.size(i))}
+    exits = {
+        size: i
+        for i in range(flow.stem + 1, len(flow.values))
+        if tokens[i] and flow.is_level(i) and (size := flow.size(i))
+    }
     if exits.keys() <= {flow.size(i) for i in own_heads.levels}:
-        return _Set(())
+        return LevelSet()
     reason = "the last map of each size that a decoder takes its tokens from"
-    return _Set(tuple(exits.values()), reason, _CONFIDENCE["decoder"])
+    return LevelSet(tuple(exits.values()), reason, CONFIDENCE["decoder"])
 
 
-def _find_token_sequence(flow: Flow) -> FoundLevels | None:
-    """Returns the last tokens of a model that returns boxes and computes patches in its first convolution (YOLOS)."""
-    size = flow.size(flow.stem)
-    boxes = any(value.result and value.shape[-1:] == (4,) and len(value.shape) > 1 for value in flow.values)
-    if not size or not boxes:
-        return None
-    patches, channels = size[0] * size[1], flow.values[flow.stem].shape[1]
-    sequences = [
-        i
-        for i, value in enumerate(flow.values)
-        if flow.reached[i] and len(value.shape) == 3 and value.shape[::2] == (1, channels) and value.shape[1] >= patches
-    ]
-    if not sequences:
-        return None
-    last = sequences[-1]
-    return FoundLevels(
-        levels=(last,),
-        sizes=(size,),
-        layouts=("tokens",),
-        stem=flow.stem,
-        reference=flow.values[flow.stem].parents[0],
-        reason="the last sequence of tokens with one token per patch of the image",
-        confidence=_CONFIDENCE["tokens"],
-        embedded=next(i for i in sequences if flow.values[i].shape == flow.values[last].shape),
-    )
-
-
-def _find_body_maps(flow: Flow, levels: Sequence[int]) -> _Set:
+def _find_body_maps(flow: Flow, levels: Sequence[int]) -> LevelSet:
     """Returns the body's last map of each size of the levels: the last one that depends on no coarser map."""
     least = [0] * len(flow.values)  # area of the smallest map on any path to the value
     last: dict[Size, int] = {}
@@ -314,4 +293,4 @@ def _find_body_maps(flow: Flow, levels: Sequence[int]) -> _Set:
         if size and area == least[i] and goes_on:
             last[size] = i
     sizes = [flow.size(i) for i in levels]
-    return _Set(tuple(i for size, i in last.items() if size in sizes), "the body's last map of each size")
+    return LevelSet(tuple(i for size, i in last.items() if size in sizes), "the body's last map of each size")

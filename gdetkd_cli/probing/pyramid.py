@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from math import prod
 from typing import Literal
 
 import torch
@@ -14,11 +15,12 @@ from torch.nn.functional import interpolate
 
 from gdetkd_cli.errors import ModelError, NoPyramidError
 from gdetkd_cli.memory import check_memory
-from gdetkd_cli.probing.flow import LINEAR
+from gdetkd_cli.probing.flow import LINEAR, Layout, Size
 from gdetkd_cli.probing.formats.runner import RecordedCall, Runner, complete_input
+from gdetkd_cli.probing.found import FoundLevels
 from gdetkd_cli.probing.geometry import Geometry, locate_cells, measure_frame, tile_frame, to_image_pixels
 from gdetkd_cli.probing.inputs import Call, ModelInput
-from gdetkd_cli.probing.levels import FoundLevels, Layout, choose_levels, find_levels
+from gdetkd_cli.probing.levels import choose_levels, find_levels
 from gdetkd_cli.probing.outputs import OutputForm, recognise_form
 from gdetkd_cli.probing.record import Address, Output, Value
 
@@ -31,7 +33,9 @@ class ProbedLevel:
     """A level.
 
     Attributes:
-        name: shown to the user.
+        name: shown to the user; ``encoder[1]`` for the second slice of a value.
+        module: where it is computed, shown beside a name that does not say so: a module's path, or "after" and the
+            path of the last module that is known; empty if unknown.
         address: of its value in a forward.
         layout: order of its axes.
         channels: C.
@@ -39,10 +43,12 @@ class ProbedLevel:
         cells: their positions in pixels of the network's input.
         geometry: their positions in pixels of the image.
         output: the submodule's output that holds the level, or None.
-        first_token: of a level of tokens, the index of the first cell's token.
+        first_token: of a level of tokens, the index of the first token of a cell.
+        before: (y, x) strides, in pixels of the network's input, of the levels whose tokens precede this level's.
     """
 
     name: str
+    module: str
     address: Address
     layout: Layout
     channels: int
@@ -51,6 +57,7 @@ class ProbedLevel:
     geometry: Geometry
     output: Output | None
     first_token: int = 0
+    before: tuple[tuple[float, float], ...] = ()
 
     def as_map(self, value: Tensor, network_size: Sequence[int]) -> Tensor:
         """Converts the value at ``address`` to a map (N, C, H, W); ``network_size`` is in pixels, (height, width)."""
@@ -58,9 +65,16 @@ class ProbedLevel:
             return value.movedim(-1, 1)
         if self.layout == "NCHW":
             return value
-        height, width = (int(n / stride + 1e-6) for n, stride in zip(network_size, self.cells.stride, strict=True))
-        cells = value[:, self.first_token : self.first_token + height * width]
+        height, width = _count_cells(network_size, self.cells.stride)
+        first = self.first_token + sum(prod(_count_cells(network_size, stride)) for stride in self.before)
+        cells = value[:, first : first + height * width]
         return cells.transpose(1, 2).unflatten(2, (height, width))
+
+
+def _count_cells(network_size: Sequence[int], stride: Sequence[float]) -> tuple[int, int]:
+    """Counts the whole cells of a stride, (height, width); both arguments are in pixels of the network's input."""
+    height, width = (int(n / s + 1e-6) for n, s in zip(network_size, stride, strict=True))
+    return height, width
 
 
 @dataclass(frozen=True)
@@ -189,26 +203,39 @@ def _describe_input(runner: Runner, call: Call, model_input: ModelInput, size: t
 def _describe_levels(
     values: Sequence[Value], found: FoundLevels, frame: Geometry, first_token: int
 ) -> tuple[ProbedLevel, ...]:
+    cells = tuple(
+        _locate_level(values, found, index, shape, layout)
+        for index, shape, layout in zip(found.levels, found.sizes, found.layouts, strict=True)
+    )
     levels = []
-    for index, shape, layout in zip(found.levels, found.sizes, found.layouts, strict=True):
+    for place, (index, shape, layout) in enumerate(zip(found.levels, found.sizes, found.layouts, strict=True)):
         value = values[index]
-        located = found.stem if layout == "tokens" else index
-        cells = None if layout == "NHWC" else locate_cells(values, found.reference, located)
-        cells = cells or tile_frame(values[found.reference].shape[-2:], shape)
+        preceding = [i for i, order in enumerate(found.order) if order < found.order[place]]
         levels.append(
             ProbedLevel(
-                name=_name(value),
+                name=_name(value) + (f"[{found.order[place]}]" if found.order else ""),
+                module=_find_module(values, index),
                 address=_address(value),
                 layout=layout,
                 channels=value.shape[1 if layout == "NCHW" else -1],
                 shape=shape,
-                cells=cells,
-                geometry=to_image_pixels(frame, cells),
+                cells=cells[place],
+                geometry=to_image_pixels(frame, cells[place]),
                 output=value.returned,
                 first_token=first_token,
+                before=tuple(cells[i].stride for i in preceding),
             )
         )
     return tuple(levels)
+
+
+def _locate_level(values: Sequence[Value], found: FoundLevels, index: int, shape: Size, layout: Layout) -> Geometry:
+    """Locates a level's cells in pixels of the network's input; tokens lie where the first convolution's cells lie."""
+    stem = values[found.stem].shape[-2:]
+    located = found.stem if layout == "tokens" and shape == stem else index
+    exact = layout == "NCHW" or located == found.stem
+    cells = locate_cells(values, found.reference, located) if exact else None
+    return cells or tile_frame(values[found.reference].shape[-2:], shape)
 
 
 def probe_image(size: tuple[int, int]) -> Tensor:
@@ -242,6 +269,18 @@ def _name(value: Value) -> str:
     return (not value.output and value.module) or _name_call(value)
 
 
+def _find_module(values: Sequence[Value], i: int) -> str:
+    """Returns ``neck.out3`` if this module computed a value and its name is another, or ``after neck.out3``."""
+    name, after = _name(values[i]), ""
+    if values[i].name.startswith("/") or (values[i].returned and not values[i].name):
+        return ""  # the name is a path
+    while not (module := values[i].place or values[i].module):
+        if len(values[i].parents) != 1:
+            return ""
+        i, after = values[i].parents[0], "after "
+    return "" if module == name else f"{after}{module}"
+
+
 def _name_call(value: Value) -> str:
     """``convolution:3``, or ``split:3.1`` for an operator's second output."""
     return f"{value.op}:{value.call}{f'.{value.output}' if value.output else ''}"
@@ -260,6 +299,7 @@ def _find_values(values: Sequence[Value], names: Sequence[str]) -> list[int]:
         module = "" if value.output else value.module
         for name in (own | {_name_call(value), module}) - {""}:
             known.setdefault(name, []).append(i)
+    known = _find_outputs(values) | known
     for name in names:
         if name not in known:
             near = get_close_matches(name, known, n=3, cutoff=0.4)
@@ -269,6 +309,24 @@ def _find_values(values: Sequence[Value], names: Sequence[str]) -> list[int]:
             calls = ", ".join(_name_call(values[i]) for i in known[name])
             raise ModelError(f"{len(known[name])} values are named {name!r}; choose one by its call: {calls}")
     return [known[name][0] for name in names]
+
+
+def _find_outputs(values: Sequence[Value]) -> dict[str, list[int]]:
+    """Finds, by module, the last value of each of its calls, if the model's file says which module computed a value."""
+    found: dict[str, list[int]] = {}
+    before: set[str] = set()
+    for i, value in enumerate(values):
+        if not value.place:
+            continue
+        parts = value.place.split(".")
+        inside = {".".join(parts[:n]) for n in range(1, len(parts) + 1)}
+        for module in inside:
+            if module in before:
+                found[module][-1] = i
+            else:
+                found.setdefault(module, []).append(i)
+        before = inside
+    return found
 
 
 def _find_first_token(runner: Runner, call: Call, image: Tensor, values: Sequence[Value], found: FoundLevels) -> int:

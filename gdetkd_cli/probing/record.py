@@ -70,6 +70,7 @@ class Value:
         window: of a convolution, pooling or padding.
         sides: of RoIAlign, the smallest and the largest side of its boxes, in cells of the map.
         name: in the model's file; empty if the file names only modules and operators.
+        place: the innermost module that computed it, if the model's file says so; else empty.
         returned: the output of the innermost submodule that returned this value, or None.
         result: whether the model returned it.
     """
@@ -83,6 +84,7 @@ class Value:
     window: Window | None = None
     sides: tuple[float, float] | None = None
     name: str = ""
+    place: str = ""
     returned: Output | None = None
     result: bool = False
 
@@ -110,7 +112,7 @@ class Record:
     returned: object
 
 
-AddName = Callable[[str, object], None]  # (name in the model's file, value)
+AddName = Callable[[str, object, str], None]  # (name in the model's file, value, its innermost module or "")
 
 
 @torch.no_grad()
@@ -139,10 +141,11 @@ def record(
         for hook in hooks:
             hook.remove()
     results = tuple(recorder.find_index(leaf) for leaf in list_tensors(result))
-    values = [
-        replace(value, name=recorder.names.get(i, ""), returned=recorder.outputs.get(i), result=i in results)
-        for i, value in enumerate(recorder.values)
-    ]
+    values = []
+    for i, value in enumerate(recorder.values):
+        name, place = recorder.names.get(i, ("", ""))
+        returned = recorder.outputs.get(i)
+        values.append(replace(value, name=name, place=place, returned=returned, result=i in results))
     return Record(tuple(values), results, result)
 
 
@@ -162,13 +165,13 @@ class _Recorder(TorchDispatchMode):
         self._calls: Counter[str] = Counter()
         self._module_calls: Counter[str] = Counter()
         self.outputs: dict[int, Output] = {}
-        self.names: dict[int, str] = {}
+        self.names: dict[int, tuple[str, str]] = {}  # (name, module)
 
-    def add_name(self, name: str, result: object) -> None:
+    def add_name(self, name: str, result: object, module: str) -> None:
         """Names a value; further names of the same value are ignored."""
         index = self.find_index(result) if isinstance(result, Tensor) else None
         if index is not None:
-            self.names.setdefault(index, name)
+            self.names.setdefault(index, (name, module))
 
     def add_output(self, name: str, module: nn.Module, inputs: object, result: object) -> None:
         """Records a submodule's output; a forward hook."""

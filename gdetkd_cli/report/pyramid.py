@@ -21,7 +21,7 @@ class LevelReport:
     """One pyramid level.
 
     ``stride`` and ``offset`` are (y, x) in pixels; ``shape`` is (H, W) cells; ``mean`` and ``std`` are of its values on
-    the image, None if not finite.
+    the image, None if not finite. ``module`` is where the level is computed, if its name does not say so; else empty.
     """
 
     name: str
@@ -31,6 +31,7 @@ class LevelReport:
     offset: tuple[float, float]
     mean: float | None
     std: float | None
+    module: str = ""
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,7 @@ def describe_on_image(
             shape=(features.shape[-2], features.shape[-1]),
             stride=(level.stride[0] / scale_y, level.stride[1] / scale_x),
             offset=((level.offset[0] - shift_y) / scale_y, (level.offset[1] - shift_x) / scale_x),
+            module="",
             **measure_level(features),
         )
         for level, features in zip(pyramid.levels, pyramid.maps, strict=True)

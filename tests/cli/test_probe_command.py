@@ -74,5 +74,6 @@ def test_json_of_a_probe(runs: Any) -> None:
         "offset": [2.0, 2.5],
         "mean": 0.1,
         "std": 1.5,
+        "module": "",
     }
     assert (document["size"], document["classes"]) == ([480, 640], ["disc", "box"])

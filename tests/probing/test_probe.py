@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from forms import FORMATS, SIZE, build, run
+from token_twins import KeysLikeAMap, StatisticsLikeAMap
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, pad
 from twins import (
@@ -32,7 +33,16 @@ from gdetkd_cli.probing.inputs import ModelInput
 from gdetkd_cli.probing.pyramid import probe
 from gdetkd_cli.probing.record import Output
 
-NOT_SCRIPTED = (Functional, TwoWay, OneConvolutionHeads, Tokens, PatchMerging, TokenDecoder, Stems, Smoothed)
+NOT_SCRIPTED = (
+    Functional,
+    TwoWay,
+    OneConvolutionHeads,
+    Tokens,
+    PatchMerging,
+    TokenDecoder,
+    Stems,
+    Smoothed,
+)
 CALLS = {"exported": "(1, 3, H, W) tensor", "onnx": "(1, 3, H, W) tensor"}
 # class -> channels and strides of its levels
 TWINS: dict[type[nn.Module], list[tuple[int, int]]] = {
@@ -51,6 +61,8 @@ TWINS: dict[type[nn.Module], list[tuple[int, int]]] = {
     Queries: [(10, 32)],
     PlainTransformer: [(10, 16)],
     TokensAlone: [(12, 16)],
+    KeysLikeAMap: [(10, 64)],
+    StatisticsLikeAMap: [(12, 8), (12, 16), (12, 32)],
 }
 # A frozen graph does not contain module names, so the outputs of the head's stems are the levels.
 FROZEN: dict[type[nn.Module], list[tuple[int, int]]] = {Stems: [(6, 8), (6, 16), (6, 32)]}
@@ -244,3 +256,27 @@ def test_the_second_call_and_the_elements_of_a_tuple_have_names() -> None:
     assert Output("neck", 0, 1, 3).name == "neck.1"
     assert Output("neck", 1, 0, 1).name == "neck:1"
     assert Output("neck", 0, 0).name == "neck"
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("form", "names", "modules"),
+    [
+        ("eager", ["up3.last.2", "n4.last.2", "n5.last.2"], ["", "", ""]),
+        ("traced", ["silu:9", "silu:13", "silu:17"], ["after up3.last.1", "after n4.last.1", "after n5.last.1"]),
+        ("frozen", ["silu:9", "silu:13", "silu:17"], ["", "", ""]),
+        ("exported", ["silu_9", "silu_13", "silu_17"], ["up3.last.2", "n4.last.2", "n5.last.2"]),
+    ],
+)
+def test_modules_of_levels(form: str, names: list[str], modules: list[str]) -> None:
+    found = run(FORMATS[form](build(TwoWay)))
+    assert [(level.name, level.module) for level in found.levels] == list(zip(names, modules, strict=True))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_levels_of_an_exported_program_chosen_by_module() -> None:
+    runner = FORMATS["exported"](build(TwoWay))
+    chosen = probe(runner, SIZE, ModelInput(), ["n5", "up3.last", "n4.last.2"])
+    assert [level.address for level in chosen.levels] == [level.address for level in run(runner).levels]
+    with pytest.raises(ModelError, match=r"3 values are named 'tower'; choose one by its call: "):
+        probe(FORMATS["exported"](build(SharedHead)), SIZE, ModelInput(), ["tower"])

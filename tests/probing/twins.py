@@ -361,10 +361,13 @@ class TokenDecoder(nn.Module):
         self.equal = nn.ModuleList(nn.Conv2d(c, 12, 1) for c in (8, 12, 16))
         self.mix = nn.ModuleList(conv(12, 12, 3, 2) for _ in range(2))
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def tokens(self, x: Tensor) -> Tensor:
         c3, c4, c5 = self.body(x)
         maps = [self.equal[0](c3)]
         maps.append(self.equal[1](c4) + self.mix[0](maps[0]))
         maps.append(self.equal[2](c5) + self.mix[1](maps[1]))
-        tokens = self.project(torch.cat([m.flatten(2).transpose(1, 2) for m in maps], dim=1))
+        return self.project(torch.cat([m.flatten(2).transpose(1, 2) for m in maps], dim=1))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        tokens = self.tokens(x)
         return self.classes(tokens), self.boxes(tokens)

@@ -123,8 +123,15 @@ class _NamingInterpreter(Interpreter):
 
     def run_node(self, n: Node) -> Any:
         result = super().run_node(n)
-        self._add_name(n.name, result)
+        self._add_name(n.name, result, _read_module(n))
         return result
+
+
+def _read_module(node: Node) -> str:
+    """Returns the innermost module that a node comes from, as a path; empty if the file has no plain path."""
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    path = str(stack[-1][0]) if stack else ""
+    return path if re.fullmatch(r"[\w.]+", path) else ""
 
 
 class _Program(nn.Module):
