@@ -15,6 +15,16 @@ def export(
     target: options.TargetArgument,
     onnx: Annotated[bool, typer.Option("--onnx", help="Write an ONNX file.")] = False,
     torchscript: Annotated[bool, typer.Option("--torchscript", help="Write a TorchScript file.")] = False,
+    half: Annotated[
+        bool, typer.Option("--half", help="With --onnx: also a file with float16 layers, NAME.fp16.onnx.")
+    ] = False,
+    int8: Annotated[
+        bool,
+        typer.Option(
+            "--int8", help="With --onnx: also a file with 8-bit layers, NAME.int8.onnx, calibrated on training images."
+        ),
+    ] = False,
+    opset: Annotated[int, typer.Option("--opset", min=16, max=20, help="Version of ONNX's operators.")] = 17,
     output: Annotated[
         Path | None, typer.Option("--output", metavar="PATH", help="File or folder. Default: beside the detector.")
     ] = None,
@@ -29,13 +39,12 @@ def export(
     """
     if not (onnx or torchscript):
         raise options.UsageError("no format given; add --onnx, --torchscript or both")
+    if (half or int8) and not onnx:
+        raise options.UsageError("--half and --int8 need --onnx")
 
     from gdetkd_cli.cli import render
     from gdetkd_cli.cli.output import perform
     from gdetkd_cli.commands import run_export
 
-    perform(
-        partial(run_export, target, onnx=onnx, torchscript=torchscript, output=output),
-        render.format_export,
-        as_json=as_json,
-    )
+    work = partial(run_export, target, onnx=onnx, torchscript=torchscript, output=output)
+    perform(partial(work, half=half, int8=int8, opset=opset), render.format_export, as_json=as_json)

@@ -331,6 +331,13 @@ def format_export(result: ExportResult) -> RenderableType:
 def _format_file(file: ExportedFile) -> Iterable[str]:
     parity = file.parity
     yield f"{file.path}  {file.format}, {format_number(file.size_mb)} MB, by {file.exporter}"
+    if file.reduced:
+        yield (
+            f"  on {parity.images} images {parity.unmatched} boxes have no counterpart among the detector's, others "
+            f"differ by up to {parity.max_box_error:.2g} pixels, scores by up to {parity.max_score_error:.2g}; measure "
+            f"its AP with: gdetkd eval {file.path}"
+        )
+        return
     yield (
         f"  parity {'ok' if parity.passed else 'FAILED'}: {parity.detections} detections on {parity.images} images "
         f"({parity.empty} without detections), boxes within {parity.max_box_error:.2g} pixels, "

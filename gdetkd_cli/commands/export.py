@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import cycle
+from math import ceil
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,10 +18,11 @@ from gdetkd_cli.assembly.warnings import warn_about_weights
 from gdetkd_cli.detectors import catalog
 from gdetkd_cli.detectors.protocol import Detector
 from gdetkd_cli.engine.events import Note, Observer, silent
+from gdetkd_cli.engine.run_folder import RunFolder
 from gdetkd_cli.errors import DataError, ExportError, ModelError, RecipeError
 from gdetkd_cli.evaluation.exported import OnnxDetector, ScriptedDetector
 from gdetkd_cli.evaluation.predict import Predictor
-from gdetkd_cli.export.onnx import export_onnx
+from gdetkd_cli.export.onnx import OPSET, export_onnx
 from gdetkd_cli.export.parity import (
     BOX_TOLERANCE,
     QUERY_TOLERANCE,
@@ -29,6 +32,7 @@ from gdetkd_cli.export.parity import (
     build_empty_image,
     check_parity,
 )
+from gdetkd_cli.export.reduced import write_half, write_int8
 from gdetkd_cli.export.torchscript import export_torchscript
 from gdetkd_cli.recipe.load import load_recipe
 from gdetkd_cli.recipe.schema import Data, SyntheticData
@@ -36,18 +40,29 @@ from gdetkd_cli.recipe.schema import Data, SyntheticData
 # Factors (height, width) by which parity images are stretched, to find exports that work for one size only.
 _STRETCHES = ((1.0, 1.0), (0.8, 1.25), (1.3, 0.7), (0.53, 0.53), (1.7, 1.1), (0.67, 1.9))
 _LONGEST, _SHORTEST = 640, 32  # pixels of a parity image's sides
+_CALIBRATION_IMAGES = 100
 _EMPTY_SIZE = (96, 128)
 
 
 @dataclass(frozen=True)
 class ExportedFile:
-    """One written file. ``exporter`` names the exporter, for example ``torch.onnx TorchScript, opset 17``."""
+    """One written file.
+
+    Attributes:
+        path: the file.
+        format: ``onnx``, ``torchscript``, ``onnx float16`` or ``onnx int8``.
+        exporter: for example ``torch.onnx TorchScript, opset 17``.
+        size_mb: of the file.
+        parity: its comparison with the detector; a reduced form need not pass.
+        reduced: whether the file computes with fewer bits.
+    """
 
     path: Path
     format: str
     exporter: str
     size_mb: float
     parity: Parity
+    reduced: bool = False
 
 
 @dataclass(frozen=True)
@@ -72,7 +87,15 @@ class _Format:
 
 
 def run_export(
-    target: str, *, onnx: bool, torchscript: bool, output: Path | None, observer: Observer = silent
+    target: str,
+    *,
+    onnx: bool,
+    torchscript: bool,
+    output: Path | None,
+    half: bool = False,
+    int8: bool = False,
+    opset: int = OPSET,
+    observer: Observer = silent,
 ) -> ExportResult:
     """Writes a detector in one or two formats. A file gets its final name only after the parity check.
 
@@ -82,6 +105,8 @@ def run_export(
         torchscript: write a TorchScript file.
         output: the file, or an existing folder; with two formats, each gets its own suffix. None: beside the
             detector, or in the working directory for builtin:NAME.
+        half, int8: also write the ONNX file with float16 or 8-bit layers, as ``NAME.fp16.onnx`` and ``NAME.int8.onnx``.
+        opset: of the ONNX file.
         observer: receives progress.
 
     Raises:
@@ -93,23 +118,23 @@ def run_export(
     for note in (*loaded.notes, *warn_about_weights(loaded.detector)):
         observer(Note(note))
     detector, architecture = loaded.detector, loaded.description
-    formats = [_Format("onnx", export_onnx, OnnxDetector)] if onnx else []
+    formats = [_Format("onnx", partial(export_onnx, opset=opset), OnnxDetector)] if onnx else []
     formats += [_Format("torchscript", export_torchscript, ScriptedDetector)] if torchscript else []
     folder = Path() if target.startswith("builtin:") else source.parent
     paths = [_choose_path(kind, folder / source.stem, output, only=len(formats) == 1) for kind in formats]
-    for path in paths:
+    forms = [name for name, wanted in (("fp16", half), ("int8", int8)) if wanted and onnx]
+    reduced = {name: paths[0].with_suffix(f".{name}.onnx") for name in forms}
+    for path in (*paths, *reduced.values()):
         if path.exists():
             raise ExportError(f"{path} already exists; remove it, or choose another file with --output")
     images = _read_images(source, observer)
     if detector.family != "query":  # whose detections are always as many as its queries
         images.append(build_empty_image(detector, _EMPTY_SIZE))
-    return ExportResult(
-        source=target,
-        files=tuple(
-            _export(kind, path, detector, architecture, images, observer)
-            for kind, path in zip(formats, paths, strict=True)
-        ),
-    )
+    files = [
+        _export(kind, path, detector, architecture, images, observer) for kind, path in zip(formats, paths, strict=True)
+    ]
+    files += [_reduce(form, paths[0], path, detector, images, source, observer) for form, path in reduced.items()]
+    return ExportResult(source=target, files=tuple(files))
 
 
 def try_export(source: Path) -> None:
@@ -158,6 +183,47 @@ def _export(
     return ExportedFile(
         path=path, format=kind.name, exporter=exporter, size_mb=path.stat().st_size / 1e6, parity=parity
     )
+
+
+def _reduce(
+    form: str,
+    whole: Path,
+    path: Path,
+    detector: Detector,
+    images: list[Tensor],
+    source: Path,
+    observer: Observer,
+) -> ExportedFile:
+    """Writes a float32 ONNX file with fewer bits, and measures how far it differs from the detector."""
+    fresh = path.with_name(f"{path.name}.new")
+    try:
+        if form == "fp16":
+            write_half(whole, fresh)
+            name, exporter = "onnx float16", "gdetkd, float16 layers and float32 boxes"
+        else:
+            calibration = _read_calibration(source, observer)
+            observer(Note(f"measuring the ranges of 8-bit numbers on {len(calibration)} images"))
+            write_int8(whole, fresh, calibration)
+            name, exporter = "onnx int8", f"onnxruntime's static quantisation on {len(calibration)} images"
+        relative = QUERY_TOLERANCE if detector.family == "query" else 0.0
+        parity = check_parity(detector, OnnxDetector(fresh), images, cut=Cut.of(detector.module), relative=relative)
+        fresh.rename(path)
+    finally:
+        fresh.unlink(missing_ok=True)
+    return ExportedFile(path, name, exporter, path.stat().st_size / 1e6, parity, reduced=True)
+
+
+def _read_calibration(source: Path, observer: Observer) -> list[Tensor]:
+    """Reads training images (3, H, W) in 0..1 of the detector's run, evenly chosen; else synthetic scenes."""
+    recipe, labels = source.parent / "recipe.yaml", RunFolder(source.parent).labels
+    data: Data = SyntheticData(train_images=_CALIBRATION_IMAGES)
+    if recipe.exists():
+        data = load_recipe(recipe).data
+    else:
+        observer(Note(f"warning: {source} has no recipe.yaml with its data beside it, so synthetic scenes are used"))
+    split = assembly.build_split(data, "train", labels if labels.is_dir() else None)
+    chosen = range(0, len(split), ceil(len(split) / _CALIBRATION_IMAGES))
+    return [split.read(index).float() / 255 for index in chosen]
 
 
 def _describe_difference(parity: Parity) -> str:

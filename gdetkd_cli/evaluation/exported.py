@@ -32,8 +32,15 @@ class NotOursError(ModelError):
 
 
 def describe(detector: Detector, architecture: dict[str, Any]) -> dict[str, str]:
-    """The description in an exported file: gdetkd's version, class names and architecture (the last two as JSON)."""
+    """The description in an exported file.
+
+    It has gdetkd's version, class names and architecture (the last two as JSON), and the keys that other runtimes read.
+    """
     return {
+        "names": str(dict(enumerate(detector.class_names))),
+        "task": "detect",
+        "stride": str(round(max(max(level.stride) for level in detector.levels))),
+        "batch": "1",
         _VERSION: __version__,
         CLASSES: json.dumps(detector.class_names),
         ARCHITECTURE: json.dumps(architecture),

@@ -23,13 +23,14 @@ from gdetkd_cli.export.single_image import SingleImage, build_example_image
 OPSET = 17  # RoiAlign equals torchvision's since 16; onnxruntime reads 17 since 1.12
 
 
-def export_onnx(detector: Detector, path: Path, *, architecture: dict[str, Any]) -> str:
+def export_onnx(detector: Detector, path: Path, *, architecture: dict[str, Any], opset: int = OPSET) -> str:
     """Writes the detector as ONNX: ``image`` (3, H, W) in 0..1 -> ``boxes`` (D, 4), ``scores`` (D,), ``labels`` (D,).
 
     Args:
         detector: a torchvision detector.
         path: the file to write.
         architecture: the description that rebuilds the detector, stored in the file with the class names.
+        opset: version of ONNX's operators, 16 to 20.
 
     Returns:
         The name of the exporter.
@@ -49,7 +50,7 @@ def export_onnx(detector: Detector, path: Path, *, architecture: dict[str, Any])
                 (build_example_image(),),
                 path,
                 dynamo=False,
-                opset_version=OPSET,
+                opset_version=opset,
                 input_names=[INPUT],
                 output_names=list(OUTPUTS),
                 dynamic_axes={INPUT: {1: "height", 2: "width"}, **{name: {0: "detections"} for name in OUTPUTS}},
@@ -68,7 +69,7 @@ def export_onnx(detector: Detector, path: Path, *, architecture: dict[str, Any])
         raise ExportError(f"torch {torch.__version__} cannot write this detector as ONNX: {reason}") from error
     onnx.helper.set_model_props(model, describe(detector, architecture))
     onnx.save(model, path)
-    return f"torch.onnx TorchScript, opset {OPSET}"
+    return f"torch.onnx TorchScript, opset {opset}"
 
 
 class _SingleImageCoder(BoxCoder):

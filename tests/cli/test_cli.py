@@ -158,7 +158,8 @@ def test_classes_that_are_no_list_of_names(runs: Any, names: str) -> None:
 
 def test_export(runs: Any) -> None:
     shown = done("export", "runs/tiny", "--onnx", "--output", "x.onnx")
-    assert runs.call == ("run_export", ("runs/tiny",), {"onnx": True, "torchscript": False, "output": Path("x.onnx")})
+    expected = {"onnx": True, "torchscript": False, "output": Path("x.onnx"), "half": False, "int8": False, "opset": 17}
+    assert runs.call == ("run_export", ("runs/tiny",), expected)
     assert "parity ok" in shown.stdout
 
 
