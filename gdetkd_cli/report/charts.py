@@ -152,7 +152,8 @@ def draw_histograms(edges: Sequence[float], counts: Mapping[str, Sequence[int]],
 def _draw_cells(axis: Axes, values: NDArray[np.float64], digits: int) -> None:
     total = np.nansum(values, axis=1, keepdims=True)
     share = np.divide(values, total, out=np.zeros_like(values), where=total > 0)
-    shaded = np.ma.array(share, mask=np.isnan(values))  # nothing is drawn in an empty cell
+    empty = np.isnan(values).all(axis=1, keepdims=True)  # nothing is drawn in an empty row
+    shaded = np.ma.array(np.nan_to_num(share), mask=np.broadcast_to(empty, share.shape))
     axis.imshow(shaded, cmap="Blues", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
     size = 8 if values.shape[1] <= 12 else 5.5
     for (row, column), value in np.ndenumerate(values):
