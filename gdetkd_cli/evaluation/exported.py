@@ -36,10 +36,13 @@ def describe(detector: Detector, architecture: dict[str, Any]) -> dict[str, str]
 
     It has gdetkd's version, class names and architecture (the last two as JSON), and the keys that other runtimes read.
     """
-    return {
+    try:
+        stride = {"stride": str(round(max(max(level.stride) for level in detector.levels)))}
+    except ModelError:  # weights that are not finite have no levels to measure; the file can still be written
+        stride = {}
+    return stride | {
         "names": str(dict(enumerate(detector.class_names))),
         "task": "detect",
-        "stride": str(round(max(max(level.stride) for level in detector.levels))),
         "batch": "1",
         _VERSION: __version__,
         CLASSES: json.dumps(detector.class_names),

@@ -30,7 +30,7 @@ NO_NUMBERS = (
     "&a [*a]",
 )  # fmt: skip
 _MARK = "raw value"
-_FREE = ("arguments",)  # the user's own keywords; checked when the detector is built
+_FREE = ("arguments", "config")  # the user's own; checked when the detector is built
 _KEYS: tuple[Any, ...] = (None, 1, True, 1.5, "", "x", "a.b", "name", "<<")
 
 
