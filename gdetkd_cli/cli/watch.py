@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from time import sleep
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -50,9 +49,12 @@ def describe_run(run: Path) -> str:
     Raises:
         RunFolderError: the folder is not a run folder.
     """
-    if not (run / "recipe.yaml").exists():
+    from gdetkd_cli.engine.run_folder import RunFolder  # imports torch, which is slow
+
+    folder = RunFolder(run)
+    if not folder.recipe.exists():
         raise RunFolderError(f"{run} is not a run folder, because it has no recipe.yaml")
-    lines = read_log(run / "metrics.jsonl")
+    lines = list(folder.read_log())
     steps = [line for line in lines if "loss" in line]
     aps = [line["evaluation"]["AP"] for line in lines if "evaluation" in line]
     aps = [ap for ap in aps if ap is not None]
@@ -65,13 +67,6 @@ def describe_run(run: Path) -> str:
         text.append("     " + "  ".join(f"{name} {value:.3g}" for name, value in parts.items()))
         text.append(f"     {steps[-1]['images_per_second']:.1f} images/s  lr {steps[-1]['lr']:.2g}")
     return show_hidden("\n".join(text), keep="\n")
-
-
-def read_log(path: Path) -> list[dict[str, Any]]:
-    """The lines of a log; a last line that is not complete yet is left out."""
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
 
 
 def draw_curve(values: list[float]) -> str:

@@ -6,11 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from gdetkd_cli import assembly
 from gdetkd_cli.assembly.find_data import find_data
-from gdetkd_cli.commands.subject import Stopwatch, build_block, load_teacher, open_file
+from gdetkd_cli.commands.subject import Stopwatch, build_block, choose_device, load_teacher, open_file
 from gdetkd_cli.data.loader import load_validation_batches
 from gdetkd_cli.data.readers.coco import align_classes
 from gdetkd_cli.data.split import Split
@@ -60,7 +58,7 @@ def run_eval(
         DataError: the data are missing or lack the detector's classes.
         RecipeError: the recipe is not usable.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = choose_device()
     if isinstance(data, Path):
         data = find_data(data, observer)[0]
     found = load_teacher(target, classes)
@@ -70,7 +68,7 @@ def run_eval(
         subject = build_block(teacher, device, split.class_names, observer)
     else:
         path = catalog.locate(target)
-        block, labels = (data, None) if data else (_read_data_beside(path), _find_labels(path))
+        block, labels = (data, None) if data else (_read_data_beside(path), RunFolder(path.parent).find_labels())
         split = assembly.build_split(block, "val", labels)
         subject = open_file(path, device, observer, classes=classes, data_classes=split.class_names)
     assembly.report_bad_images([split], observer)
@@ -103,18 +101,12 @@ def evaluate_teacher(recipe: Recipe, split: Split, observer: Observer) -> CocoMe
         DataError: the teacher lacks classes of the split.
     """
     assert recipe.teacher is not None
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = choose_device()
     subject = build_block(recipe.teacher, device, split.class_names, observer)
     split = align_classes(split, subject.class_names)
     progress = report_every(observer, "evaluated", len(split))
     detections = predict_split(subject.predictor, load_validation_batches(split=split, batch_size=1), device, progress)
     return evaluate_coco(list_predicted(split, detections), split.class_names, detections)
-
-
-def _find_labels(path: Path) -> Path | None:
-    """Returns the folder of teacher labels in the detector's run, if it exists."""
-    labels = RunFolder(path.parent).labels
-    return labels if labels.is_dir() else None
 
 
 def _read_data_beside(path: Path) -> Data:

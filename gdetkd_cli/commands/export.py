@@ -215,13 +215,13 @@ def _reduce(
 
 def _read_calibration(source: Path, observer: Observer) -> list[Tensor]:
     """Reads training images (3, H, W) in 0..1 of the detector's run, evenly chosen; else synthetic scenes."""
-    recipe, labels = source.parent / "recipe.yaml", RunFolder(source.parent).labels
+    recipe = source.parent / "recipe.yaml"
     data: Data = SyntheticData(train_images=_CALIBRATION_IMAGES)
     if recipe.exists():
         data = load_recipe(recipe).data
     else:
         observer(Note(f"warning: {source} has no recipe.yaml with its data beside it, so synthetic scenes are used"))
-    split = assembly.build_split(data, "train", labels if labels.is_dir() else None)
+    split = assembly.build_split(data, "train", RunFolder(source.parent).find_labels())
     chosen = range(0, len(split), ceil(len(split) / _CALIBRATION_IMAGES))
     return [split.read(index).float() / 255 for index in chosen]
 

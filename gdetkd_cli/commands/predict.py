@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from gdetkd_cli import portable
-from gdetkd_cli.commands.subject import Stopwatch, Subject, build_block, load_teacher, open_file
+from gdetkd_cli.commands.subject import Stopwatch, Subject, build_block, choose_device, load_teacher, open_file
 from gdetkd_cli.data.sources import Source, find_sources
 from gdetkd_cli.detectors import catalog
 from gdetkd_cli.engine.events import Note, Observer, report_every, silent
 from gdetkd_cli.errors import DataError, GDetKDError, ModelError
-from gdetkd_cli.report.predictions import PredictedImage, draw_detections, write_coco, write_csv, write_yolo
+from gdetkd_cli.report.predictions import PredictedImage, draw_detections, list_rows, write_coco, write_csv, write_yolo
 from gdetkd_cli.structures import Detections
 
 
@@ -104,7 +104,7 @@ def run_predict(
     sources = find_sources(places)
     if options.yolo is not None:
         _check_stems(sources)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = choose_device()
     subject = _open(model, options.classes, device, observer)
     names = subject.class_names
     for name in options.only:
@@ -162,11 +162,9 @@ def _predict(
 
 
 def _list_found(image: PredictedImage, class_names: Sequence[str]) -> ImageResult:
-    found = image.detections
-    rows = zip(found.boxes.tolist(), found.labels.tolist(), found.scores.tolist(), strict=True)
     detections = tuple(
         Found(class_names[label - 1], round(score, 4), (round(x0, 2), round(y0, 2), round(x1, 2), round(y1, 2)))
-        for (x0, y0, x1, y1), label, score in rows
+        for (x0, y0, x1, y1), label, score in list_rows(image)
     )
     return ImageResult(image.name, image.size, detections)
 

@@ -42,6 +42,11 @@ class Subject:
     size_mb: float
 
 
+def choose_device() -> torch.device:
+    """The GPU if there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 class Stopwatch:
     """A predictor that times each call of another predictor."""
 

@@ -103,6 +103,10 @@ class RunFolder:
                 "a file system that all machines share, and start the command in the same folder everywhere"
             )
 
+    def find_labels(self) -> Path | None:
+        """Returns the folder of the teacher's labels, if the run has any."""
+        return self.labels if self.labels.is_dir() else None
+
     def is_empty(self) -> bool:
         """Whether the folder has no file except its lock."""
         return all(path.name == _LOCK for path in self.path.iterdir())

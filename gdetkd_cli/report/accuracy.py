@@ -8,6 +8,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from gdetkd_cli.data.split import Split
 from gdetkd_cli.evaluation.coco_metrics import compute_precision
 from gdetkd_cli.evaluation.confusion import count_confusions
 from gdetkd_cli.evaluation.errors import ERRORS, ErrorReport, measure_errors
@@ -22,22 +23,21 @@ _MOST_CLASSES = 15  # rows of a confusion matrix
 _SHOWN_RECALLS = range(0, 101, 10)
 
 
-def explain_missing(contents: Contents) -> str | None:
-    """Why no detections can be compared with the truth; None if some can."""
+def find_split(contents: Contents) -> Split | str:
+    """The validation images, if detections can be compared with their truth; else the reason why not."""
     if contents.split is None:
         return f"Left out, because the validation images are not available: {contents.without_split}"
     if not contents.complete:
         return "Left out, because the run has no stored detections of all validation images (detections.npz)."
-    return None
+    return contents.split
 
 
 def write_precision(contents: Contents) -> Section:
     """Builds precision over recall at IoU 0.5 and 0.75: the mean over classes, and each class."""
     title = "Precision and recall"
-    if missing := explain_missing(contents):
-        return Section(title, page.paragraph(missing))
-    split = contents.split
-    assert split is not None
+    split = find_split(contents)
+    if isinstance(split, str):
+        return Section(title, page.paragraph(split))
     curves = {
         one.title: compute_precision(split.records, split.class_names, one.detections or {})
         for one in contents.complete
@@ -87,10 +87,9 @@ def _write_per_class(curves: dict[float, NDArray[np.float64]], names: tuple[str,
 def write_confusions(contents: Contents) -> Section:
     """Builds a confusion matrix of each detector."""
     title = "Confusion matrix"
-    if missing := explain_missing(contents):
-        return Section(title, page.paragraph(missing))
-    split = contents.split
-    assert split is not None
+    split = find_split(contents)
+    if isinstance(split, str):
+        return Section(title, page.paragraph(split))
     classes = len(split.class_names)
     html = page.paragraph(
         "Rows are true classes, columns are found classes. An object and a detection of any class are paired at IoU "
@@ -137,8 +136,9 @@ def _merge_rare(counts: NDArray[np.int64], names: tuple[str, ...]) -> tuple[NDAr
 def write_errors(contents: Contents) -> Section:
     """Builds the errors by type, before and after distillation."""
     title = "Errors by type"
-    if missing := explain_missing(contents):
-        return Section(title, page.paragraph(missing))
+    split = find_split(contents)
+    if isinstance(split, str):
+        return Section(title, page.paragraph(split))
     reports = {one.title: measure_errors(contents.matches[one.role]) for one in contents.complete}
     costs = {name: [report.costs[kind] for kind in ERRORS] for name, report in reports.items()}
     words = "; ".join(

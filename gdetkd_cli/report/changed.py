@@ -16,7 +16,7 @@ from torch import Tensor
 from gdetkd_cli.data.bad_images import BadImageError
 from gdetkd_cli.evaluation.errors import Matches, match_split, read_truth
 from gdetkd_cli.report import page
-from gdetkd_cli.report.accuracy import explain_missing
+from gdetkd_cli.report.accuracy import find_split
 from gdetkd_cli.report.contents import Contents
 from gdetkd_cli.report.page import Section
 from gdetkd_cli.structures import Detections
@@ -29,10 +29,9 @@ _HIT, _FALSE = "#1f9d55", "#e3342f"
 def write_changed(contents: Contents) -> Section:
     """Builds rows of truth and detectors for the images that changed most."""
     title = "Images that changed most"
-    if missing := explain_missing(contents):
-        return Section(title, page.paragraph(missing))
-    split = contents.split
-    assert split is not None
+    split = find_split(contents)
+    if isinstance(split, str):
+        return Section(title, page.paragraph(split))
     order, reason = _rank_images(contents)
     html = page.paragraph(
         f"{reason} Solid green boxes are hits (IoU at least 0.5 and the right class), dashed red ones are not; each "

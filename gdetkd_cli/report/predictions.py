@@ -76,7 +76,7 @@ def write_coco(path: Path, images: Sequence[PredictedImage], class_names: Sequen
             "score": round(score, 4),
         }
         for number, image in enumerate(images, start=1)
-        for (x0, y0, x1, y1), label, score in _list_rows(image)
+        for (x0, y0, x1, y1), label, score in list_rows(image)
     ]
     content = {
         "images": [
@@ -95,7 +95,7 @@ def write_csv(path: Path, images: Sequence[PredictedImage], class_names: Sequenc
     rows = csv.writer(text, lineterminator="\n")
     rows.writerow(("image", "class", "score", "x0", "y0", "x1", "y1"))
     for image in images:
-        for box, label, score in _list_rows(image):
+        for box, label, score in list_rows(image):
             rows.writerow((image.name, class_names[label - 1], f"{score:.4f}", *(f"{v:.{_DIGITS}f}" for v in box)))
     write_text(path, text.getvalue())
 
@@ -107,14 +107,14 @@ def write_yolo(folder: Path, images: Sequence[PredictedImage]) -> None:
         lines = [
             f"{label - 1} {(x0 + x1) / 2 / width:.6f} {(y0 + y1) / 2 / height:.6f} "
             f"{(x1 - x0) / width:.6f} {(y1 - y0) / height:.6f} {score:.4f}\n"
-            for (x0, y0, x1, y1), label, score in _list_rows(image)
+            for (x0, y0, x1, y1), label, score in list_rows(image)
         ]
         path = (folder / image.name).with_suffix(".txt")
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, "".join(lines))
 
 
-def _list_rows(image: PredictedImage) -> list[tuple[list[float], int, float]]:
+def list_rows(image: PredictedImage) -> list[tuple[list[float], int, float]]:
     """Returns (box, label, score) of each detection."""
     found = image.detections
     return list(zip(found.boxes.tolist(), found.labels.tolist(), found.scores.tolist(), strict=True))
