@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from functools import partial
 from math import ceil
 from pathlib import Path
 from statistics import median
@@ -30,7 +31,7 @@ from gdetkd_cli.engine.loop import Loop, LoopOptions, seed_everything
 from gdetkd_cli.engine.processes import lost_processes_reported
 from gdetkd_cli.engine.run_folder import RunFolder
 from gdetkd_cli.engine.signals import StopSignals
-from gdetkd_cli.errors import DiskError, RecipeError
+from gdetkd_cli.errors import DiskError, RecipeError, StoppedError
 from gdetkd_cli.evaluation.coco_metrics import CocoMetrics, evaluate_coco
 from gdetkd_cli.evaluation.predict import gather_predictions, list_predicted, predict_split
 from gdetkd_cli.evaluation.stored import write_detections
@@ -142,6 +143,7 @@ def _run(recipe: Recipe, target: Target, observer: Observer, *, report: bool = F
         stack.enter_context(signals.installed())
         stack.enter_context(lost_processes_reported())
         compute, scaled = assembly.start_compute(recipe)
+        stack.push(partial(_leave_together, compute.accelerator))
         main = compute.accelerator.is_main_process
         folder, resume = open_folder(scaled, target, compute.accelerator, stack)
         if not main:
@@ -168,8 +170,13 @@ def _run(recipe: Recipe, target: Target, observer: Observer, *, report: bool = F
             _measure(folder, setup, observer)
             if report:
                 add_report([folder.path], observer)
-    compute.accelerator.end_training()
     return result
+
+
+def _leave_together(accelerator: Accelerator, kind: object, error: BaseException | None, trace: object) -> None:
+    """Ends the group of processes when all of them end here; one that fails alone cannot wait for the others."""
+    if error is None or isinstance(error, StoppedError):
+        accelerator.end_training()
 
 
 def _read_result(folder: RunFolder, setup: assembly.TrainingSetup, checkpoint: Checkpoint) -> TrainResult | None:
