@@ -85,8 +85,8 @@ def compare(
 
     Example: gdetkd compare my.yaml --methods none,gdetkd --seeds 3
     """
-    from gdetkd_cli.cli import render
     from gdetkd_cli.cli.output import perform
+    from gdetkd_cli.cli.render_comparison import format_comparison
     from gdetkd_cli.recipe.load import load_recipe
 
     loaded = load_recipe(recipe, overrides or ())
@@ -99,7 +99,7 @@ def compare(
     names = tuple(name.strip() for name in methods.split(",")) if methods else ()
     work = partial(run_compare, loaded, methods=names, steps=budgets, seeds=seeds, folds=folds, baseline=baseline)
     work = partial(work, jobs=jobs, output=output, launcher=chosen)
-    result = perform(work, render.format_comparison, as_json=as_json)
+    result = perform(work, format_comparison, as_json=as_json)
     if result is not None and result.failures:
         count = len(result.failures)
         raise ComparisonError(f"{count} trial{'s' * (count > 1)} failed; the first: {result.failures[0]}")

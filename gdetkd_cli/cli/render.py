@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE_HEAD
 from rich.columns import Columns
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from gdetkd_cli.commands.report import ReportResult
     from gdetkd_cli.commands.train import TrainResult
     from gdetkd_cli.commands.validate import CheckedRecipe
-    from gdetkd_cli.compare.table import Comparison
     from gdetkd_cli.evaluation.coco_metrics import CocoMetrics
     from gdetkd_cli.report.pyramid import PyramidReport
 
@@ -150,40 +149,6 @@ def format_evaluation(result: EvalResult) -> RenderableType:
             f"{format_number(result.ms_per_image)} ms per image"
         ),
         _build_metrics_tables(result.metrics),
-    )
-
-
-def format_comparison(result: Comparison) -> RenderableType:
-    """Formats a table of methods."""
-    facts = ("AP by seed", "mean", "AP_S", "AP_M", "AP_L", f"to {result.baseline}", f"95 % over {result.interval_over}")
-    table = Table("method", "steps", *facts, "s/step", "MB", box=SIMPLE_HEAD)
-    for column in table.columns[2:]:
-        column.justify = "right"
-    for row in result.rows:
-        if row.mean is None:
-            table.add_row(show_hidden(row.method), str(row.steps), "not run")
-            continue
-        spread = "" if row.deviation is None else f" ± {format_number(row.deviation)}"
-        low_high = "-" if row.interval is None else " … ".join(f"{value:+.1f}" for value in row.interval)
-        table.add_row(
-            show_hidden(row.method),
-            str(row.steps),
-            " / ".join(format_number(value) for value in row.ap.values()),
-            f"{format_number(row.mean)}{spread}",
-            *(format_number(value) for value in (row.ap_small, row.ap_medium, row.ap_large)),
-            "-" if row.difference is None else f"{row.difference:+.1f}",
-            low_high,
-            format_number(row.seconds_per_step, 2),
-            format_number(row.peak_memory_mb, 0),
-        )
-    table.width = Console(width=500).measure(table).maximum  # folded rows are hard to compare
-    teacher = f"teacher: AP {format_number(result.teacher_ap)}"
-    lines = [*result.notes, *(f"failed: {failure}" for failure in result.failures)]
-    return Group(
-        table,
-        build_line(teacher),
-        *map(build_line, lines),
-        build_line(f"{result.table}  {result.trials}  {result.plot}"),
     )
 
 
