@@ -357,9 +357,9 @@ def _check_bccd(settings: Settings) -> None:
 def read_bccd_trials(table: Path) -> dict[tuple[str, int], dict[str, Any]]:
     """Reads metrics of the finished trials by method and seed, also while the table is unfinished."""
     found = {}
-    for written in sorted(table.glob("*/detections.pt")):  # written last
-        method, _, seed = written.parent.name.rsplit("-", 2)
-        found[method, int(seed)] = json.loads((written.parent / "run" / "metrics.json").read_text())
+    for written in sorted(table.glob("*/run/metrics.json")):
+        method, _, seed = written.parts[-3].rsplit("-", 2)
+        found[method, int(seed)] = json.loads(written.read_text())
     return found
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from gdetkd_cli import assembly
 from gdetkd_cli.commands.evaluate import run_eval
 from gdetkd_cli.commands.measure import read_measured
-from gdetkd_cli.compare.trials import Trial, find_finished_trials
+from gdetkd_cli.compare.trials import find_finished_trials
 from gdetkd_cli.data.split import Split
 from gdetkd_cli.engine.events import Note, Observer, silent
 from gdetkd_cli.engine.run_folder import RunFolder
@@ -47,15 +47,13 @@ class _Runs:
         home: folder of the report.
         distilled, alone: run folders, if there are any.
         command: repeats the run or the comparison.
-        trials: the finished trials of a comparison, by role.
-        words: which trials stand for their methods.
+        words: which trials of a comparison stand for their methods.
     """
 
     home: Path
     distilled: RunFolder | None
     alone: RunFolder | None
     command: str
-    trials: tuple[Trial | None, Trial | None] = (None, None)
     words: str = ""
 
 
@@ -152,7 +150,7 @@ def _find_comparison(folder: Path) -> _Runs:
     shown = " and ".join(trial.title for trial in (alone, best) if trial)
     words = f"The sections about single detectors show these trials: {shown}."
     distilled, plainly = (trial.run if trial else None for trial in (best, alone))
-    return _Runs(folder, distilled, plainly, command, (best, alone), words)
+    return _Runs(folder, distilled, plainly, command, words)
 
 
 def _collect(found: _Runs) -> Contents:
@@ -162,11 +160,10 @@ def _collect(found: _Runs) -> Contents:
     recipe = load_recipe(source)
     split, reason = _read_split(recipe, [folder for folder in (main, RunFolder(found.home)) if folder])
     measured = {} if found.distilled is None else read_measured(found.distilled)
-    best, plain = found.trials
     shown = [
         _show_teacher(found, measured.get("teacher"), split),
-        found.alone and _show_run(found.alone, "alone", plain, split),
-        found.distilled and _show_run(found.distilled, "distilled", best, split),
+        found.alone and _show_run(found.alone, "alone", split),
+        found.distilled and _show_run(found.distilled, "distilled", split),
     ]
     table = found.home / "table.csv"
     drawn = {} if main is None else {name: main.pyramids / f"{name}.jpg" for name in ("student", "teacher")}
@@ -195,7 +192,7 @@ def _read_split(recipe: Recipe, folders: Sequence[RunFolder]) -> tuple[Split | N
         return None, f"{error}."
 
 
-def _show_run(folder: RunFolder, role: Any, trial: Trial | None, split: Split | None) -> Shown:
+def _show_run(folder: RunFolder, role: Any, split: Split | None) -> Shown:
     """A trained student: its metrics, detections, log and cost."""
     log = list(folder.read_log())
     evaluations = [line["evaluation"] for line in log if "evaluation" in line]
@@ -203,8 +200,6 @@ def _show_run(folder: RunFolder, role: Any, trial: Trial | None, split: Split | 
     detections = None
     if split is not None and folder.detections.exists():
         detections = read_detections(folder.detections).relabel(split.class_names)
-    elif split is not None and trial is not None:  # a trial of a version that kept no detections.npz
-        detections = trial.read_detections()
     cost = read_measured(folder).get("student", {})
     if not cost and folder.student.exists():
         cost = {"size_mb": folder.student.stat().st_size / 1e6}

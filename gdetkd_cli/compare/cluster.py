@@ -9,8 +9,7 @@ from pathlib import Path
 from threading import Event, Lock
 from typing import Any, Literal
 
-from gdetkd_cli import assembly
-from gdetkd_cli.compare.trials import Children, Place, Trial, train_trial, write_detections
+from gdetkd_cli.compare.trials import Children, Trial, train_trial
 from gdetkd_cli.engine.signals import StopSignals
 from gdetkd_cli.errors import GDetKDError, LauncherError, get_first_line
 from gdetkd_cli.recipe.schema import Recipe
@@ -123,10 +122,7 @@ class TrialJob:
         return ""
 
     def _work(self) -> None:
-        settings = assembly.resolve_runtime(self.recipe.runtime)
-        place = Place(settings.device)
-        train_trial(self.trial, self.recipe, place, _children)
-        write_detections(self.trial, self.recipe, settings, place)
+        train_trial(self.trial, self.recipe, children=_children)
 
     def checkpoint(self) -> Any:
         """Lets the training process write a checkpoint and end; submitit calls this before it requeues the job."""

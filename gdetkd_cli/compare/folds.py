@@ -119,12 +119,12 @@ def pool_teacher_ap(teachers: Mapping[Fold, tuple[Trial, Recipe]]) -> float | No
     Raises:
         RunFolderError: the teacher of a fold is not trained.
     """
+    split = assembly.build_all_folds(next(recipe.data for _, recipe in teachers.values()))
     detections: dict[int, Detections] = {}
     for trial, _ in teachers.values():
-        if not trial.detections.exists():
+        if not trial.finished:
             raise RunFolderError(f"{trial.folder} has no finished teacher; run the same command again")
-        detections |= trial.read_detections()
-    split = assembly.build_all_folds(next(recipe.data for _, recipe in teachers.values()))
+        detections |= trial.read_detections(split.class_names)
     return evaluate_coco(list_predicted(split, detections), split.class_names, detections).ap
 
 

@@ -122,7 +122,7 @@ def select_predicted(split: Split, finished: Iterable[Trial]) -> Split:
     """Returns the split without the images that no trial could read; unchanged if no trial is finished."""
     if split.bad is None:
         return split
-    predicted = {number: one for trial in finished for number, one in trial.read_detections().items()}
+    predicted = {number: one for trial in finished for number, one in trial.read_detections(split.class_names).items()}
     return replace(split, records=list_predicted(split, predicted)) if predicted else split
 
 
@@ -146,7 +146,7 @@ def _pool_folds(finished: Mapping[Trial, Facts], split: Split, folds: int) -> di
             continue
         detections: dict[int, Detections] = {}
         for trial in own:
-            detections |= trial.read_detections()
+            detections |= trial.read_detections(split.class_names)
         metrics = evaluate_coco(split.records, split.class_names, detections).to_json()
         costs = {
             name: median(finished[trial][name] for trial in own) for name in ("seconds_per_step", "peak_memory_mb")
@@ -200,7 +200,7 @@ def _add_intervals(
     drawings = draw_again(len(split))
     drawn = {}
     for trial in finished:
-        matched = MatchedImages(split.records, split.class_names, trial.read_detections())
+        matched = MatchedImages(split.records, split.class_names, trial.read_detections(split.class_names))
         drawn[_get_key(trial)] = matched.compute_aps(drawings)
     with_intervals = []
     for row in rows:

@@ -15,7 +15,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
 from statistics import mean
@@ -25,16 +25,13 @@ from typing import Any, Protocol
 
 import torch
 
-from gdetkd_cli import assembly
-from gdetkd_cli.data.loader import load_validation_batches
-from gdetkd_cli.detectors import catalog
 from gdetkd_cli.engine.device import ComputeSettings
 from gdetkd_cli.engine.events import Note, Observer, Phase, TrialDone
 from gdetkd_cli.engine.run_folder import RunFolder
 from gdetkd_cli.engine.signals import StopSignals
 from gdetkd_cli.errors import GDetKDError
-from gdetkd_cli.evaluation.predict import predict_split
-from gdetkd_cli.files import write_file, write_text
+from gdetkd_cli.evaluation.stored import read_detections
+from gdetkd_cli.files import write_text
 from gdetkd_cli.recipe.load import dump_recipe
 from gdetkd_cli.recipe.schema import Fold, Recipe
 from gdetkd_cli.structures import Detections
@@ -64,27 +61,12 @@ class Trial:
         return RunFolder(self.folder / "run")
 
     @property
-    def detections(self) -> Path:
-        """The student's detections on the validation images; written last, so they mark a finished trial."""
-        return self.folder / "detections.pt"
+    def finished(self) -> bool:
+        return self.run.metrics.exists() and self.run.detections.exists()
 
-    def read_detections(self) -> dict[int, Detections]:
-        """Reads the detections of a finished trial, by image id."""
-        stored = torch.load(self.detections, weights_only=True)
-        return {number: Detections(**one) for number, one in stored.items()}
-
-
-@dataclass(frozen=True)
-class Place:
-    """The device of a trial.
-
-    Attributes:
-        device: name in this process, such as ``cpu`` or ``cuda:1``.
-        environment: variables that make it the only CUDA device of the trial's process.
-    """
-
-    device: str
-    environment: Mapping[str, str] = field(default_factory=dict)
+    def read_detections(self, class_names: Sequence[str]) -> dict[int, Detections]:
+        """Reads a finished trial's detections on the validation images, by image id, with labels of these classes."""
+        return read_detections(self.run.detections).relabel(class_names)
 
 
 class TimeLeft:
@@ -133,12 +115,12 @@ def find_finished_trials(folder: Path, folds: int | None = None) -> dict[Trial, 
         folds: number of folds of the trials; None: trials without folds.
     """
     trials = []
-    for written in folder.glob("*/detections.pt"):
-        if name := _TRIAL.fullmatch(written.parent.name):
+    for own in folder.glob("*/"):
+        if name := _TRIAL.fullmatch(own.name):
             method, steps, seed, number, of = name.groups()
             fold = Fold(number=int(number), of=int(of)) if of else None
             trials.append(build_trial(folder, method, int(steps), int(seed), fold))
-    trials = [trial for trial in trials if (trial.fold and trial.fold.of) == folds]
+    trials = [trial for trial in trials if trial.finished and (trial.fold and trial.fold.of) == folds]
     trials.sort(key=lambda trial: (trial.steps, trial.seed, trial.method, trial.fold.number if trial.fold else 0))
     return {trial: json.loads(trial.run.metrics.read_text()) for trial in trials}
 
@@ -176,27 +158,26 @@ def run_trials(
     """
     if not recipes:
         return []
-    missing = [trial for trial in recipes if not trial.detections.exists()]
+    missing = [trial for trial in recipes if not trial.finished]
     observer(Note(f"{len(recipes)} {what}, {len(recipes) - len(missing)} of them already finished"))
     failures, children = [], Children()
-    free: SimpleQueue[Place] = SimpleQueue()
-    for place in list_places(settings, jobs):
-        free.put(place)
+    free: SimpleQueue[Mapping[str, str]] = SimpleQueue()
+    for environment in list_environments(settings, jobs):
+        free.put(environment)
     time_left = TimeLeft(missing, jobs)
 
     def work(trial: Trial) -> None:
         observer(Phase(trial.title))
-        place = free.get()
+        environment = free.get()
         whole, start = not trial.run.path.exists(), perf_counter()
         try:
             if cluster:
                 cluster.run(trial, recipes[trial])
             else:
-                train_trial(trial, recipes[trial], place, children)
-                write_detections(trial, recipes[trial], settings, place)
+                train_trial(trial, recipes[trial], environment, children)
         finally:
             time_left.remove(trial)  # failed trials, too
-            free.put(place)
+            free.put(environment)
         left, seconds = time_left.remove(trial, perf_counter() - start if whole else None)
         observer(TrialDone(trial.title, json.loads(trial.run.metrics.read_text())["AP"], left, seconds))
 
@@ -215,15 +196,15 @@ def run_trials(
     return failures
 
 
-def list_places(settings: ComputeSettings, jobs: int) -> list[Place]:
-    """Lists a place for each of the ``jobs``; they share GPUs if there are fewer."""
+def list_environments(settings: ComputeSettings, jobs: int) -> list[dict[str, str]]:
+    """Lists variables that give each of the ``jobs`` one GPU; they share GPUs if there are fewer."""
     if settings.device != "cuda":
-        return [Place(settings.device)] * jobs
+        return [{}] * jobs
     count = torch.cuda.device_count()
     # This process's device 0 may be the machine's device 3, so pass on the names from its own environment.
     visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))
     names = visible.split(",")[:count]
-    return [Place(f"cuda:{i % count}", {"CUDA_VISIBLE_DEVICES": names[i % count]}) for i in range(jobs)]
+    return [{"CUDA_VISIBLE_DEVICES": names[i % count]} for i in range(jobs)]
 
 
 class Cluster(Protocol):
@@ -268,14 +249,21 @@ class Children:
             process.wait()
 
 
-def train_trial(trial: Trial, recipe: Recipe, place: Place, children: Children | None = None) -> None:
-    """Trains the trial's student in its own process, unless it is already trained.
+def train_trial(
+    trial: Trial, recipe: Recipe, environment: Mapping[str, str] | None = None, children: Children | None = None
+) -> None:
+    """Trains and evaluates the trial's student in its own process, unless it is already trained.
+
+    Args:
+        trial, recipe: the trial.
+        environment: variables to add to this process's own.
+        children: where the process is registered.
 
     Raises:
         GDetKDError: the process failed, or a process of an earlier call is still training.
     """
     run = trial.run
-    if run.metrics.exists():
+    if trial.finished:
         return
     trial.folder.mkdir(parents=True, exist_ok=True)
     path = trial.folder / "recipe.yaml"
@@ -287,7 +275,7 @@ def train_trial(trial: Trial, recipe: Recipe, place: Place, children: Children |
     if is_code_trusted():
         command.append("--trust-code")
     log = trial.folder / "log.txt"
-    code = (children or Children()).run(command, log, {**os.environ, **place.environment})
+    code = (children or Children()).run(command, log, {**os.environ, **(environment or {})})
     if code < 0:
         name = signal.Signals(-code).name
         reason = ", often for lack of memory" if name == "SIGKILL" else ""
@@ -295,14 +283,5 @@ def train_trial(trial: Trial, recipe: Recipe, place: Place, children: Children |
     if code:
         lines = log.read_text().strip().splitlines()
         raise GDetKDError(f"{lines[-1] if lines else f'exit code {code}'} ({log})")
-
-
-def write_detections(trial: Trial, recipe: Recipe, settings: ComputeSettings, place: Place) -> None:
-    """Writes the student's detections on the validation images, in float32, the same as in its own evaluation."""
-    loaded = catalog.load(catalog.locate(str(trial.run.path)))
-    assembly.set_memory_format(loaded.detector.module.to(place.device), settings)
-    split = assembly.relabel(assembly.build_split(recipe.data, "val"), loaded.detector)
-    batches = load_validation_batches(split=split, batch_size=recipe.train.batch_size)
-    detections = predict_split(loaded.detector, batches, place.device)
-    content = {number: vars(one) for number, one in detections.items()}
-    write_file(trial.detections, lambda file: torch.save(content, file))
+    if not trial.finished:
+        raise GDetKDError(f"{run.path} has no metrics or no detections; remove it and run the same command again")

@@ -108,7 +108,6 @@ def test_the_summary_has_targets_and_dashes(gpu: ModuleType, tmp_path: Path) -> 
         (trial / "run" / "metrics.json").write_text(
             json.dumps({"AP": ap, "seconds_per_step": 0.25, "peak_memory_mb": 900.0})
         )
-        (trial / "detections.pt").touch()
     (tmp_path / "gdetkd-300-0" / "run").mkdir(parents=True)  # still at it
     text = gpu.write_summary(results, gpu.read_bccd_trials(tmp_path))
 

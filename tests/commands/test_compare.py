@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -29,7 +30,6 @@ from gdetkd_cli.evaluation.coco_metrics import evaluate_coco
 from gdetkd_cli.evaluation.intervals import interval_over_seeds_and_images
 from gdetkd_cli.recipe.load import dump_recipe
 from gdetkd_cli.recipe.schema import CheckpointDetector, CocoData, FolderData, Recipe
-from gdetkd_cli.structures import Detections
 
 
 @pytest.fixture(scope="module")
@@ -85,15 +85,14 @@ def test_rows_and_files(compared: tuple[Path, Comparison]) -> None:
     assert found.plot.stat().st_size > 1000
     # The intervals are made of the very detections that the metrics are.
     split = build_split(toy.recipe().data, "val")
-    stored = torch.load(folder / "pkd-3-1" / "detections.pt", weights_only=True)
-    seen = {number: Detections(**one) for number, one in stored.items()}
+    seen = build_trial(folder, "pkd", 3, 1).read_detections(split.class_names)
     assert evaluate_coco(split.records, split.class_names, seen).ap == metrics["AP"]
 
 
 def test_only_unfinished_trials_are_run(compared: tuple[Path, Comparison]) -> None:
     folder, before = compared
     stamp = (folder / "none-3-0" / "run" / "student.pt").stat().st_mtime_ns
-    (folder / "pkd-3-1" / "detections.pt").unlink()
+    shutil.rmtree(folder / "pkd-3-1")
     heard: list[Event] = []
     recipe = toy.recipe(steps=3, student="retinanet")
     again = run_compare(recipe, methods=("none", "pkd"), seeds=2, output=folder, observer=heard.append)
@@ -202,7 +201,7 @@ def test_a_trial_in_another_process_is_left_alone(tmp_path: Path) -> None:
     )  # fmt: skip
     assert holder.stdout is not None and holder.stdout.readline()
     with pytest.raises(GDetKDError, match="another process is writing into"):
-        trials.train_trial(trial, toy.recipe(steps=3), trials.Place("cpu"))
+        trials.train_trial(trial, toy.recipe(steps=3))
     holder.communicate()
     assert (trial.run.path / "recipe.yaml").read_text() == "kept"
     with trial.run.lock():
@@ -243,18 +242,15 @@ def test_simultaneous_trials_use_different_gpus(tmp_path: Path, monkeypatch: pyt
             together.wait()  # both trials of a pair are being trained
             return 0
 
-    predicted: list[str] = []
     monkeypatch.setattr(trials.subprocess, "Popen", Ended)
-    monkeypatch.setattr(trials, "write_detections", lambda *args: predicted.append(args[3].device))
     recipes = {build_trial(tmp_path, "none", 3, seed): toy.recipe(steps=3) for seed in range(4)}
     failures = run_trials(recipes, settings, jobs=2, observer=lambda _: None)
     assert len(failures) == 4  # no process ran: none has metrics
-    assert sorted(given) == ["3", "3", "5", "5"] and sorted(predicted) == ["cuda:0", "cuda:0", "cuda:1", "cuda:1"]
+    assert sorted(given) == ["3", "3", "5", "5"]
 
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-    assert [place.device for place in trials.list_places(settings, 3)] == ["cuda:0", "cuda:1", "cuda:0"]
-    assert [place.environment["CUDA_VISIBLE_DEVICES"] for place in trials.list_places(settings, 3)] == ["0", "1", "0"]
-    assert trials.list_places(replace(settings, device="cpu"), 2) == [trials.Place("cpu"), trials.Place("cpu")]
+    assert [one["CUDA_VISIBLE_DEVICES"] for one in trials.list_environments(settings, 3)] == ["0", "1", "0"]
+    assert trials.list_environments(replace(settings, device="cpu"), 2) == [{}, {}]
 
 
 def test_time_left_is_estimated_from_finished_trials(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +26,7 @@ from gdetkd_cli.engine.events import Event, Note, Phase
 from gdetkd_cli.errors import DataError, RecipeError, RunFolderError
 from gdetkd_cli.evaluation.coco_metrics import evaluate_coco
 from gdetkd_cli.evaluation.intervals import interval_over_folds
+from gdetkd_cli.evaluation.stored import read_detections, write_detections
 from gdetkd_cli.recipe.load import dump_recipe, load_recipe
 from gdetkd_cli.recipe.schema import CheckpointDetector, CocoData, Fold, FolderData, Recipe, SyntheticData
 from gdetkd_cli.structures import Detections
@@ -72,9 +74,9 @@ def crossed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Recipe, Com
 def pooled(trials: Iterable[Path], split: Split) -> float | None:
     found: dict[int, Detections] = {}
     for trial in trials:
-        stored = torch.load(trial / "detections.pt", weights_only=True)
+        stored = read_detections(trial / "run" / "detections.npz").by_image
         assert not found.keys() & stored.keys()
-        found |= {number: Detections(**one) for number, one in stored.items()}
+        found |= stored
     assert found.keys() == {record.image_id for record in split.records}
     return evaluate_coco(split.records, split.class_names, found).ap
 
@@ -146,7 +148,7 @@ def test_no_run_and_no_teacher_sees_what_it_is_tested_on(crossed: tuple[Path, Re
 
 def test_what_is_finished_is_not_run_again(crossed: tuple[Path, Recipe, Comparison]) -> None:
     folder, recipe, before = crossed
-    (folder / "sgfi-2-0-fold-2-of-2" / "detections.pt").unlink()
+    shutil.rmtree(folder / "sgfi-2-0-fold-2-of-2")
     heard: list[Event] = []
     again = run_compare(
         recipe, methods=("none",), seeds=1, folds=FOLDS, baseline="sgfi", output=folder, observer=heard.append
@@ -196,7 +198,7 @@ def by_hand(folder: Path, recipe: Recipe) -> None:
                     for record in split.records
                 }
                 trial.run.path.mkdir(parents=True)
-                torch.save({number: vars(one) for number, one in found.items()}, trial.detections)
+                write_detections(trial.run.detections, split.class_names, found)
                 metrics = evaluate_coco(split.records, split.class_names, found).to_json()
                 spent = {"seconds_per_step": 0.1 * fold.number, "peak_memory_mb": 100.0}
                 trial.run.metrics.write_text(json.dumps(metrics | spent))
@@ -235,8 +237,9 @@ def test_images_that_no_trial_could_read_are_not_in_the_table(tmp_path: Path) ->
     split = replace(every_image(recipe), bad=BadImages(1))
     lost, *others = [record.image_id for record in split.records]
     for trial in finished:
-        found = torch.load(trial.detections)
-        torch.save({number: one for number, one in found.items() if number != lost}, trial.detections)
+        found = trial.read_detections(split.class_names)
+        found.pop(lost, None)
+        write_detections(trial.run.detections, split.class_names, found)
     assert [record.image_id for record in select_predicted(split, finished).records] == others
     assert select_predicted(split, ()) is split
     assert select_predicted(replace(split, bad=None), finished).records == split.records
@@ -249,7 +252,7 @@ def is_of(trial: Trial, method: str, number: int) -> bool:
 def test_a_seed_without_all_folds_is_left_out(tmp_path: Path) -> None:
     recipe = toy.recipe()
     by_hand(tmp_path, recipe)
-    (tmp_path / "sgfi-5-1-fold-2-of-2" / "detections.pt").unlink()
+    (tmp_path / "sgfi-5-1-fold-2-of-2" / "run" / "detections.npz").unlink()
     finished = find_finished_trials(tmp_path, FOLDS)
     (plain, sgfi), _ = make_rows([], finished, every_image(recipe), "none", FOLDS)
     assert (list(plain.ap), list(sgfi.ap)) == ([0, 1], [0])
