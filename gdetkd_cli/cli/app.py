@@ -13,6 +13,7 @@ from typer.core import TyperGroup
 from typer.exceptions import TyperException
 
 from gdetkd_cli import __version__
+from gdetkd_cli.cli.advise import advise
 from gdetkd_cli.cli.bench import bench
 from gdetkd_cli.cli.compare import compare
 from gdetkd_cli.cli.data import data
@@ -150,6 +151,7 @@ app.command("demo")(demo)
 app.command("init")(init)
 app.command("data")(data)
 app.command("probe")(probe)
+app.command("advise")(advise)
 app.command("train")(train)
 app.command("distill")(distill)
 app.command("eval")(evaluate)

@@ -1,17 +1,21 @@
-"""Formats the table of ``gdetkd compare``, in 80 columns."""
+"""Formats the tables of ``gdetkd compare`` and ``gdetkd advise``, in 80 columns."""
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable
 from itertools import groupby
 from typing import TYPE_CHECKING
 
 from rich.console import Group, RenderableType
 from rich.table import Table
+from rich.text import Text
 
 from gdetkd_cli.cli.render import build_line, build_table, format_number
+from gdetkd_cli.text import show_hidden
 
 if TYPE_CHECKING:
+    from gdetkd_cli.commands.advise import Advice
     from gdetkd_cli.compare.table import Comparison, MethodRow
 
 
@@ -67,3 +71,21 @@ def _build_details(rows: Iterable[MethodRow]) -> Table:
 def format_interval(interval: tuple[float, float] | None) -> str:
     """Formats the low and high end of an interval, or a dash."""
     return "-" if interval is None else " … ".join(f"{value:+.1f}" for value in interval)
+
+
+def format_advice(advice: Advice) -> RenderableType:
+    """Formats the short runs, the answer, and the command that follows it."""
+    rows = [row for row in advice.comparison.rows if row.steps == advice.steps]
+    title = f"{advice.steps:,} of {advice.full_steps:,} steps"
+    lines = [
+        f"teacher: AP {format_number(advice.comparison.teacher_ap)}",
+        *(f"failed: {failure}" for failure in advice.comparison.failures),
+    ]
+    if advice.recommended is not None and advice.verdict.kind in ("gain", "unclear"):
+        lines.append(f"next: gdetkd distill {shlex.quote(str(advice.recommended))}")
+    return Group(
+        _build_gains(title, rows, advice.comparison),
+        *map(build_line, lines[:1]),
+        Text(show_hidden(advice.verdict.sentence)),
+        *map(build_line, lines[1:]),
+    )

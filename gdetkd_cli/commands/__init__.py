@@ -1,5 +1,6 @@
 """The commands, one file each, with their result types. Nothing here prints."""
 
+from gdetkd_cli.commands.advise import run_advise
 from gdetkd_cli.commands.bench import profile_distill
 from gdetkd_cli.commands.compare import run_compare
 from gdetkd_cli.commands.data import run_data
@@ -19,6 +20,7 @@ __all__ = [
     "plan_distill",
     "profile_distill",
     "resume_run",
+    "run_advise",
     "run_compare",
     "run_data",
     "run_demo",

@@ -1,4 +1,4 @@
-"""The linear scaling rule: adapts a recipe to another batch size."""
+"""Adapts a recipe to another batch size, by the linear scaling rule, or to another length."""
 
 from __future__ import annotations
 
@@ -21,19 +21,20 @@ def scale_to_batch(recipe: AnyRecipe, processes: int) -> AnyRecipe:
     if train.reference_batch is None:
         return recipe
     factor = train.batch_size * processes / train.reference_batch
+    optimizer = train.optimizer.model_copy(update={"lr": train.optimizer.lr * factor})
+    changed = {"reference_batch": None, "optimizer": optimizer}
+    return shorten(recipe.model_copy(update={"train": train.model_copy(update=changed)}), factor)
+
+
+def shorten(recipe: AnyRecipe, factor: float) -> AnyRecipe:
+    """Divides the steps, the warm-ups and the evaluation interval of a recipe by a factor, and rounds up."""
+    train = recipe.train
     steps = {
         name: max(1, ceil(value / factor))
         for name in ("steps", "evaluate_every")
         if (value := getattr(train, name)) is not None
     }
-    changed = train.model_copy(
-        update={
-            **steps,
-            "reference_batch": None,
-            "optimizer": train.optimizer.model_copy(update={"lr": train.optimizer.lr * factor}),
-            "schedule": train.schedule.model_copy(update={"warmup_steps": ceil(train.schedule.warmup_steps / factor)}),
-        }
-    )
+    schedule = train.schedule.model_copy(update={"warmup_steps": ceil(train.schedule.warmup_steps / factor)})
     distill = recipe.distill
     if distill is not None:
         terms = {
@@ -42,7 +43,9 @@ def scale_to_batch(recipe: AnyRecipe, processes: int) -> AnyRecipe:
             if isinstance(getattr(term, "warmup_steps", None), int)
         }
         distill = distill.model_copy(update=terms)
-    return recipe.model_copy(update={"train": changed, "distill": distill})
+    return recipe.model_copy(
+        update={"train": train.model_copy(update={**steps, "schedule": schedule}), "distill": distill}
+    )
 
 
 def count_epochs(recipe: Recipe, images: int) -> float:

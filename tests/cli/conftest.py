@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from gdetkd_cli.assembly.distillation import TermPlan
+from gdetkd_cli.commands.advise import Advice
 from gdetkd_cli.commands.bench import Profile
 from gdetkd_cli.commands.demo import DemoResult, DemoRow
 from gdetkd_cli.commands.evaluate import EvalResult
@@ -20,6 +21,7 @@ from gdetkd_cli.commands.plan import Plan
 from gdetkd_cli.commands.train import TrainResult
 from gdetkd_cli.commands.validate import CheckedRecipe
 from gdetkd_cli.compare.table import Comparison, MethodRow
+from gdetkd_cli.compare.verdict import Verdict
 from gdetkd_cli.engine.events import Evaluated, Note, Observer, Phase, StepDone
 from gdetkd_cli.evaluation.coco_metrics import CocoMetrics
 from gdetkd_cli.export.parity import Parity
@@ -165,7 +167,20 @@ COMPARED = Comparison(
 )
 
 
+ADVISED = Advice(
+    recipe="tiny",
+    steps=500,
+    full_steps=5000,
+    verdict=Verdict(
+        "gain", "sgfi+ckd", (5.5, 1.0, 10.0), (8.2, 1.2, 15.0), "Expect a gain: sgfi+ckd is +5.5 AP ahead."
+    ),
+    comparison=COMPARED,
+    recommended=Path("out/recommended.yaml"),
+)
+
+
 RESULTS: dict[str, Any] = {
+    "run_advise": ADVISED,
     "run_compare": COMPARED,
     "run_train": TRAINED,
     "run_distill": TRAINED,

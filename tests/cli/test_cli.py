@@ -70,6 +70,26 @@ def test_compare(runs: Any, recipe: str) -> None:
     assert json.loads(shown.stdout)["interval_over"] == "seeds and images"
 
 
+def test_advise(runs: Any, recipe: str) -> None:
+    shown = done("advise", recipe, "--share", "0.2", "--methods", "sgfi, pkd", "--seeds", "2", "--output", "out")
+    expected = {"methods": ("sgfi", "pkd"), "share": 0.2, "seeds": 2, "jobs": 1, "output": Path("out")}
+    assert runs.call == ("run_advise", (load_recipe(recipe),), expected)
+    for line in ("500 of 5,000 steps", "teacher: AP 52.8", "Expect a gain: sgfi+ckd is +5.5 AP ahead."):
+        assert line in shown.stdout
+    assert "next: gdetkd distill out/recommended.yaml" in shown.stdout
+    done("advise", recipe)
+    assert "methods" not in runs.calls[-1][2]
+    assert json.loads(done("advise", recipe, "--json").stdout)["verdict"]["expected"] == [8.2, 1.2, 15.0]
+
+
+@pytest.mark.parametrize("kind", ["weak teacher", "no gain", "too early"])
+def test_advice_against_a_run_names_no_command(runs: Any, recipe: str, kind: Any) -> None:
+    advised = runs.results["run_advise"]
+    verdict = dataclasses.replace(advised.verdict, kind=kind)
+    runs.results["run_advise"] = dataclasses.replace(advised, verdict=verdict)
+    assert "next:" not in done("advise", recipe).stdout
+
+
 def test_compare_over_folds(runs: Any, recipe: str) -> None:
     done("compare", recipe, "--folds", "5")
     assert runs.call is not None and runs.call[2]["folds"] == 5

@@ -11,9 +11,9 @@ import pytest
 from rich.console import Console, RenderableType
 
 from gdetkd_cli.cli import render
-from gdetkd_cli.cli.render_comparison import format_comparison
 from gdetkd_cli.cli.live import narration
 from gdetkd_cli.cli.output import to_json
+from gdetkd_cli.cli.render_comparison import format_comparison
 from gdetkd_cli.cli.terminal import is_first_process
 from gdetkd_cli.engine.events import Evaluated, Event, ImagesDone, Note, Phase, StepDone, TrialDone
 from gdetkd_cli.evaluation.coco_metrics import CocoMetrics

@@ -1,0 +1,184 @@
+"""Compares the answers of ``gdetkd advise`` with what the whole runs gave, from the trials in docs/benchmarks/.
+
+    python benchmarks/advise.py
+
+A line of PAIRS names the short runs and the whole ones. Short runs are those of ``gdetkd advise`` (added with
+``python benchmarks/tables.py --take advise-NAME FOLDER``), or a table's own runs at a smaller budget.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+from statistics import mean
+
+from gdetkd_cli.compare.table import MethodRow
+from gdetkd_cli.compare.verdict import Verdict, judge
+from gdetkd_cli.recipe.methods import NONE
+
+TRIALS = Path(__file__).parents[1] / "docs" / "benchmarks"
+HEAD = "sgfi+ckd+class_kd+box_kd+head"  # what `gdetkd` is where the head is copied
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Short and whole runs of one pair of detectors: file and steps of each."""
+
+    title: str
+    teacher: float
+    short: tuple[str, int]
+    whole: tuple[str, int]
+
+
+PAIRS = (
+    Pair("scenes, Faster R-CNN", 78.6, ("advise-frcnn-2000", 200), ("frcnn-long", 2000)),
+    Pair("scenes, Faster R-CNN", 78.6, ("advise-frcnn-8000", 800), ("frcnn-long", 8000)),
+    Pair("scenes, FCOS", 78.6, ("advise-fcos-2000", 200), ("fcos-long", 2000)),
+    Pair("scenes, RetinaNet", 78.6, ("advise-retinanet-2000", 200), ("retinanet-long", 2000)),
+    Pair("scenes, D-FINE", 78.6, ("advise-dfine-3000", 300), ("dfine", 3000)),
+    Pair("BCCD, Faster R-CNN", 53.3, ("advise-bccd", 90), ("bccd", 900)),
+    Pair("cards, FCOS", 59.9, ("advise-cards-fcos", 90), ("cards-fcos", 900)),
+    Pair("cards, Faster R-CNN", 59.9, ("advise-cards-frcnn", 90), ("cards-frcnn", 900)),
+    Pair("scenes, Faster R-CNN", 78.6, ("frcnn", 500), ("frcnn-long", 2000)),
+    Pair("scenes, Faster R-CNN", 78.6, ("frcnn-long", 2000), ("frcnn-long", 8000)),
+    Pair("scenes, FCOS", 78.6, ("fcos", 600), ("fcos-long", 2000)),
+    Pair("scenes, FCOS", 78.6, ("fcos-long", 2000), ("fcos-long", 8000)),
+    Pair("scenes, RetinaNet", 78.6, ("retinanet", 600), ("retinanet-long", 2000)),
+    Pair("scenes, RetinaNet", 78.6, ("retinanet-long", 2000), ("retinanet-long", 8000)),
+    Pair("scenes, D-FINE", 78.6, ("dfine", 1000), ("dfine", 3000)),
+    Pair("BCCD, Faster R-CNN", 53.3, ("bccd", 250), ("bccd", 900)),
+)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A pair's answer, and the gains of its methods in the short and in the whole runs."""
+
+    pair: Pair
+    verdict: Verdict
+    short: dict[str, float]
+    whole: dict[str, float]
+
+
+def main() -> None:
+    outcomes = [outcome for pair in PAIRS if (outcome := compare(pair))]
+    print("| pair | steps | plain, short | best, short | answer | expected | came | best of all |")
+    print("|---|---|---|---|---|---|---|---|")
+    for one in outcomes:
+        print("| " + " | ".join(describe(one)) + " |")
+    print()
+    print("\n".join(summarize(outcomes)))
+
+
+def compare(pair: Pair) -> Outcome | None:
+    """Judges a pair's short runs by the methods that its whole runs have, too; None if there are none."""
+    short, whole = read_rows(*pair.short), read_rows(*pair.whole)
+    common = [row for row in short if row.method == NONE or row.method in {other.method for other in whole}]
+    gains = [{row.method: row.difference for row in rows if row.difference is not None} for rows in (common, whole)]
+    if not gains[0]:
+        return None
+    return Outcome(pair, judge(common, pair.teacher, pair.whole[1] / pair.short[1]), *gains)
+
+
+def read_rows(name: str, steps: int) -> list[MethodRow]:
+    """Reads a table's trials at one budget as rows of ``gdetkd compare``."""
+    trials = [row for row in _read(f"{name}.csv") if row["steps"] == str(steps) and "@" not in row["method"]]
+    deviations = {
+        row["method"]: float(row["image_deviation"] or 0)
+        for row in _read(f"{name}-intervals.csv")
+        if row["steps"] == str(steps)
+    }
+    aps: dict[str, dict[int, float]] = {}
+    for trial in trials:
+        method = "gdetkd" if trial["method"] == HEAD else trial["method"]
+        aps.setdefault(method, {})[int(trial["seed"])] = float(trial["AP"])
+    rows = []
+    for method, ap in aps.items():
+        gains = [ap[seed] - aps[NONE][seed] for seed in ap if seed in aps.get(NONE, {})]
+        rows.append(
+            MethodRow(
+                method=method,
+                steps=steps,
+                ap=ap,
+                mean=mean(ap.values()),
+                difference=mean(gains) if gains and method != NONE else None,
+                image_deviation=deviations.get(method),
+            )
+        )
+    return rows
+
+
+def describe(one: Outcome) -> list[str]:
+    """Returns the cells of a pair's line."""
+    pair, verdict = one.pair, one.verdict
+    plain = next(row.mean for row in read_rows(*pair.short) if row.method == NONE)
+    seen = "-" if verdict.seen is None else "{:+.1f} ({:+.1f} to {:+.1f})".format(*verdict.seen)
+    expected = "-" if verdict.expected is None else "{:+.1f} ({:+.1f} to {:+.1f})".format(*verdict.expected)
+    best = max(one.whole, key=one.whole.__getitem__)
+    return [
+        pair.title,
+        f"{pair.short[1]:,} of {pair.whole[1]:,}",
+        f"{plain:.1f}",
+        f"`{verdict.method}` {seen}",
+        verdict.kind,
+        expected,
+        f"{one.whole[verdict.method or '']:+.1f}",
+        f"`{best}` {one.whole[best]:+.1f}",
+    ]
+
+
+def summarize(outcomes: Sequence[Outcome]) -> list[str]:
+    """Returns how good the answers were."""
+    promised = [one for one in outcomes if one.verdict.expected]
+    came = [one.whole[one.verdict.method or ""] for one in promised]
+    covered = [
+        low <= gain <= high
+        for gain, one in zip(came, promised, strict=True)
+        for _, low, high in [one.verdict.expected or (0, 0, 0)]
+    ]
+    expected = [one.verdict.expected[0] for one in promised if one.verdict.expected]
+    ranks = rank_correlation(list(zip(expected, came, strict=True)))
+    right = [
+        (one.short[a] - one.short[b]) * (one.whole[a] - one.whole[b]) > 0
+        for one in outcomes
+        for a, b in combinations(sorted(one.short.keys() & one.whole.keys()), 2)
+    ]
+    lost = [max(one.whole[name] for name in one.short) - one.whole[one.verdict.method or ""] for one in outcomes]
+    errors = [abs(gain - (one.verdict.expected or (0, 0, 0))[0]) for gain, one in zip(came, promised, strict=True)]
+    return [
+        f"- {len(outcomes)} answers: "
+        + ", ".join(
+            f"{sum(o.verdict.kind == kind for o in outcomes)} {kind}"
+            for kind in dict.fromkeys(o.verdict.kind for o in outcomes)
+        ),
+        f"- a promised gain came in {sum(gain > 0 for gain in came)} of {len(came)} cases, and was within the expected "
+        f"range in {sum(covered)}",
+        f"- mean error of the expected gain: {mean(errors):.1f} AP",
+        f"- rank correlation of the expected gain and the one that came: {ranks:.2f}",
+        f"- of two methods of a pair, the better one in the short runs was also better in the whole runs "
+        f"in {sum(right)} of {len(right)} cases",
+        f"- AP lost by taking the best method of the short runs: {mean(lost):.1f} on average, {max(lost):.1f} at most",
+    ]
+
+
+def rank_correlation(both: Sequence[tuple[float, float]]) -> float:
+    """Spearman's rank correlation of pairs of numbers without ties."""
+    first, second = ([sorted(values).index(value) for value in values] for values in zip(*both, strict=True))
+    squares = sum((a - b) ** 2 for a, b in zip(first, second, strict=True))
+    count = len(both)
+    return 1 - 6 * squares / (count * (count**2 - 1))
+
+
+def _read(name: str) -> list[dict[str, str]]:
+    path = TRIALS / name
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+if __name__ == "__main__":
+    main()
