@@ -1,6 +1,7 @@
-"""Compares the answers of ``gdetkd advise`` with what the whole runs gave, from the trials in docs/benchmarks/.
+"""Writes the table of docs/guides/advise.md: the answers of ``gdetkd advise``, and what the whole runs gave.
 
-    python benchmarks/advise.py
+    python benchmarks/advise.py            # writes it
+    python benchmarks/advise.py --check    # fails if it is out of date
 
 A line of PAIRS names the short runs and the whole ones. Short runs are those of ``gdetkd advise`` (added with
 ``python benchmarks/tables.py --take advise-NAME FOLDER``), or a table's own runs at a smaller budget.
@@ -9,6 +10,8 @@ A line of PAIRS names the short runs and the whole ones. Short runs are those of
 from __future__ import annotations
 
 import csv
+import re
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -16,10 +19,12 @@ from pathlib import Path
 from statistics import mean
 
 from gdetkd_cli.compare.table import MethodRow
-from gdetkd_cli.compare.verdict import Verdict, judge
+from gdetkd_cli.compare.verdict import Verdict, judge, predict
 from gdetkd_cli.recipe.methods import NONE
 
 TRIALS = Path(__file__).parents[1] / "docs" / "benchmarks"
+PAGE = Path(__file__).parents[1] / "docs" / "guides" / "advise.md"
+BLOCK = re.compile(r"(?<=<!-- advise -->\n).*?(?=<!-- end -->)", flags=re.DOTALL)
 HEAD = "sgfi+ckd+class_kd+box_kd+head"  # what `gdetkd` is where the head is copied
 
 
@@ -58,19 +63,40 @@ class Outcome:
     """A pair's answer, and the gains of its methods in the short and in the whole runs."""
 
     pair: Pair
+    plain: float
     verdict: Verdict
     short: dict[str, float]
     whole: dict[str, float]
 
+    def predict(self, method: str) -> float:
+        """The gain of a method in the whole runs, predicted from the short ones."""
+        gain, longer = self.short[method], self.pair.whole[1] / self.pair.short[1]
+        return predict(self.plain, (gain, gain, gain), self.pair.teacher, longer)[0]
+
 
 def main() -> None:
+    before = PAGE.read_text("utf-8")
+    after = BLOCK.sub(lambda _: write_block(), before)
+    if "--check" not in sys.argv:
+        PAGE.write_text(after, "utf-8")
+    elif after != before:
+        sys.exit(f"{PAGE.name} is out of date; run python benchmarks/advise.py")
+
+
+def write_block() -> str:
+    """Returns the table and the summary."""
     outcomes = [outcome for pair in PAIRS if (outcome := compare(pair))]
-    print("| pair | steps | plain, short | best, short | answer | expected | came | best of all |")
-    print("|---|---|---|---|---|---|---|---|")
-    for one in outcomes:
-        print("| " + " | ".join(describe(one)) + " |")
-    print()
-    print("\n".join(summarize(outcomes)))
+    tenth = [one for one in outcomes if one.pair.short[1] * 10 == one.pair.whole[1]]
+    longer = [one for one in outcomes if one not in tenth]
+    lines = [
+        "| pair | steps | plain, short | best, short | answer | expected | came | best of all |",
+        "|---|---|---|---|---|---|---|---|",
+        *("| " + " | ".join(describe(one)) + " |" for one in [*tenth, *longer]),
+    ]
+    for title, some in (("A tenth of the steps:", tenth), ("A quarter or a third of the steps:", longer)):
+        if some:
+            lines += ["", title, "", *summarize(some)]
+    return "\n".join(lines) + "\n"
 
 
 def compare(pair: Pair) -> Outcome | None:
@@ -78,9 +104,10 @@ def compare(pair: Pair) -> Outcome | None:
     short, whole = read_rows(*pair.short), read_rows(*pair.whole)
     common = [row for row in short if row.method == NONE or row.method in {other.method for other in whole}]
     gains = [{row.method: row.difference for row in rows if row.difference is not None} for rows in (common, whole)]
-    if not gains[0]:
+    plain = next((row.mean for row in short if row.method == NONE), None)
+    if plain is None or not gains[0]:
         return None
-    return Outcome(pair, judge(common, pair.teacher, pair.whole[1] / pair.short[1]), *gains)
+    return Outcome(pair, plain, judge(common, pair.teacher, pair.whole[1] / pair.short[1]), *gains)
 
 
 def read_rows(name: str, steps: int) -> list[MethodRow]:
@@ -114,14 +141,13 @@ def read_rows(name: str, steps: int) -> list[MethodRow]:
 def describe(one: Outcome) -> list[str]:
     """Returns the cells of a pair's line."""
     pair, verdict = one.pair, one.verdict
-    plain = next(row.mean for row in read_rows(*pair.short) if row.method == NONE)
     seen = "-" if verdict.seen is None else "{:+.1f} ({:+.1f} to {:+.1f})".format(*verdict.seen)
     expected = "-" if verdict.expected is None else "{:+.1f} ({:+.1f} to {:+.1f})".format(*verdict.expected)
     best = max(one.whole, key=one.whole.__getitem__)
     return [
         pair.title,
         f"{pair.short[1]:,} of {pair.whole[1]:,}",
-        f"{plain:.1f}",
+        f"{one.plain:.1f}",
         f"`{verdict.method}` {seen}",
         verdict.kind,
         expected,
@@ -139,8 +165,7 @@ def summarize(outcomes: Sequence[Outcome]) -> list[str]:
         for gain, one in zip(came, promised, strict=True)
         for _, low, high in [one.verdict.expected or (0, 0, 0)]
     ]
-    expected = [one.verdict.expected[0] for one in promised if one.verdict.expected]
-    ranks = rank_correlation(list(zip(expected, came, strict=True)))
+    both = [(one.predict(name), one.whole[name]) for one in outcomes for name in one.short.keys() & one.whole.keys()]
     right = [
         (one.short[a] - one.short[b]) * (one.whole[a] - one.whole[b]) > 0
         for one in outcomes
@@ -157,7 +182,8 @@ def summarize(outcomes: Sequence[Outcome]) -> list[str]:
         f"- a promised gain came in {sum(gain > 0 for gain in came)} of {len(came)} cases, and was within the expected "
         f"range in {sum(covered)}",
         f"- mean error of the expected gain: {mean(errors):.1f} AP",
-        f"- rank correlation of the expected gain and the one that came: {ranks:.2f}",
+        f"- rank correlation of predicted and final gain over {len(both)} pairs and methods: "
+        f"{rank_correlation(both):.2f}",
         f"- of two methods of a pair, the better one in the short runs was also better in the whole runs "
         f"in {sum(right)} of {len(right)} cases",
         f"- AP lost by taking the best method of the short runs: {mean(lost):.1f} on average, {max(lost):.1f} at most",
@@ -165,7 +191,7 @@ def summarize(outcomes: Sequence[Outcome]) -> list[str]:
 
 
 def rank_correlation(both: Sequence[tuple[float, float]]) -> float:
-    """Spearman's rank correlation of pairs of numbers without ties."""
+    """Spearman's rank correlation of two or more pairs of numbers without ties."""
     first, second = ([sorted(values).index(value) for value in values] for values in zip(*both, strict=True))
     squares = sum((a - b) ** 2 for a, b in zip(first, second, strict=True))
     count = len(both)
