@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -35,13 +36,34 @@ def test_the_pages_are_up_to_date(script: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.fixture(scope="module")
-def tables() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("tables", SCRIPT)
+def load_script(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, name, module)  # where dataclasses look their module up
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def tables() -> Iterator[ModuleType]:
+    with pytest.MonkeyPatch.context() as patch:
+        yield load_script("tables", patch)
+
+
+def test_answers_are_compared_with_whole_runs(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    """Ten steps: plain 15.0, sgfi 26.0 and pkd 17.5; of 20 steps there is no plain training."""
+    advise = load_script("advise", monkeypatch)
+    assert advise.rank_correlation([(1, 10), (2, 20), (3, 15)]) == 0.5  # 1 - 6 (0 + 1 + 1) / (3 x 8)
+    monkeypatch.setattr(advise, "TRIALS", folder)
+    plain, sgfi, pkd, _ = advise.read_rows("toy", 10)
+    assert (plain.mean, plain.difference) == (15.0, None)
+    assert (sgfi.mean, sgfi.difference, sgfi.image_deviation) == (26.0, 6.0, 1.0)  # with seed 1 alone
+    assert pkd.difference == 2.5
+    outcome = advise.compare(advise.Pair("toy", 60.0, ("toy", 10), ("toy", 10)))
+    assert (outcome.verdict.method, outcome.whole["pkd"]) == ("sgfi", 2.5)
+    assert outcome.predict("pkd") == pytest.approx(2.5)  # no longer than the short run
+    assert advise.compare(advise.Pair("toy", 60.0, ("toy", 20), ("toy", 20))) is None
 
 
 @pytest.fixture
