@@ -219,10 +219,12 @@ def build_batches(
 ) -> Callable[[int], Iterator[Batch]]:
     """Returns a function from a start step to the training batches from there to the recipe's last step.
 
+    A step has ``train.accumulate`` batches. Together they hold the images that one larger batch would.
+
     Raises:
         MemoryLimitError: the images of one batch alone exceed the free memory.
     """
-    augment = recipe.augment
+    augment, accumulate = recipe.augment, recipe.train.accumulate
     if augment.multi_scale is None and len(split):
         sample = [split.records[i].size for i in range(0, len(split), math.ceil(len(split) / _SAMPLED_SIZES))]
         pixels = sum(map(math.prod, sample)) // len(sample)  # of an average image
@@ -245,8 +247,8 @@ def build_batches(
         return load_training_batches(
             dataset=dataset,
             batch_size=recipe.train.batch_size,
-            steps=recipe.train.steps,
-            start_step=start_step,
+            steps=recipe.train.steps * accumulate,
+            start_step=start_step * accumulate,
             seed=recipe.seed,
             rank=rank,
             world_size=world_size,

@@ -26,6 +26,7 @@ _MAY_DIFFER = {
     "train.checkpoint_every",
     "train.evaluate_every",
     "train.keep_checkpoints",
+    "train.stop_after",
     "runtime.threads",
     "runtime.workers",
     "runtime.cache_mb",

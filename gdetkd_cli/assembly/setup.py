@@ -267,6 +267,11 @@ def _build_student(recipe: Recipe, class_names: tuple[str, ...], accelerator: Ac
             f"{format_title(recipe.student)} accepts no targets, so it has no losses of its own; to train its features "
             "with a teacher, set distill.task_loss to none"
         )
+    if student.detector.features_only and recipe.train.stop_after is not None:
+        raise PairError(
+            f"{format_title(recipe.student)} has no known detections, so it is never evaluated; set train.stop_after "
+            "to null"
+        )
     student.detector.module.to(accelerator.device)
     if student.detector.skips_parameters:
         assert accelerator.ddp_handler is not None

@@ -61,7 +61,7 @@ def profile_distill(recipe: Recipe, *, steps: int, observer: Observer = silent) 
         workers=settings.workers,
         peak_memory_mb=get_peak_memory_mb(stepper.device),
         recipe_steps=train.steps,
-        recipe_hours=train.steps * step / 3600,
+        recipe_hours=train.steps * train.accumulate * step / 3600,
         floor=median(floors),
         ratio=median(a / b for a, b in zip(whole, floors, strict=True)),
         device=settings.device,
@@ -81,7 +81,7 @@ def _measure_loader(setup: assembly.TrainingSetup, steps: int) -> float:
 
 @dataclass(frozen=True)
 class Profile:
-    """The time of a distillation step.
+    """The time of a distillation step of one batch.
 
     Attributes:
         steps: steps measured, after a warm-up.
@@ -90,7 +90,8 @@ class Profile:
         images_per_second: speed of distillation.
         loader_images_per_second: speed of the loader alone, with its ``workers`` processes (0: in this process).
         peak_memory_mb: peak memory of the process (CPU) or the device (CUDA).
-        recipe_steps, recipe_hours: length of the whole recipe at this speed, without evaluations.
+        recipe_steps, recipe_hours: length of the whole recipe at this speed, with all batches of its steps, without
+            evaluations.
         floor: median seconds of the teacher's features and a plain student step, without data.
         ratio: step / floor, both without data.
     """

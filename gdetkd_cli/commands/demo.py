@@ -162,7 +162,7 @@ def _draw(recipe: Recipe, plain: Path, distilled: Path, path: Path) -> Path:
 
 
 def _write_verdict(gain: float, recipe: Recipe) -> str:
-    steps, images = recipe.train.steps, recipe.train.steps * recipe.train.batch_size
+    steps, images = recipe.train.steps, recipe.train.steps * recipe.train.images_per_step
     budget = f"{steps} steps, {images} images"
     if gain <= 0:
         return f"With this budget ({budget}) and seed, the distilled student is not ahead: {gain:+.1f} AP."

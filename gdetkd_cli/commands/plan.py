@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
 from statistics import median
 
 from gdetkd_cli import assembly
@@ -18,7 +17,7 @@ from gdetkd_cli.recipe.schema import Recipe
 from gdetkd_cli.report.pyramid import PyramidReport, describe_pyramid
 from gdetkd_cli.structures import Batch, LossReport
 
-_PLAN_STEPS = 4  # the first one warms up
+_WARMUP, _TIMED = 2, 5  # batches; the first ones choose kernels and fill memory
 MOST_LABELLED = 40  # maximum number of images per split that the teacher labels
 
 
@@ -34,7 +33,8 @@ class Plan:
         losses: losses of one step by name.
         device, precision: as resolved. threads: CPU threads.
         peak_memory_mb: peak memory of the process (CPU) or the device (CUDA).
-        seconds_per_step: median of the timed steps.
+        batch_size: images per step and process, of all batches of a step.
+        seconds_per_step: median of the timed batches with their data, times the batches of a step.
         estimated_seconds: seconds_per_step times the recipe's steps.
         notes: notes from building.
     """
@@ -72,10 +72,15 @@ def plan_distill(recipe: Recipe, *, observer: Observer = silent) -> Plan:
     student = setup.student.detector
     times: list[float] = []
     reports: list[LossReport] = []
-    for batch in islice(repeat_batches(setup), min(_PLAN_STEPS, recipe.train.steps)):
-        on_device = batch.to(stepper.device)
-        times.append(measure_seconds(lambda: reports.append(stepper.distil(on_device)), stepper.device))  # noqa: B023  # called at once
-    per_step = median(times[1:] or times)
+    batches = repeat_batches(setup)
+    for _ in range(_WARMUP + _TIMED):
+        times.append(
+            measure_seconds(
+                lambda: reports.append(stepper.distil(next(batches).to(stepper.device))),
+                stepper.device,
+            )
+        )
+    per_step = median(times[_WARMUP:]) * recipe.train.accumulate
     memory = get_peak_memory_mb(stepper.device)
     notes = rehearse(setup.student, setup.train, setup.val, device=settings.device, observer=observer)
     size = setup.train.records[0].size
@@ -91,7 +96,7 @@ def plan_distill(recipe: Recipe, *, observer: Observer = silent) -> Plan:
         precision=settings.precision,
         threads=settings.threads,
         steps=recipe.train.steps,
-        batch_size=recipe.train.batch_size,
+        batch_size=recipe.train.images_per_step,
         train_images=setup.image_counts["train"],
         val_images=setup.image_counts["val"],
         peak_memory_mb=memory,

@@ -24,10 +24,11 @@ from gdetkd_cli.data.split import Split
 from gdetkd_cli.detectors import catalog, transformers
 from gdetkd_cli.detectors.protocol import Detector
 from gdetkd_cli.engine import run_folder
+from gdetkd_cli.engine.average import WeightAverage
 from gdetkd_cli.engine.checkpoints import Checkpoint
 from gdetkd_cli.engine.device import describe_environment, get_peak_memory_mb
 from gdetkd_cli.engine.events import Note, Observer, report_every, silent
-from gdetkd_cli.engine.loop import Loop, LoopOptions, seed_everything
+from gdetkd_cli.engine.loop import Loop, LoopOptions, LoopResult, seed_everything
 from gdetkd_cli.engine.processes import lost_processes_reported
 from gdetkd_cli.engine.run_folder import RunFolder
 from gdetkd_cli.engine.signals import StopSignals
@@ -52,6 +53,7 @@ class TrainResult:
     """A finished run.
 
     Attributes:
+        steps: optimizer steps done.
         metrics: the student's last evaluation.
         seconds: wall time of the run, since the last resume.
         seconds_per_step: median over the run, with data.
@@ -155,7 +157,7 @@ def _run(recipe: Recipe, target: Target, observer: Observer, *, report: bool = F
         origin = assembly.describe_origin(setup.recipe, setup.train, setup.val)
         checkpoint = open_checkpoint(folder, setup, origin, target, observer) if resume else None
         if checkpoint is not None and (finished := _read_result(folder, setup, checkpoint)):
-            observer(Note(f"{folder.path} is finished; add --steps N to train it further"))
+            observer(Note(_describe_end(folder, setup, finished.steps)))
             return finished
         for split in (setup.train, setup.val):
             if split.bad is not None:
@@ -163,8 +165,10 @@ def _run(recipe: Recipe, target: Target, observer: Observer, *, report: bool = F
         _announce(setup, observer)
         if main:
             _write_facts(folder, setup, replace=target.steps is not None)
-        metrics = _train(setup, folder, checkpoint, origin, signals, observer)
-        result = _build_result(setup, folder, metrics, perf_counter() - started)
+        ended = _train(setup, folder, checkpoint, origin, signals, observer)
+        if ended.step < setup.recipe.train.steps:
+            observer(Note(_describe_end(folder, setup, ended.step)))
+        result = _build_result(setup, folder, ended, perf_counter() - started)
         if main:
             _write_results(folder, setup, result)
             _measure(folder, setup, observer)
@@ -181,12 +185,25 @@ def _leave_together(accelerator: Accelerator, kind: object, error: BaseException
 
 def _read_result(folder: RunFolder, setup: assembly.TrainingSetup, checkpoint: Checkpoint) -> TrainResult | None:
     """The result of a finished run; None if something is left to do."""
-    stored = folder.read_metrics()
-    steps = setup.recipe.train.steps
-    if stored is None or checkpoint.progress.step != steps or stored.get("steps") != steps:
+    stored, step = folder.read_metrics(), checkpoint.progress.step
+    train = setup.recipe.train
+    stale = train.stop_after is not None and folder.count_evaluations_since_best() >= train.stop_after
+    if stored is None or stored.get("steps") != step or not (step == train.steps or stale):
         return None
     facts = {name: stored[name] for name in _FACTS}
     return TrainResult(run=folder.path, metrics=CocoMetrics.from_json(stored), **facts)
+
+
+def _describe_end(folder: RunFolder, setup: assembly.TrainingSetup, step: int) -> str:
+    """States why a finished run ended, and how to train it further."""
+    train = setup.recipe.train
+    if step == train.steps:
+        return f"{folder.path} is finished; add --steps N to train it further"
+    return (
+        f"{folder.path} is finished: it ended at step {step} of {train.steps}, after {train.stop_after} evaluations "
+        f"without a higher AP (train.stop_after). To train it further, raise train.stop_after in {folder.recipe}, or "
+        "set it to null, and resume the run"
+    )
 
 
 def _train(
@@ -196,8 +213,8 @@ def _train(
     origin: dict[str, Any],
     signals: StopSignals,
     observer: Observer,
-) -> CocoMetrics | None:
-    """Trains to the end; returns the last evaluation in the main process, None in the others."""
+) -> LoopResult:
+    """Trains to the end."""
     accelerator, train = setup.compute.accelerator, setup.recipe.train
     accelerator.project_configuration.logging_dir = str(folder.path)
     accelerator.init_trackers("tensorboard")
@@ -225,8 +242,11 @@ def _train(
             evaluate_every=train.evaluate_every,
             checkpoint_every=train.checkpoint_every,
             keep_checkpoints=train.keep_checkpoints,
+            accumulate=train.accumulate,
+            stop_after=train.stop_after,
         ),
         origin=origin,
+        average=None if train.ema is None else WeightAverage(setup.student.detector.module, train.ema),
         signals=signals,
         observer=observer,
     )
@@ -240,17 +260,15 @@ def _train(
         raise
 
 
-def _build_result(
-    setup: assembly.TrainingSetup, folder: RunFolder, metrics: CocoMetrics | None, seconds: float
-) -> TrainResult:
+def _build_result(setup: assembly.TrainingSetup, folder: RunFolder, ended: LoopResult, seconds: float) -> TrainResult:
     accelerator, train = setup.compute.accelerator, setup.recipe.train
     rates = [line["images_per_second"] for line in folder.read_log() if "images_per_second" in line]
     return TrainResult(
         run=folder.path,
-        steps=train.steps,
-        metrics=metrics or _NO_METRICS,  # none outside the main process, and for a student without detections
+        steps=ended.step,
+        metrics=ended.metrics or _NO_METRICS,  # none outside the main process, and for a student without detections
         seconds=seconds,
-        seconds_per_step=train.batch_size * accelerator.num_processes / median(rates),
+        seconds_per_step=train.images_per_step * accelerator.num_processes / median(rates),
         peak_memory_mb=get_peak_memory_mb(accelerator.device),
     )
 

@@ -33,7 +33,7 @@ def load_training_batches(
     workers: int = 0,
     pin_memory: bool = False,
 ) -> Iterator[Batch]:
-    """Yields the batches of steps ``start_step`` to ``steps - 1``.
+    """Yields the batches of steps ``start_step`` to ``steps - 1``, one for each step.
 
     Each pass over the data is a new permutation of the images. A batch may span two passes. The next image takes the
     place of one that is left out (``Split.bad``).

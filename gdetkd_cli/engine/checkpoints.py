@@ -2,7 +2,7 @@
 
 A checkpoint holds weights and JSON, and no pickle is executed to read it:
 
-    state.pt         weights of the student and the terms, and the optimizer's state
+    state.pt         weights of the student and the terms, their average if there is one, and the optimizer's state
     rank-R.pt        random numbers and log sums of process R
     progress.json    steps done, and what the run was made of
     manifest.json    size and SHA-256 of the other files

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from signal import Signals
 from time import perf_counter
@@ -18,9 +19,10 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from gdetkd_cli.distill.distiller import Distiller
+from gdetkd_cli.engine.average import WeightAverage
 from gdetkd_cli.engine.checkpoints import Checkpoint, Progress, read_random_state, restore_random_state
 from gdetkd_cli.engine.events import Evaluated, Observer, StepDone
-from gdetkd_cli.engine.readings import Reading, Readings, choose_interval
+from gdetkd_cli.engine.readings import Reading, Readings, Window, average_reports, choose_interval
 from gdetkd_cli.engine.run_folder import RunFolder
 from gdetkd_cli.engine.schedule import move_schedule
 from gdetkd_cli.engine.signals import StopSignals
@@ -36,6 +38,8 @@ class LoopOptions:
     Attributes:
         clip_norm: largest gradient norm; None: no limit.
         keep_checkpoints: number of checkpoints to keep.
+        accumulate: batches per optimizer step.
+        stop_after: evaluations without a better AP after which the run ends; None: it takes all steps.
     """
 
     steps: int
@@ -44,9 +48,12 @@ class LoopOptions:
     evaluate_every: int | None
     checkpoint_every: int
     keep_checkpoints: int = 1
+    accumulate: int = 1
+    stop_after: int | None = None
 
     def logs(self, done: int) -> bool:
-        return done % self.log_every == 0 or done == self.steps
+        # A run may end at any of its evaluations, and its last step is logged.
+        return done % self.log_every == 0 or (self.evaluates(done) if self.stop_after else done == self.steps)
 
     def evaluates(self, done: int) -> bool:
         return done == self.steps or bool(self.evaluate_every and done % self.evaluate_every == 0)
@@ -56,46 +63,17 @@ class LoopOptions:
         return done % self.checkpoint_every == 0 or self.evaluates(done)
 
 
-@dataclass
-class _Window:
-    """Sums over the steps since the last log line.
+@dataclass(frozen=True)
+class LoopResult:
+    """The end of a run.
 
     Attributes:
-        seconds: time spent before ``started``: before the run was resumed.
+        step: optimizer steps done; fewer than planned if the AP no longer rose.
+        metrics: the last evaluation, on the main process.
     """
 
-    started: float = field(default_factory=perf_counter)
-    seconds: float = 0.0
-    steps: int = 0
-    images: int = 0
-    loss: float = 0.0
-    norm: float = 0.0
-    parts: dict[str, float] = field(default_factory=dict)
-
-    def add(self, reading: Reading) -> None:
-        self.steps += 1
-        self.images += reading.images
-        self.loss += reading.loss
-        self.norm = reading.student_norm
-        for name, value in reading.parts.items():
-            self.parts[name] = self.parts.get(name, 0.0) + value
-
-    def average_over(self, processes: int, group: Any) -> _Window:
-        """The images of all processes, and the mean of their sums; every process of the group calls it."""
-        if processes == 1:
-            return self
-        sums = torch.tensor([self.images, self.loss, *self.parts.values()], dtype=torch.float64)
-        torch.distributed.all_reduce(sums, group=group)
-        loss, *parts = (sums[1:] / processes).tolist()
-        return replace(self, images=int(sums[0]), loss=loss, parts=dict(zip(self.parts, parts, strict=True)))
-
-    def measure_seconds(self) -> float:
-        return self.seconds + perf_counter() - self.started
-
-    def to_state(self) -> dict[str, Any]:
-        """The sums, to continue from with ``_Window(**state)``."""
-        state = asdict(self) | {"seconds": self.measure_seconds()}
-        return {name: value for name, value in state.items() if name != "started"}
+    step: int
+    metrics: CocoMetrics | None
 
 
 class Loop:
@@ -105,12 +83,13 @@ class Loop:
         accelerator: devices, precision, processes and trackers.
         distiller: not yet prepared by the accelerator.
         optimizer, schedule: over the distiller's trainable parameters.
-        batches: start step -> the batches from there to the end.
+        batches: start step -> the batches from there to the end, ``options.accumulate`` per step.
         evaluate: metrics of the current student; called on every process, returns a result on the main one.
         write_student: writes the student into a file; called on the main process.
         folder: of the run's files.
         options: length and intervals.
         origin: what the run was made of, for its checkpoints.
+        average: of the student's weights; it is what is evaluated and written. None: the student's last weights are.
         signals: signals that stop the run after a step.
         observer: receives events, on the main process only.
     """
@@ -128,6 +107,7 @@ class Loop:
         folder: RunFolder,
         options: LoopOptions,
         origin: Mapping[str, Any],
+        average: WeightAverage | None,
         signals: StopSignals,
         observer: Observer,
     ) -> None:
@@ -140,17 +120,18 @@ class Loop:
         self._checkpoints = folder.checkpoints(options.keep_checkpoints)
         self._options = options
         self._origin = dict(origin)
+        self._average = average
         self._signals = signals
         self._observer = observer
         self._schedule = schedule
         self._readings = Readings(choose_interval(accelerator.device, options.log_every))
-        self._window = _Window()
+        self._window = Window()
         self._forward, self._optimizer = accelerator.prepare(distiller, optimizer)
         # The schedule is not prepared, since accelerate would advance it once per process at every step.
         self._control = _build_control_group(accelerator)
 
-    def run(self, checkpoint: Checkpoint | None = None) -> CocoMetrics | None:
-        """Trains to the end; returns the last evaluation (on the main process).
+    def run(self, checkpoint: Checkpoint | None = None) -> LoopResult:
+        """Trains to the end, and leaves the student with the weights that were written.
 
         Args:
             checkpoint: where to continue; None: from the first step.
@@ -163,63 +144,92 @@ class Loop:
         start = 0 if checkpoint is None else self._restore(checkpoint)
         if self._accelerator.is_main_process:
             self._folder.drop_log_after(start, evaluation=start < self._options.steps)  # the last one runs again
-        metrics = self._finish_step(start) if start else None
+        result = self._finish_step(start) if start else None
+        if result is None:
+            result = self._take_steps(start)
+        if self._average is not None:
+            self._average.apply()
+        return result
+
+    def _take_steps(self, start: int) -> LoopResult:
         spent = 0.0
         self._forward.train()
-        batches = enumerate(self._batches(start), start=start)
-        while True:
+        batches = self._batches(start)
+        for step in range(start, self._options.steps):
             with self._signals.deferred():
-                step, batch = next(batches, (None, None))
-                if step is None or batch is None:
-                    return metrics
-                weights = self.take_step(step, batch)
+                weights = self.take_step(step, batches)
                 done = step + 1
-                stop = self._agree_to_stop()
+                # All processes stop after the same step, because a checkpoint needs all of them.
+                stop = self._agree(self._signals.received)
                 logs, saves = self._options.logs(done), self._options.saves(done) or bool(stop)
                 if logs or saves:  # raises before anything is written after a fault
                     self._read()
                 if logs:
                     spent += self._window.measure_seconds()
                     self._log(done, start, weights, spent)
-                    self._window = _Window()
+                    self._window = Window()
                 if saves:
                     self._save(done)
             if stop:
                 raise StoppedError(f"stopped by {Signals(stop).name} after step {done}", stop)
-            metrics = self._finish_step(done) or metrics
+            if (result := self._finish_step(done)) is not None:
+                return result
+        raise AssertionError("the last step ends the run")
 
-    def _finish_step(self, done: int) -> CocoMetrics | None:
-        """Evaluates and keeps the student after a step that asks for it, unless an earlier call did."""
+    def _finish_step(self, done: int) -> LoopResult | None:
+        """Evaluates and keeps the student after a step that asks for it, unless an earlier call did.
+
+        Returns:
+            The result if the run ends here, else None.
+        """
         if not self._options.evaluates(done):
             return None
-        last = done == self._options.steps
-        if last and self._accelerator.is_main_process:
-            self._write_student(self._folder.student)  # before the evaluation, so that an error in it loses nothing
-        if not last and any(line["step"] == done and "evaluation" in line for line in self._folder.read_log()):
-            return None
-        metrics = self._evaluate_student(done)
+        last, main = done == self._options.steps, self._accelerator.is_main_process
+        with nullcontext() if self._average is None else self._average.applied():
+            if last and main:
+                self._write_student(self._folder.student)  # before the evaluation, so that an error in it loses nothing
+            metrics = None if last else self._folder.read_evaluation(done)
+            if metrics is None:
+                metrics = self._evaluate_student(done)
+            if not last and self._agree(int(main and self._is_stale())):
+                last = True
+                if main:
+                    self._write_student(self._folder.student)
         self._forward.train()
         self._window.started = perf_counter()
-        return metrics
+        return LoopResult(done, metrics) if last else None
 
-    def take_step(self, step: int, batch: Batch) -> dict[str, float]:
-        """Runs one step; returns the weights of its terms."""
+    def _is_stale(self) -> bool:
+        """Whether the AP has not risen for as many evaluations as the options allow."""
+        most = self._options.stop_after
+        return most is not None and self._folder.count_evaluations_since_best() >= most
+
+    def take_step(self, step: int, batches: Iterator[Batch]) -> dict[str, float]:
+        """Runs one step on the next batches; returns the weights of its terms."""
         try:
-            return self._step(step, batch)
+            return self._step(step, batches)
         except NonFiniteLossError:
             raise
         except Exception:
             self._read()  # an unread fault may be the reason
             raise
 
-    def _step(self, step: int, batch: Batch) -> dict[str, float]:
+    def _step(self, step: int, batches: Iterator[Batch]) -> dict[str, float]:
         self._distiller.step = step
-        report: LossReport = self._forward(batch.to(self._accelerator.device))
-        self._accelerator.backward(report.total)
+        count, images, reports = self._options.accumulate, 0, []
+        for number in range(1, count + 1):
+            batch = next(batches)
+            # The processes add up their gradients once, in the last backward.
+            with self._accelerator.no_sync(self._forward) if number < count else nullcontext():
+                report: LossReport = self._forward(batch.to(self._accelerator.device))
+                self._accelerator.backward(report.total / count)
+            images += len(batch)
+            reports.append(replace(report, total=report.total.detach()))  # without its graph
+        report = average_reports(reports)
         self._accelerator.unscale_gradients()
         self._readings.add(
             step=step,
-            images=len(batch),
+            images=images,
             loss=report.total,
             norms=clip_apart(self._distiller, self._options.clip_norm),
             scale=self._get_scale(report.total),
@@ -230,6 +240,8 @@ class Loop:
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         self._schedule.step()
+        if self._average is not None:
+            self._average.update(step)
         return report.weights
 
     def _get_scale(self, like: Tensor) -> Tensor:
@@ -305,16 +317,13 @@ class Loop:
         earlier = (line["evaluation"]["AP"] for line in self._folder.read_log() if "evaluation" in line)
         return metrics.ap is not None and max((ap for ap in earlier if ap is not None), default=-1.0) < metrics.ap
 
-    def _agree_to_stop(self) -> int:
-        """The number of the signal that one of the processes received; 0: none.
-
-        All processes stop after the same step, because a checkpoint needs all of them.
-        """
+    def _agree(self, number: int) -> int:
+        """The largest number of all processes."""
         if self._accelerator.num_processes == 1:
-            return self._signals.received
-        number = torch.tensor(self._signals.received)
-        torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MAX, group=self._control)
-        return int(number)
+            return number
+        largest = torch.tensor(number)
+        torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX, group=self._control)
+        return int(largest)
 
     def _save(self, done: int) -> None:
         """Writes a checkpoint; every process writes its own part."""
@@ -329,6 +338,7 @@ class Loop:
             self._checkpoints.finish(
                 {
                     "distiller": self._distiller.state_dict(),
+                    "average": None if self._average is None else self._average.state_dict(),
                     "optimizer": self._optimizer.state_dict(),
                     "scaler": None if scaler is None else scaler.state_dict(),
                 },
@@ -342,12 +352,14 @@ class Loop:
         own = checkpoint.read_rank(self._accelerator.process_index)
         try:
             self._distiller.load_state_dict(state["distiller"])
+            if self._average is not None:  # after the student: the average may be new since the checkpoint
+                self._average.load_state_dict(state["average"])
             self._optimizer.load_state_dict(state["optimizer"])
             if self._accelerator.scaler is not None:
                 self._accelerator.scaler.load_state_dict(state["scaler"])
             move_schedule(self._schedule, progress.step)
             restore_random_state(own["random"])
-            self._window = _Window(**own["window"])
+            self._window = Window(**own["window"])
         except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise RunFolderError(
                 f"{checkpoint.path} does not fit this run: {get_first_line(error)}; start the run again"

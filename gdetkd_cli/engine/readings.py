@@ -7,11 +7,15 @@ host.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from time import perf_counter
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from gdetkd_cli.structures import LossReport
 
 _MOST = 1000  # unread steps, even if the run is logged less often
 
@@ -96,3 +100,58 @@ class Readings:
 def choose_interval(device: torch.device, log_every: int) -> int:
     """Steps between two readings: 1 on a CPU, where reading is free and a fault shows at once."""
     return 1 if device.type == "cpu" else log_every
+
+
+@dataclass
+class Window:
+    """Sums over the steps since the last log line.
+
+    Attributes:
+        seconds: time spent before ``started``: before the run was resumed.
+    """
+
+    started: float = field(default_factory=perf_counter)
+    seconds: float = 0.0
+    steps: int = 0
+    images: int = 0
+    loss: float = 0.0
+    norm: float = 0.0
+    parts: dict[str, float] = field(default_factory=dict)
+
+    def add(self, reading: Reading) -> None:
+        self.steps += 1
+        self.images += reading.images
+        self.loss += reading.loss
+        self.norm = reading.student_norm
+        for name, value in reading.parts.items():
+            self.parts[name] = self.parts.get(name, 0.0) + value
+
+    def average_over(self, processes: int, group: Any) -> Window:
+        """The images of all processes, and the mean of their sums; every process of the group calls it."""
+        if processes == 1:
+            return self
+        sums = torch.tensor([self.images, self.loss, *self.parts.values()], dtype=torch.float64)
+        torch.distributed.all_reduce(sums, group=group)
+        loss, *parts = (sums[1:] / processes).tolist()
+        return replace(self, images=int(sums[0]), loss=loss, parts=dict(zip(self.parts, parts, strict=True)))
+
+    def measure_seconds(self) -> float:
+        return self.seconds + perf_counter() - self.started
+
+    def to_state(self) -> dict[str, Any]:
+        """The sums, to continue from with ``Window(**state)``."""
+        state = asdict(self) | {"seconds": self.measure_seconds()}
+        return {name: value for name, value in state.items() if name != "started"}
+
+
+def average_reports(reports: Sequence[LossReport]) -> LossReport:
+    """The mean losses of the batches of one step, on their device; the weights are those of the step."""
+
+    def mean(values: Sequence[Tensor]) -> Tensor:
+        return torch.stack([value.float() for value in values]).mean(dim=0)
+
+    return replace(
+        reports[0],
+        total=mean([report.total for report in reports]),
+        parts={name: mean([report.parts[name] for report in reports]) for name in reports[0].parts},
+    )

@@ -13,6 +13,7 @@ from filelock import FileLock, Timeout
 
 from gdetkd_cli.engine.checkpoints import Checkpoints
 from gdetkd_cli.errors import RunFolderError
+from gdetkd_cli.evaluation.coco_metrics import CocoMetrics
 from gdetkd_cli.files import write_text
 
 _LOCK = ".lock"
@@ -32,7 +33,7 @@ class RunFolder:
     student.pt         the trained student alone
     student/           code that rebuilds it without this package
     pretrained/        a student of transformers, as its ``from_pretrained`` loads it, instead of ``student/``
-    metrics.json       the last evaluation
+    metrics.json       the last evaluation, and the step at which the run ended
     detections.npz     the student's detections at the last evaluation
     images/            validation images with predicted boxes
     measured.json      costs of the detectors, and what SGFI and CKD do on some validation images
@@ -122,6 +123,17 @@ class RunFolder:
             for line in self.metrics_log.read_text().splitlines(keepends=True):
                 if line.endswith("\n"):
                     yield json.loads(line)
+
+    def read_evaluation(self, step: int) -> CocoMetrics | None:
+        """The logged evaluation after ``step``; None if there is none."""
+        found = (line["evaluation"] for line in self.read_log() if line["step"] == step and "evaluation" in line)
+        return next(map(CocoMetrics.from_json, found), None)
+
+    def count_evaluations_since_best(self) -> int:
+        """The number of logged evaluations after the one with the highest AP; an equal AP is not higher."""
+        found = [line["evaluation"]["AP"] for line in self.read_log() if "evaluation" in line]
+        aps = [-1.0 if ap is None else ap for ap in found]  # None: no annotated object
+        return len(aps) - 1 - aps.index(max(aps)) if aps else 0
 
     def drop_log_after(self, step: int, *, evaluation: bool = True) -> None:
         """Removes the lines that a resumed run writes again: those after ``step`` and, on request, its evaluation."""

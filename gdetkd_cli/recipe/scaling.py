@@ -11,7 +11,7 @@ AnyRecipe = TypeVar("AnyRecipe", bound=Recipe)
 
 
 def scale_to_batch(recipe: AnyRecipe, processes: int) -> AnyRecipe:
-    """Scales a recipe to its actual batch, ``train.batch_size`` times ``processes``.
+    """Scales a recipe to its actual batch: ``batch_size`` times ``accumulate`` times ``processes``.
 
     If the recipe has a ``train.reference_batch``, the learning rate grows with the batch, and steps, warm-ups and
     evaluation intervals shrink, so that they cover the same number of images (Goyal et al., "Accurate, Large
@@ -20,7 +20,7 @@ def scale_to_batch(recipe: AnyRecipe, processes: int) -> AnyRecipe:
     train = recipe.train
     if train.reference_batch is None:
         return recipe
-    factor = train.batch_size * processes / train.reference_batch
+    factor = train.images_per_step * processes / train.reference_batch
     optimizer = train.optimizer.model_copy(update={"lr": train.optimizer.lr * factor})
     changed = {"reference_batch": None, "optimizer": optimizer}
     return shorten(recipe.model_copy(update={"train": train.model_copy(update=changed)}), factor)
@@ -51,7 +51,7 @@ def shorten(recipe: AnyRecipe, factor: float) -> AnyRecipe:
 def count_epochs(recipe: Recipe, images: int) -> float:
     """Counts the recipe's passes over the training images, on one process."""
     train = scale_to_batch(recipe, processes=1).train
-    return train.steps * train.batch_size / images
+    return train.steps * train.images_per_step / images
 
 
 def describe_scaling(before: Recipe, after: Recipe) -> list[str]:

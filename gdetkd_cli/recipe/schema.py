@@ -227,7 +227,12 @@ class Schedule(Strict):
 
 class Train(Strict):
     steps: Count = Field(description="number of optimizer steps")
-    batch_size: Annotated[Count, Field(le=10**5)] = Field(8, description="images per step and process")
+    batch_size: Annotated[Count, Field(le=10**5)] = Field(
+        8, description="images per step and process; with `accumulate`, per batch and process"
+    )
+    accumulate: Annotated[Count, Field(le=10**4)] = Field(
+        1, description="batches per optimizer step, whose gradients are averaged, to train on more images than fit"
+    )
     reference_batch: Annotated[Count, Field(le=10**7)] | None = Field(
         None,
         description="images per step, over all processes, for which steps and lr are chosen; for another batch the "
@@ -240,6 +245,30 @@ class Train(Strict):
     evaluate_every: Count | None = Field(None, description="steps between evaluations; null: only at the end")
     checkpoint_every: Count = Field(200, description="steps between resume checkpoints")
     keep_checkpoints: Count = Field(2, description="number of resume checkpoints to keep, the newest first")
+    ema: Annotated[Positive, Field(lt=1)] | None = Field(
+        None,
+        description="decay of an exponential moving average of the student's weights, for example 0.999; the average "
+        "is evaluated, written and exported; null: the last weights are",
+    )
+    stop_after: Count | None = Field(
+        None,
+        description="evaluations in a row without a higher AP than the best after which the run ends; needs "
+        "`evaluate_every`; null: all steps are taken",
+    )
+
+    @model_validator(mode="after")
+    def _check_evaluations(self) -> Train:
+        if self.stop_after is not None and self.evaluate_every is None:
+            raise ValueError(
+                "stop_after counts evaluations, and evaluate_every is null, so there is only the last one; set "
+                "evaluate_every to a number of steps"
+            )
+        return self
+
+    @property
+    def images_per_step(self) -> int:
+        """Images per optimizer step and process."""
+        return self.batch_size * self.accumulate
 
 
 class Runtime(Strict):

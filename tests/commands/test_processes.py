@@ -19,7 +19,7 @@ import torch
 import toy
 from query_models import make_config
 
-from gdetkd_cli.commands import run_distill
+from gdetkd_cli.commands import run_distill, run_train
 from gdetkd_cli.engine.run_folder import RunFolder
 from gdetkd_cli.errors import RunFolderError
 from gdetkd_cli.recipe.load import dump_recipe
@@ -100,6 +100,38 @@ def test_logged_losses_are_of_all_processes(whole: Path, tmp_path: Path) -> None
         assert two[name] == pytest.approx(one[name], rel=1e-4), name
 
 
+def test_two_processes_with_two_batches_are_one_with_four_images(tmp_path: Path) -> None:
+    """The weights, their average and its statistics: of RetinaNet, whose losses are means over images."""
+    options = {
+        "steps": 6,
+        "optimizer": {"name": "sgd", "lr": 0.05, "momentum": 0.0},
+        "schedule": {"name": "constant", "warmup_steps": 0},
+        "ema": 0.5,
+        "evaluate_every": 2,
+        "stop_after": 1,
+    }
+    fields = make_recipe(tmp_path / "data", batch_size=1, accumulate=2, **options).model_dump(mode="json")
+    recipe = Recipe.model_validate(fields | {"distill": None, "teacher": None})
+    (tmp_path / "toy.yaml").write_text(dump_recipe(recipe))
+    command = build_command(["--standalone", "--nproc-per-node", "2"], tmp_path / "toy.yaml", tmp_path / "two")
+    command[command.index("distill")] = "train"
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    whole = recipe.train.model_copy(update={"batch_size": 4, "accumulate": 1})
+    run_train(recipe.model_copy(update={"train": whole}), output=tmp_path / "one")
+
+    one, two = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("one", "two"))
+    assert one["AP"] == two["AP"] == 0  # so early, that the second evaluation is no better than the first
+    assert one["steps"] == two["steps"] == 4
+    first, second = (torch.load(tmp_path / name / "student.pt", weights_only=True)["model"] for name in ("one", "two"))
+    for name, value in first.items():
+        torch.testing.assert_close(second[name], value, atol=2e-6, rtol=1e-4, msg=name)
+    logs = [[line for line in RunFolder(tmp_path / name).read_log() if "loss" in line] for name in ("one", "two")]
+    for alone, together in zip(*logs, strict=True):
+        assert together["loss"] == pytest.approx(alone["loss"], rel=1e-4)
+        assert together["gradient_norm"] == pytest.approx(alone["gradient_norm"], rel=1e-3)
+
+
 @pytest.mark.parametrize("number", range(KILLS))
 def test_a_run_on_two_machines_survives_a_killed_process(number: int, whole: Path, tmp_path: Path) -> None:
     run, recipe = tmp_path / "run", whole.parent / "toy.yaml"
@@ -146,7 +178,7 @@ def test_machines_without_a_shared_folder_are_refused(tmp_path: Path) -> None:
 
 def test_a_student_that_skips_parameters_without_objects(tmp_path: Path) -> None:
     """D-FINE has no denoising queries for an image without objects, so one process lacks their gradients."""
-    recipe = make_recipe(tmp_path / "data", steps=4, batch_size=1).model_dump(mode="json")
+    recipe = make_recipe(tmp_path / "data", steps=3, batch_size=1, accumulate=2).model_dump(mode="json")
     recipe["student"] = {"arch": "transformers", "config": make_config("d_fine"), "image_size": [64, 96]}
     (tmp_path / "toy.yaml").write_text(dump_recipe(Recipe.model_validate(recipe)))
     command = build_command(["--standalone", "--nproc-per-node", "2"], tmp_path / "toy.yaml", tmp_path / "run")

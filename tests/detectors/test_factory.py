@@ -214,6 +214,10 @@ def test_a_student_without_losses_learns_from_the_teacher_alone(tmp_path: Path) 
 def test_a_student_without_losses_is_refused_where_they_count(tmp_path: Path) -> None:
     with pytest.raises(PairError, match=r"own_code:bare accepts no targets, so it has no losses of its own"):
         run_train(recipe(factory("bare")), output=tmp_path / "run")
+    changed = recipe(factory("bare")).model_copy(update={"distill": Distill.model_validate({"task_loss": "none"})})
+    train = changed.train.model_copy(update={"evaluate_every": 1, "stop_after": 1})
+    with pytest.raises(PairError, match=r"own_code:bare has no known detections, .*set train.stop_after to null"):
+        run_distill(changed.model_copy(update={"train": train}), output=tmp_path / "run")
 
 
 @pytest.mark.usefixtures("consent")

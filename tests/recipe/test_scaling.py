@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import toy
 
-from gdetkd_cli.recipe.scaling import describe_scaling, scale_to_batch
+from gdetkd_cli.recipe.scaling import count_epochs, describe_scaling, scale_to_batch
 from gdetkd_cli.recipe.schema import Recipe
 
 
@@ -49,6 +49,13 @@ def test_scaling_keeps_the_number_of_images(
     assert describe_scaling(make_recipe(), scaled) == (
         [] if processes == 8 else [f"scaled from a batch of 16: learning rate {lr:g}, {steps} steps"]
     )
+
+
+def test_the_batches_of_a_step_count_together() -> None:
+    larger, parts = make_recipe(batch_size=4), make_recipe(batch_size=2, accumulate=2)
+    first, second = (scale_to_batch(one, 2).train for one in (larger, parts))
+    assert second == first.model_copy(update={"batch_size": 2, "accumulate": 2})
+    assert count_epochs(parts, images=720) == count_epochs(larger, images=720) == 20
 
 
 def test_without_a_reference_nothing_changes() -> None:
