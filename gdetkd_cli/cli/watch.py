@@ -21,7 +21,7 @@ def watch(
     once: Annotated[bool, typer.Option("--once", help="Print the state once and exit.")] = False,
     every: Annotated[float, typer.Option("--every", metavar="SECONDS", min=0.2, help="Seconds between looks.")] = 5.0,
 ) -> None:
-    """Show the AP curve and the latest losses of a run until it ends.
+    """Show the AP curve and the latest losses of a run until it ends or stops.
 
     Example: gdetkd watch runs/student
     """
@@ -29,22 +29,19 @@ def watch(
 
     from gdetkd_cli.cli.terminal import build_console
 
-    if once or is_finished(run):
-        typer.echo(describe_run(run))
+    text, running = describe_run(run)
+    if once or not running:
+        typer.echo(text)
         return
-    with Live(describe_run(run), console=build_console(), auto_refresh=False) as live:
-        while not is_finished(run):
+    with Live(text, console=build_console(), auto_refresh=False) as live:
+        while running:
             sleep(every)
-            live.update(describe_run(run), refresh=True)
+            text, running = describe_run(run)
+            live.update(text, refresh=True)
 
 
-def is_finished(run: Path) -> bool:
-    """Whether the run has its last evaluation."""
-    return (run / "metrics.json").exists()
-
-
-def describe_run(run: Path) -> str:
-    """Describes the state of a run in a few lines.
+def describe_run(run: Path) -> tuple[str, bool]:
+    """Describes the state of a run in a few lines; also returns whether it is running.
 
     Raises:
         RunFolderError: the folder is not a run folder.
@@ -58,7 +55,8 @@ def describe_run(run: Path) -> str:
     steps = [line for line in lines if "loss" in line]
     aps = [line["evaluation"]["AP"] for line in lines if "evaluation" in line]
     aps = [ap for ap in aps if ap is not None]
-    state = "finished" if is_finished(run) else "not finished"
+    running = folder.is_held()
+    state = "running" if running else "finished" if folder.metrics.exists() else "stopped"
     text = [f"{run}: {state}, {steps[-1]['step'] if steps else 0} steps"]
     text.append(f"AP   {draw_curve(aps)}  {aps[-1]:.1f} (best {max(aps):.1f})" if aps else "AP   no evaluation yet")
     if steps:
@@ -66,7 +64,9 @@ def describe_run(run: Path) -> str:
         parts = {k: v for k, v in steps[-1].items() if k not in _NO_LOSS | {"loss"} and not k.startswith("weight/")}
         text.append("     " + "  ".join(f"{name} {value:.3g}" for name, value in parts.items()))
         text.append(f"     {steps[-1]['images_per_second']:.1f} images/s  lr {steps[-1]['lr']:.2g}")
-    return show_hidden("\n".join(text), keep="\n")
+    if state == "stopped":
+        text.append("no process writes into it; gdetkd train or distill --resume RUN continues it")
+    return show_hidden("\n".join(text), keep="\n"), running
 
 
 def draw_curve(values: list[float]) -> str:

@@ -92,6 +92,19 @@ class RunFolder:
             lock.release()
             _remove_empty(made)
 
+    def is_held(self) -> bool:
+        """Whether a living process on this machine, or one that shares its locks, writes into the folder."""
+        path = self.path / _LOCK
+        if not path.exists():
+            return False
+        lock = FileLock(path, blocking=False)
+        try:
+            lock.acquire()
+        except Timeout:
+            return True
+        lock.release()
+        return False
+
     def check_shared(self) -> None:
         """Checks that the run's first process, perhaps on another machine, holds this very folder.
 

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from gdetkd_cli.cli.watch import describe_run, draw_curve
+from gdetkd_cli.engine.run_folder import RunFolder
 
 
 def test_curves() -> None:
@@ -18,12 +19,19 @@ def test_curves() -> None:
 
 def test_a_run_that_has_just_begun(tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").touch()
-    assert "AP   no evaluation yet" in describe_run(tmp_path)
+    with RunFolder(tmp_path).lock():
+        shown, running = describe_run(tmp_path)
+        assert running
+        assert ": running, 0 steps" in shown
+        assert "AP   no evaluation yet" in shown
 
     line = {"step": 20, "loss": 3.0, "sgfi": 1.5, "weight/sgfi": 30.0, "lr": 0.1, "images_per_second": 5.0}
     (tmp_path / "metrics.jsonl").write_text(json.dumps(line) + '\n{"step": 40, "lo')
-    shown = describe_run(tmp_path)
+    (tmp_path / ".lock").touch()  # as a killed process leaves it
+    shown, running = describe_run(tmp_path)
 
-    assert "not finished, 20 steps" in shown
+    assert not running
+    assert "stopped, 20 steps" in shown
+    assert "--resume RUN continues it" in shown
     assert "sgfi 1.5" in shown
     assert "weight" not in shown
