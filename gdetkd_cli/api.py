@@ -138,6 +138,7 @@ def export(
     *,
     onnx: bool = True,
     torchscript: bool = False,
+    batch: int | None = None,
     output: str | Path | None = None,
     observer: Observer = silent,
 ) -> ExportResult:
@@ -147,6 +148,7 @@ def export(
         target: a run folder, a ``student.pt``, or ``builtin:NAME``.
         onnx: write an ONNX file.
         torchscript: write a TorchScript file.
+        batch: images that the ONNX file takes together, 0 for any number; None: one image without that dimension.
         output: the file, or an existing folder; default: beside the detector.
         observer: receives progress.
 
@@ -154,4 +156,4 @@ def export(
         GDetKDError: the file exists, the detector cannot be exported, or the file disagrees with it.
     """
     path = None if output is None else Path(output)
-    return run_export(str(target), onnx=onnx, torchscript=torchscript, output=path, observer=observer)
+    return run_export(str(target), onnx=onnx, torchscript=torchscript, batch=batch, output=path, observer=observer)

@@ -87,7 +87,7 @@ def check_parity(
     Args:
         reference: the detector.
         exported: the exported file.
-        images: images (3, H, W) in 0..1.
+        images: images (3, H, W) in 0..1; those of one size are a batch for a batched file.
         cut: the detector's limits.
         relative: allowed difference of a box coordinate as a fraction of the image's long side, if that is more than
             ``BOX_TOLERANCE``.
@@ -95,8 +95,9 @@ def check_parity(
     near = True
     empty, detections, unmatched, found = 0, 0, 0, 0
     box_errors, score_errors = [torch.zeros(1)], [torch.zeros(1)]
-    for image in images:
-        (expected,), (got,) = reference.predict([image]), exported.predict([image])
+    # All at once, so that a batched file runs on several images together.
+    for image, got in zip(images, exported.predict(list(images)), strict=True):
+        (expected,) = reference.predict([image])
         rows, columns = _pair_detections(expected, got)
         allowed = max(BOX_TOLERANCE, relative * max(image.shape[-2:]))
         # At the cut each side may keep other boxes of near-equal scores, so overlap there does not make a pair.

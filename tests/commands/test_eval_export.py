@@ -206,12 +206,12 @@ def test_never_overwrites(run: Path) -> None:
 
 
 def test_a_file_that_disagrees_is_not_kept(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def write_another(detector: Detector, path: Path, *, architecture: dict[str, Any], opset: int) -> str:
+    def write_another(detector: Detector, path: Path, **options: Any) -> str:
         other = copy.deepcopy(detector)
         with torch.no_grad():
             for parameter in other.module.parameters():
                 parameter.mul_(1.01)
-        return export_onnx(other, path, architecture=architecture, opset=opset)
+        return export_onnx(other, path, **options)
 
     monkeypatch.setattr(export, "export_onnx", write_another)
     with pytest.raises(
