@@ -15,6 +15,9 @@ def export(
     target: options.TargetArgument,
     onnx: Annotated[bool, typer.Option("--onnx", help="Write an ONNX file.")] = False,
     torchscript: Annotated[bool, typer.Option("--torchscript", help="Write a TorchScript file.")] = False,
+    safetensors: Annotated[
+        bool, typer.Option("--safetensors", help="Write the weights as safetensors, which needs no pickle.")
+    ] = False,
     half: Annotated[
         bool, typer.Option("--half", help="With --onnx: also a file with float16 layers, NAME.fp16.onnx.")
     ] = False,
@@ -41,7 +44,7 @@ def export(
     trust_code: options.TrustOption = False,
     as_json: options.JsonOption = False,
 ) -> None:
-    """Export a trained student to ONNX or TorchScript.
+    """Export a trained student to ONNX, TorchScript or safetensors.
 
     Compares each file's detections with the original detector's on validation images.
 
@@ -49,8 +52,8 @@ def export(
 
     Several images at once: gdetkd export runs/student --onnx --batch 4
     """
-    if not (onnx or torchscript):
-        raise options.UsageError("no format given; add --onnx, --torchscript or both")
+    if not (onnx or torchscript or safetensors):
+        raise options.UsageError("no format given; add --onnx, --torchscript, --safetensors, or several of them")
     if (half or int8 or batch is not None) and not onnx:
         raise options.UsageError("--half, --int8 and --batch need --onnx")
 
@@ -58,5 +61,5 @@ def export(
     from gdetkd_cli.cli.output import perform
     from gdetkd_cli.commands import run_export
 
-    work = partial(run_export, target, onnx=onnx, torchscript=torchscript, output=output)
+    work = partial(run_export, target, onnx=onnx, torchscript=torchscript, safetensors=safetensors, output=output)
     perform(partial(work, half=half, int8=int8, opset=opset, batch=batch), render.format_export, as_json=as_json)

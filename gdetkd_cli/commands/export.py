@@ -29,6 +29,7 @@ from gdetkd_cli.export.parity import (
     check_parity,
 )
 from gdetkd_cli.export.reduced import write_half, write_int8
+from gdetkd_cli.export.safetensors import export_safetensors
 from gdetkd_cli.export.torchscript import export_torchscript
 
 _EMPTY_SIZE = (96, 128)
@@ -40,7 +41,7 @@ class ExportedFile:
 
     Attributes:
         path: the file.
-        format: ``onnx``, ``torchscript``, ``onnx float16`` or ``onnx int8``.
+        format: ``onnx``, ``torchscript``, ``safetensors``, ``onnx float16`` or ``onnx int8``.
         exporter: for example ``torch.onnx TorchScript, opset 17``.
         size_mb: of the file.
         parity: its comparison with the detector; a reduced form need not pass.
@@ -82,19 +83,21 @@ def run_export(
     onnx: bool,
     torchscript: bool,
     output: Path | None,
+    safetensors: bool = False,
     half: bool = False,
     int8: bool = False,
     opset: int = OPSET,
     batch: int | None = None,
     observer: Observer = silent,
 ) -> ExportResult:
-    """Writes a detector in one or two formats. A file gets its final name only after the parity check.
+    """Writes a detector in one or more formats. A file gets its final name only after the parity check.
 
     Args:
         target: a run folder, a student.pt, or builtin:NAME.
         onnx: write an ONNX file.
         torchscript: write a TorchScript file.
-        output: the file, or an existing folder; with two formats, each gets its own suffix. None: beside the
+        safetensors: write its weights as a safetensors file.
+        output: the file, or an existing folder; with several formats, each gets its own suffix. None: beside the
             detector, or in the working directory for builtin:NAME.
         half, int8: also write the ONNX file with float16 or 8-bit layers, as ``NAME.fp16.onnx`` and ``NAME.int8.onnx``.
         opset: of the ONNX file.
@@ -117,6 +120,7 @@ def run_export(
         )
     formats = [_Format("onnx", partial(export_onnx, opset=opset, batch=batch), OnnxDetector)] if onnx else []
     formats += [_Format("torchscript", export_torchscript, ScriptedDetector)] if torchscript else []
+    formats += [_Format("safetensors", export_safetensors, _rebuild)] if safetensors else []
     folder = Path() if target.startswith("builtin:") else source.parent
     paths = [_choose_path(kind, folder / source.stem, output, only=len(formats) == 1) for kind in formats]
     forms = [name for name, wanted in (("fp16", half), ("int8", int8)) if wanted and onnx]
@@ -135,6 +139,11 @@ def run_export(
     ]
     files += [_reduce(form, paths[0], path, detector, batched, source, observer) for form, path in reduced.items()]
     return ExportResult(source=target, files=tuple(files))
+
+
+def _rebuild(path: Path) -> Predictor:
+    """The detector of a file of weights."""
+    return catalog.load(path).detector
 
 
 def try_export(source: Path) -> None:
@@ -169,8 +178,7 @@ def _export(
     fresh = path.with_name(f"{path.name}.new")
     try:
         exporter = kind.write(detector, fresh, architecture=architecture)
-        relative = QUERY_TOLERANCE if detector.family == "query" else 0.0
-        parity = check_parity(detector, kind.read(fresh), images, cut=Cut.of(detector.module), relative=relative)
+        parity = _compare(detector, kind.read(fresh), images)
         if not parity.passed:
             raise ExportError(f"{path} was not written: {_describe_difference(parity)}")
         fresh.rename(path)
@@ -205,12 +213,17 @@ def _reduce(
             observer(Note(f"measuring the ranges of 8-bit numbers on {len(calibration)} images"))
             write_int8(whole, fresh, calibration)
             name, exporter = "onnx int8", f"onnxruntime's static quantisation on {len(calibration)} images"
-        relative = QUERY_TOLERANCE if detector.family == "query" else 0.0
-        parity = check_parity(detector, OnnxDetector(fresh), images, cut=Cut.of(detector.module), relative=relative)
+        parity = _compare(detector, OnnxDetector(fresh), images)
         fresh.rename(path)
     finally:
         fresh.unlink(missing_ok=True)
     return ExportedFile(path, name, exporter, path.stat().st_size / 1e6, parity, reduced=True)
+
+
+def _compare(detector: Detector, file: Predictor, images: list[Tensor]) -> Parity:
+    relative = QUERY_TOLERANCE if detector.family == "query" else 0.0
+    together = isinstance(file, OnnxDetector) and file.batch != 1
+    return check_parity(detector, file, images, cut=Cut.of(detector.module), relative=relative, together=together)
 
 
 def _describe_difference(parity: Parity) -> str:

@@ -13,10 +13,9 @@ from torch import Tensor
 
 from gdetkd_cli import __version__
 from gdetkd_cli.detectors.protocol import Detector
-from gdetkd_cli.detectors.scripted import ARCHITECTURE, CLASSES
 from gdetkd_cli.errors import ModelError, get_first_line
 from gdetkd_cli.probing.formats.files import DESCRIPTION_FILE, load_torchscript
-from gdetkd_cli.probing.formats.metadata import parse_notes, read_class_names
+from gdetkd_cli.probing.formats.metadata import ARCHITECTURE, OWN, parse_notes, read_class_names
 from gdetkd_cli.probing.formats.runner import list_not_finite
 from gdetkd_cli.structures import Detections
 
@@ -54,7 +53,7 @@ def describe(detector: Detector, architecture: dict[str, Any], *, batch: int | N
         "batch": str(batch or 1),
         **free,
         _VERSION: __version__,
-        CLASSES: json.dumps(detector.class_names),
+        OWN: json.dumps(detector.class_names),
         ARCHITECTURE: json.dumps(architecture),
     }
 
@@ -174,7 +173,7 @@ class ScriptedDetector:
 
 
 def _read_class_names(path: Path, description: Mapping[str, object]) -> tuple[str, ...]:
-    names = read_class_names(description) if CLASSES in description else ()
+    names = read_class_names(description) if OWN in description else ()
     if not names:
         raise NotOursError(f"{path} was not exported by gdetkd: it has no class names")
     return names

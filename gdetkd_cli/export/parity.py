@@ -77,7 +77,13 @@ class Cut:
 
 
 def check_parity(
-    reference: Predictor, exported: Predictor, images: Sequence[Tensor], *, cut: Cut, relative: float = 0.0
+    reference: Predictor,
+    exported: Predictor,
+    images: Sequence[Tensor],
+    *,
+    cut: Cut,
+    relative: float = 0.0,
+    together: bool = False,
 ) -> Parity:
     """Compares detections, image by image.
 
@@ -87,16 +93,17 @@ def check_parity(
     Args:
         reference: the detector.
         exported: the exported file.
-        images: images (3, H, W) in 0..1; those of one size are a batch for a batched file.
+        images: images (3, H, W) in 0..1.
         cut: the detector's limits.
         relative: allowed difference of a box coordinate as a fraction of the image's long side, if that is more than
             ``BOX_TOLERANCE``.
+        together: give the file all images at once, because it is batched; else one at a time.
     """
     near = True
     empty, detections, unmatched, found = 0, 0, 0, 0
     box_errors, score_errors = [torch.zeros(1)], [torch.zeros(1)]
-    # All at once, so that a batched file runs on several images together.
-    for image, got in zip(images, exported.predict(list(images)), strict=True):
+    found_by_file = exported.predict(list(images)) if together else [exported.predict([one])[0] for one in images]
+    for image, got in zip(images, found_by_file, strict=True):
         (expected,) = reference.predict([image])
         rows, columns = _pair_detections(expected, got)
         allowed = max(BOX_TOLERANCE, relative * max(image.shape[-2:]))

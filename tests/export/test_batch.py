@@ -154,14 +154,16 @@ def test_a_detr_like_detector_takes_any_number(name: str, tmp_path: Path) -> Non
     exported = OnnxDetector(path)
     assert exported.batch == ANY
     images = arrange_batches([torch.rand(3, *size) for size in ((64, 96), (100, 120), (301, 200))], ANY)
-    parity = check_parity(detector, exported, images, cut=Cut.of(detector.module), relative=1e-3)
+    parity = check_parity(detector, exported, images, cut=Cut.of(detector.module), relative=1e-3, together=True)
     assert parity.passed, parity
     assert parity.images == 6
     if name == "d_fine":
         write_half(path, tmp_path / "half.onnx")
         write_int8(path, tmp_path / "int8.onnx", images)
         for file in ("half.onnx", "int8.onnx"):
-            parity = check_parity(detector, OnnxDetector(tmp_path / file), images, cut=Cut.of(detector.module))
+            parity = check_parity(
+                detector, OnnxDetector(tmp_path / file), images, cut=Cut.of(detector.module), together=True
+            )
             assert parity.max_score_error < 0.2, parity
 
 
