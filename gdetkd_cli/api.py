@@ -138,15 +138,19 @@ def export(
     *,
     onnx: bool = True,
     torchscript: bool = False,
+    safetensors: bool = False,
+    batch: int | None = None,
     output: str | Path | None = None,
     observer: Observer = silent,
 ) -> ExportResult:
-    """Writes a detector as ONNX, TorchScript or both, and compares each file with the detector.
+    """Writes a detector as ONNX, TorchScript or safetensors, and compares each file with the detector.
 
     Args:
         target: a run folder, a ``student.pt``, or ``builtin:NAME``.
         onnx: write an ONNX file.
         torchscript: write a TorchScript file.
+        safetensors: write its weights as a safetensors file.
+        batch: images that the ONNX file takes together, 0 for any number; None: one image without that dimension.
         output: the file, or an existing folder; default: beside the detector.
         observer: receives progress.
 
@@ -154,4 +158,5 @@ def export(
         GDetKDError: the file exists, the detector cannot be exported, or the file disagrees with it.
     """
     path = None if output is None else Path(output)
-    return run_export(str(target), onnx=onnx, torchscript=torchscript, output=path, observer=observer)
+    formats = {"onnx": onnx, "torchscript": torchscript, "safetensors": safetensors}
+    return run_export(str(target), **formats, batch=batch, output=path, observer=observer)

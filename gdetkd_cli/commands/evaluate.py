@@ -44,7 +44,9 @@ def run_eval(
     store: Path | None = None,
     observer: Observer = silent,
 ) -> EvalResult:
-    """Evaluates a detector on the validation split, one image at a time, on the GPU if there is one.
+    """Evaluates a detector on the validation split, on the GPU if there is one.
+
+    It runs on one image at a time, and an ONNX file with a fixed number of images on as many.
 
     Args:
         target: a run folder, a model file with readable detections, builtin:NAME, or a recipe (evaluates its teacher).
@@ -79,7 +81,8 @@ def run_eval(
     split = align_classes(split, subject.class_names)
     stopwatch = Stopwatch(subject.predictor, device)
     progress = report_every(observer, "evaluated", len(split))
-    detections = predict_split(stopwatch, load_validation_batches(split=split, batch_size=1), device, progress)
+    batches = load_validation_batches(split=split, batch_size=subject.batch)
+    detections = predict_split(stopwatch, batches, device, progress)
     if store is not None:
         write_detections(store, split.class_names, detections)
     return EvalResult(
@@ -89,7 +92,7 @@ def run_eval(
         metrics=evaluate_coco(list_predicted(split, detections), split.class_names, detections),
         parameters=subject.parameters,
         size_mb=subject.size_mb,
-        ms_per_image=stopwatch.ms_per_call,
+        ms_per_image=stopwatch.ms_per_image,
     )
 
 

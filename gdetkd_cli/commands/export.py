@@ -5,24 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from itertools import cycle
-from math import ceil
 from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor
-from torch.nn import functional
 
-from gdetkd_cli import assembly
 from gdetkd_cli.assembly.warnings import warn_about_weights
+from gdetkd_cli.commands.export_images import arrange_batches, read_calibration, read_parity_images
 from gdetkd_cli.detectors import catalog
 from gdetkd_cli.detectors.protocol import Detector
 from gdetkd_cli.engine.events import Note, Observer, silent
-from gdetkd_cli.engine.run_folder import RunFolder
-from gdetkd_cli.errors import DataError, ExportError, ModelError, RecipeError
+from gdetkd_cli.errors import ExportError, ModelError
 from gdetkd_cli.evaluation.exported import OnnxDetector, ScriptedDetector
 from gdetkd_cli.evaluation.predict import Predictor
-from gdetkd_cli.export.onnx import OPSET, export_onnx
+from gdetkd_cli.export.onnx import ANY, OPSET, export_onnx
 from gdetkd_cli.export.parity import (
     BOX_TOLERANCE,
     QUERY_TOLERANCE,
@@ -33,14 +29,9 @@ from gdetkd_cli.export.parity import (
     check_parity,
 )
 from gdetkd_cli.export.reduced import write_half, write_int8
+from gdetkd_cli.export.safetensors import export_safetensors
 from gdetkd_cli.export.torchscript import export_torchscript
-from gdetkd_cli.recipe.load import load_recipe
-from gdetkd_cli.recipe.schema import Data, SyntheticData
 
-# Factors (height, width) by which parity images are stretched, to find exports that work for one size only.
-_STRETCHES = ((1.0, 1.0), (0.8, 1.25), (1.3, 0.7), (0.53, 0.53), (1.7, 1.1), (0.67, 1.9))
-_LONGEST, _SHORTEST = 640, 32  # pixels of a parity image's sides
-_CALIBRATION_IMAGES = 100
 _EMPTY_SIZE = (96, 128)
 
 
@@ -50,7 +41,7 @@ class ExportedFile:
 
     Attributes:
         path: the file.
-        format: ``onnx``, ``torchscript``, ``onnx float16`` or ``onnx int8``.
+        format: ``onnx``, ``torchscript``, ``safetensors``, ``onnx float16`` or ``onnx int8``.
         exporter: for example ``torch.onnx TorchScript, opset 17``.
         size_mb: of the file.
         parity: its comparison with the detector; a reduced form need not pass.
@@ -92,21 +83,25 @@ def run_export(
     onnx: bool,
     torchscript: bool,
     output: Path | None,
+    safetensors: bool = False,
     half: bool = False,
     int8: bool = False,
     opset: int = OPSET,
+    batch: int | None = None,
     observer: Observer = silent,
 ) -> ExportResult:
-    """Writes a detector in one or two formats. A file gets its final name only after the parity check.
+    """Writes a detector in one or more formats. A file gets its final name only after the parity check.
 
     Args:
         target: a run folder, a student.pt, or builtin:NAME.
         onnx: write an ONNX file.
         torchscript: write a TorchScript file.
-        output: the file, or an existing folder; with two formats, each gets its own suffix. None: beside the
+        safetensors: write its weights as a safetensors file.
+        output: the file, or an existing folder; with several formats, each gets its own suffix. None: beside the
             detector, or in the working directory for builtin:NAME.
         half, int8: also write the ONNX file with float16 or 8-bit layers, as ``NAME.fp16.onnx`` and ``NAME.int8.onnx``.
         opset: of the ONNX file.
+        batch: images that the ONNX file takes together, or ``ANY`` number; None: one image without that dimension.
         observer: receives progress.
 
     Raises:
@@ -118,8 +113,14 @@ def run_export(
     for note in (*loaded.notes, *warn_about_weights(loaded.detector)):
         observer(Note(note))
     detector, architecture = loaded.detector, loaded.description
-    formats = [_Format("onnx", partial(export_onnx, opset=opset), OnnxDetector)] if onnx else []
+    if onnx and batch == ANY and detector.family != "query":
+        raise ExportError(
+            f"{target} is no DETR-like detector, so its batches have a fixed number of images; name it, for example "
+            "--batch 4"
+        )
+    formats = [_Format("onnx", partial(export_onnx, opset=opset, batch=batch), OnnxDetector)] if onnx else []
     formats += [_Format("torchscript", export_torchscript, ScriptedDetector)] if torchscript else []
+    formats += [_Format("safetensors", export_safetensors, _rebuild)] if safetensors else []
     folder = Path() if target.startswith("builtin:") else source.parent
     paths = [_choose_path(kind, folder / source.stem, output, only=len(formats) == 1) for kind in formats]
     forms = [name for name, wanted in (("fp16", half), ("int8", int8)) if wanted and onnx]
@@ -127,14 +128,22 @@ def run_export(
     for path in (*paths, *reduced.values()):
         if path.exists():
             raise ExportError(f"{path} already exists; remove it, or choose another file with --output")
-    images = _read_images(source, observer)
+    images = read_parity_images(source, observer)
     if detector.family != "query":  # whose detections are always as many as its queries
         images.append(build_empty_image(detector, _EMPTY_SIZE))
+    # The image without detections comes early, so that it is in the smallest batch, too.
+    batched = images if batch is None else arrange_batches([images[0], images[-1], *images[1:-1]], batch)
     files = [
-        _export(kind, path, detector, architecture, images, observer) for kind, path in zip(formats, paths, strict=True)
+        _export(kind, path, detector, architecture, batched if kind.name == "onnx" else images, observer)
+        for kind, path in zip(formats, paths, strict=True)
     ]
-    files += [_reduce(form, paths[0], path, detector, images, source, observer) for form, path in reduced.items()]
+    files += [_reduce(form, paths[0], path, detector, batched, source, observer) for form, path in reduced.items()]
     return ExportResult(source=target, files=tuple(files))
+
+
+def _rebuild(path: Path) -> Predictor:
+    """The detector of a file of weights."""
+    return catalog.load(path).detector
 
 
 def try_export(source: Path) -> None:
@@ -169,8 +178,7 @@ def _export(
     fresh = path.with_name(f"{path.name}.new")
     try:
         exporter = kind.write(detector, fresh, architecture=architecture)
-        relative = QUERY_TOLERANCE if detector.family == "query" else 0.0
-        parity = check_parity(detector, kind.read(fresh), images, cut=Cut.of(detector.module), relative=relative)
+        parity = _compare(detector, kind.read(fresh), images)
         if not parity.passed:
             raise ExportError(f"{path} was not written: {_describe_difference(parity)}")
         fresh.rename(path)
@@ -201,29 +209,21 @@ def _reduce(
             write_half(whole, fresh)
             name, exporter = "onnx float16", "gdetkd, float16 layers and float32 boxes"
         else:
-            calibration = _read_calibration(source, observer)
+            calibration = read_calibration(source, observer)
             observer(Note(f"measuring the ranges of 8-bit numbers on {len(calibration)} images"))
             write_int8(whole, fresh, calibration)
             name, exporter = "onnx int8", f"onnxruntime's static quantisation on {len(calibration)} images"
-        relative = QUERY_TOLERANCE if detector.family == "query" else 0.0
-        parity = check_parity(detector, OnnxDetector(fresh), images, cut=Cut.of(detector.module), relative=relative)
+        parity = _compare(detector, OnnxDetector(fresh), images)
         fresh.rename(path)
     finally:
         fresh.unlink(missing_ok=True)
     return ExportedFile(path, name, exporter, path.stat().st_size / 1e6, parity, reduced=True)
 
 
-def _read_calibration(source: Path, observer: Observer) -> list[Tensor]:
-    """Reads training images (3, H, W) in 0..1 of the detector's run, evenly chosen; else synthetic scenes."""
-    recipe = source.parent / "recipe.yaml"
-    data: Data = SyntheticData(train_images=_CALIBRATION_IMAGES)
-    if recipe.exists():
-        data = load_recipe(recipe).data
-    else:
-        observer(Note(f"warning: {source} has no recipe.yaml with its data beside it, so synthetic scenes are used"))
-    split = assembly.build_split(data, "train", RunFolder(source.parent).find_labels())
-    chosen = range(0, len(split), ceil(len(split) / _CALIBRATION_IMAGES))
-    return [split.read(index).float() / 255 for index in chosen]
+def _compare(detector: Detector, file: Predictor, images: list[Tensor]) -> Parity:
+    relative = QUERY_TOLERANCE if detector.family == "query" else 0.0
+    together = isinstance(file, OnnxDetector) and file.batch != 1
+    return check_parity(detector, file, images, cut=Cut.of(detector.module), relative=relative, together=together)
 
 
 def _describe_difference(parity: Parity) -> str:
@@ -232,31 +232,3 @@ def _describe_difference(parity: Parity) -> str:
         f"counterpart, box coordinates differ by up to {parity.max_box_error:.3g} pixels (allowed: {BOX_TOLERANCE}), "
         f"scores by up to {parity.max_score_error:.3g} (allowed: {SCORE_TOLERANCE})"
     )
-
-
-def _read_images(source: Path, observer: Observer) -> list[Tensor]:
-    """Reads images (3, H, W) in 0..1 of different sizes: validation images of the run, else synthetic scenes."""
-    recipe = source.parent / "recipe.yaml"
-    if recipe.exists():
-        try:
-            return _read_stretched(load_recipe(recipe).data)
-        except (DataError, RecipeError) as error:
-            observer(Note(f"comparing on synthetic scenes, because the run's data cannot be read: {error}"))
-    return _read_stretched(SyntheticData())
-
-
-def _read_stretched(data: Data) -> list[Tensor]:
-    if isinstance(data, SyntheticData):  # building the split draws every scene, so draw only a few
-        data = data.model_copy(update={"val_images": min(data.val_images, len(_STRETCHES)), "fold": None})
-    split = assembly.build_split(data, "val")
-    indices = range(min(len(split), len(_STRETCHES)))
-    images = [split.read(index).float() / 255 for index in indices]
-    return [_stretch(image, by) for image, by in zip(cycle(images), _STRETCHES, strict=False)]
-
-
-def _stretch(image: Tensor, by: tuple[float, float]) -> Tensor:
-    """(3, H, W) -> (3, H', W'): scales by (height, width) factors, within the limits of a parity image's sides."""
-    height, width = (side * factor for side, factor in zip(image.shape[-2:], by, strict=True))
-    shrink = min(1.0, _LONGEST / max(height, width))
-    size = [max(_SHORTEST, round(side * shrink)) for side in (height, width)]
-    return functional.interpolate(image[None], size=size, mode="bilinear", antialias=True)[0].clamp(0, 1)

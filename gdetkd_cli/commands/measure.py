@@ -113,7 +113,7 @@ def _measure_detector(
     batches = load_validation_batches(split=split, batch_size=1)
     while perf_counter() - started < _SECONDS and (some := list(islice(batches, 1))):
         detections |= predict_split(stopwatch, some, device)
-    return replace(cost, ms_per_image=stopwatch.ms_per_call), detections
+    return replace(cost, ms_per_image=stopwatch.ms_per_image), detections
 
 
 def _draw_pyramids(detectors: dict[str, Detector], split: Split, folder: RunFolder) -> None:

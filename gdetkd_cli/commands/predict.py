@@ -132,7 +132,7 @@ def run_predict(
         images=tuple(listed),
         per_class=dict(Counter(found.name for image in listed for found in image.detections).most_common()),
         unreadable=tuple(unreadable),
-        ms_per_image=stopwatch.ms_per_call,
+        ms_per_image=stopwatch.ms_per_image,
         written=tuple(path for path in _list_targets(options).values() if path is not None),
     )
 

@@ -33,13 +33,20 @@ _FORMATS = {"query": "transformers"}  # by family
 
 @dataclass(frozen=True)
 class Subject:
-    """A detector that is ready to run. ``parameters`` is None if unknown; ``size_mb`` is the file's size."""
+    """A detector that is ready to run.
+
+    Attributes:
+        parameters: their number; None if unknown.
+        size_mb: of the file.
+        batch: images that it runs on together at least; a file with a fixed number fills up with images of zeros.
+    """
 
     predictor: Predictor
     class_names: tuple[str, ...]
     format: str
     parameters: int | None
     size_mb: float
+    batch: int = 1
 
 
 def choose_device() -> torch.device:
@@ -60,12 +67,12 @@ class Stopwatch:
         start = perf_counter()
         detections = self._predictor.predict(images)
         synchronize(self._device)
-        self._seconds.append(perf_counter() - start)
+        self._seconds.append((perf_counter() - start) / len(images))
         return detections
 
     @property
-    def ms_per_call(self) -> float:
-        """Median milliseconds per call without the first one, which warms up."""
+    def ms_per_image(self) -> float:
+        """Median over the calls of milliseconds per image, without the first call, which warms up."""
         return 1e3 * median(self._seconds[1:] or self._seconds)
 
 
@@ -117,7 +124,8 @@ def open_file(
             catalog.rename_classes(exported, classes, str(path))
         for warning in warn_about_weights(exported):
             observer(Note(warning))
-        return Subject(exported, exported.class_names, kind, None, path.stat().st_size / 1e6)
+        batch = (exported.batch or 1) if isinstance(exported, OnnxDetector) else 1
+        return Subject(exported, exported.class_names, kind, None, path.stat().st_size / 1e6, batch)
     spec = CheckpointDetector(arch="checkpoint", path=str(path), classes=list(classes) or None)
     subject = build_block(spec, device, data_classes, observer)
     if path.name == "student.pt":

@@ -17,13 +17,9 @@ from gdetkd_cli.detectors.torchvision.common import predict
 from gdetkd_cli.detectors.weights import list_torchvision_categories, load_state
 from gdetkd_cli.errors import ModelError
 from gdetkd_cli.probing.formats.files import DESCRIPTION_FILE, load_torchscript
-from gdetkd_cli.probing.formats.metadata import OWN, parse_notes, read_class_names
+from gdetkd_cli.probing.formats.metadata import ARCHITECTURE, parse_notes, read_class_names
 from gdetkd_cli.probing.pyramid import probe_image
 
-CLASSES, ARCHITECTURE = (
-    OWN,
-    "gdetkd.architecture",
-)  # keys of the description in gdetkd's own files; both values are JSON
 _SIZE = (256, 320)  # pixels of the image on which both forms are compared
 
 

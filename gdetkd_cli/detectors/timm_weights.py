@@ -31,7 +31,7 @@ def load_timm_weights(body: nn.Module, backbone: str, weights: str) -> list[str]
         ModelError: the weights do not exist, cannot be read or downloaded, or do not fit the body.
     """
     if Path(weights).exists() or Path(weights).suffix in _SUFFIXES:
-        state = _read_file(Path(weights))
+        state = extract_state_dict(read_torch_file(Path(weights)), weights)
     else:
         state = _read_named(find_model(backbone), weights)
     names = {key: next((name for name in _list_names(key) if name in state), None) for key in body.state_dict()}
@@ -48,18 +48,6 @@ def _list_names(key: str) -> list[str]:
     first, _, rest = name.partition(".")
     parts = [f"{first[:i]}.{first[i + 1 :]}.{rest}" for i, letter in enumerate(first) if letter == "_"]
     return [name, name.removeprefix("model."), *parts]
-
-
-def _read_file(path: Path) -> dict[str, Tensor]:
-    if path.suffix != ".safetensors" or not path.is_file():
-        return extract_state_dict(read_torch_file(path), str(path))
-    from safetensors import SafetensorError  # a requirement of timm
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise ModelError(f"{path} is not a complete safetensors file ({get_first_line(error)})") from error
 
 
 def _read_named(name: str, weights: str) -> dict[str, Tensor]:

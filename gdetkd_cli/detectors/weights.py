@@ -11,11 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torchvision.models import WeightsEnum, get_model_weights, get_weight, list_models
 
-from gdetkd_cli.errors import ModelError
+from gdetkd_cli.detectors.saved import FILE_VERSION
+from gdetkd_cli.errors import ModelError, get_first_line
 from gdetkd_cli.files import name_kind
+from gdetkd_cli.probing.formats.files import is_safetensors
+from gdetkd_cli.probing.formats.metadata import ARCHITECTURE, parse_notes, read_class_names
 
 # Prefixes of the parameters whose shape depends on the number of classes.
 CLASS_LAYERS = (
@@ -44,7 +48,9 @@ _WITHOUT_EPS = (
 
 
 def read_torch_file(path: Path) -> Any:
-    """Reads a file written by ``torch.save`` without executing anything in it.
+    """Reads a file written by ``torch.save`` or safetensors without executing anything in it.
+
+    A safetensors file that gdetkd wrote has the content of a ``student.pt``, another one is a state_dict.
 
     Raises:
         ModelError: the file is missing, of another kind, cut short, or needs pickled code.
@@ -60,6 +66,8 @@ def read_torch_file(path: Path) -> Any:
         raise ModelError(f"{path} cannot be opened: {error.strerror}") from error
     if start.startswith(b"version https://git-lfs"):
         raise ModelError(f"{path} is a git-LFS pointer, not the file itself; fetch it with `git lfs pull`")
+    if path.suffix == ".safetensors" or is_safetensors(start, path.stat().st_size):
+        return _read_safetensors(path)
     words = start.decode(errors="replace").split()
     if start.isascii() and words and all(word.isprintable() for word in words):
         raise ModelError(f"{path} is not a file written by torch.save: it begins with the text {start[:20].decode()!r}")
@@ -79,6 +87,19 @@ def read_torch_file(path: Path) -> Any:
     except _DAMAGED as error:
         reason = str(error).splitlines()[0].split(". ")[0] if str(error) else "it is empty"
         raise ModelError(f"{path}{name_kind(path)} is not a complete file written by torch.save ({reason})") from error
+
+
+def _read_safetensors(path: Path) -> dict[str, Any]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            notes = file.metadata() or {}
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no mapping
+    except (SafetensorError, *_DAMAGED) as error:
+        raise ModelError(f"{path} is not a complete safetensors file ({get_first_line(error)})") from error
+    if ARCHITECTURE not in notes:
+        return state
+    architecture, names = parse_notes(notes[ARCHITECTURE]), read_class_names(notes)
+    return {"gdetkd": FILE_VERSION, "architecture": architecture, "classes": list(names), "model": state}
 
 
 def extract_state_dict(saved: Any, source: str) -> dict[str, Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +13,16 @@ from torch import Tensor
 
 from gdetkd_cli import __version__
 from gdetkd_cli.detectors.protocol import Detector
-from gdetkd_cli.detectors.scripted import ARCHITECTURE, CLASSES
 from gdetkd_cli.errors import ModelError, get_first_line
 from gdetkd_cli.probing.formats.files import DESCRIPTION_FILE, load_torchscript
-from gdetkd_cli.probing.formats.metadata import parse_notes, read_class_names
+from gdetkd_cli.probing.formats.metadata import ARCHITECTURE, OWN, parse_notes, read_class_names
 from gdetkd_cli.probing.formats.runner import list_not_finite
 from gdetkd_cli.structures import Detections
 
 INPUT = "image"
 OUTPUTS = ("boxes", "scores", "labels")
+BATCH_INPUT = "images"
+BATCH_OUTPUTS = (*OUTPUTS, "counts")
 
 _VERSION = "gdetkd"
 _FATAL = 4  # onnxruntime also logs to stderr the errors that it raises
@@ -31,21 +32,28 @@ class NotOursError(ModelError):
     """A complete file that gdetkd did not export."""
 
 
-def describe(detector: Detector, architecture: dict[str, Any]) -> dict[str, str]:
+def describe(detector: Detector, architecture: dict[str, Any], *, batch: int | None = None) -> dict[str, str]:
     """The description in an exported file.
 
     It has gdetkd's version, class names and architecture (the last two as JSON), and the keys that other runtimes read.
+
+    Args:
+        detector: the detector in the file.
+        architecture: rebuilds it.
+        batch: images per run of a batched file, 0 for any number; None: the file is not batched.
     """
     try:
         stride = {"stride": str(round(max(max(level.stride) for level in detector.levels)))}
     except ModelError:  # weights that are not finite have no levels to measure; the file can still be written
         stride = {}
+    free = {"args": str({"batch": 1, "dynamic": True})} if batch == 0 else {}  # as Ultralytics states a free number
     return stride | {
         "names": str(dict(enumerate(detector.class_names))),
         "task": "detect",
-        "batch": "1",
+        "batch": str(batch or 1),
+        **free,
         _VERSION: __version__,
-        CLASSES: json.dumps(detector.class_names),
+        OWN: json.dumps(detector.class_names),
         ARCHITECTURE: json.dumps(architecture),
     }
 
@@ -55,6 +63,7 @@ class OnnxDetector:
 
     Attributes:
         class_names: K names, label k is ``class_names[k - 1]``.
+        batch: images of one run; 0: any number.
     """
 
     def __init__(self, path: Path, *, device: str = "cpu") -> None:
@@ -78,13 +87,16 @@ class OnnxDetector:
         except Exception as error:  # onnxruntime's errors have no common base
             raise ModelError(f"{path} is not a whole ONNX file ({get_first_line(error)})") from error
         outputs = tuple(output.name for output in self._session.get_outputs())
-        if outputs != OUTPUTS:
+        if outputs not in (OUTPUTS, BATCH_OUTPUTS):
             raise NotOursError(
                 f"{path} was not exported by gdetkd: expected the outputs {', '.join(OUTPUTS)}, "
                 f"got {', '.join(outputs)}"
             )
         self.class_names = _read_class_names(path, self._session.get_modelmeta().custom_metadata_map)
         self._path = path
+        self._batched = outputs == BATCH_OUTPUTS
+        first = self._session.get_inputs()[0].shape[:1]
+        self.batch = int(first[0]) if self._batched and first and isinstance(first[0], int) else int(not self._batched)
 
     def list_bad_weights(self) -> list[str]:
         """Names of the weights with NaN or infinity."""
@@ -93,22 +105,43 @@ class OnnxDetector:
         return read_bad_initializers(self._path)
 
     def predict(self, images: list[Tensor]) -> list[Detections]:
-        """Inference on images (3, H, W) in 0..1, one at a time; boxes in each image's own pixels.
+        """Inference on images (3, H, W) in 0..1; boxes in each image's own pixels.
+
+        A batched file runs on images of one size together, and on images of zeros where there are too few.
 
         Raises:
             ModelError: the file fails on an image, as one does whose export fixed a size.
         """
-        return [self._predict(image) for image in images]
+        if not self._batched:
+            return [Detections(*self._run(INPUT, image)) for image in images]
+        found: dict[int, Detections] = {}
+        for places in group_by_size(images, self.batch):
+            stacked = torch.stack([images[place] for place in places])
+            absent = stacked.new_zeros((max(0, self.batch - len(places)), *stacked.shape[1:]))
+            boxes, scores, labels, counts = self._run(BATCH_INPUT, torch.cat([stacked, absent]))
+            for row, place in enumerate(places):
+                own = slice(int(counts[row]))
+                found[place] = Detections(boxes[row, own], scores[row, own], labels[row, own])
+        return [found[place] for place in range(len(images))]
 
-    def _predict(self, image: Tensor) -> Detections:
+    def _run(self, name: str, value: Tensor) -> list[Tensor]:
         try:
-            outputs = self._session.run(OUTPUTS, {INPUT: image.cpu().contiguous().numpy()})
+            outputs = self._session.run(None, {name: value.cpu().contiguous().numpy()})
         except Exception as error:  # onnxruntime's errors have no common base
-            height, width = image.shape[-2:]
+            height, width = value.shape[-2:]
             reason = get_first_line(error)[:200]
             raise ModelError(f"{self._path} fails on an image of {height} x {width} pixels ({reason})") from error
-        boxes, scores, labels = (torch.from_numpy(array) for array in outputs)
-        return Detections(boxes=boxes, scores=scores, labels=labels)
+        return [torch.from_numpy(array) for array in outputs]
+
+
+def group_by_size(images: Sequence[Tensor], most: int) -> Iterator[list[int]]:
+    """Yields the places of images (3, H, W) of one size, at most ``most`` together; 0: all of a size."""
+    by_size: dict[torch.Size, list[int]] = {}
+    for place, image in enumerate(images):
+        by_size.setdefault(image.shape, []).append(place)
+    for places in by_size.values():
+        step = most or len(places)
+        yield from (places[start : start + step] for start in range(0, len(places), step))
 
 
 class ScriptedDetector:
@@ -140,7 +173,7 @@ class ScriptedDetector:
 
 
 def _read_class_names(path: Path, description: Mapping[str, object]) -> tuple[str, ...]:
-    names = read_class_names(description) if CLASSES in description else ()
+    names = read_class_names(description) if OWN in description else ()
     if not names:
         raise NotOursError(f"{path} was not exported by gdetkd: it has no class names")
     return names

@@ -77,7 +77,13 @@ class Cut:
 
 
 def check_parity(
-    reference: Predictor, exported: Predictor, images: Sequence[Tensor], *, cut: Cut, relative: float = 0.0
+    reference: Predictor,
+    exported: Predictor,
+    images: Sequence[Tensor],
+    *,
+    cut: Cut,
+    relative: float = 0.0,
+    together: bool = False,
 ) -> Parity:
     """Compares detections, image by image.
 
@@ -91,12 +97,14 @@ def check_parity(
         cut: the detector's limits.
         relative: allowed difference of a box coordinate as a fraction of the image's long side, if that is more than
             ``BOX_TOLERANCE``.
+        together: give the file all images at once, because it is batched; else one at a time.
     """
     near = True
     empty, detections, unmatched, found = 0, 0, 0, 0
     box_errors, score_errors = [torch.zeros(1)], [torch.zeros(1)]
-    for image in images:
-        (expected,), (got,) = reference.predict([image]), exported.predict([image])
+    found_by_file = exported.predict(list(images)) if together else [exported.predict([one])[0] for one in images]
+    for image, got in zip(images, found_by_file, strict=True):
+        (expected,) = reference.predict([image])
         rows, columns = _pair_detections(expected, got)
         allowed = max(BOX_TOLERANCE, relative * max(image.shape[-2:]))
         # At the cut each side may keep other boxes of near-equal scores, so overlap there does not make a pair.

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
+from itertools import cycle, islice
 from pathlib import Path
 
 import numpy as np
 import onnx
+import torch
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, numpy_helper
 from torch import Tensor
 
 from gdetkd_cli.errors import ExportError, get_first_line
-from gdetkd_cli.evaluation.exported import INPUT
+from gdetkd_cli.evaluation.exported import BATCH_INPUT, INPUT, group_by_size
 
 _WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 
@@ -90,11 +92,10 @@ def write_int8(source: Path, path: Path, images: Sequence[Tensor]) -> None:
 
     class Reader(CalibrationDataReader):
         def __init__(self) -> None:
-            self._rows = iter(images)
+            self._feeds = _list_feeds(source, images)
 
         def get_next(self) -> dict[str, np.ndarray] | None:
-            image = next(self._rows, None)
-            return None if image is None else {INPUT: image.numpy()}
+            return next(self._feeds, None)
 
     logger = logging.getLogger()
     level = logger.level
@@ -118,6 +119,18 @@ def write_int8(source: Path, path: Path, images: Sequence[Tensor]) -> None:
     # With the shapes that it noted, onnxruntime simplifies a reshape so that it fails on an image without detections.
     del model.graph.value_info[:]
     _save(model, path)
+
+
+def _list_feeds(source: Path, images: Sequence[Tensor]) -> Iterator[dict[str, np.ndarray]]:
+    """Yields the inputs of a file for images (3, H, W); a batch that is not full has some of its images twice."""
+    given = onnx.load(source).graph.input[0]
+    if given.name != BATCH_INPUT:
+        yield from ({INPUT: image.numpy()} for image in images)
+        return
+    batch = given.type.tensor_type.shape.dim[0].dim_value or 1  # 1, if the file takes any number
+    for places in group_by_size(images, batch):
+        filled = islice(cycle(places), batch)
+        yield {BATCH_INPUT: torch.stack([images[place] for place in filled]).numpy()}
 
 
 def _save(model: ModelProto, path: Path) -> None:

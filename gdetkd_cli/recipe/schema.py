@@ -155,7 +155,8 @@ class CheckpointDetector(Strict):
 
     arch: Literal["checkpoint"]
     path: str = Field(
-        description="run folder, student.pt, state_dict, TorchScript, exported program, ONNX file, or builtin:NAME"
+        description="run folder, student.pt, state_dict, safetensors, TorchScript, exported program, ONNX file, or "
+        "builtin:NAME"
     )
     input: ModelInput = ModelInput()
     levels: Levels = None

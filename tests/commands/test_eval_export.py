@@ -12,6 +12,8 @@ import onnx
 import pytest
 import torch
 import toy
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torchvision.utils import save_image
 
 from gdetkd_cli.commands import export, run_eval, run_export
@@ -21,6 +23,8 @@ from gdetkd_cli.detectors.protocol import Detector
 from gdetkd_cli.engine.events import Event, Note
 from gdetkd_cli.errors import DataError, ExportError, ModelError, PairError, RecipeError
 from gdetkd_cli.export.onnx import export_onnx
+from gdetkd_cli.export.safetensors import export_safetensors
+from gdetkd_cli.probing.formats.files import detect_kind, is_safetensors
 from gdetkd_cli.recipe.load import dump_recipe
 from gdetkd_cli.recipe.schema import CheckpointDetector, CocoData, Recipe, SyntheticData
 
@@ -206,12 +210,12 @@ def test_never_overwrites(run: Path) -> None:
 
 
 def test_a_file_that_disagrees_is_not_kept(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def write_another(detector: Detector, path: Path, *, architecture: dict[str, Any], opset: int) -> str:
+    def write_another(detector: Detector, path: Path, **options: Any) -> str:
         other = copy.deepcopy(detector)
         with torch.no_grad():
             for parameter in other.module.parameters():
                 parameter.mul_(1.01)
-        return export_onnx(other, path, architecture=architecture, opset=opset)
+        return export_onnx(other, path, **options)
 
     monkeypatch.setattr(export, "export_onnx", write_another)
     with pytest.raises(
@@ -301,3 +305,62 @@ def test_files_that_are_no_detector_are_refused(run: Path, data: CocoData) -> No
         (run / name).write_bytes(content)
         with pytest.raises(ModelError, match=name):
             run_eval(str(run / name), data=data)
+
+
+# ------------------------------------------------------------------------------------------------------ safetensors
+
+
+def test_safetensors_hold_the_weights_the_classes_and_the_description(run: Path, detector: Detector) -> None:
+    (file,) = run_export(str(run), onnx=False, torchscript=False, safetensors=True, output=None).files
+    assert (file.path, file.format) == (run / "student.safetensors", "safetensors")
+    assert (file.parity.passed, file.parity.max_box_error, file.parity.max_score_error) == (True, 0.0, 0.0)
+    assert file.path.stat().st_mode == (run / "student.pt").stat().st_mode
+    state, saved = load_file(file.path), torch.load(run / "student.pt", weights_only=True)
+    assert state.keys() == saved["model"].keys()
+    assert all(torch.equal(state[name], value) for name, value in saved["model"].items())
+    with safe_open(file.path, framework="pt") as opened:
+        notes = opened.metadata()
+    assert (notes["format"], notes["task"]) == ("pt", "detect")
+    assert notes["names"] == str(dict(enumerate(detector.class_names)))
+    assert json.loads(notes["gdetkd.classes"]) == saved["classes"]
+    assert json.loads(notes["gdetkd.architecture"]) == saved["architecture"]
+
+    # The file is a detector of its own, under any name.
+    assert run_eval(str(file.path), data=None).metrics == run_eval(str(run), data=None).metrics
+    renamed = file.path.rename(run / "weights")
+    assert run_eval(str(renamed), data=None).format == "checkpoint"
+
+
+def test_shared_tensors_are_written_under_each_of_their_names(detector: Detector, tmp_path: Path) -> None:
+    shared = copy.deepcopy(detector)
+    network: Any = shared.module
+    network.backbone.fpn.layer_blocks[1] = network.backbone.fpn.layer_blocks[0]
+    export_safetensors(shared, tmp_path / "shared.safetensors", architecture={})
+    state = load_file(tmp_path / "shared.safetensors")
+    first, second = (f"backbone.fpn.layer_blocks.{i}.0.weight" for i in (0, 1))
+    assert torch.equal(state[first], state[second])
+    network.load_state_dict(state)
+
+
+def test_safetensors_of_a_size_whose_first_byte_is_that_of_onnx(tmp_path: Path) -> None:
+    path = tmp_path / "weights.bin"
+    header = json.dumps({"__metadata__": {"note": ""}, "a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}})
+    header = header.replace('""', f'"{"x" * (0x208 - len(header))}"')
+    path.write_bytes(len(header).to_bytes(8, "little") + header.encode() + bytes(4))
+    start = path.read_bytes()[:9]
+    assert start[:1] == b"\x08"
+    assert load_file(path)["a"].tolist() == [0]
+    assert is_safetensors(start, path.stat().st_size)
+    assert not is_safetensors(start, 8)
+    assert detect_kind(path) == "checkpoint"
+
+
+def test_damaged_safetensors_are_refused(run: Path) -> None:
+    (file,) = run_export(str(run), onnx=False, torchscript=False, safetensors=True, output=None).files
+    content = file.path.read_bytes()
+    file.path.write_bytes(content[: len(content) // 2])
+    with pytest.raises(ModelError, match=r"student\.safetensors is not a complete safetensors file"):
+        run_eval(str(file.path), data=None)
+    save_file({"a": torch.zeros(1)}, file.path, {"gdetkd.architecture": '{"kind": "odd"}', "gdetkd.classes": '["a"]'})
+    with pytest.raises(ModelError, match="unknown architecture kind 'odd'"):
+        run_eval(str(file.path), data=None)

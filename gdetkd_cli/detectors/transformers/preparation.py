@@ -134,13 +134,14 @@ class Preparation:
 
     def __call__(self, images: Sequence[Tensor]) -> Prepared:
         """Prepares images (3, H_i, W_i) in 0..1; the padding is at the right and the bottom."""
-        prepared = [self._prepare(image) for image in images]
+        prepared = [self.prepare(image) for image in images]
         sizes = [(int(image.shape[-2]), int(image.shape[-1])) for image in prepared]
         height, width = (max(sides) for sides in zip(*sizes, strict=True))
         pixels = torch.stack([pad(i, (0, width - w, 0, height - h)) for i, (h, w) in zip(prepared, sizes, strict=True)])
         return Prepared(pixels, sizes)
 
-    def _prepare(self, image: Tensor) -> Tensor:
+    def prepare(self, image: Tensor) -> Tensor:
+        """Resizes, scales and normalises an image (3, H, W); when traced, also images (N, 3, H, W) of one size."""
         size = self.compute_size(image.shape[-2], image.shape[-1])
         mode = _MODES[self.resample]
         if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]  # a file resizes every image
@@ -158,7 +159,7 @@ def resize_in_graph(image: Tensor, size: tuple[int, int]) -> Tensor:
     """``interpolate`` with ``mode="bilinear", antialias=True`` as two matrix products, which every exporter can write.
 
     Args:
-        image: (3, H, W), of any size when the graph runs.
+        image: (..., 3, H, W), of any size when the graph runs.
         size: (height, width) pixels of the result.
     """
     down, across = (_compute_weights(image.shape[axis], side, image) for axis, side in zip((-2, -1), size, strict=True))

@@ -28,8 +28,11 @@ Kind = Literal["onnx", "torchscript", "exported", "checkpoint"]
 def detect_kind(path: Path) -> Kind:
     """Returns the kind of a model file; anything unrecognised counts as a checkpoint."""
     with path.open("rb") as file:
-        if file.read(1) == _ONNX_START:
-            return "onnx"
+        start = file.read(9)
+    if is_safetensors(start, path.stat().st_size):  # whose first byte may be ONNX's
+        return "checkpoint"
+    if start[:1] == _ONNX_START:
+        return "onnx"
     names: list[str] = []
     try:
         if zipfile.is_zipfile(path):  # all of torch's formats are ZIP files; only TorchScript has constants
@@ -42,6 +45,11 @@ def detect_kind(path: Path) -> Kind:
     if any(name.endswith("/archive_format") for name in names):
         return "exported"
     return "checkpoint"
+
+
+def is_safetensors(start: bytes, size: int) -> bool:
+    """Whether a file of ``size`` bytes begins as safetensors does: the length of a header, which is a JSON object."""
+    return start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= size - 8
 
 
 def open_runner(path: Path, kind: Kind, *, last: bool = False) -> Runner:

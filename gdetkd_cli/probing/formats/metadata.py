@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 OWN = "gdetkd.classes"  # gdetkd's key: a JSON list
+ARCHITECTURE = "gdetkd.architecture"  # gdetkd's key: the JSON description that rebuilds a detector
 _YOLO = "names"  # ultralytics' key: {0: "person", ...}, in ONNX as the text of a Python dictionary
 
 
