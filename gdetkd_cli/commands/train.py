@@ -16,6 +16,7 @@ from accelerate import Accelerator
 
 from gdetkd_cli import assembly, portable
 from gdetkd_cli.assembly.labels import write_labels
+from gdetkd_cli.assembly.trackers import start_trackers
 from gdetkd_cli.commands.measure import measure_run
 from gdetkd_cli.commands.report import add_report
 from gdetkd_cli.commands.target import Target, open_checkpoint, open_folder, read_own_recipe
@@ -163,6 +164,8 @@ def _run(recipe: Recipe, target: Target, observer: Observer, *, report: bool = F
             if split.bad is not None:
                 split.bad.list_in(folder.bad_images)
         _announce(setup, observer)
+        # Before anything is written, so that a tracker that does not start leaves no run behind.
+        start_trackers(compute.accelerator, setup.recipe, name=folder.path.name, folder=folder.tensorboard)
         if main:
             _write_facts(folder, setup, replace=target.steps is not None)
         ended = _train(setup, folder, checkpoint, origin, signals, observer)
@@ -216,8 +219,6 @@ def _train(
 ) -> LoopResult:
     """Trains to the end."""
     accelerator, train = setup.compute.accelerator, setup.recipe.train
-    accelerator.project_configuration.logging_dir = str(folder.path)
-    accelerator.init_trackers("tensorboard")
     seed_everything(setup.recipe.seed, accelerator.process_index)
 
     def evaluate() -> CocoMetrics | None:
