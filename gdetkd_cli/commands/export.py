@@ -17,7 +17,7 @@ from gdetkd_cli import assembly
 from gdetkd_cli.assembly.warnings import warn_about_weights
 from gdetkd_cli.detectors import catalog
 from gdetkd_cli.detectors.protocol import Detector
-from gdetkd_cli.engine.events import Note, Observer, silent
+from gdetkd_cli.engine.events import Note, Observer, report_every, silent
 from gdetkd_cli.engine.run_folder import RunFolder
 from gdetkd_cli.errors import DataError, ExportError, ModelError, RecipeError
 from gdetkd_cli.evaluation.exported import OnnxDetector, ScriptedDetector
@@ -203,7 +203,8 @@ def _reduce(
         else:
             calibration = _read_calibration(source, observer)
             observer(Note(f"measuring the ranges of 8-bit numbers on {len(calibration)} images"))
-            write_int8(whole, fresh, calibration)
+            progress = report_every(observer, "ranges measured on", len(calibration))
+            write_int8(whole, fresh, calibration, progress)
             name, exporter = "onnx int8", f"onnxruntime's static quantisation on {len(calibration)} images"
         relative = QUERY_TOLERANCE if detector.family == "query" else 0.0
         parity = check_parity(detector, OnnxDetector(fresh), images, cut=Cut.of(detector.module), relative=relative)

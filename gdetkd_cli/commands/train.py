@@ -370,6 +370,7 @@ def _write_student(path: Path, folder: RunFolder, setup: assembly.TrainingSetup)
 
 def _measure(folder: RunFolder, setup: assembly.TrainingSetup, observer: Observer) -> None:
     """Measures the run for its report; a failure becomes a note, because the run itself is complete."""
+    observer(Note("measuring the trained student for its report, which takes up to a minute"))
     try:
         measure_run(setup, folder)
     except Exception as error:

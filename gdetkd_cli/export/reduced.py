@@ -7,7 +7,7 @@ float32: float16 resolves no half pixel above 1,024, and 8 bits resolve far less
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -70,13 +70,16 @@ def _halve_layer(node: NodeProto, weights: dict[str, TensorProto], graph: GraphP
     yield onnx.helper.make_node("Cast", [output], [name], to=TensorProto.FLOAT)
 
 
-def write_int8(source: Path, path: Path, images: Sequence[Tensor]) -> None:
+def write_int8(
+    source: Path, path: Path, images: Sequence[Tensor], progress: Callable[[int], None] | None = None
+) -> None:
     """Writes an ONNX file whose weighted layers compute with 8 bits, by onnxruntime's static quantisation.
 
     Args:
         source: the float32 file.
         path: the file to write.
         images: (3, H, W) in 0..1; the ranges of all values are measured on these.
+        progress: gets the number of images done.
 
     Raises:
         ExportError: onnxruntime cannot quantise the file.
@@ -90,10 +93,12 @@ def write_int8(source: Path, path: Path, images: Sequence[Tensor]) -> None:
 
     class Reader(CalibrationDataReader):
         def __init__(self) -> None:
-            self._rows = iter(images)
+            self._rows = enumerate(images)
 
         def get_next(self) -> dict[str, np.ndarray] | None:
-            image = next(self._rows, None)
+            done, image = next(self._rows, (len(images), None))
+            if progress is not None:
+                progress(done)
             return None if image is None else {INPUT: image.numpy()}
 
     logger = logging.getLogger()
