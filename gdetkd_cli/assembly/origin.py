@@ -30,6 +30,7 @@ _MAY_DIFFER = {
     "runtime.threads",
     "runtime.workers",
     "runtime.cache_mb",
+    "runtime.trackers",
 }
 
 

@@ -29,6 +29,7 @@ from gdetkd_cli.assembly.distillation import BuiltPair, build_pair
 from gdetkd_cli.assembly.labels import LabelledSplit, Tables, describe_labels, label_split
 from gdetkd_cli.assembly.runtime import apply_runtime, resolve_runtime
 from gdetkd_cli.assembly.sharing import read_once
+from gdetkd_cli.assembly.trackers import check_trackers
 from gdetkd_cli.assembly.warnings import warn_about_data, warn_about_sizes
 from gdetkd_cli.data.split import Split
 from gdetkd_cli.detectors.protocol import Detector
@@ -97,6 +98,7 @@ def start_compute(recipe: Recipe) -> tuple[Compute, Recipe]:
 
     Raises:
         ModelError: the recipe requires a device or a precision that this machine lacks.
+        RecipeError: a tracker is not installed.
     """
     settings = resolve_runtime(recipe.runtime)
     torch.set_num_threads(settings.threads)
@@ -113,15 +115,20 @@ def adopt_runtime(compute: Compute, recipe: Recipe) -> Compute:
 
 
 def build_accelerator(settings: ComputeSettings, recipe: Recipe) -> Accelerator:
-    """Builds the accelerator with the run's device, precision and processes."""
+    """Builds the accelerator with the run's device, precision, processes and trackers.
+
+    Raises:
+        RecipeError: a tracker is not installed.
+    """
+    check_trackers(recipe)
     # Without a task loss, parts of the student get no gradient, and DDP would wait for them.
     ddp = DistributedDataParallelKwargs(find_unused_parameters=not has_task_loss(recipe))
     return Accelerator(
         kwargs_handlers=[ddp],
         cpu=settings.device == "cpu",
         mixed_precision="no" if settings.precision == "fp32" else settings.precision,
-        log_with="tensorboard",
-        project_dir=".",  # required by the tracker; the loop sets the run's own folder
+        log_with=list(recipe.runtime.trackers) or None,
+        project_dir=".",  # required by some trackers; the run sets its own folder
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import assert_never
 
@@ -44,29 +44,52 @@ def narration(terminal: Console | None = None) -> Iterator[Observer]:
             console=terminal,
             refresh_per_second=2,
         ) as progress:
-            yield _Bar(progress)
+            bar = _Bar(progress)
+            try:
+                yield bar
+            finally:
+                bar.remove_images()
     else:
         yield lambda event: _print_event(terminal, event)
 
 
 class _Bar:
-    """Draws the steps of the current phase as a bar and prints other events above it."""
+    """Draws the steps of the current phase and counts of images as bars, and prints other events above them."""
 
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
         self._title = "training"
         self._task: TaskID | None = None
+        self._images: TaskID | None = None
+        self._aps: list[float] = []  # of the phase
 
     def __call__(self, event: Event) -> None:
+        if isinstance(event, ImagesDone):
+            self._draw_images(event)
+            return
+        self.remove_images()
         if isinstance(event, StepDone):
             self._draw(event)
             return
         _print_event(self._progress.console, event)
         if isinstance(event, Phase):
-            self._title, self._task = event.title, None
+            self._title, self._task, self._aps = event.title, None, []
+        elif isinstance(event, Evaluated) and event.metrics.ap is not None:
+            self._aps.append(event.metrics.ap)
+
+    def remove_images(self) -> None:
+        """Removes the bar of images, whose work is done."""
+        if self._images is not None:
+            self._progress.remove_task(self._images)
+            self._images = None
+
+    def _draw_images(self, event: ImagesDone) -> None:
+        if self._images is None:
+            self._images = self._progress.add_task("", total=event.total, numbers="images")
+        self._progress.update(self._images, description=event.what, total=event.total, completed=event.done)
 
     def _draw(self, event: StepDone) -> None:
-        numbers = _format_step(event)
+        numbers = _format_step(event, self._aps)
         if self._task is None:
             self._task = self._progress.add_task(self._title, total=event.steps, completed=event.step, numbers=numbers)
         else:
@@ -98,7 +121,8 @@ def _format_event(event: Event) -> str:
             assert_never(event)
 
 
-def _format_step(event: StepDone) -> str:
-    """Speed, time left and losses; a narrow terminal cuts off the losses."""
+def _format_step(event: StepDone, aps: Sequence[float] = ()) -> str:
+    """Speed, time left, the last and the best AP, and losses; a narrow terminal cuts off the losses."""
     losses = "  ".join(f"{name} {value:.3g}" for name, value in {"loss": event.loss, **event.parts}.items())
-    return f"{event.images_per_second:.1f} images/s  {format_duration(event.eta_seconds)} left  {losses}"
+    found = f"AP {aps[-1]:.1f} (best {max(aps):.1f})  " if aps else ""
+    return f"{event.images_per_second:.1f} images/s  {format_duration(event.eta_seconds)} left  {found}{losses}"

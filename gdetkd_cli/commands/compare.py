@@ -50,6 +50,7 @@ _MAY_DIFFER = (
     "runtime.threads",
     "runtime.workers",
     "runtime.cache_mb",
+    "runtime.trackers",
 )
 
 

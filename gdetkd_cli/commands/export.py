@@ -14,7 +14,7 @@ from gdetkd_cli.assembly.warnings import warn_about_weights
 from gdetkd_cli.commands.export_images import arrange_batches, read_calibration, read_parity_images
 from gdetkd_cli.detectors import catalog
 from gdetkd_cli.detectors.protocol import Detector
-from gdetkd_cli.engine.events import Note, Observer, silent
+from gdetkd_cli.engine.events import Note, Observer, report_every, silent
 from gdetkd_cli.errors import ExportError, ModelError
 from gdetkd_cli.evaluation.exported import OnnxDetector, ScriptedDetector
 from gdetkd_cli.evaluation.predict import Predictor
@@ -211,7 +211,8 @@ def _reduce(
         else:
             calibration = read_calibration(source, observer)
             observer(Note(f"measuring the ranges of 8-bit numbers on {len(calibration)} images"))
-            write_int8(whole, fresh, calibration)
+            progress = report_every(observer, "ranges measured on", len(calibration))
+            write_int8(whole, fresh, calibration, progress)
             name, exporter = "onnx int8", f"onnxruntime's static quantisation on {len(calibration)} images"
         parity = _compare(detector, OnnxDetector(fresh), images)
         fresh.rename(path)

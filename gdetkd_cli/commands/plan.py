@@ -72,6 +72,7 @@ def plan_distill(recipe: Recipe, *, observer: Observer = silent) -> Plan:
     student = setup.student.detector
     times: list[float] = []
     reports: list[LossReport] = []
+    observer(Note(f"taking {_WARMUP + _TIMED} steps to time them"))
     batches = repeat_batches(setup)
     for _ in range(_WARMUP + _TIMED):
         times.append(

@@ -16,6 +16,7 @@ from accelerate import Accelerator
 
 from gdetkd_cli import assembly, portable
 from gdetkd_cli.assembly.labels import write_labels
+from gdetkd_cli.assembly.trackers import start_trackers
 from gdetkd_cli.commands.measure import measure_run
 from gdetkd_cli.commands.report import add_report
 from gdetkd_cli.commands.target import Target, open_checkpoint, open_folder, read_own_recipe
@@ -163,6 +164,8 @@ def _run(recipe: Recipe, target: Target, observer: Observer, *, report: bool = F
             if split.bad is not None:
                 split.bad.list_in(folder.bad_images)
         _announce(setup, observer)
+        # Before anything is written, so that a tracker that does not start leaves no run behind.
+        start_trackers(compute.accelerator, setup.recipe, name=folder.path.name, folder=folder.tensorboard)
         if main:
             _write_facts(folder, setup, replace=target.steps is not None)
         ended = _train(setup, folder, checkpoint, origin, signals, observer)
@@ -216,8 +219,6 @@ def _train(
 ) -> LoopResult:
     """Trains to the end."""
     accelerator, train = setup.compute.accelerator, setup.recipe.train
-    accelerator.project_configuration.logging_dir = str(folder.path)
-    accelerator.init_trackers("tensorboard")
     seed_everything(setup.recipe.seed, accelerator.process_index)
 
     def evaluate() -> CocoMetrics | None:
@@ -369,6 +370,7 @@ def _write_student(path: Path, folder: RunFolder, setup: assembly.TrainingSetup)
 
 def _measure(folder: RunFolder, setup: assembly.TrainingSetup, observer: Observer) -> None:
     """Measures the run for its report; a failure becomes a note, because the run itself is complete."""
+    observer(Note("measuring the trained student for its report, which takes up to a minute"))
     try:
         measure_run(setup, folder)
     except Exception as error:

@@ -287,7 +287,7 @@ class Loop:
             "images_per_second": rate,
         }
         self._folder.log(line)
-        self._accelerator.log({k: v for k, v in line.items() if k != "step"}, step=done)
+        self._accelerator.log({k: v for k, v in line.items() if k != "step" and v is not None}, step=done)
         eta = spent / (done - start) * (self._options.steps - done)
         self._observer(
             StepDone(

@@ -27,7 +27,7 @@ class RunFolder:
     probe.json         both measured pyramids
     labels/            train.json, val.json: the teacher's labels, if it labelled the images
     metrics.jsonl      one line per log step and evaluation
-    tensorboard/       the same as events
+    tensorboard/       the same as events, if the recipe has that tracker
     resume/step-N/     the last checkpoints: student, terms, optimizer, random numbers
     best.pt            the student at its best evaluation, if there were evaluations before the end
     student.pt         the trained student alone
@@ -50,6 +50,7 @@ class RunFolder:
         self.probe = path / "probe.json"
         self.labels = path / "labels"
         self.metrics_log = path / "metrics.jsonl"
+        self.tensorboard = path / "tensorboard"
         self.resume = path / "resume"
         self.best = path / "best.pt"
         self.student = path / "student.pt"

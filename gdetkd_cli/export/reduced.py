@@ -7,7 +7,7 @@ float32: float16 resolves no half pixel above 1,024, and 8 bits resolve far less
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import cycle, islice
 from pathlib import Path
 
@@ -72,13 +72,16 @@ def _halve_layer(node: NodeProto, weights: dict[str, TensorProto], graph: GraphP
     yield onnx.helper.make_node("Cast", [output], [name], to=TensorProto.FLOAT)
 
 
-def write_int8(source: Path, path: Path, images: Sequence[Tensor]) -> None:
+def write_int8(
+    source: Path, path: Path, images: Sequence[Tensor], progress: Callable[[int], None] | None = None
+) -> None:
     """Writes an ONNX file whose weighted layers compute with 8 bits, by onnxruntime's static quantisation.
 
     Args:
         source: the float32 file.
         path: the file to write.
         images: (3, H, W) in 0..1; the ranges of all values are measured on these.
+        progress: gets the number of images done.
 
     Raises:
         ExportError: onnxruntime cannot quantise the file.
@@ -92,7 +95,7 @@ def write_int8(source: Path, path: Path, images: Sequence[Tensor]) -> None:
 
     class Reader(CalibrationDataReader):
         def __init__(self) -> None:
-            self._feeds = _list_feeds(source, images)
+            self._feeds = _list_feeds(source, images, progress)
 
         def get_next(self) -> dict[str, np.ndarray] | None:
             return next(self._feeds, None)
@@ -121,16 +124,20 @@ def write_int8(source: Path, path: Path, images: Sequence[Tensor]) -> None:
     _save(model, path)
 
 
-def _list_feeds(source: Path, images: Sequence[Tensor]) -> Iterator[dict[str, np.ndarray]]:
+def _list_feeds(
+    source: Path, images: Sequence[Tensor], progress: Callable[[int], None] | None
+) -> Iterator[dict[str, np.ndarray]]:
     """Yields the inputs of a file for images (3, H, W); a batch that is not full has some of its images twice."""
     given = onnx.load(source).graph.input[0]
-    if given.name != BATCH_INPUT:
-        yield from ({INPUT: image.numpy()} for image in images)
-        return
-    batch = given.type.tensor_type.shape.dim[0].dim_value or 1  # 1, if the file takes any number
+    batched = given.name == BATCH_INPUT
+    batch = (batched and given.type.tensor_type.shape.dim[0].dim_value) or 1  # 1, if the file takes any number
+    done = 0
     for places in group_by_size(images, batch):
-        filled = islice(cycle(places), batch)
-        yield {BATCH_INPUT: torch.stack([images[place] for place in filled]).numpy()}
+        filled = torch.stack([images[place] for place in islice(cycle(places), batch)])
+        yield {BATCH_INPUT: filled.numpy()} if batched else {INPUT: filled[0].numpy()}
+        done += len(places)
+        if progress is not None:
+            progress(done)
 
 
 def _save(model: ModelProto, path: Path) -> None:

@@ -272,6 +272,10 @@ class Train(Strict):
         return self.batch_size * self.accumulate
 
 
+# The trackers that accelerate knows; a test compares the names.
+Tracker = Literal["tensorboard", "wandb", "trackio", "mlflow", "comet_ml", "clearml", "dvclive", "swanlab", "aim"]
+
+
 class Runtime(Strict):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
@@ -291,6 +295,12 @@ class Runtime(Strict):
     )
     cache_mb: Annotated[Whole, Field(le=10**8)] = Field(
         1024, description="memory for decoded images, in MiB per process"
+    )
+    trackers: list[Tracker] = Field(
+        ["tensorboard"],
+        max_length=9,
+        description="trackers that receive the numbers of metrics.jsonl, each of which must be installed: tensorboard, "
+        "wandb, trackio, mlflow, comet_ml, clearml, dvclive, swanlab, aim; []: none",
     )
 
 

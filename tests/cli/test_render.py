@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 from rich.console import Console, RenderableType
+from rich.progress import Progress
 
 from gdetkd_cli.cli import render
-from gdetkd_cli.cli.live import narration
+from gdetkd_cli.cli.live import _Bar, narration
 from gdetkd_cli.cli.output import to_json
 from gdetkd_cli.cli.render_comparison import format_comparison
 from gdetkd_cli.cli.terminal import is_first_process
@@ -253,6 +254,28 @@ def test_a_terminal_shows_a_bar_for_each_phase_and_lines_above_it(metrics: CocoM
     ]
     assert "half way\n" in shown
     assert f"step 20: {render.format_metrics(metrics)}\n" in shown
+
+
+def test_the_bar_of_a_phase_shows_its_last_and_its_best_ap(metrics: CocoMetrics) -> None:
+    lower = dataclasses.replace(metrics, ap=12.34)
+    shown = narrated(Evaluated(10, metrics), STEP, Evaluated(20, lower), STEP, terminal=True)
+    final = shown[shown.rindex("training") :].splitlines()[0]
+    assert f"left  AP 12.3 (best {metrics.ap:.1f})  loss 1.23" in final
+    again = narrated(Evaluated(10, metrics), Phase("student"), STEP, terminal=True)
+    assert "left  loss 1.23" in again[again.rindex("student") :]
+
+
+def test_a_terminal_shows_images_as_a_bar_until_their_work_is_done() -> None:
+    progress = Progress(console=Console(file=io.StringIO()))
+    bar = _Bar(progress)
+    for event in (ImagesDone("evaluated", 1200, 40_000), ImagesDone("evaluated", 30_000, 40_000)):
+        bar(event)
+        (task,) = progress.tasks
+        assert (task.description, task.completed, task.total) == ("evaluated", event.done, 40_000)
+    bar(STEP)
+    (task,) = progress.tasks
+    assert task.description == "training"
+    assert "evaluated" not in narrated(STEP, ImagesDone("evaluated", 1200, 40_000), terminal=True)
 
 
 @pytest.mark.parametrize(
