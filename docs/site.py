@@ -43,7 +43,8 @@ def main() -> None:
 def files() -> dict[str, Path]:
     """Every file of the site: its path there, and where its content is."""
     docs = ROOT / "docs"
-    own = {path.relative_to(docs).as_posix(): path for path in sorted(docs.rglob("*")) if path.suffix in _SHOWN}
+    shown = [path for path in docs.rglob("*") if path.suffix in _SHOWN] + list((docs / "examples").glob("*.py"))
+    own = {path.relative_to(docs).as_posix(): path for path in sorted(shown)}
     return own | {page: ROOT / source for source, page in PAGES.items()}
 
 

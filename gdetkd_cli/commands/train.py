@@ -17,6 +17,7 @@ from accelerate import Accelerator
 from gdetkd_cli import assembly, portable
 from gdetkd_cli.assembly.labels import write_labels
 from gdetkd_cli.assembly.trackers import start_trackers
+from gdetkd_cli.commands.card import add_card
 from gdetkd_cli.commands.measure import measure_run
 from gdetkd_cli.commands.report import add_report
 from gdetkd_cli.commands.target import Target, open_checkpoint, open_folder, read_own_recipe
@@ -175,6 +176,7 @@ def _run(recipe: Recipe, target: Target, observer: Observer, *, report: bool = F
         if main:
             _write_results(folder, setup, result)
             _measure(folder, setup, observer)
+            add_card(folder, setup, observer)
             if report:
                 add_report([folder.path], observer)
     return result

@@ -40,6 +40,7 @@ class RunFolder:
     teacher.npz        the teacher's detections on these images, or on all
     pyramids/          the levels of both detectors over one image
     report.html        all of it on one page
+    README.md          the model card
     bad_images.txt     images that could not be read and were left out, if there are any
     """
 
@@ -63,6 +64,7 @@ class RunFolder:
         self.teacher_detections = path / "teacher.npz"
         self.pyramids = path / "pyramids"
         self.report = path / "report.html"
+        self.card = path / "README.md"
         self.bad_images = path / "bad_images.txt"
 
     def checkpoints(self, keep: int = 1) -> Checkpoints:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -112,3 +115,10 @@ def test_only_backbones_are_compiled(tmp_path: Path) -> None:
     recipe = recipe.model_copy(update={"runtime": recipe.runtime.model_copy(update={"compile": True})})
     with pytest.raises(ModelError, match=r"QueryModel has none; set runtime\.compile to false"):
         run_distill(recipe, output=tmp_path / "run")
+
+
+def test_the_code_in_the_model_card_runs(run: Path) -> None:
+    toy.write_images(run, ["street.jpg"])
+    code = re.findall(r"```python\n(.*?)\n```", (run / "README.md").read_text(), re.DOTALL)[0]
+    done = subprocess.run([sys.executable, "-c", code], cwd=run, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
