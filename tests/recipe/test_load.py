@@ -266,9 +266,9 @@ train:
         "20: train.steps: this field is required",
         "21: train.batch_size: input should be a valid integer (got 1.5)",
         (
-            "22: train.lr: unknown field; expected one of: steps, batch_size, reference_batch, optimizer, schedule, "
-            "clip_norm, log_every, evaluate_every, checkpoint_every, "
-            "keep_checkpoints"
+            "22: train.lr: unknown field; expected one of: steps, batch_size, accumulate, reference_batch, optimizer, "
+            "schedule, clip_norm, log_every, evaluate_every, checkpoint_every, "
+            "keep_checkpoints, ema, stop_after"
         ),
     ]
     assert set(refusal(path).splitlines()) == {f"{path}:{line}" for line in expected}
