@@ -28,7 +28,7 @@ class RunFolder:
     labels/            train.json, val.json: the teacher's labels, if it labelled the images
     metrics.jsonl      one line per log step and evaluation
     tensorboard/       the same as events, if the recipe has that tracker
-    resume/step-N/     the last checkpoints: student, terms, optimizer, random numbers
+    resume/step-N/     the last checkpoints: student, terms, averaged weights, optimizer, random numbers
     best.pt            the student at its best evaluation, if there were evaluations before the end
     student.pt         the trained student alone
     student/           code that rebuilds it without this package

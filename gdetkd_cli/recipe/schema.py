@@ -246,7 +246,7 @@ class Train(Strict):
     evaluate_every: Count | None = Field(None, description="steps between evaluations; null: only at the end")
     checkpoint_every: Count = Field(200, description="steps between resume checkpoints")
     keep_checkpoints: Count = Field(2, description="number of resume checkpoints to keep, the newest first")
-    ema: Annotated[Positive, Field(lt=1)] | None = Field(
+    ema: Annotated[float, Field(strict=True, gt=0, lt=1)] | None = Field(
         None,
         description="decay of an exponential moving average of the student's weights, for example 0.999; the average "
         "is evaluated, written and exported; null: the last weights are",
@@ -299,8 +299,7 @@ class Runtime(Strict):
     trackers: list[Tracker] = Field(
         ["tensorboard"],
         max_length=9,
-        description="trackers that receive the numbers of metrics.jsonl, each of which must be installed: tensorboard, "
-        "wandb, trackio, mlflow, comet_ml, clearml, dvclive, swanlab, aim; []: none",
+        description="trackers that receive the numbers of metrics.jsonl; their packages must be installed; []: none",
     )
 
 

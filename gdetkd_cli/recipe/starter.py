@@ -77,6 +77,7 @@ distill:
 train:
   steps: 5000                   # optimizer steps
   batch_size: 8                 # images per step and process
+  # accumulate: 1               # batches per step, to train on more images than fit
   optimizer:
     name: adamw                 # or: sgd (lr 0.01, momentum 0.9)
     lr: 2e-4                    # peak learning rate (default 1e-3)
@@ -88,6 +89,8 @@ train:
   # clip_norm: 10.0             # maximum gradient norm; null: no clipping
   # log_every: 20               # steps
   evaluate_every: 1000          # steps; default: only at the end
+  # stop_after: null            # evaluations without a higher AP after which the run ends
+  # ema: null                   # averages the weights, for example with the decay 0.999
   # checkpoint_every: 200       # steps
 
 # runtime:
@@ -97,6 +100,7 @@ train:
 #   threads: auto               # number of CPU threads
 #   workers: auto               # number of data loader processes
 #   cache_mb: 1024              # memory for decoded images, in MiB per process
+#   trackers: [tensorboard]     # also: wandb, mlflow, trackio, ... if installed
 """
 
 

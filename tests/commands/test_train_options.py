@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -66,6 +66,19 @@ def test_the_plan_counts_all_batches_of_a_step() -> None:
     assert (one.batch_size, three.batch_size) == (2, 6)
     assert three.estimated_seconds == pytest.approx(6 * three.seconds_per_step)
     assert three.seconds_per_step > 1.5 * one.seconds_per_step
+
+
+def test_the_plan_times_steps_after_a_warm_up(monkeypatch: Patch) -> None:
+    seconds = iter([90.0, 50.0, 3.0, 1.0, 2.0, 2.5, 1.5])
+
+    def measure(work: Callable[[], object], _device: torch.device) -> float:
+        work()
+        return next(seconds)
+
+    monkeypatch.setattr("gdetkd_cli.commands.plan.measure_seconds", measure)
+    plan = plan_distill(toy.recipe(steps=1))  # also of a recipe that is shorter
+    assert plan.seconds_per_step == 2.0
+    assert next(seconds, None) is None
 
 
 # ---------------------------------------------------------------------------------------------- averaged weights

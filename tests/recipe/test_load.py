@@ -267,7 +267,8 @@ train:
         "21: train.batch_size: input should be a valid integer (got 1.5)",
         (
             "22: train.lr: unknown field; expected one of: steps, batch_size, accumulate, reference_batch, optimizer, "
-            "schedule, clip_norm, log_every, evaluate_every, checkpoint_every, keep_checkpoints, ema, stop_after"
+            "schedule, clip_norm, log_every, evaluate_every, checkpoint_every, "
+            "keep_checkpoints, ema, stop_after"
         ),
     ]
     assert set(refusal(path).splitlines()) == {f"{path}:{line}" for line in expected}
