@@ -89,7 +89,7 @@ def build_card(metrics: Mapping[str, Any], setup: assembly.TrainingSetup) -> str
     sections = {
         "Licence": _write_licence(setup),
         "Data": _write_data(setup),
-        "Training": _write_training(setup),
+        "Training": _write_training(metrics, setup),
         "Results": _write_results(metrics, labelled="val" in setup.labels),
         "Use": _write_use(setup),
     }
@@ -163,12 +163,12 @@ def _write_data(setup: assembly.TrainingSetup) -> str:
     return _write_table(("", ""), rows)
 
 
-def _write_training(setup: assembly.TrainingSetup) -> str:
+def _write_training(metrics: Mapping[str, Any], setup: assembly.TrainingSetup) -> str:
     recipe, settings = setup.recipe, setup.compute.settings
     train, processes = recipe.train, setup.compute.accelerator.num_processes
     rows = [
-        ("steps", f"{train.steps:,}"),
-        ("images per step", str(train.batch_size * processes)),
+        ("steps", f"{metrics.get('steps', train.steps):,}"),
+        ("images per step", str(train.images_per_step * processes)),
         ("optimizer", f"{train.optimizer.name}, learning rate {train.optimizer.lr:g}, {train.schedule.name} schedule"),
         ("seed", str(recipe.seed)),
         ("device and precision", f"{settings.device}, {settings.precision}"),
