@@ -95,8 +95,8 @@ class OnnxDetector:
         self.class_names = _read_class_names(path, self._session.get_modelmeta().custom_metadata_map)
         self._path = path
         self._batched = outputs == BATCH_OUTPUTS
-        first = self._session.get_inputs()[0].shape[:1]
-        self.batch = int(first[0]) if self._batched and first and isinstance(first[0], int) else int(not self._batched)
+        shape = self._session.get_inputs()[0].shape
+        self.batch: int = next((side for side in shape[:1] if isinstance(side, int)), 0) if self._batched else 1
 
     def list_bad_weights(self) -> list[str]:
         """Names of the weights with NaN or infinity."""

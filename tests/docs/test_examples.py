@@ -31,7 +31,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     teacher = catalog.locate("builtin:shapes-teacher")
     loaded = catalog.load(teacher)
     catalog.save(made / "student.pt", loaded.detector, loaded.description)
-    run_export(str(made), onnx=True, torchscript=False, output=None)
+    run_export(str(made), onnx=True, torchscript=False, safetensors=True, output=None)
     _copy_portable(made / "student")
     toy.write_images(made, ["street.jpg"])
     Image.open(made / "street.jpg").resize((128, 128)).save(made / "street.jpg", quality=95)
@@ -66,6 +66,13 @@ def test_the_example_is_short_and_in_the_guide(example: Path) -> None:
     assert len(code) <= 15
     guide = (ROOT / "docs" / "guides" / "export.md").read_text("utf-8")
     assert f"(../examples/{example.name})" in guide
+
+
+def test_the_guides_code_rebuilds_a_student_from_safetensors(folder: Path) -> None:
+    (code,) = [text for page, text in blocks("python") if page == "docs/guides/export.md" and "safe_open" in text]
+    program = f"import sys\nsys.modules['gdetkd_cli'] = None\nsys.path.insert(0, '.')\n{code}\nprint(len(names))"
+    done = subprocess.run([sys.executable, "-c", program], cwd=folder, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "9\n"), done.stderr
 
 
 def test_the_guide_shows_the_first_example() -> None:
