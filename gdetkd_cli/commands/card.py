@@ -21,6 +21,7 @@ from gdetkd_cli.text import show_hidden
 _METRICS = ("AP", "AP50", "AP75", "AP_S", "AP_M", "AP_L")
 _IN_FRONT = {"AP": "AP at IoU 0.50:0.95", "AP50": "AP at IoU 0.50", "AP75": "AP at IoU 0.75"}
 _MOST_CLASSES = 80  # that get a row of their own
+_OURS = "<!-- gdetkd writes this page again if the run goes on. Remove this line to keep your changes. -->"
 _FILL_IN = "*to be filled in*"
 _PYTORCH = """\
 import student
@@ -72,8 +73,14 @@ for box, score, label in zip(*session.run(["boxes", "scores", "labels"], {"image
 
 
 def add_card(folder: RunFolder, setup: assembly.TrainingSetup, observer: Observer) -> None:
-    """Writes the card of a finished run; a failure becomes a note, because the run itself is complete."""
+    """Writes the card of a finished run, unless its reader has taken it over by removing the last line.
+
+    A failure becomes a note, because the run itself is complete.
+    """
     try:
+        if folder.card.exists() and _OURS not in folder.card.read_text(encoding="utf-8"):
+            observer(Note(f"{folder.card} is kept, because its last line was removed"))
+            return
         write_text(folder.card, build_card(folder.read_metrics() or {}, setup))
     except Exception as error:
         observer(Note(f"{folder.card} could not be written: {type(error).__name__}: {error}"))
@@ -94,7 +101,7 @@ def build_card(metrics: Mapping[str, Any], setup: assembly.TrainingSetup) -> str
         "Use": _write_use(setup),
     }
     body = "\n\n".join(f"## {title}\n\n{text}" for title, text in sections.items())
-    return f"---\n{_write_front_matter(metrics, setup)}\n---\n\n{_write_summary(setup)}\n\n{body}\n"
+    return f"---\n{_write_front_matter(metrics, setup)}\n---\n\n{_write_summary(setup)}\n\n{body}\n\n{_OURS}\n"
 
 
 def _write_front_matter(metrics: Mapping[str, Any], setup: assembly.TrainingSetup) -> str:

@@ -84,7 +84,14 @@ def test_a_run_that_goes_on_writes_it_again(tmp_path: Path) -> None:
     assert "Plain training, without a teacher." in before
     assert "knowledge-distillation" not in before
     resume_run(folder, steps=3)
-    assert "| steps | 3 |" in (folder / "README.md").read_text()
+    after = (folder / "README.md").read_text()
+    assert "| steps | 3 |" in after
+
+    own = after.replace("*to be filled in*", "MIT")
+    own = own[: own.index("<!-- gdetkd")]
+    (folder / "README.md").write_text(own)
+    resume_run(folder, steps=4)
+    assert (folder / "README.md").read_text() == own
 
 
 def test_a_card_that_fails_does_not_lose_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
