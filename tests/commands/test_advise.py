@@ -48,6 +48,8 @@ def test_a_gain_needs_an_interval_above_zero() -> None:
     unclear = judge(rows(20.0, gdetkd=24.0), 60.0, 10)
     assert (unclear.kind, unclear.expected) == ("unclear", None)
     assert judge(rows(20.0, seeds=4, gdetkd=24.0), 60.0, 10).kind == "gain"
+    early = judge(rows(3.0, gdetkd=6.0), 60.0, 10)  # 1.96 x 0.2 x 6.0 = 2.35
+    assert early.seen == pytest.approx((3.0, 0.65, 5.35), abs=0.01)
 
 
 @pytest.mark.parametrize(
