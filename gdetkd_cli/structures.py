@@ -160,7 +160,7 @@ class ImageView:
 def name_view(pixels: Tensor) -> str:
     """Digests an image (3, H, W) uint8 on the host."""
     digest = hashlib.blake2b(repr(tuple(pixels.shape)).encode(), digest_size=16)
-    digest.update(pixels.contiguous().numpy())
+    digest.update(pixels.numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -215,9 +215,11 @@ def relabel(split: Split, detector: Detector) -> Split:
 
 
 def build_batches(
-    recipe: Recipe, split: Split, settings: ComputeSettings, *, rank: int, world_size: int
+    recipe: Recipe, split: Split, settings: ComputeSettings, *, rank: int, world_size: int, views: bool = False
 ) -> Callable[[int], Iterator[Batch]]:
     """Returns a function from a start step to the training batches from there to the recipe's last step.
+
+    ``views`` adds each image's ``ImageView``.
 
     Raises:
         MemoryLimitError: the images of one batch alone exceed the free memory.
@@ -239,6 +241,7 @@ def build_batches(
         seed=recipe.seed,
         cache_mb=recipe.runtime.cache_mb,
         copy_paste=augment.copy_paste,
+        views=views,
     )
 
     def batches(start_step: int) -> Iterator[Batch]:

@@ -23,6 +23,8 @@ _MAY_DIFFER = {
     "data.on_bad_sample",
     "data.max_bad_samples",
     "teacher.path",
+    "distill.teacher_cache_dir",
+    "distill.teacher_cache_gb",
     "train.checkpoint_every",
     "train.evaluate_every",
     "train.keep_checkpoints",
@@ -38,7 +40,7 @@ def describe_origin(recipe: Recipe, train: Split, val: Split) -> dict[str, Any]:
         "recipe": recipe.model_dump(mode="json"),
         "training images and annotations": _hash_split(train),
         "validation images and annotations": _hash_split(val),
-        "teacher's file": _hash_detector(recipe.teacher),
+        "teacher's file": hash_detector(recipe.teacher),
     }
 
 
@@ -67,7 +69,7 @@ def _hash_split(split: Split) -> str:
     return digest.hexdigest()
 
 
-def _hash_detector(spec: Detector | None) -> str | None:
+def hash_detector(spec: Detector | None) -> str | None:
     """Hashes the file of a detector's weights; None without a file."""
     name = spec.path if isinstance(spec, CheckpointDetector) else getattr(spec, "weights", None)
     if name is None or not (name.startswith("builtin:") or Path(name).exists()):

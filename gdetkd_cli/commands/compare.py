@@ -47,6 +47,8 @@ _MAY_DIFFER = (
     "seed",
     "train.steps",
     "train.evaluate_every",
+    "distill.teacher_cache_dir",
+    "distill.teacher_cache_gb",
     "runtime.threads",
     "runtime.workers",
     "runtime.cache_mb",

@@ -203,3 +203,15 @@ class Distill(Strict):
     task_loss: Literal["own", "none"] = Field(
         "own", description="own: train with the student's own losses too; none: train with the distillation terms alone"
     )
+    teacher_cache: Literal["off", "memory", "disk", "auto"] = Field(
+        "off",
+        description="store the teacher's features of each image and of its mirror image when they are first computed; "
+        "memory: in each process; disk: in `teacher_cache_dir`, shared by processes and runs; auto: memory if all fit, "
+        "else disk, and off if the teacher sees ever new images",
+    )
+    teacher_cache_gb: Positive | Literal["auto"] = Field(
+        "auto", description="quota of the teacher's features in GB; auto: half of the free memory or disk"
+    )
+    teacher_cache_dir: str | None = Field(
+        None, description="folder for `teacher_cache: disk`; default: `knowledge` in the folder of the run"
+    )
