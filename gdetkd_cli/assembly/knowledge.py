@@ -13,22 +13,26 @@ from typing import Any
 import psutil
 import torch
 from filelock import FileLock
+from torch import Tensor
 
 from gdetkd_cli.assembly.detector import BuiltDetector
 from gdetkd_cli.assembly.origin import hash_detector
 from gdetkd_cli.assembly.runtime import find_image_size
+from gdetkd_cli.data.bad_images import BadImageError
 from gdetkd_cli.data.split import Split
 from gdetkd_cli.detectors.protocol import Detector
 from gdetkd_cli.errors import KnowledgeError
 from gdetkd_cli.files import write_text
+from gdetkd_cli.knowledge.folder import KEY_FILE, read_json
 from gdetkd_cli.knowledge.store import DiskStore, MemoryStore, Store, Tell, count_bytes
 from gdetkd_cli.knowledge.teacher import RememberedTeacher, remember
 from gdetkd_cli.recipe.differences import find_changed_fields
 from gdetkd_cli.recipe.schema import DistillationRecipe, Recipe
+from gdetkd_cli.structures import name_view
 
-KEY_FILE = "key.json"
 _FORMAT = 1  # changes whenever stored values would differ
 _AUTO_SHARE = 0.5  # of the free memory or disk that `teacher_cache_gb: auto` allows
+_CHECKED = 32  # images that are looked up before a run with stored answers
 _PLACES = ("path", "weights")  # fields of a teacher's block that name a file, whose content is compared instead
 
 
@@ -54,9 +58,18 @@ def remember_teacher(
         tell: receives notes.
 
     Raises:
-        KnowledgeError: the teacher sees countless views, or the folder belongs to another teacher.
+        KnowledgeError: the teacher sees countless views, the folder belongs to another teacher, or stored answers do
+            not cover the images.
     """
     options = recipe.distill
+    if isinstance(teacher.detector, RememberedTeacher):
+        if reason := describe_countless_views(recipe, student, teacher.detector):
+            raise KnowledgeError(
+                f"{teacher.detector.source} has a teacher's answers about given images, but {reason}; change the "
+                "augmentation, or use the teacher itself"
+            )
+        check_taught(recipe, teacher.detector, train, most=_CHECKED)
+        return teacher
     if options.teacher_cache == "off":
         return teacher
     if reason := describe_countless_views(recipe, student, teacher.detector):
@@ -74,7 +87,7 @@ def remember_teacher(
     if mode == "auto":
         needed = estimate_bytes(recipe, teacher.detector, train)
         mode = "memory" if needed <= in_memory else "disk"
-        tell(f"teacher cache: {mode}, about {needed / 1e9:.3g} GB for {len(train) * count_views(recipe)} views")
+        tell(f"teacher cache: {mode}, about {needed / 1e9:.3g} GB for {len(train) * sum(list_views(recipe))} views")
     store: Store
     if mode == "disk" and folder is not None:
         claim_folder(folder, describe_teacher(recipe, teacher.detector))
@@ -83,6 +96,43 @@ def remember_teacher(
     else:
         store = MemoryStore(in_memory, tell)
     return replace(teacher, detector=remember(teacher.detector, store))
+
+
+def check_taught(recipe: Recipe, teacher: RememberedTeacher, train: Split, *, most: int | None = None) -> None:
+    """Checks that a stored teacher has an answer about every view of the images, or of ``most`` of them.
+
+    Raises:
+        KnowledgeError: it lacks one.
+        DataError: an image cannot be read.
+    """
+    advice = "run `gdetkd teach` with this recipe and the same --output, which adds what is missing"
+    needed = list_views(recipe)
+    if needed[1] and not teacher.views[1]:
+        raise KnowledgeError(f"{teacher.source} has no mirrored images; set augment.flip to 0, or {advice}")
+    count = len(train) if most is None else min(most, len(train))
+    for index in (place * len(train) // count for place in range(count)):
+        try:
+            pixels = train.read(index)
+        except BadImageError:
+            if train.bad is None:
+                raise
+            continue
+        if any(name_view(view) not in teacher.store for view in build_views(pixels, needed)):
+            height, width = pixels.shape[-2:]
+            raise KnowledgeError(
+                f"{teacher.source} has no answer about image {train.records[index].image_id} of {train.name} ({width} "
+                f"x {height} pixels), so the image is new or changed; {advice}"
+            )
+
+
+def list_views(recipe: Recipe) -> tuple[bool, bool]:
+    """Whether a teacher sees images as they are, and mirrored."""
+    return recipe.augment.flip < 1, recipe.augment.flip > 0
+
+
+def build_views(pixels: Tensor, which: tuple[bool, bool]) -> list[Tensor]:
+    """Builds the views of an image (3, H, W): as it is, mirrored, or both."""
+    return [view for view, wanted in zip((pixels, pixels.flip(-1)), which, strict=True) if wanted]
 
 
 def describe_countless_views(recipe: Recipe, student: Detector, teacher: Detector) -> str | None:
@@ -95,24 +145,18 @@ def describe_countless_views(recipe: Recipe, student: Detector, teacher: Detecto
     return None
 
 
-def count_views(recipe: Recipe) -> int:
-    """How many views of an image a teacher sees: as it is, mirrored, or both."""
-    return 2 if 0 < recipe.augment.flip < 1 else 1
-
-
-def estimate_bytes(recipe: Recipe, teacher: Detector, train: Split) -> int:
+def estimate_bytes(recipe: Recipe, teacher: Detector, train: Split, *, int8: bool = False) -> int:
     """Estimates the bytes of all views from one image; runs the teacher on it."""
     if not len(train):
         return 0
-    detector = teacher.detector if isinstance(teacher, RememberedTeacher) else teacher
-    module = detector.module
+    module = teacher.module
     training = module.training
     module.eval()
     device = next((tensor.device for tensor in module.state_dict().values()), None)
     image = train.read(len(train) // 2).to(device).float() / 255
-    packed = RememberedTeacher(detector, MemoryStore(0, lambda _: None)).compute([image])[0]
+    packed = RememberedTeacher(teacher, MemoryStore(0, lambda _: None), int8=int8).compute([image])[0]
     module.train(training)
-    return count_bytes(packed) * len(train) * count_views(recipe)
+    return count_bytes(packed) * len(train) * sum(list_views(recipe))
 
 
 def describe_teacher(recipe: Recipe, teacher: Detector, *, int8: bool = False) -> dict[str, Any]:
@@ -150,21 +194,6 @@ def claim_folder(folder: Path, key: dict[str, Any]) -> None:
             f"{folder} holds the answers of another teacher: {', '.join(changed)} changed; choose another folder, or "
             "remove this one"
         )
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Reads a JSON object of a knowledge folder.
-
-    Raises:
-        KnowledgeError: the file is damaged.
-    """
-    try:
-        content = json.loads(path.read_text())
-    except (ValueError, UnicodeDecodeError) as error:
-        raise KnowledgeError(f"{path} is damaged ({error}); remove the folder and fill it again") from error
-    if not isinstance(content, dict):
-        raise KnowledgeError(f"{path} is damaged (no object); remove the folder and fill it again")
-    return content
 
 
 def _choose_quota(gb: float | str, free: Callable[[], float]) -> int:

@@ -10,8 +10,9 @@ from typing import Any
 
 from gdetkd_cli.data.split import Split
 from gdetkd_cli.detectors import catalog
+from gdetkd_cli.knowledge.folder import KEY_FILE
 from gdetkd_cli.recipe.differences import find_changed_fields
-from gdetkd_cli.recipe.schema import CheckpointDetector, Detector, Recipe
+from gdetkd_cli.recipe.schema import CheckpointDetector, Detector, KnowledgeDetector, Recipe
 
 # Fields that do not change the student, or whose content is compared instead: a folder may move.
 _MAY_DIFFER = {
@@ -71,6 +72,8 @@ def _hash_split(split: Split) -> str:
 
 def hash_detector(spec: Detector | None) -> str | None:
     """Hashes the file of a detector's weights; None without a file."""
+    if isinstance(spec, KnowledgeDetector):
+        return hashlib.sha256((Path(spec.path) / KEY_FILE).read_bytes()).hexdigest()
     name = spec.path if isinstance(spec, CheckpointDetector) else getattr(spec, "weights", None)
     if name is None or not (name.startswith("builtin:") or Path(name).exists()):
         return None  # fresh weights, or a name that torchvision publishes

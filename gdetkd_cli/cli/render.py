@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from gdetkd_cli.commands.export import ExportedFile, ExportResult
     from gdetkd_cli.commands.plan import Plan
     from gdetkd_cli.commands.report import ReportResult
+    from gdetkd_cli.commands.teach import TeachResult
     from gdetkd_cli.commands.train import TrainResult
     from gdetkd_cli.commands.validate import CheckedRecipe
     from gdetkd_cli.evaluation.coco_metrics import CocoMetrics
@@ -235,6 +236,20 @@ def _pair_tables(result: CheckedRecipe | Plan) -> list[RenderableType]:
         build_table(None, ("term", "weight", "why"), rows, words=3),
         build_line(f"head transfer: {result.head_transfer}"),
     ]
+
+
+def format_taught(result: TeachResult) -> RenderableType:
+    """Formats what a teacher's answers take, and how to use them."""
+    kinds = "features and detections" if result.detections else "features"
+    views = "as they are and mirrored" if result.views == 2 else "in one view"
+    worst = max(result.errors, key=lambda name: result.errors[name])
+    facts = [
+        f"{result.knowledge}: {kinds} of {result.images} training images, {views}; {result.gigabytes:.3g} GB",
+        f"{result.added} answers added in {format_duration(result.seconds)}",
+        f"largest rounding error of a level: {result.errors[worst]:.1e} of its norm ({worst})",
+        f"use it in a recipe: teacher: {{arch: knowledge, path: {result.knowledge}}}",
+    ]
+    return Group(*map(build_line, facts))
 
 
 def format_plan(plan: Plan) -> RenderableType:

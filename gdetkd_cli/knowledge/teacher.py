@@ -33,6 +33,8 @@ class RememberedTeacher:
         detections: store of the detections by view, for a detector that cannot run.
         source: of the store, for messages.
         int8: store 8 bits per value and one scale per channel instead of float16.
+        parameters: of the teacher, if the detector holds only a part of it.
+        views: whether the store has images as they are, and mirrored ones.
     """
 
     def __init__(
@@ -44,6 +46,8 @@ class RememberedTeacher:
         detections: Store | None = None,
         source: str = "",
         int8: bool = False,
+        parameters: int | None = None,
+        views: tuple[bool, bool] = (True, True),
     ) -> None:
         if not hasattr(detector, "recall"):
             raise PairError(
@@ -51,8 +55,9 @@ class RememberedTeacher:
                 "gdetkd_cli.detectors.protocol.Detector, or set distill.teacher_cache to off"
             )
         self.detector = detector
-        self.store = store
-        self._live, self._detections, self._source, self._int8 = live, detections, source, int8
+        self.store, self.live, self.source, self.views = store, live, source, views
+        self.parameter_count = detector.parameter_count if parameters is None else parameters
+        self._detections, self._int8 = detections, int8
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.detector, name)
@@ -66,7 +71,7 @@ class RememberedTeacher:
         Raises:
             KnowledgeError: a view is not in the store, and the detector cannot run.
         """
-        if self._live and not batch.views:
+        if self.live and not batch.views:
             return self.detector.extract_features(batch)
         views = batch.views or tuple(ImageView(name_view(to_pixels(image))) for image in batch.images)
         device = batch.images[0].device
@@ -84,9 +89,9 @@ class RememberedTeacher:
     @torch.no_grad()
     def compute(self, images: Sequence[Tensor]) -> list[Tensors]:
         """Runs the detector; returns what is stored of each image (3, H, W) in 0..1."""
-        if not self._live:
+        if not self.live:
             raise KnowledgeError(
-                f"{self._source} knows nothing of {len(images)} of the images in this batch; it was taught with other "
+                f"{self.source} knows nothing of {len(images)} of the images in this batch; it was taught with other "
                 "images, or without mirrored ones: run `gdetkd teach` with this recipe's data"
             )
         results: list[Tensors] = [{}] * len(images)
@@ -102,13 +107,20 @@ class RememberedTeacher:
                 results[place] = packed
         return results
 
+    def check_detects(self) -> None:
+        """Raises a PairError if the detections cannot be read."""
+        if self.live:
+            self.detector.check_detects()
+        elif self._detections is None:
+            raise PairError(f"{self.source} has no detections, because those of its teacher could not be read")
+
     def predict(self, images: list[Tensor]) -> list[Detections]:
         """Detects objects as the detector does, or reads its stored detections.
 
         Raises:
             KnowledgeError: the detections of an image are not stored.
         """
-        if self._live:
+        if self.live:
             return self.detector.predict(images)
         return [self._read_detections(image) for image in images]
 
@@ -116,7 +128,7 @@ class RememberedTeacher:
         found = self._detections.read(name_view(to_pixels(image))) if self._detections is not None else None
         if found is None:
             raise KnowledgeError(
-                f"{self._source} has no detections of an image of {image.shape[-1]} x {image.shape[-2]} pixels; run "
+                f"{self.source} has no detections of an image of {image.shape[-1]} x {image.shape[-2]} pixels; run "
                 "`gdetkd teach` with this recipe's data"
             )
         return Detections(**{name: value.to(image.device) for name, value in found.items()})

@@ -14,7 +14,6 @@ import toy
 from gdetkd_cli.commands import plan_distill, run_distill
 from gdetkd_cli.detectors.torchvision.two_stage import TwoStageDetector
 from gdetkd_cli.engine.events import Event, Note
-from gdetkd_cli.engine.run_folder import RunFolder
 from gdetkd_cli.errors import KnowledgeError
 from gdetkd_cli.recipe.overrides import apply_overrides, parse_override
 from gdetkd_cli.recipe.schema import Recipe
@@ -41,14 +40,6 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return counts
 
 
-def read_losses(run: Path) -> list[dict[str, float]]:
-    return [
-        {name: value for name, value in line.items() if name.startswith("loss")}
-        for line in RunFolder(run).read_log()
-        if "evaluation" not in line
-    ]
-
-
 @pytest.mark.parametrize("mode", ["memory", "disk", "auto"])
 def test_a_run_with_a_cache_equals_the_live_run(mode: str, tmp_path: Path, passes: list[int]) -> None:
     run_distill(recipe(), output=tmp_path / "live")
@@ -57,10 +48,7 @@ def test_a_run_with_a_cache_equals_the_live_run(mode: str, tmp_path: Path, passe
     run_distill(recipe(f"distill.teacher_cache={mode}"), output=tmp_path / "cached")
 
     assert sum(passes) < 12 + (mode == "auto")  # some views came twice; auto measures one image first
-    live, cached = read_losses(tmp_path / "live"), read_losses(tmp_path / "cached")
-    assert len(live) == len(cached) == 6
-    for before, now in zip(live, cached, strict=True):
-        assert now == pytest.approx(before, rel=2e-3, abs=1e-4)
+    toy.assert_same_training(tmp_path / "live", tmp_path / "cached")
     views = list((tmp_path / "cached" / "knowledge").rglob("*.safetensors"))
     assert len(views) == (sum(passes) if mode == "disk" else 0)
 
@@ -77,7 +65,7 @@ def test_runs_share_a_folder(tmp_path: Path, passes: list[int]) -> None:
     assert passes == []
     assert not (tmp_path / "first" / "knowledge").exists()
     # The second run read everything, the first what came twice: both see the same rounded values.
-    assert read_losses(tmp_path / "first") == read_losses(tmp_path / "again")
+    assert toy.read_losses(tmp_path / "first") == toy.read_losses(tmp_path / "again")
 
 
 def test_another_teacher_is_an_error_that_names_the_change(tmp_path: Path) -> None:
