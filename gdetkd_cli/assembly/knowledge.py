@@ -86,7 +86,7 @@ def remember_teacher(
     mode = options.teacher_cache
     if mode == "auto":
         needed = estimate_bytes(recipe, teacher.detector, train)
-        mode = "memory" if needed <= in_memory else "disk"
+        mode = "memory" if needed <= in_memory and options.teacher_cache_dir is None else "disk"
         tell(f"teacher cache: {mode}, about {needed / 1e9:.3g} GB for {len(train) * sum(list_views(recipe))} views")
     store: Store
     if mode == "disk" and folder is not None:
@@ -143,6 +143,13 @@ def describe_countless_views(recipe: Recipe, student: Detector, teacher: Detecto
     if recipe.augment.multi_scale and size is not None and size == find_image_size(student.module):
         return "the teacher has the student's image size, so it follows augment.multi_scale"
     return None
+
+
+def count_teacher_runs(recipe: Recipe, images: int) -> float:
+    """Expected number of images on which a teacher with a full store runs, out of all that the steps show."""
+    passes = recipe.train.steps * recipe.train.batch_size / max(images, 1)
+    shares = (1 - recipe.augment.flip, recipe.augment.flip)  # of the passes that show a view
+    return images * sum(1 - (1 - share) ** passes for share in shares)
 
 
 def estimate_bytes(recipe: Recipe, teacher: Detector, train: Split, *, int8: bool = False) -> int:

@@ -11,6 +11,7 @@ from time import perf_counter
 from typing import cast
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor
 
 from gdetkd_cli import assembly
@@ -111,7 +112,7 @@ def run_teach(recipe: Recipe, *, output: Path, int8: bool = False, observer: Obs
         views=sum(views),
         detections=detects,
         gigabytes=sum(path.stat().st_size for path in output.rglob("*") if path.is_file()) / 1e9,
-        added=work.added,
+        added=sum(gather_object([work.added])),
         seconds=perf_counter() - started,
         errors=work.measure_errors(splits["train"]),
     )

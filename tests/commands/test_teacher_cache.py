@@ -11,10 +11,12 @@ import pytest
 import torch
 import toy
 
-from gdetkd_cli.commands import plan_distill, run_distill
+from gdetkd_cli.assembly import count_teacher_runs
+from gdetkd_cli.commands import plan_distill, run_compare, run_distill
 from gdetkd_cli.detectors.torchvision.two_stage import TwoStageDetector
 from gdetkd_cli.engine.events import Event, Note
 from gdetkd_cli.errors import KnowledgeError
+from gdetkd_cli.recipe.load import load_recipe
 from gdetkd_cli.recipe.overrides import apply_overrides, parse_override
 from gdetkd_cli.recipe.schema import Recipe
 from gdetkd_cli.structures import Batch
@@ -170,6 +172,45 @@ def test_the_key_is_readable(tmp_path: Path) -> None:
     assert key["teacher"]["image_size"] == [64, 64]
     assert "weights" not in key["teacher"]  # a file may move
     assert len(key["levels"]) == 5
+
+
+def test_trials_share_one_teacher(tmp_path: Path) -> None:
+    """One folder for all trials: the number of files is that of the views, and no trial keeps its own."""
+    folder = tmp_path / "table"
+    table = run_compare(
+        recipe("distill.teacher_cache=auto"), methods=["none", "sgfi", "fitnet"], seeds=1, output=folder
+    )
+    assert table.failures == ()
+    views = list((folder / "knowledge" / "views").rglob("*.safetensors"))
+    assert 0 < len(views) <= 20
+    assert not list(folder.glob("*/run/knowledge"))
+    own = load_recipe(folder / "fitnet-6-0" / "recipe.yaml")
+    assert own.distill is not None
+    assert own.distill.teacher_cache_dir == str((folder / "knowledge").resolve())
+
+
+def test_a_dry_run_states_size_and_saving() -> None:
+    plans = {mode: plan_distill(recipe(f"distill.teacher_cache={mode}", steps=60)) for mode in ("off", "memory")}
+    for mode, plan in plans.items():
+        assert plan.cache is not None
+        assert (plan.cache.mode, plan.cache.views) == (mode, 20)
+        # 16 x 16 cells and four smaller levels of 16 channels in two bytes
+        assert plan.cache.gigabytes * 1e9 / 20 == pytest.approx(2 * 16 * (256 + 64 + 16 + 4 + 1), rel=0.01)
+        assert plan.cache.saved_per_step is not None
+        assert plan.cache.saved_seconds is not None
+        # 60 steps show 120 images; 20 of them are computed
+        assert plan.cache.saved_seconds == pytest.approx(plan.cache.saved_per_step / 2 * 100, rel=0.01)
+    assert plan_distill(recipe("augment.copy_paste=0.5")).cache is None
+
+
+def test_expected_runs_of_the_teacher() -> None:
+    def count(flip: float, steps: int) -> float:
+        return count_teacher_runs(recipe(f"augment.flip={flip}", steps=steps), images=10)
+
+    assert count(0.0, 5) == 10  # one pass, one view
+    assert count(0.5, 5) == pytest.approx(10)
+    assert count(0.5, 10) == pytest.approx(15)  # after two passes, an image was seen in both views half of the time
+    assert count(0.5, 10_000) == pytest.approx(20)
 
 
 def test_a_dry_run_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
