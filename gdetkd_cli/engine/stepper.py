@@ -54,6 +54,10 @@ class Stepper:
     def floor(self, batch: Batch) -> None:
         """Runs the minimum of a distillation step: the teacher's features and one plain step of the student."""
         self.ask_teacher(batch)
+        self.plain(batch)
+
+    def plain(self, batch: Batch) -> None:
+        """Takes one step of plain training."""
         self._step(self._plain, batch, None)
 
     def ask_teacher(self, batch: Batch) -> None:

@@ -84,7 +84,14 @@ class RememberedTeacher:
             for place, computed in zip(missing, self.compute(seen), strict=True):
                 stored[place] = computed
                 self.store.add(views[place].name, computed)
-        return self._rebuild(batch, cast(list[Tensors], stored))
+        groups = cast(list[Tensors], stored)
+        expected = {_GEOMETRY, *(f"{_LEVEL}{number}" for number in range(len(self.levels)))}
+        if not all(expected <= group.keys() for group in groups):
+            raise KnowledgeError(
+                f"the stored features have other parts than the teacher's {len(self.levels)} levels; remove their "
+                "folder, and fill it again"
+            )
+        return self._rebuild(batch, groups)
 
     @torch.no_grad()
     def compute(self, images: Sequence[Tensor]) -> list[Tensors]:

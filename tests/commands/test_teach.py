@@ -199,3 +199,20 @@ def test_a_disk_that_is_too_small_is_an_error_before_the_work(tmp_path: Path, mo
     with pytest.raises(DiskError, match=r"needs about .* GB more, and 1e-06 GB are free; .* --int8"):
         run_teach(toy.recipe(), output=tmp_path / "knowledge")
     assert not (tmp_path / "knowledge" / "views").exists()
+
+
+def test_stored_detections_label_images(tmp_path: Path) -> None:
+    """Images without annotations: the teacher's labels come from the folder."""
+    toy.write_images(tmp_path / "images", [f"{i}.png" for i in range(12)])
+    own = toy.recipe(steps=2).model_dump(mode="json") | {
+        "data": {"format": "folder", "root": str(tmp_path), "train_images": "images", "labels": {"score": 0.3}},
+        "teacher": {"arch": "checkpoint", "path": "builtin:shapes-teacher"},
+    }
+    recipe = Recipe.model_validate(own)
+    run_distill(recipe, output=tmp_path / "live")
+    run_teach(recipe, output=tmp_path / "knowledge")
+    run_distill(vary(recipe, teacher=use(tmp_path / "knowledge")), output=tmp_path / "stored")
+    labels = [json.loads((tmp_path / name / "labels" / "train.json").read_text()) for name in ("live", "stored")]
+    boxes = [[one["bbox"] for one in tables["annotations"]] for tables in labels]
+    assert len(boxes[0]) > 0
+    assert boxes[1] == [pytest.approx(box, abs=1e-3) for box in boxes[0]]

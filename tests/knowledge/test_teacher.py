@@ -234,6 +234,13 @@ def test_a_full_memory_loses_nothing(tiny_detector: TinyDetector, monkeypatch: p
     assert "distill.teacher_cache_gb" in notes[0]
 
 
+def test_features_of_another_form_are_refused(tiny_detector: TinyDetector) -> None:
+    kept, batch = memory(), scene(SIZE)
+    kept.add(batch.views[0].name, {"level.0": torch.zeros(1, 2, 2)})
+    with pytest.raises(KnowledgeError, match="other parts than the teacher's 5 levels"):
+        remember(tiny_detector("fcos"), kept, live=False).extract_features(batch)
+
+
 def test_values_that_float16_cannot_hold_are_an_error(tiny_detector: TinyDetector) -> None:
     frozen = tiny_detector("faster-rcnn", seed=1)
     frozen.module.eval()
