@@ -37,6 +37,12 @@ class PairError(GDetKDError):
     exit_code = 2
 
 
+class KnowledgeError(GDetKDError):
+    """A teacher's stored answers are missing, damaged, or those of another teacher."""
+
+    exit_code = 2
+
+
 class RunFolderError(GDetKDError):
     """A run folder already exists, is incomplete, or belongs to another recipe."""
 

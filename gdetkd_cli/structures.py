@@ -8,6 +8,7 @@ its centre is (0.5, 0.5).
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, field
 
 import torch
@@ -144,6 +145,26 @@ class Target:
 
 
 @dataclass(frozen=True)
+class ImageView:
+    """An image as the data set has it, or mirrored, without any other random change: what a stored teacher saw.
+
+    Attributes:
+        name: digest of its pixels, which identifies it in every data set and on every machine.
+        pixels: (3, H, W) uint8 on the host; None: the batch's image shows the same.
+    """
+
+    name: str
+    pixels: Tensor | None = None
+
+
+def name_view(pixels: Tensor) -> str:
+    """Digests an image (3, H, W) uint8 on the host."""
+    digest = hashlib.blake2b(repr(tuple(pixels.shape)).encode(), digest_size=16)
+    digest.update(pixels.numpy().tobytes())
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True)
 class Batch:
     """The input of one step.
 
@@ -151,11 +172,13 @@ class Batch:
         images: N tensors (3, H_i, W_i), RGB in 0..1.
         targets: N targets.
         image_ids: (N,) int64, ids in the data set.
+        views: N views, if the loader was asked for them; else empty.
     """
 
     images: list[Tensor]
     targets: list[Target]
     image_ids: Tensor
+    views: tuple[ImageView, ...] = ()
 
     def __len__(self) -> int:
         return len(self.images)
@@ -169,6 +192,7 @@ class Batch:
                 for t in self.targets
             ],
             image_ids=self.image_ids.to(device, non_blocking=True),
+            views=self.views,
         )
 
     def pin_memory(self) -> Batch:
@@ -177,6 +201,7 @@ class Batch:
             images=[image.pin_memory() for image in self.images],
             targets=[Target(boxes=t.boxes.pin_memory(), labels=t.labels.pin_memory()) for t in self.targets],
             image_ids=self.image_ids.pin_memory(),
+            views=self.views,
         )
 
 

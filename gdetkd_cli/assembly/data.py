@@ -215,11 +215,12 @@ def relabel(split: Split, detector: Detector) -> Split:
 
 
 def build_batches(
-    recipe: Recipe, split: Split, settings: ComputeSettings, *, rank: int, world_size: int
+    recipe: Recipe, split: Split, settings: ComputeSettings, *, rank: int, world_size: int, views: bool = False
 ) -> Callable[[int], Iterator[Batch]]:
     """Returns a function from a start step to the training batches from there to the recipe's last step.
 
-    A step has ``train.accumulate`` batches. Together they hold the images that one larger batch would.
+    A step has ``train.accumulate`` batches. Together they hold the images that one larger batch would. ``views`` adds
+    each image's ``ImageView``.
 
     Raises:
         MemoryLimitError: the images of one batch alone exceed the free memory.
@@ -241,6 +242,7 @@ def build_batches(
         seed=recipe.seed,
         cache_mb=recipe.runtime.cache_mb,
         copy_paste=augment.copy_paste,
+        views=views,
     )
 
     def batches(start_step: int) -> Iterator[Batch]:

@@ -27,6 +27,7 @@ from gdetkd_cli.detectors.weights import (
     read_torchvision_weights,
 )
 from gdetkd_cli.errors import ModelError
+from gdetkd_cli.knowledge.folder import open_knowledge
 from gdetkd_cli.portable import TIMM
 from gdetkd_cli.probing.formats.files import Kind, detect_kind, open_runner
 from gdetkd_cli.probing.inputs import ModelInput
@@ -35,13 +36,21 @@ from gdetkd_cli.recipe.schema import (
     CheckpointDetector,
     ComposedDetector,
     FactoryDetector,
+    KnowledgeDetector,
     TorchvisionDetector,
     TransformersDetector,
 )
 
 _KINDS = {"torchscript": "TorchScript", "exported": "an exported program", "onnx": "ONNX"}
 
-DetectorSpec = TorchvisionDetector | ComposedDetector | CheckpointDetector | FactoryDetector | TransformersDetector
+DetectorSpec = (
+    TorchvisionDetector
+    | ComposedDetector
+    | CheckpointDetector
+    | FactoryDetector
+    | TransformersDetector
+    | KnowledgeDetector
+)
 
 
 @dataclass(frozen=True)
@@ -78,6 +87,8 @@ def build_detector(
             catalog.rename_classes(built.detector, spec.classes, spec.path)
     elif isinstance(spec, FactoryDetector):
         built = _build_custom(spec, class_names, seed)
+    elif isinstance(spec, KnowledgeDetector):
+        built = _build_knowledge(spec, is_teacher=keep_classes)
     elif isinstance(spec, TransformersDetector):
         built = _build_transformers(spec, class_names, seed, keep_classes=keep_classes)
     else:
@@ -180,6 +191,15 @@ def _build_custom(spec: FactoryDetector, class_names: tuple[str, ...], seed: int
     return BuiltDetector(detector, description, tuple(notes), trained_head=trained)
 
 
+def _build_knowledge(spec: KnowledgeDetector, *, is_teacher: bool) -> BuiltDetector:
+    """Opens a folder that ``gdetkd teach`` wrote."""
+    if not is_teacher:
+        raise ModelError(f"{spec.path} holds a teacher's answers and cannot be trained; choose another student")
+    notes: list[str] = []
+    detector = open_knowledge(Path(spec.path), notes.append)
+    return BuiltDetector(detector, {}, (*notes, f"{spec.path}: the teacher's stored answers; the teacher does not run"))
+
+
 def _build_probed(spec: CheckpointDetector, path: Path, kind: Kind, *, is_teacher: bool) -> BuiltDetector:
     """Builds a detector from another tool's file by probing it."""
     if not is_teacher:
@@ -254,7 +274,7 @@ def format_title(spec: DetectorSpec) -> str:
             return spec.name
         case ComposedDetector():
             return f"{spec.backbone} {spec.head}"
-        case CheckpointDetector():
+        case CheckpointDetector() | KnowledgeDetector():
             return spec.path
         case FactoryDetector():
             return spec.factory

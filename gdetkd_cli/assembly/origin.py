@@ -10,8 +10,9 @@ from typing import Any
 
 from gdetkd_cli.data.split import Split
 from gdetkd_cli.detectors import catalog
+from gdetkd_cli.knowledge.folder import KEY_FILE
 from gdetkd_cli.recipe.differences import find_changed_fields
-from gdetkd_cli.recipe.schema import CheckpointDetector, Detector, Recipe
+from gdetkd_cli.recipe.schema import CheckpointDetector, Detector, KnowledgeDetector, Recipe
 
 # Fields that do not change the student, or whose content is compared instead: a folder may move.
 _MAY_DIFFER = {
@@ -23,6 +24,8 @@ _MAY_DIFFER = {
     "data.on_bad_sample",
     "data.max_bad_samples",
     "teacher.path",
+    "distill.teacher_cache_dir",
+    "distill.teacher_cache_gb",
     "train.checkpoint_every",
     "train.evaluate_every",
     "train.keep_checkpoints",
@@ -40,7 +43,7 @@ def describe_origin(recipe: Recipe, train: Split, val: Split) -> dict[str, Any]:
         "recipe": recipe.model_dump(mode="json"),
         "training images and annotations": _hash_split(train),
         "validation images and annotations": _hash_split(val),
-        "teacher's file": _hash_detector(recipe.teacher),
+        "teacher's file": hash_detector(recipe.teacher),
     }
 
 
@@ -69,8 +72,10 @@ def _hash_split(split: Split) -> str:
     return digest.hexdigest()
 
 
-def _hash_detector(spec: Detector | None) -> str | None:
+def hash_detector(spec: Detector | None) -> str | None:
     """Hashes the file of a detector's weights; None without a file."""
+    if isinstance(spec, KnowledgeDetector):
+        return hashlib.sha256((Path(spec.path) / KEY_FILE).read_bytes()).hexdigest()
     name = spec.path if isinstance(spec, CheckpointDetector) else getattr(spec, "weights", None)
     if name is None or not (name.startswith("builtin:") or Path(name).exists()):
         return None  # fresh weights, or a name that torchvision publishes

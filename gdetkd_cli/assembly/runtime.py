@@ -71,10 +71,10 @@ def apply_runtime(
         pair.distiller.to(device)
     if recipe.augment.multi_scale:
         # The loader resizes the images, so training skips the detectors' own resize. Inference keeps it.
-        size = _find_image_size(student.module)
+        size = find_image_size(student.module)
         for detector in detectors:
             # A teacher for another size keeps its resize: its features are best there, and boxes are mapped.
-            if size is not None and _find_image_size(detector.module) == size:
+            if size is not None and find_image_size(detector.module) == size:
                 transform: Any = detector.module.transform
                 transform._skip_resize = True
 
@@ -93,7 +93,7 @@ def _breaks_channels_last(module: nn.Module) -> bool:
     )
 
 
-def _find_image_size(module: Any) -> tuple[Any, int] | None:
+def find_image_size(module: Any) -> tuple[Any, int] | None:
     """Returns a torchvision detector's short sides and maximum long side in pixels; None for other modules."""
     transform = getattr(module, "transform", None)
     if not isinstance(transform, GeneralizedRCNNTransform):

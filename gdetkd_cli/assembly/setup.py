@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -26,6 +27,7 @@ from gdetkd_cli.assembly.data import (
 )
 from gdetkd_cli.assembly.detector import BuiltDetector, build_detector, format_title
 from gdetkd_cli.assembly.distillation import BuiltPair, build_pair
+from gdetkd_cli.assembly.knowledge import remember_teacher
 from gdetkd_cli.assembly.labels import LabelledSplit, Tables, describe_labels, label_split
 from gdetkd_cli.assembly.runtime import apply_runtime, resolve_runtime
 from gdetkd_cli.assembly.sharing import read_once
@@ -35,10 +37,11 @@ from gdetkd_cli.data.split import Split
 from gdetkd_cli.detectors.protocol import Detector
 from gdetkd_cli.distill.distiller import Distiller
 from gdetkd_cli.engine.device import ComputeSettings
-from gdetkd_cli.engine.events import Observer, silent
+from gdetkd_cli.engine.events import Note, Observer, silent
 from gdetkd_cli.engine.processes import join_processes
 from gdetkd_cli.engine.schedule import build_optimizer, build_schedule
 from gdetkd_cli.errors import PairError
+from gdetkd_cli.knowledge.teacher import RememberedTeacher
 from gdetkd_cli.recipe.checks import describe_untrained_teacher, has_task_loss, narrow_recipe
 from gdetkd_cli.recipe.scaling import describe_scaling, scale_to_batch
 from gdetkd_cli.recipe.schema import DistillationRecipe, Recipe
@@ -139,6 +142,7 @@ def build_setup(
     unscaled: Recipe,
     labels: Path | None = None,
     most_labelled: int | None = None,
+    knowledge: Path | None = None,
     observer: Observer = silent,
 ) -> TrainingSetup:
     """Builds everything a run needs on this process's device. Writes nothing.
@@ -149,6 +153,7 @@ def build_setup(
         unscaled: the recipe before scaling, for a note about the changes.
         labels: the run's folder of teacher labels; existing labels are reused.
         most_labelled: maximum number of images per split that the teacher labels; None: all.
+        knowledge: the run's folder for the teacher's features; None: they are written nowhere.
         observer: receives progress.
 
     Raises:
@@ -170,6 +175,15 @@ def build_setup(
     report_bad_images((train, val), observer)
     pair = None
     if isinstance(recipe, DistillationRecipe) and teacher is not None:
+        teacher = remember_teacher(
+            recipe,
+            teacher,
+            student.detector,
+            train,
+            folder=knowledge,
+            processes=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+            tell=lambda text: observer(Note(text)),
+        )
         pair = _build_pair(recipe, student, teacher, device.type)
     distiller = pair.distiller if pair else Distiller(student=student.detector)
     apply_runtime(compute.settings, recipe, student.detector, pair, device)
@@ -187,7 +201,13 @@ def build_setup(
         labels={which: one.tables for which, one in labelled.items()},
         optimizer=optimizer,
         schedule=schedule,
-        batches=build_batches(recipe, train, compute.settings, **_get_rank(compute.accelerator)),
+        batches=build_batches(
+            recipe,
+            train,
+            compute.settings,
+            views=teacher is not None and isinstance(teacher.detector, RememberedTeacher),
+            **_get_rank(compute.accelerator),
+        ),
         notes=_collect_notes(unscaled, recipe, (train, val), labelled.values(), student, teacher),
     )
 

@@ -26,6 +26,7 @@ from gdetkd_cli.cli.predict import predict
 from gdetkd_cli.cli.probe import probe
 from gdetkd_cli.cli.recipe import app as recipe_app
 from gdetkd_cli.cli.report import report
+from gdetkd_cli.cli.teach import teach
 from gdetkd_cli.cli.train import train
 from gdetkd_cli.cli.watch import watch
 from gdetkd_cli.errors import GDetKDError
@@ -153,6 +154,7 @@ app.command("data")(data)
 app.command("probe")(probe)
 app.command("advise")(advise)
 app.command("train")(train)
+app.command("teach")(teach)
 app.command("distill")(distill)
 app.command("eval")(evaluate)
 app.command("predict")(predict)

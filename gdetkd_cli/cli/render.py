@@ -20,8 +20,9 @@ if TYPE_CHECKING:
     from gdetkd_cli.commands.demo import DemoResult
     from gdetkd_cli.commands.evaluate import EvalResult
     from gdetkd_cli.commands.export import ExportedFile, ExportResult
-    from gdetkd_cli.commands.plan import Plan
+    from gdetkd_cli.commands.plan import CachePlan, Plan
     from gdetkd_cli.commands.report import ReportResult
+    from gdetkd_cli.commands.teach import TeachResult
     from gdetkd_cli.commands.train import TrainResult
     from gdetkd_cli.commands.validate import CheckedRecipe
     from gdetkd_cli.evaluation.coco_metrics import CocoMetrics
@@ -237,6 +238,30 @@ def _pair_tables(result: CheckedRecipe | Plan) -> list[RenderableType]:
     ]
 
 
+def format_taught(result: TeachResult) -> RenderableType:
+    """Formats what a teacher's answers take, and how to use them."""
+    kinds = "features and detections" if result.detections else "features"
+    views = "as they are and mirrored" if result.views == 2 else "in one view"
+    worst = max(result.errors, key=lambda name: result.errors[name])
+    facts = [
+        f"{result.knowledge}: {kinds} of {result.images} training images, {views}; {result.gigabytes:.3g} GB",
+        f"{result.added} answers added in {format_duration(result.seconds)}",
+        f"largest rounding error of a level: {result.errors[worst]:.1e} of its norm ({worst})",
+        f"use it in a recipe: teacher: {{arch: knowledge, path: {result.knowledge}}}",
+    ]
+    return Group(*map(build_line, facts))
+
+
+def _describe_cache(cache: CachePlan) -> str:
+    size = f"{cache.gigabytes:.3g} GB for {cache.views} views"
+    if cache.saved_per_step is None or cache.saved_seconds is None:
+        return f"teacher: stored answers, {size}; it does not run"
+    saved = f"{cache.saved_per_step:.2g} s per step, {format_duration(cache.saved_seconds)} in total"
+    if cache.mode == "off":
+        return f"teacher_cache: off; it would take {size} and save {saved}"
+    return f"teacher_cache: {cache.mode}, {size}; it saves {saved}"
+
+
 def format_plan(plan: Plan) -> RenderableType:
     """Formats a dry run."""
     losses = "  ".join(f"{name} {value:.3g}" for name, value in plan.losses.items())
@@ -246,6 +271,7 @@ def format_plan(plan: Plan) -> RenderableType:
         f"{plan.train_images} training images, {plan.val_images} validation images",
         f"{plan.device}, {plan.precision}, {plan.threads} threads; peak memory {plan.peak_memory_mb:.0f} MB",
         f"{plan.seconds_per_step:.2f} s per step, about {format_duration(plan.estimated_seconds)} in total",
+        *([_describe_cache(plan.cache)] if plan.cache else []),
     ]
     return Group(
         build_line(f"{plan.recipe}: {plan.pair}"),

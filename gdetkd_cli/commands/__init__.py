@@ -12,6 +12,7 @@ from gdetkd_cli.commands.plan import plan_distill
 from gdetkd_cli.commands.predict import run_predict
 from gdetkd_cli.commands.probe import run_probe
 from gdetkd_cli.commands.report import run_report
+from gdetkd_cli.commands.teach import run_teach
 from gdetkd_cli.commands.train import resume_run, run_distill, run_train
 from gdetkd_cli.commands.validate import check_recipe
 
@@ -32,5 +33,6 @@ __all__ = [
     "run_probe",
     "run_probe_to_recipe",
     "run_report",
+    "run_teach",
     "run_train",
 ]

@@ -47,6 +47,8 @@ _MAY_DIFFER = (
     "seed",
     "train.steps",
     "train.evaluate_every",
+    "distill.teacher_cache_dir",
+    "distill.teacher_cache_gb",
     "runtime.threads",
     "runtime.workers",
     "runtime.cache_mb",
@@ -108,7 +110,11 @@ def run_compare(
     failures = run(dict(teachers.values()), what="teachers of folds")
     shared = {"runtime": recipe.runtime, "data": data}
     recipes = {
-        trial: build_fold_recipe(own.model_copy(update=shared), trial.fold, teachers) for trial, own in recipes.items()
+        trial: _share_teacher(
+            build_fold_recipe(own.model_copy(update=shared), trial.fold, teachers),
+            (teachers[trial.fold][0].folder if trial.fold in teachers else folder) / "knowledge",
+        )
+        for trial, own in recipes.items()
     }
     failures += run(recipes)
     teacher = _measure_teacher(folder, recipe, split if parts else None, teachers, observer)
@@ -132,6 +138,15 @@ def _build_trials(
         for fold in folds or (None,)
         for method in methods
     }
+
+
+def _share_teacher(recipe: Recipe, folder: Path) -> Recipe:
+    """Returns a trial's recipe whose teacher is asked once for all trials, if the recipe stores its answers on disk."""
+    distill = recipe.distill
+    if distill is None or distill.teacher_cache not in ("disk", "auto") or distill.teacher_cache_dir is not None:
+        return recipe
+    update = {"teacher_cache_dir": str(folder.resolve())}
+    return recipe.model_copy(update={"distill": distill.model_copy(update=update)})
 
 
 @dataclass(frozen=True)

@@ -3,22 +3,46 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
+
+import torch
 
 from gdetkd_cli import assembly
 from gdetkd_cli.commands.rehearse import rehearse
+from gdetkd_cli.detectors.protocol import Detector
 from gdetkd_cli.engine.device import get_peak_memory_mb
 from gdetkd_cli.engine.events import Note, Observer, silent
 from gdetkd_cli.engine.loop import seed_everything
 from gdetkd_cli.engine.stepper import Stepper, measure_seconds
+from gdetkd_cli.knowledge.store import MemoryStore, count_bytes
+from gdetkd_cli.knowledge.teacher import RememberedTeacher, remember, to_pixels
 from gdetkd_cli.recipe.checks import require_distillation
 from gdetkd_cli.recipe.schema import Recipe
 from gdetkd_cli.report.pyramid import PyramidReport, describe_pyramid
-from gdetkd_cli.structures import Batch, LossReport
+from gdetkd_cli.structures import Batch, ImageView, LossReport, name_view
 
 _WARMUP, _TIMED = 2, 5  # batches; the first ones choose kernels and fill memory
 MOST_LABELLED = 40  # maximum number of images per split that the teacher labels
+
+
+@dataclass(frozen=True)
+class CachePlan:
+    """What storing the teacher's features costs and saves.
+
+    Attributes:
+        mode: ``distill.teacher_cache``, or ``knowledge`` for a teacher that `gdetkd teach` stored.
+        views: views of the training images.
+        gigabytes: of all views, from those of a few steps.
+        saved_per_step: seconds of the teacher in a step, less those of reading; None if the teacher cannot run.
+        saved_seconds: over the run, in which the teacher runs once per view; None likewise.
+    """
+
+    mode: str
+    views: int
+    gigabytes: float
+    saved_per_step: float | None
+    saved_seconds: float | None
 
 
 @dataclass(frozen=True)
@@ -35,7 +59,8 @@ class Plan:
         peak_memory_mb: peak memory of the process (CPU) or the device (CUDA).
         batch_size: images per step and process, of all batches of a step.
         seconds_per_step: median of the timed batches with their data, times the batches of a step.
-        estimated_seconds: seconds_per_step times the recipe's steps.
+        estimated_seconds: seconds_per_step times the recipe's steps, and the teacher's passes if it is stored.
+        cache: storing the teacher's features; None if it sees ever new images.
         notes: notes from building.
     """
 
@@ -56,6 +81,7 @@ class Plan:
     peak_memory_mb: float
     seconds_per_step: float
     estimated_seconds: float
+    cache: CachePlan | None = None
     notes: tuple[str, ...] = ()
 
 
@@ -70,19 +96,26 @@ def plan_distill(recipe: Recipe, *, observer: Observer = silent) -> Plan:
     settings, pair, teacher = setup.compute.settings, setup.pair, setup.distiller.teacher
     assert pair is not None and teacher is not None
     student = setup.student.detector
+    if isinstance(teacher, RememberedTeacher) and not teacher.live:
+        assembly.check_taught(recipe, teacher, setup.train)
     times: list[float] = []
     reports: list[LossReport] = []
     observer(Note(f"taking {_WARMUP + _TIMED} steps to time them"))
     batches = repeat_batches(setup)
     for _ in range(_WARMUP + _TIMED):
-        times.append(
-            measure_seconds(
-                lambda: reports.append(stepper.distil(next(batches).to(stepper.device))),
-                stepper.device,
-            )
-        )
+        taken: list[Batch] = []
+        seconds = measure_seconds(lambda: taken.append(next(batches).to(stepper.device)), stepper.device)  # noqa: B023
+        (on_device,) = taken
+        if on_device.views:  # a stored teacher: most steps of a run read what an earlier one computed
+            stepper.ask_teacher(on_device)
+        seconds += measure_seconds(lambda: reports.append(stepper.distil(on_device)), stepper.device)  # noqa: B023
+        times.append(seconds)
     per_step = median(times[_WARMUP:]) * recipe.train.accumulate
     memory = get_peak_memory_mb(stepper.device)
+    cache = _plan_cache(setup, stepper, on_device)
+    estimated = per_step * recipe.train.steps
+    if isinstance(teacher, RememberedTeacher) and cache is not None and cache.saved_per_step is not None:
+        estimated += cache.saved_per_step * recipe.train.steps - (cache.saved_seconds or 0.0)
     notes = rehearse(setup.student, setup.train, setup.val, device=settings.device, observer=observer)
     size = setup.train.records[0].size
     return Plan(
@@ -102,8 +135,44 @@ def plan_distill(recipe: Recipe, *, observer: Observer = silent) -> Plan:
         val_images=setup.image_counts["val"],
         peak_memory_mb=memory,
         seconds_per_step=per_step,
-        estimated_seconds=per_step * recipe.train.steps,
+        estimated_seconds=estimated,
+        cache=cache,
         notes=(*setup.notes, *notes),
+    )
+
+
+def _plan_cache(setup: assembly.TrainingSetup, stepper: Stepper, batch: Batch) -> CachePlan | None:
+    """Measures what a store of the teacher's features takes and saves, on one batch."""
+    recipe, images = require_distillation(setup.recipe), setup.image_counts["train"]
+    student, teacher = setup.student.detector, setup.distiller.teacher
+    assert teacher is not None
+    if assembly.describe_countless_views(recipe, student, teacher) or not hasattr(teacher, "recall"):
+        return None
+    views = images * sum(assembly.list_views(recipe))
+    named = tuple(ImageView(name_view(to_pixels(image))) for image in batch.images)
+    if isinstance(teacher, RememberedTeacher) and not teacher.live:
+        groups = [teacher.store.read(view.name) for view in batch.views]
+        size = sum(count_bytes(group) for group in groups if group is not None) / len(groups)
+        return CachePlan("knowledge", views, size * views / 1e9, None, None)
+    live = teacher.detector if isinstance(teacher, RememberedTeacher) else teacher
+    store = MemoryStore(10**12, lambda _: None)
+    stored, plain = remember(live, store), replace(batch, views=())
+
+    def ask(detector: Detector, shown: Batch) -> float:
+        with torch.no_grad(), setup.compute.accelerator.autocast():
+            return measure_seconds(lambda: detector.extract_features(shown), stepper.device)
+
+    ask(stored, replace(batch, views=named))
+    saved = max(0.0, ask(live, plain) - ask(stored, replace(batch, views=named)))  # on this batch
+    batches = recipe.train.accumulate
+    shown = recipe.train.steps * batches * len(batch)
+    runs = min(assembly.count_teacher_runs(recipe, images), shown)
+    return CachePlan(
+        mode=recipe.distill.teacher_cache,
+        views=views,
+        gigabytes=store.used / len(set(named)) * views / 1e9,
+        saved_per_step=saved * batches,
+        saved_seconds=saved / len(batch) * (shown - runs),
     )
 
 

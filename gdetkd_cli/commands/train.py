@@ -155,7 +155,14 @@ def _run(recipe: Recipe, target: Target, observer: Observer, *, report: bool = F
         if resume:
             scaled = read_own_recipe(folder, scaled, target)
             compute = assembly.adopt_runtime(compute, scaled)
-        setup = assembly.build_setup(scaled, compute, unscaled=recipe, labels=folder.labels, observer=observer)
+        setup = assembly.build_setup(
+            scaled,
+            compute,
+            unscaled=recipe,
+            labels=folder.labels,
+            knowledge=folder.knowledge,
+            observer=observer,
+        )
         origin = assembly.describe_origin(setup.recipe, setup.train, setup.val)
         checkpoint = open_checkpoint(folder, setup, origin, target, observer) if resume else None
         if checkpoint is not None and (finished := _read_result(folder, setup, checkpoint)):

@@ -21,6 +21,7 @@ from gdetkd_cli.recipe.schema import (
     FactoryDetector,
     Fold,
     FolderData,
+    KnowledgeDetector,
     Recipe,
     SyntheticData,
     TorchvisionDetector,
@@ -147,6 +148,8 @@ def _read_run_recipe(spec: Detector) -> Recipe | None:
             path = Path(spec.weights or "")
         case TransformersDetector():
             path = Path(spec.model or "", "config.json")
+        case KnowledgeDetector():
+            return None
     beside = path.parent / "recipe.yaml"
     return load_recipe(beside) if path.is_file() and beside.exists() else None
 

@@ -131,8 +131,13 @@ class _BatchDataset(Dataset[_Loaded]):
             return error
         if not examples:
             return None, bad
-        images, targets, image_ids = zip(*examples, strict=True)
-        return Batch(images=list(images), targets=list(targets), image_ids=torch.tensor(image_ids)), bad
+        images, targets, image_ids, views = zip(*examples, strict=True)
+        return Batch(
+            images=list(images),
+            targets=list(targets),
+            image_ids=torch.tensor(image_ids),
+            views=tuple(view for view in views if view is not None),
+        ), bad
 
     def _read(self, key: Key, bad: list[BadImageError]) -> Example | None:
         """Reads an example and adds images that are left out to ``bad``."""

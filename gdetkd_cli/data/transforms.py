@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 
+import torch
 from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms import v2
@@ -62,3 +63,18 @@ def _apply(change: v2.Transform, image: Tensor, boxes: Tensor, labels: Tensor) -
     corners = new_boxes.as_subclass(Tensor)
     keep = (corners[:, 2:] - corners[:, :2] >= 1).all(dim=1)
     return new_image.as_subclass(Tensor), corners[keep], labels[keep]
+
+
+def apply_and_watch(
+    change: Augmentation, image: Tensor, boxes: Tensor, labels: Tensor
+) -> tuple[tuple[Tensor, Tensor, Tensor], bool]:
+    """Applies a change; returns its result, and whether it mirrored the image.
+
+    The left half of the image goes along as one more box, so the random draws are those of ``change`` alone.
+    """
+    height, width = image.shape[-2:]
+    half = boxes.new_tensor([[0.0, 0.0, width / 2, height]])
+    image, boxes, labels = change(image, torch.cat([half, boxes]), torch.cat([labels.new_zeros(1), labels]))
+    own = labels == 0  # background: no object has this label
+    mirrored = bool((boxes[own, 0] > 0).any())
+    return (image, boxes[~own], labels[~own]), mirrored

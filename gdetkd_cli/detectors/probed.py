@@ -160,14 +160,7 @@ class ProbedDetector(Detector):
         return Frame.of(1 / stride, 0.5 - offset / stride, size, batch.images[0].device)
 
     def region_outputs(self, seen: Observation, regions: Regions, needs: frozenset[View]) -> RegionView:
-        assignment = assign_levels(seen.pyramid, regions, cells_per_side=self.cells_per_side)
-        pooled = pool_assigned(seen.pyramid, regions, assignment)
-        return RegionView(
-            pooled=pooled,
-            pooled_channels=get_channels(self.levels, assignment),
-            embedding=pooled.mean(dim=(2, 3)) if "embedding" in needs else None,
-            level=assignment,
-        )
+        return read_regions(seen.pyramid, regions, needs, cells_per_side=self.cells_per_side)
 
     @property
     def cells_per_side(self) -> float:
@@ -203,6 +196,25 @@ class ProbedDetector(Detector):
             with use_eval_mode(self.module), torch.autocast(image.device.type, enabled=False):
                 self._frames[size] = measure_image_frame(self._runner, self.probed.call, image, self._input)
         return self._frames[size]
+
+
+def read_regions(pyramid: Pyramid, regions: Regions, needs: frozenset[View], *, cells_per_side: float) -> RegionView:
+    """Reads what a teacher without known heads says about regions: its levels alone.
+
+    Args:
+        pyramid: the teacher's.
+        regions: R of them.
+        needs: what is read; the pooled features always are.
+        cells_per_side: usual side of a region on its level.
+    """
+    assignment = assign_levels(pyramid, regions, cells_per_side=cells_per_side)
+    pooled = pool_assigned(pyramid, regions, assignment)
+    return RegionView(
+        pooled=pooled,
+        pooled_channels=get_channels(pyramid.levels, assignment),
+        embedding=pooled.mean(dim=(2, 3)) if "embedding" in needs else None,
+        level=assignment,
+    )
 
 
 def stack(maps: Sequence[Tensor]) -> Tensor:

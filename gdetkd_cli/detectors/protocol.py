@@ -5,6 +5,7 @@ Shapes: N images, L levels, R regions, C channels, D embedding channels, K class
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -220,6 +221,16 @@ class Detector(Protocol):
     def check_detects(self) -> None:
         """Raises a PairError if its detections cannot be read, or their classes are unknown."""
         return
+
+    # A stored teacher (``knowledge``) keeps the pyramid of an observation, and what else ``region_outputs`` reads.
+
+    def keep(self, seen: Observation) -> dict[str, Tensor]:
+        """Tensors of an observation beside its pyramid that ``recall`` reads; each begins with N."""
+        return {}
+
+    def recall(self, batch: Batch, pyramid: Pyramid, kept: Mapping[str, Tensor]) -> Observation:
+        """Rebuilds the result of ``extract_features`` from a pyramid and the result of ``keep``."""
+        return Observation(losses={}, pyramid=pyramid, candidates=None)
 
     # ------------------------------------------------------------------------------------------ forwards
 

@@ -26,6 +26,7 @@ class RunFolder:
     environment.json   versions, seed, device, threads, git revision
     probe.json         both measured pyramids
     labels/            train.json, val.json: the teacher's labels, if it labelled the images
+    knowledge/         the teacher's features, with `distill.teacher_cache: disk`
     metrics.jsonl      one line per log step and evaluation
     tensorboard/       the same as events, if the recipe has that tracker
     resume/step-N/     the last checkpoints: student, terms, averaged weights, optimizer, random numbers
@@ -50,6 +51,7 @@ class RunFolder:
         self.environment = path / "environment.json"
         self.probe = path / "probe.json"
         self.labels = path / "labels"
+        self.knowledge = path / "knowledge"
         self.metrics_log = path / "metrics.jsonl"
         self.tensorboard = path / "tensorboard"
         self.resume = path / "resume"

@@ -53,10 +53,18 @@ class Stepper:
 
     def floor(self, batch: Batch) -> None:
         """Runs the minimum of a distillation step: the teacher's features and one plain step of the student."""
+        self.ask_teacher(batch)
+        self.plain(batch)
+
+    def plain(self, batch: Batch) -> None:
+        """Takes one step of plain training."""
+        self._step(self._plain, batch, None)
+
+    def ask_teacher(self, batch: Batch) -> None:
+        """Computes the teacher's features alone."""
         assert self.distiller.teacher is not None
         with torch.no_grad(), self._accelerator.autocast():
             self.distiller.teacher.extract_features(batch)
-        self._step(self._plain, batch, None)
 
     def _step(self, distiller: Distiller, batch: Batch, seconds: dict[str, float] | None) -> LossReport:
         distiller.profile = seconds is not None

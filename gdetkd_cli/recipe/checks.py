@@ -8,6 +8,7 @@ from gdetkd_cli.recipe.schema import (
     Detector,
     DistillationRecipe,
     FactoryDetector,
+    KnowledgeDetector,
     Recipe,
     TransformersDetector,
 )
@@ -45,7 +46,7 @@ def require_distillation(recipe: Recipe) -> DistillationRecipe:
 def has_weights(spec: Detector) -> bool:
     """Whether the recipe gives a detector trained weights."""
     match spec:
-        case CheckpointDetector():
+        case CheckpointDetector() | KnowledgeDetector():
             return True
         case TransformersDetector():
             return spec.model is not None

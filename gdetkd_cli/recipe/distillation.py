@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from gdetkd_cli.recipe.base import Channels, Count, Flag, Fraction, NotNegative, Positive, Strict, Whole
 
@@ -176,6 +176,11 @@ class Logit(Term):
     """For comparison: imitates the class logits of every cell (Yang et al., ICCV 2023); needs two like dense heads."""
 
 
+def _read_off(value: object) -> object:
+    """YAML reads ``off`` as false."""
+    return "off" if value is False else value
+
+
 class Distill(Strict):
     """The distillation terms. ``null`` leaves a term out; ``auto`` adds it if the pair supports it."""
 
@@ -202,4 +207,16 @@ class Distill(Strict):
     )
     task_loss: Literal["own", "none"] = Field(
         "own", description="own: train with the student's own losses too; none: train with the distillation terms alone"
+    )
+    teacher_cache: Annotated[Literal["off", "memory", "disk", "auto"], BeforeValidator(_read_off)] = Field(
+        "off",
+        description="store the teacher's features of each image and of its mirror image when they are first computed; "
+        "memory: in each process; disk: in `teacher_cache_dir`, shared by processes and runs; auto: memory if all fit "
+        "and `teacher_cache_dir` is null, else disk, and off if the teacher sees ever new images",
+    )
+    teacher_cache_gb: Positive | Literal["auto"] = Field(
+        "auto", description="quota of the teacher's features in GB; auto: half of the free memory or disk"
+    )
+    teacher_cache_dir: str | None = Field(
+        None, description="folder for `teacher_cache: disk`; default: `knowledge` in the folder of the run"
     )

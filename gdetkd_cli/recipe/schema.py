@@ -199,8 +199,20 @@ class TransformersDetector(Strict):
         return self
 
 
+class KnowledgeDetector(Strict):
+    """A teacher's answers about the training images, which `gdetkd teach` wrote; the teacher itself is not needed."""
+
+    arch: Literal["knowledge"]
+    path: str = Field(description="folder that `gdetkd teach` wrote")
+
+
 Detector = Annotated[
-    TorchvisionDetector | ComposedDetector | CheckpointDetector | FactoryDetector | TransformersDetector,
+    TorchvisionDetector
+    | ComposedDetector
+    | CheckpointDetector
+    | FactoryDetector
+    | TransformersDetector
+    | KnowledgeDetector,
     Field(discriminator="arch"),
 ]
 

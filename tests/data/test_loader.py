@@ -15,7 +15,7 @@ from gdetkd_cli.data.loader import load_training_batches, load_validation_batche
 from gdetkd_cli.data.split import Record, Split
 from gdetkd_cli.data.transforms import build_augmentation
 from gdetkd_cli.errors import DataError
-from gdetkd_cli.structures import Batch
+from gdetkd_cli.structures import Batch, name_view
 
 
 class Noise:
@@ -76,13 +76,14 @@ def assert_same(first: Iterable[Batch], second: Iterable[Batch]) -> None:
 
 def test_unaugmented_example() -> None:
     dataset = make_dataset(augmented=False)
-    image, target, image_id = dataset[0, 2]
+    image, target, image_id, view = dataset[0, 2]
 
     assert (image.shape, image.dtype) == ((3, 16, 22), torch.float32)
     assert torch.equal(image, Noise()(2).float() / 255)
     assert target.boxes.tolist() == [[1, 2, 9, 11]]
     assert target.labels.tolist() == [1]
     assert image_id == 102
+    assert view is None
     assert len(dataset) == 5
 
 
@@ -105,6 +106,38 @@ def test_augmentation_leaves_the_main_generator_alone() -> None:
     torch.manual_seed(5)
     assert len(list(load_training_batches(dataset=make_dataset(), batch_size=2, steps=3, seed=0))) == 3
     assert torch.equal(torch.rand(4), expected)
+
+
+@pytest.mark.parametrize(("photometric", "multi_scale"), [(False, None), (True, None), (False, [24, 32]), (True, [8])])
+def test_views_name_the_image_and_change_nothing_else(photometric: bool, multi_scale: list[int] | None) -> None:
+    change = build_augmentation(flip=0.5, photometric=photometric, multi_scale=multi_scale, max_size=100)
+
+    def load(views: bool) -> list[Batch]:
+        split = make_split(5)
+        dataset = DetectionDataset(split=split, augmentation=change, seed=3, cache_mb=0, views=views)
+        return list(load_training_batches(dataset=dataset, batch_size=2, steps=10, seed=1))
+
+    plain, viewed = load(False), load(True)
+    assert_same(plain, viewed)
+    assert all(batch.views == () for batch in plain)
+    mirrored = 0
+    for batch in viewed:
+        for image, image_id, view in zip(batch.images, batch.image_ids.tolist(), batch.views, strict=True):
+            stored = Noise()(image_id - 100)
+            known = {name_view(stored): stored, name_view(stored.flip(-1)): stored.flip(-1)}
+            seen = known[view.name]  # one of the two views of this image
+            mirrored += seen is not stored
+            if photometric or multi_scale:
+                assert view.pixels is not None
+                assert torch.equal(view.pixels, seen)
+            else:
+                assert view.pixels is None
+                assert torch.equal(image, seen.float() / 255)
+    assert 4 <= mirrored <= 16  # of 20 with a probability of 0.5
+
+
+def test_the_size_is_part_of_a_view() -> None:
+    assert name_view(torch.zeros(3, 4, 6, dtype=torch.uint8)) != name_view(torch.zeros(3, 6, 4, dtype=torch.uint8))
 
 
 def test_mixed_seeds_differ() -> None:

@@ -146,7 +146,7 @@ def run_training(rng: random.Random, folder: Path, tree: Any) -> None:
     augmentation = build_augmentation(flip=0.5, photometric=False, multi_scale=[32, 64, 100], max_size=200)
     dataset = DetectionDataset(split=split, augmentation=augmentation, seed=0, cache_mb=10, copy_paste=1.0)
     for index in range(len(split)):
-        image, target, _ = dataset[0, index]
+        image, target, *_ = dataset[0, index]
         assert image.dim() == 3 and len(target.boxes) == len(target.labels)
     found = {
         record.image_id: Detections(record.boxes, torch.full((len(record.labels),), 0.5), record.labels)

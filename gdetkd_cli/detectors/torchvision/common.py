@@ -14,6 +14,8 @@ from gdetkd_cli.detectors.measure import measure_levels
 from gdetkd_cli.detectors.torchvision.exact_boxes import exact_boxes
 from gdetkd_cli.structures import Batch, Detections, Frame, LevelSpec, check_resize
 
+LEVEL_PREFIX = "backbone."  # of a level's name, before its key in the backbone's output
+
 
 def name_features(features: Tensor | dict[str, Tensor]) -> dict[str, Tensor]:
     """A backbone's output by name; a single map is a pyramid of one level, as in torchvision's detectors."""
@@ -26,7 +28,7 @@ def measure_backbone(module: Any) -> tuple[LevelSpec, ...]:
     device = next(backbone.parameters()).device
 
     def forward(images: Tensor) -> dict[str, Tensor]:
-        return {f"backbone.{key}": features for key, features in name_features(backbone(images)).items()}
+        return {f"{LEVEL_PREFIX}{key}": features for key, features in name_features(backbone(images)).items()}
 
     with use_eval_mode(backbone):
         return measure_levels(forward, device=device)

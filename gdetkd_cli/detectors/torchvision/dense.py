@@ -5,6 +5,7 @@ Shapes: N images, L levels, A anchors per cell, R regions, C channels, K classes
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -98,6 +99,9 @@ class DenseDetector(Detector):
             self.levels,
             common.build_frame(batch.images, images.image_sizes, images.tensors.shape[-2:]),
         )
+        return self.recall(batch, pyramid, {})
+
+    def recall(self, batch: Batch, pyramid: Pyramid, kept: Mapping[str, Tensor]) -> DenseObservation:
         return DenseObservation(losses={}, pyramid=pyramid, candidates=None, tower=None, cell=None, class_logits=None)
 
     def region_outputs(self, seen: Observation, regions: Regions, needs: frozenset[View]) -> RegionView:

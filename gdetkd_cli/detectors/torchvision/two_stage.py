@@ -5,6 +5,7 @@ Shapes: N images, R regions, D embedding channels, K classes; boxes xyxy.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -128,6 +129,19 @@ class TwoStageDetector(Detector):
             candidates=None,
             features=features,
             image_sizes=images.image_sizes,
+            sampled=None,
+        )
+
+    def recall(self, batch: Batch, pyramid: Pyramid, kept: Mapping[str, Tensor]) -> TwoStageObservation:
+        sizes = torch.tensor([[image.shape[-1], image.shape[-2]] for image in batch.images])
+        resized = (pyramid.frame.on_host().scale * sizes).round().long().flip(1)
+        keys = [level.name.removeprefix(common.LEVEL_PREFIX) for level in self.levels]
+        return TwoStageObservation(
+            losses={},
+            pyramid=pyramid,
+            candidates=None,
+            features=dict(zip(keys, pyramid.maps, strict=True)),
+            image_sizes=[(height, width) for height, width in resized.tolist()],
             sampled=None,
         )
 

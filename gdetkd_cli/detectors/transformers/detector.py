@@ -5,6 +5,7 @@ Shapes: N images, L levels, Q queries, R regions, K classes, D channels, P candi
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -153,23 +154,30 @@ class QueryDetector(TrainableDetector):
         height, width = (max(sides) for sides in zip(*prepared, strict=True))
         values = [list_tensors(tap.outputs(output.module)[output.call])[output.leaf] for output in outputs]
         maps = [level.as_map(value, (height, width)) for value, level in zip(values, self.probed.levels, strict=True)]
+        pyramid = Pyramid(
+            maps=tuple(maps), levels=self.levels, frame=common.build_frame(batch.images, prepared, (height, width))
+        )
+        kept = {"logits": found.logits, "boxes": found.pred_boxes, "hidden": found.last_hidden_state}
+        seen = self.recall(batch, pyramid, {name: value[:, -self._queries :] for name, value in kept.items()})
+        return replace(seen, losses=returned) if targets is not None else seen
+
+    def keep(self, seen: Observation) -> dict[str, Tensor]:
+        assert isinstance(seen, QueryObservation), "an observation of another detector"
+        own = {"logits": seen.predictions.class_logits, "boxes": seen.predictions.boxes}
+        return {name: value.unflatten(0, (-1, self._queries)) for name, value in own.items()} | {"hidden": seen.hidden}
+
+    def recall(self, batch: Batch, pyramid: Pyramid, kept: Mapping[str, Tensor]) -> QueryObservation:
         boxes = [
             convert_boxes(own, image.shape[-2], image.shape[-1])
-            for own, image in zip(found.pred_boxes[:, -self._queries :].detach(), batch.images, strict=True)
+            for own, image in zip(kept["boxes"].detach(), batch.images, strict=True)
         ]
         return QueryObservation(
-            losses=returned if targets is not None else {},
-            pyramid=Pyramid(
-                maps=tuple(maps),
-                levels=self.levels,
-                frame=common.build_frame(batch.images, prepared, (height, width)),
-            ),
+            losses={},
+            pyramid=pyramid,
             candidates=None,
             boxes=torch.stack(boxes),
-            predictions=QueryView(
-                found.logits[:, -self._queries :].flatten(0, 1), found.pred_boxes[:, -self._queries :].flatten(0, 1)
-            ),
-            hidden=found.last_hidden_state[:, -self._queries :],
+            predictions=QueryView(kept["logits"].flatten(0, 1), kept["boxes"].flatten(0, 1)),
+            hidden=kept["hidden"],
             query=None,
         )
 
