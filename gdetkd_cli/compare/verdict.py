@@ -79,14 +79,16 @@ def judge(rows: Sequence[MethodRow], teacher: float | None, longer: float) -> Ve
             f"({teacher:.1f}). Train or choose a better teacher, or a smaller student."
         )
         return Verdict("no gain", best.method, seen, None, text)
-    shown = f"{best.method} is {gain:+.1f} AP ahead of plain training ({seen[1]:+.1f} to {seen[2]:+.1f})"
+    shown = (
+        f"in these short runs {best.method} gains {gain:+.1f} AP over plain training ({seen[1]:+.1f} to {seen[2]:+.1f})"
+    )
     if (best.mean or 0.0) < TOO_EARLY:
-        text = f"It is too early to answer: {shown}, at {best.mean:.1f} AP. Repeat with a larger --share."
+        text = f"It is too early to answer: {shown}, and has {best.mean:.1f} AP. Repeat with a larger --share."
         return Verdict("too early", best.method, seen, None, text)
     if seen[1] <= 0:
         text = f"It is unclear whether there is a gain: {shown}. Repeat with more --seeds, or a larger --share."
         return Verdict("unclear", best.method, seen, None, text)
-    text = f"Expect a gain: {shown} in these short runs."
+    text = f"Expect a gain: {shown}."
     expected = None
     if teacher is not None:
         expected = predict(plain, seen, teacher, longer)

@@ -44,7 +44,7 @@ def test_a_gain_needs_an_interval_above_zero() -> None:
     assert (found.kind, found.method) == ("gain", "gdetkd")
     assert found.seen == pytest.approx((5.0, 0.49, 9.51), abs=0.01)
     assert found.expected is not None
-    assert "gdetkd is +5.0 AP ahead of plain training (+0.5 to +9.5)" in found.sentence
+    assert "gdetkd gains +5.0 AP over plain training (+0.5 to +9.5)" in found.sentence
     unclear = judge(rows(20.0, gdetkd=24.0), 60.0, 10)
     assert (unclear.kind, unclear.expected) == ("unclear", None)
     assert judge(rows(20.0, seeds=4, gdetkd=24.0), 60.0, 10).kind == "gain"
