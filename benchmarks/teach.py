@@ -5,7 +5,8 @@
     python benchmarks/teach.py memory               # peak memory of three kinds of runs, each in a process of its own
     python benchmarks/teach.py formats              # one view in safetensors, numpy's memory map, npz and torch.save
 
-The three kinds of steps take turns on the same batches in one process. Loading batches is not timed.
+The three kinds of steps take turns on the same batches in one process. Loading batches is not timed. On a CPU the times
+are those of the processor, which other programs on the machine hardly change; run it with one thread.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from statistics import median
-from time import perf_counter
+from time import perf_counter, process_time
 
 import numpy as np
 import torch
@@ -75,7 +76,10 @@ def measure_steps(name: str | None, steps: int, overrides: list[str]) -> dict[st
         names = list(work)
         random.Random(number).shuffle(names)
         for name in names:
+            start = process_time()
             seconds = measure_seconds(work[name], stepper.device)
+            if stepper.device.type == "cpu":
+                seconds = process_time() - start
             if number:
                 times[name].append(seconds)
     stored = [teacher.store.read(view.name) for view in batch.views]
