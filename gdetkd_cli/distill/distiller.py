@@ -91,7 +91,8 @@ class Distiller(nn.Module):
         seconds: dict[str, float] = {}
         with self._time_phase("student forward", seconds, batch):
             seen = self._detector.forward_train(batch, candidates=bool(self._weights))
-        parts = {name: loss.detach() for name, loss in seen.losses.items()}
+        # In a run's log, "loss" is the total.
+        parts = {"own" if name == "loss" else name: loss.detach() for name, loss in seen.losses.items()}
         total: Tensor = batch.images[0].new_zeros(())
         if self.task_loss:
             total = torch.stack(list(seen.losses.values())).sum()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -62,6 +63,16 @@ def test_plain_training_is_the_students_own(tiny_detector: TinyDetector, tiny_ba
     assert report.parts.keys() == losses.keys()
     torch.testing.assert_close(report.total, torch.stack(list(losses.values())).sum())
     assert not list(Distiller(student=student).added_parameters())
+
+
+def test_a_students_only_loss_does_not_hide_the_total(
+    tiny_detector: TinyDetector, tiny_batch: Batch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    student = tiny_detector("fcos")
+    seen = student.forward_train(tiny_batch, candidates=False)
+    whole = torch.stack(list(seen.losses.values())).sum()
+    monkeypatch.setattr(student, "forward_train", lambda *_, **__: replace(seen, losses={"loss": whole}))
+    assert forward(Distiller(student=student).train(), tiny_batch).parts == {"own": whole.detach()}
 
 
 # ------------------------------------------------------------------------------------------------------- distilling
