@@ -155,6 +155,8 @@ class RunFolder:
 
     def drop_log_after(self, step: int, *, evaluation: bool = True) -> None:
         """Removes the lines that a resumed run writes again: those after ``step`` and, on request, its evaluation."""
+        if not self.metrics_log.exists():  # a run's log begins with its first step
+            return
         kept = [
             line
             for line in self.read_log()

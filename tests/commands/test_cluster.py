@@ -38,7 +38,7 @@ def test_a_job_returns_the_reason_of_its_failure(tmp_path: Path) -> None:
     trial = build_trial(tmp_path, "none", 3, 0)
     trial.run.path.mkdir(parents=True)
     trial.run.metrics.write_text("{}")  # it was trained, but its student is gone
-    assert TrialJob(trial, toy.recipe(steps=3), trusted=False)().startswith(f"{trial.run.path} has no student.pt")
+    assert TrialJob(trial, toy.recipe(steps=3), trusted=False)().startswith(f"Error: {trial.run.path} exists already")
 
 
 def find_training(run: Path) -> psutil.Process:

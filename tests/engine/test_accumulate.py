@@ -107,5 +107,5 @@ def test_steps_and_rates_count_optimizer_steps_and_all_images(tmp_path: Path, mo
 def test_a_fault_of_the_first_batch_is_found_before_anything_is_written(tmp_path: Path) -> None:
     with pytest.raises(NonFiniteLossError, match="the loss is nan at step 0"):
         train(tmp_path / "run", [(float("nan"), 2), (3, 4)], accumulate=2)
-    assert [path.name for path in (tmp_path / "run").iterdir()] == ["metrics.jsonl"]
+    assert not list((tmp_path / "run").iterdir())
     assert not list(RunFolder(tmp_path / "run").read_log())
