@@ -51,6 +51,7 @@ class _Factory(_Block):
 class _Transformers(_Block):
     config: _Arguments
     preprocessor: _Arguments
+    train_batch_norms: Annotated[bool, Field(strict=True)] = False
 
 
 class SavedStudent(_Block):

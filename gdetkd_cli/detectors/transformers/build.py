@@ -81,6 +81,7 @@ def describe_fresh(config: Mapping[str, Any], image_size: tuple[int, int] | None
         # As JSON gives it, so that equal descriptions are written as equal bytes.
         "config": json.loads(json.dumps(dict(config))),
         "preprocessor": {"size": {"height": height, "width": width}, "do_normalize": True},
+        "train_batch_norms": True,
     }
 
 
@@ -103,7 +104,10 @@ def build(description: Mapping[str, Any], class_names: Sequence[str]) -> QueryDe
             model = AutoModelForObjectDetection.from_config(config)
         except _ERRORS as error:
             raise ModelError(f"transformers cannot build {config.model_type}: {get_first_line(error)}") from error
-    model.requires_grad_(True)  # transformers freezes the body of some detectors, which suits trained weights only
+    # transformers freezes the body of some detectors, or its batch normalization, which suits trained weights only.
+    model.requires_grad_(True)
+    if description.get("train_batch_norms"):
+        _train_batch_norms(model)
     return _wrap(model, description["preprocessor"], class_names)
 
 
@@ -169,7 +173,10 @@ def save_pretrained(detector: Detector, description: Mapping[str, Any], folder: 
     fresh = folder.with_name(f"{folder.name}.new")
     shutil.rmtree(fresh, ignore_errors=True)
     with _quiet():
-        model.save_pretrained(fresh)
+        with torch.device("meta"):
+            known = type(model)(model.config).state_dict()
+        # Layers that are trained here and frozen there have a counter of batches that frozen layers do not know.
+        model.save_pretrained(fresh, state_dict={k: v for k, v in model.state_dict().items() if k in known})
     (fresh / "preprocessor_config.json").write_text(json.dumps(preprocessor, indent=2))
     shutil.rmtree(folder, ignore_errors=True)
     fresh.rename(folder)
@@ -183,6 +190,20 @@ def _wrap(model: Any, preprocessor: Mapping[str, Any], class_names: Sequence[str
         return QueryDetector(module=module, source=name, class_names=tuple(class_names), fixed_size=fixed)
     except NoPyramidError as error:
         raise NoPyramidError(f"{name} has no feature maps to distil: {error}") from error
+
+
+def _train_batch_norms(model: torch.nn.Module) -> None:
+    """Replaces frozen batch normalization in place, by layers that measure the statistics of what they normalize.
+
+    A frozen layer of a model without trained weights has mean 0 and variance 1, so it normalizes nothing: after four
+    stages of a small body, features can differ by 1e-11. The names of parameters and buffers stay the same, so
+    ``from_pretrained`` reads the trained statistics into frozen layers.
+    """
+    for name, frozen in list(model.named_modules()):
+        if type(frozen).__name__.endswith("FrozenBatchNorm2d"):
+            layer = torch.nn.BatchNorm2d(frozen.weight.numel())
+            layer.load_state_dict(frozen.state_dict())
+            model.set_submodule(name, layer)
 
 
 def _read_config(fields: Mapping[str, Any], class_names: Sequence[str]) -> Any:
