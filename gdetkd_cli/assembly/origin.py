@@ -10,8 +10,10 @@ from typing import Any
 
 from gdetkd_cli.data.split import Split
 from gdetkd_cli.detectors import catalog
+from gdetkd_cli.errors import RecipeError
 from gdetkd_cli.knowledge.folder import KEY_FILE
 from gdetkd_cli.recipe.differences import find_changed_fields
+from gdetkd_cli.recipe.load import validate_recipe
 from gdetkd_cli.recipe.schema import CheckpointDetector, Detector, KnowledgeDetector, Recipe
 
 # Fields that do not change the student, or whose content is compared instead: a folder may move.
@@ -49,8 +51,16 @@ def describe_origin(recipe: Recipe, train: Split, val: Split) -> dict[str, Any]:
 
 def list_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Describes each difference between two origins; an empty list if the run is the same."""
-    found = list_recipe_differences(before.get("recipe", {}), now["recipe"])
+    found = list_recipe_differences(_complete(before.get("recipe", {})), now["recipe"])
     return found + [f"{name} changed" for name in now if name != "recipe" and before.get(name) != now[name]]
+
+
+def _complete(fields: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Adds the fields that the version which wrote them did not have, with their defaults, which change no run."""
+    try:
+        return validate_recipe(fields).model_dump(mode="json")
+    except RecipeError:  # it has fields that this version does not have; they are differences
+        return fields
 
 
 def list_recipe_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -198,7 +198,8 @@ def test_files_give_the_same_detections(name: str, batch: Batch, tmp_path: Path)
     )
     assert trained and loaded.class_names == CLASSES
     # Not equal: a frozen layer rounds otherwise.
-    assert torch.allclose(loaded.predict(batch.images)[0].boxes.sort(0).values, expected.boxes.sort(0).values, atol=1e-3)
+    boxes = loaded.predict(batch.images)[0].boxes
+    assert torch.allclose(boxes.sort(0).values, expected.boxes.sort(0).values, atol=1e-3)
 
 
 def test_other_classes_start_a_fresh_class_layer(tmp_path: Path) -> None:
