@@ -36,7 +36,7 @@ settings.load_profile("fixed")
 def _no_reports(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Leaves out the measurements and reports at the end of runs, which take seconds, unless a test is about them."""
     if request.node.get_closest_marker("reports") is None:
-        for name in ("train._measure", "train.add_report", "compare.add_report", "demo.add_report"):
+        for name in ("train.add_measurement", "train.add_report", "compare.add_report", "demo.add_report"):
             monkeypatch.setattr(f"gdetkd_cli.commands.{name}", lambda *_: None)
 
 

@@ -26,6 +26,7 @@ def distill(
     steps: options.StepsOption = None,
     force: options.ForceOption = False,
     no_report: Annotated[bool, typer.Option("--no-report", help="Write no report.html at the end.")] = False,
+    no_measure: options.NoMeasureOption = False,
     trust_code: options.TrustOption = False,
     as_json: options.JsonOption = False,
 ) -> None:
@@ -53,5 +54,12 @@ def distill(
     elif profile is not None:
         perform(partial(profile_distill, loaded, steps=profile), render.format_profile, as_json=as_json)
     else:
-        work = partial(run_distill, loaded, output=output, requeue=resume == "auto", report=not no_report)
+        work = partial(
+            run_distill,
+            loaded,
+            output=output,
+            requeue=resume == "auto",
+            report=not no_report,
+            measure=not no_measure,
+        )
         perform(work, render.format_run, as_json=as_json)

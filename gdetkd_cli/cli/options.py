@@ -35,6 +35,10 @@ OutputOption = Annotated[
     Path | None,
     typer.Option("--output", metavar="DIR", help="New run folder. Default: runs/NAME, after the recipe."),
 ]
+NoMeasureOption = Annotated[
+    bool,
+    typer.Option("--no-measure", help="Do not measure the trained student for a report, which takes up to a minute."),
+]
 ResumeOption = Annotated[
     str | None,
     typer.Option(

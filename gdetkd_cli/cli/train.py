@@ -22,6 +22,7 @@ def train(
     resume: options.ResumeOption = None,
     steps: options.StepsOption = None,
     force: options.ForceOption = False,
+    no_measure: options.NoMeasureOption = False,
     trust_code: options.TrustOption = False,
     as_json: options.JsonOption = False,
 ) -> None:
@@ -42,5 +43,12 @@ def train(
     loaded = options.load_required_recipe(recipe, overrides)
     from gdetkd_cli.commands import run_train
 
-    work = partial(run_train, loaded, detector=detector or "student", output=output, requeue=resume == "auto")
+    work = partial(
+        run_train,
+        loaded,
+        detector=detector or "student",
+        output=output,
+        requeue=resume == "auto",
+        measure=not no_measure,
+    )
     perform(work, render.format_run, as_json=as_json)

@@ -132,7 +132,9 @@ def _build_trials(
 ) -> dict[Trial, Recipe]:
     """Builds every trial and its recipe, so that an error in any method is found before the first trial runs."""
     return {
-        build_trial(folder, method, budget, seed, fold): select_method(recipe, method, steps=budget, seed=seed)
+        build_trial(folder, method, budget, seed, fold, measured=seed == recipe.seed and fold is None): select_method(
+            recipe, method, steps=budget, seed=seed
+        )
         for budget in steps or (recipe.train.steps,)
         for seed in range(recipe.seed, recipe.seed + seeds)
         for fold in folds or (None,)

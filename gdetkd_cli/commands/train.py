@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from math import ceil
 from pathlib import Path
@@ -14,21 +13,19 @@ from typing import Any, Literal
 
 from accelerate import Accelerator
 
-from gdetkd_cli import assembly, portable
-from gdetkd_cli.assembly.labels import write_labels
+from gdetkd_cli import assembly
 from gdetkd_cli.assembly.trackers import start_trackers
 from gdetkd_cli.commands.card import add_card
-from gdetkd_cli.commands.measure import measure_run
 from gdetkd_cli.commands.report import add_report
+from gdetkd_cli.commands.run_files import add_measurement, write_facts, write_results, write_student
 from gdetkd_cli.commands.target import Target, open_checkpoint, open_folder, read_own_recipe
 from gdetkd_cli.data.loader import load_validation_batches
 from gdetkd_cli.data.split import Split
-from gdetkd_cli.detectors import catalog, transformers
 from gdetkd_cli.detectors.protocol import Detector
 from gdetkd_cli.engine import run_folder
 from gdetkd_cli.engine.average import WeightAverage
 from gdetkd_cli.engine.checkpoints import Checkpoint
-from gdetkd_cli.engine.device import describe_environment, get_peak_memory_mb
+from gdetkd_cli.engine.device import get_peak_memory_mb
 from gdetkd_cli.engine.events import Note, Observer, report_every, silent
 from gdetkd_cli.engine.loop import Loop, LoopOptions, LoopResult, seed_everything
 from gdetkd_cli.engine.processes import lost_processes_reported
@@ -38,14 +35,10 @@ from gdetkd_cli.errors import DiskError, RecipeError, StoppedError
 from gdetkd_cli.evaluation.coco_metrics import CocoMetrics, evaluate_coco
 from gdetkd_cli.evaluation.predict import gather_predictions, list_predicted, predict_split
 from gdetkd_cli.evaluation.stored import write_detections
-from gdetkd_cli.files import write_text
 from gdetkd_cli.recipe.checks import has_weights, remove_teacher, require_distillation, require_trained_teacher
-from gdetkd_cli.recipe.load import dump_recipe, load_recipe
+from gdetkd_cli.recipe.load import load_recipe
 from gdetkd_cli.recipe.schema import Recipe
-from gdetkd_cli.report.images import draw_predictions
-from gdetkd_cli.report.pyramid import describe_pyramid
 
-DRAWN_IMAGES = 6
 _FACTS = ("steps", "seconds", "seconds_per_step", "peak_memory_mb")  # of a result, beside its metrics
 _NO_METRICS = CocoMetrics(None, None, None, None, None, None, None, {}, 0, 0)
 
@@ -76,6 +69,7 @@ def run_train(
     detector: Literal["student", "teacher"] = "student",
     output: Path | None = None,
     requeue: bool = False,
+    measure: bool = True,
     observer: Observer = silent,
 ) -> TrainResult:
     """Trains one detector of the recipe without distillation.
@@ -85,6 +79,7 @@ def run_train(
         detector: the one to train.
         output: the run's folder; default: ``runs/NAME``.
         requeue: continue the run in that folder, if there is one.
+        measure: measure the trained student for a report.
         observer: receives progress.
 
     Raises:
@@ -96,7 +91,7 @@ def run_train(
         raise RecipeError(f"the recipe {recipe.name!r} has no {detector}; add a `{detector}:` block")
     if detector == "teacher" and has_weights(spec):
         observer(Note("the teacher has weights; training continues from them"))
-    return _run(remove_teacher(recipe, student=spec), Target(output, requeue=requeue), observer)
+    return _run(remove_teacher(recipe, student=spec), Target(output, requeue=requeue), observer, measure=measure)
 
 
 def run_distill(
@@ -105,6 +100,7 @@ def run_distill(
     output: Path | None = None,
     requeue: bool = False,
     report: bool = True,
+    measure: bool = True,
     observer: Observer = silent,
 ) -> TrainResult:
     """Trains the recipe's student with its teacher; arguments as in ``run_train``.
@@ -118,7 +114,7 @@ def run_distill(
     """
     distillation = require_distillation(recipe)
     require_trained_teacher(distillation)
-    return _run(distillation, Target(output, requeue=requeue), observer, report=report)
+    return _run(distillation, Target(output, requeue=requeue), observer, report=report, measure=measure)
 
 
 def resume_run(run: Path, *, steps: int | None = None, force: bool = False, observer: Observer = silent) -> TrainResult:
@@ -140,7 +136,9 @@ def resume_run(run: Path, *, steps: int | None = None, force: bool = False, obse
     return _run(recipe, target, observer, report=recipe.distill is not None)
 
 
-def _run(recipe: Recipe, target: Target, observer: Observer, *, report: bool = False) -> TrainResult:
+def _run(
+    recipe: Recipe, target: Target, observer: Observer, *, report: bool = False, measure: bool = True
+) -> TrainResult:
     started = perf_counter()
     signals = StopSignals()
     with ExitStack() as stack:
@@ -175,14 +173,15 @@ def _run(recipe: Recipe, target: Target, observer: Observer, *, report: bool = F
         # Before anything is written, so that a tracker that does not start leaves no run behind.
         start_trackers(compute.accelerator, setup.recipe, name=folder.path.name, folder=folder.tensorboard)
         if main:
-            _write_facts(folder, setup, replace=target.steps is not None)
+            write_facts(folder, setup, replace=target.steps is not None)
         ended = _train(setup, folder, checkpoint, origin, signals, observer)
         if ended.step < setup.recipe.train.steps:
             observer(Note(_describe_end(folder, setup, ended.step)))
         result = _build_result(setup, folder, ended, perf_counter() - started)
         if main:
-            _write_results(folder, setup, result)
-            _measure(folder, setup, observer)
+            write_results(folder, setup, result.metrics, {name: getattr(result, name) for name in _FACTS})
+            if measure:
+                add_measurement(folder, setup, observer)
             add_card(folder, setup, observer)
             if report:
                 add_report([folder.path], observer)
@@ -243,7 +242,7 @@ def _train(
         schedule=setup.schedule,
         batches=setup.batches,
         evaluate=evaluate,
-        write_student=lambda path: _write_student(path, folder, setup),
+        write_student=lambda path: write_student(path, folder, setup),
         folder=folder,
         options=LoopOptions(
             steps=train.steps,
@@ -332,70 +331,3 @@ def _announce(setup: assembly.TrainingSetup, observer: Observer) -> None:
         observer(Note(f"task loss: none; the student trains with {names} alone, without its own losses"))
     if student.features_only:
         observer(Note("the student has no known detections, so it is not evaluated"))
-
-
-def _write_facts(folder: RunFolder, setup: assembly.TrainingSetup, *, replace: bool) -> None:
-    """Writes the recipe, environment, pyramids and labels before the first step; ``replace``: a recipe, too."""
-    processes = setup.compute.accelerator.num_processes
-    if replace or not folder.recipe.exists():
-        # A resumed run must sum in the same order, so it needs the same number of threads.
-        runtime = setup.recipe.runtime.model_copy(update={"threads": setup.compute.settings.threads})
-        write_text(folder.recipe, dump_recipe(setup.recipe.model_copy(update={"runtime": runtime})))
-        write_text(
-            folder.environment,
-            json.dumps(describe_environment(setup.compute.settings, setup.recipe.seed, processes), indent=2),
-        )
-    if setup.labels:
-        write_labels(folder.labels, setup.labels)
-    detectors = {"student": setup.student.detector}
-    if setup.distiller.teacher is not None:
-        detectors["teacher"] = setup.distiller.teacher
-        reports = {
-            name: asdict(describe_pyramid(detector, source=name, size=setup.train.records[0].size))
-            for name, detector in detectors.items()
-        }
-        write_text(folder.probe, json.dumps(reports, indent=2))
-
-
-def _copy_portable(folder: Path) -> None:
-    """Copies the code that rebuilds a student without gdetkd."""
-    folder.mkdir(exist_ok=True)
-    for source in sorted(Path(portable.__file__).parent.glob("*.py")):
-        write_text(folder / source.name, source.read_text())
-
-
-def _write_student(path: Path, folder: RunFolder, setup: assembly.TrainingSetup) -> None:
-    detector, description = setup.student.detector, setup.student.description
-    catalog.save(path, detector, description)
-    match description["kind"]:
-        case "factory":  # the user's own code rebuilds it
-            pass
-        case "transformers":
-            if path == folder.student:
-                transformers.save_pretrained(detector, description, folder.pretrained)
-        case _:
-            _copy_portable(folder.student_code)
-
-
-def _measure(folder: RunFolder, setup: assembly.TrainingSetup, observer: Observer) -> None:
-    """Measures the run for its report; a failure becomes a note, because the run itself is complete."""
-    observer(Note("measuring the trained student for its report, which takes up to a minute"))
-    try:
-        measure_run(setup, folder)
-    except Exception as error:
-        observer(Note(f"the run could not be measured for its report: {type(error).__name__}: {error}"))
-
-
-def _write_results(folder: RunFolder, setup: assembly.TrainingSetup, result: TrainResult) -> None:
-    detector = setup.student.detector
-    facts = {name: getattr(result, name) for name in _FACTS}
-    write_text(folder.metrics, json.dumps({**result.metrics.to_json(), **facts}, indent=2))
-    if detector.features_only:
-        return
-    draw_predictions(
-        split=setup.val,
-        predictors={"student": detector},
-        folder=folder.images,
-        count=DRAWN_IMAGES,
-        device=setup.compute.settings.device,
-    )

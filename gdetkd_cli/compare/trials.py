@@ -15,7 +15,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from queue import SimpleQueue
 from statistics import mean
@@ -43,13 +43,18 @@ _TRIAL = re.compile(rf"(.+)-(\d+)-(\d+)(?:{_FOLD})?")
 
 @dataclass(frozen=True)
 class Trial:
-    """One trial and its folder; ``fold`` is None without folds."""
+    """One trial and its folder; ``fold`` is None without folds.
+
+    Attributes:
+        measured: whether the run is measured for the comparison's report, which shows one trial of a method.
+    """
 
     method: str
     steps: int
     seed: int
     folder: Path
     fold: Fold | None = None
+    measured: bool = field(default=False, compare=False)
 
     @property
     def title(self) -> str:
@@ -97,9 +102,11 @@ class TimeLeft:
             return len(self._left), work / min(self._jobs, max(1, len(self._left)))
 
 
-def build_trial(folder: Path, method: str, steps: int, seed: int, fold: Fold | None = None) -> Trial:
+def build_trial(
+    folder: Path, method: str, steps: int, seed: int, fold: Fold | None = None, *, measured: bool = False
+) -> Trial:
     """Builds a trial of the table in ``folder``."""
-    return Trial(method, steps, seed, folder / f"{method}-{steps}-{seed}{_format_fold(fold)}", fold)
+    return Trial(method, steps, seed, folder / f"{method}-{steps}-{seed}{_format_fold(fold)}", fold, measured)
 
 
 def build_teacher_trial(folder: Path, steps: int, seed: int, fold: Fold) -> Trial:
@@ -272,6 +279,8 @@ def train_trial(
     command += ["--recipe", str(path), "--output", str(run.path), "--resume", "auto"]
     if recipe.distill:
         command.append("--no-report")  # the comparison has its own
+    if not trial.measured:
+        command.append("--no-measure")
     if is_code_trusted():
         command.append("--trust-code")
     log = trial.folder / "log.txt"

@@ -22,7 +22,7 @@ from gdetkd_cli.assembly import build_split, labels, resolve_runtime
 from gdetkd_cli.commands import compare, run_compare
 from gdetkd_cli.compare import trials
 from gdetkd_cli.compare.table import Comparison
-from gdetkd_cli.compare.trials import Trial, build_trial, run_trials
+from gdetkd_cli.compare.trials import Trial, build_trial, find_finished_trials, run_trials
 from gdetkd_cli.engine.events import Event, Note, Phase
 from gdetkd_cli.engine.run_folder import RunFolder
 from gdetkd_cli.errors import DataError, GDetKDError, ModelError, RecipeError, RunFolderError
@@ -83,6 +83,9 @@ def test_rows_and_files(compared: tuple[Path, Comparison]) -> None:
     ]
     assert float(curves[-1]["AP"]) == pytest.approx(metrics["AP"])
     assert found.plot.stat().st_size > 1000
+    # The report shows trials of the first seed, so only these are measured.
+    measured = {trial.folder.name: trial.run.measured.exists() for trial in find_finished_trials(folder)}
+    assert measured == {"none-3-0": True, "pkd-3-0": True, "none-3-1": False, "pkd-3-1": False}
     # The intervals are made of the very detections that the metrics are.
     split = build_split(toy.recipe().data, "val")
     seen = build_trial(folder, "pkd", 3, 1).read_detections(split.class_names)

@@ -13,7 +13,7 @@ from PIL import Image, ImageChops
 
 from gdetkd_cli.commands import run_export, run_predict
 from gdetkd_cli.commands.predict import PredictOptions
-from gdetkd_cli.commands.train import _copy_portable
+from gdetkd_cli.commands.run_files import copy_portable
 from gdetkd_cli.detectors import catalog
 
 EXAMPLES = sorted((ROOT / "docs" / "examples").glob("*.py"))
@@ -32,7 +32,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     loaded = catalog.load(teacher)
     catalog.save(made / "student.pt", loaded.detector, loaded.description)
     run_export(str(made), onnx=True, torchscript=False, safetensors=True, output=None)
-    _copy_portable(made / "student")
+    copy_portable(made / "student")
     toy.write_images(made, ["street.jpg"])
     Image.open(made / "street.jpg").resize((128, 128)).save(made / "street.jpg", quality=95)
     found = run_predict(str(made), [str(made / "street.jpg")], PredictOptions(min_score=0.5))
