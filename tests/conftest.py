@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import forked
 import pytest
 import torch
 import toy
@@ -13,11 +14,13 @@ from hypothesis import HealthCheck, settings
 from torch import nn
 from torchvision.models import resnet
 
+from gdetkd_cli.compare.trials import Children
 from gdetkd_cli.detectors import catalog
 from gdetkd_cli.detectors.protocol import Detector
 from gdetkd_cli.structures import Batch, LevelSpec, Target
 
 CLASSES = ("circle", "square", "triangle")
+_CHILDREN_RUN = Children.run
 _ARGUMENTS = {
     "faster-rcnn": toy.SMALL,
     "cascade-rcnn": toy.SMALL,
@@ -38,6 +41,20 @@ def _no_reports(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
     if request.node.get_closest_marker("reports") is None:
         for name in ("train.add_measurement", "train.add_report", "compare.add_report", "demo.add_report"):
             monkeypatch.setattr(f"gdetkd_cli.commands.{name}", lambda *_: None)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _forked_trials() -> Iterator[pytest.MonkeyPatch]:
+    """Forks the processes of ``compare``'s trials instead of starting new ones."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Children, "run", forked.run)
+        yield patch
+
+
+@pytest.fixture
+def new_processes(_forked_trials: pytest.MonkeyPatch, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Starts trials as users do."""
+    monkeypatch.setattr(Children, "run", _CHILDREN_RUN)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -211,6 +211,7 @@ def test_a_trial_in_another_process_is_left_alone(tmp_path: Path) -> None:
         pass
 
 
+@pytest.mark.usefixtures("new_processes")
 def test_the_error_of_a_trial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     killed = [sys.executable, "-c", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"]
     start = subprocess.Popen
@@ -230,6 +231,7 @@ def test_the_error_of_a_trial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     ]
 
 
+@pytest.mark.usefixtures("new_processes")
 def test_simultaneous_trials_use_different_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5,7")
