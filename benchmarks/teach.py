@@ -4,6 +4,8 @@
     python benchmarks/teach.py steps --steps 20 --recipe shapes/frcnn-frcnn --set runtime.threads=1
     python benchmarks/teach.py memory               # peak memory of three kinds of runs, each in a process of its own
     python benchmarks/teach.py formats              # one view in safetensors, numpy's memory map, npz and torch.save
+    python benchmarks/teach.py compare --steps 150  # ten methods and three seeds on the scenes
+    python benchmarks/teach.py compare --steps 150 --live-from CHECKOUT    # ... the first with an earlier version
 
 The three kinds of steps take turns on the same batches in one process. Loading batches is not timed. On a CPU the times
 are those of the processor, which other programs on the machine hardly change; run it with one thread.
@@ -12,7 +14,9 @@ are those of the processor, which other programs on the machine hardly change; r
 from __future__ import annotations
 
 import argparse
+import csv
 import json
+import os
 import random
 import subprocess
 import sys
@@ -21,6 +25,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from resource import RUSAGE_CHILDREN, getrusage
 from statistics import median
 from time import perf_counter, process_time
 
@@ -39,6 +44,7 @@ from gdetkd_cli.knowledge.teacher import RememberedTeacher
 from gdetkd_cli.recipe.load import load_recipe
 from gdetkd_cli.recipe.schema import Recipe
 
+TABLE = "none,pkd,cwd,fgd,gt_mask,logit,roi_imitation,sgfi,sgfi+ckd,gdetkd"
 KINDS = ("live", "memory", "knowledge")
 PAIR = [
     "data={format: synthetic, train_images: 8, val_images: 2, size: 320}",
@@ -174,12 +180,43 @@ def time_each(work: Callable[[int], object], order: list[int]) -> float:
     return median(times)
 
 
+def measure_compare(steps: int, live_from: Path | None, overrides: list[str]) -> dict[str, dict[str, object]]:
+    """Runs one table with the live teacher and one with stored answers, each in processes of its own.
+
+    The seconds are those of the processor, summed over all processes. ``live_from`` is a checkout whose ``compare``
+    runs the first table, with its defaults.
+    """
+    found = {}
+    for kind, root in (("live", live_from), ("stored", None)):
+        with tempfile.TemporaryDirectory() as folder:
+            command = [sys.executable, "-m", "gdetkd_cli", "compare", "shapes/frcnn-frcnn", "--methods", TABLE]
+            command += ["--steps", str(steps), "--seeds", "3", "--output", f"{folder}/table"]
+            settings = ["runtime.threads=1", "runtime.workers=0", *overrides]
+            settings += [] if root else [f"distill.teacher_cache={'off' if kind == 'live' else 'disk'}"]
+            command += [part for text in settings for part in ("--set", text)]
+            before = getrusage(RUSAGE_CHILDREN)
+            subprocess.run(
+                command, check=True, capture_output=True, cwd=root, env={**os.environ, "OMP_NUM_THREADS": "1"}
+            )
+            after = getrusage(RUSAGE_CHILDREN)
+            with Path(folder, "table", "table.csv").open(newline="") as file:
+                rows = list(csv.DictReader(file))
+        seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+        found[kind] = {
+            "seconds": seconds,
+            "AP": {row["method"]: row["mean"] for row in rows},
+            "MB": {row["method"]: row["peak_memory_mb"] for row in rows},
+        }
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["steps", "memory", "formats", "child"])
+    parser.add_argument("what", choices=["steps", "memory", "formats", "compare", "child"])
     parser.add_argument("--recipe", help="of `steps`, instead of the ResNet-50 from the ResNeXt-101")
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE")
+    parser.add_argument("--live-from", type=Path, metavar="CHECKOUT", help="of `compare`: an earlier version")
     parser.add_argument("--kind", choices=("teach", *KINDS), help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -188,6 +225,8 @@ def main() -> None:
         print(json.dumps(measure_steps(options.recipe, options.steps, options.set), indent=1))
     elif options.what == "memory":
         print(json.dumps(measure_memory(options.set), indent=1))
+    elif options.what == "compare":
+        print(json.dumps(measure_compare(options.steps, options.live_from, options.set), indent=1))
     elif options.what == "formats":
         print(json.dumps(measure_formats(), indent=1))
     else:
