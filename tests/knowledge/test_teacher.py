@@ -93,6 +93,17 @@ def test_losses_equal_the_live_teachers(
     assert counted.images == 2
 
 
+def test_a_teacher_that_runs_channels_last(tiny_detector: TinyDetector, store: Store) -> None:
+    frozen = tiny_detector("faster-rcnn", seed=1)
+    frozen.module.to(memory_format=torch.channels_last)
+    batch = scene(SIZE)
+    live = frozen.extract_features(batch).pyramid.maps
+    for _ in range(2):
+        stored = remember(frozen, store).extract_features(batch).pyramid.maps
+        for ours, theirs in zip(stored, live, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
+
+
 def test_losses_of_a_torchscript_teacher(tiny_detector: TinyDetector, store: Store) -> None:
     torch.manual_seed(0)
     script = torch.jit.trace(SharedHead().eval(), torch.rand(1, 3, 96, 128))
