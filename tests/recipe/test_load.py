@@ -2,48 +2,23 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import pytest
-import yaml
 
 from gdetkd_cli.errors import RecipeError
 from gdetkd_cli.recipe import builtin
 from gdetkd_cli.recipe.distillation import PredictionKD
-from gdetkd_cli.recipe.load import build_json_schema, dump_recipe, load_data, load_recipe
+from gdetkd_cli.recipe.load import load_data, load_recipe
 from gdetkd_cli.recipe.schema import CocoData, SyntheticData
-from gdetkd_cli.recipe.starter import format_starter
-
-MINIMAL = """\
-# gdetkd train --recipe tiny
-# A tiny recipe
-name: tiny
-data:
-  format: synthetic
-student:
-  arch: composed
-  backbone: resnet18
-  head: fcos
-train:
-  steps: 10
-  optimizer: {lr: 3e-4}
-"""
 
 
 @pytest.fixture
-def recipe(tmp_path: Path) -> Path:
-    path = tmp_path / "tiny.yaml"
-    path.write_text(MINIMAL)
-    return path
-
-
-@pytest.fixture
-def shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def shipped(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder of built-in recipes with one recipe, ``shapes/tiny``."""
     folder = tmp_path / "recipes"
     (folder / "shapes").mkdir(parents=True)
-    (folder / "shapes" / "tiny.yaml").write_text(MINIMAL)
+    (folder / "shapes" / "tiny.yaml").write_text(recipe.read_text())
     (folder / "README.md").write_text("not a recipe")
     monkeypatch.setattr(builtin, "find_recipes_folder", lambda: folder)
     return folder
@@ -109,24 +84,26 @@ def test_reads_every_spelling_of_a_number(recipe: Path, text: str) -> None:
     assert load_recipe(recipe, [f"train.optimizer.lr={text}"]).train.optimizer.lr == pytest.approx(3e-4)
 
 
-def test_reads_anchors_and_merges(tmp_path: Path) -> None:
-    text = MINIMAL.replace("student:", "teacher: &net\n  arch: composed\n  backbone: resnet50\n  head: fcos\nstudent:")
+def test_reads_anchors_and_merges(recipe: Path, tmp_path: Path) -> None:
+    text = recipe.read_text().replace(
+        "student:", "teacher: &net\n  arch: composed\n  backbone: resnet50\n  head: fcos\nstudent:"
+    )
     text = text.replace("  arch: composed\n  backbone: resnet18\n  head: fcos\ntrain", "  <<: *net\n  width: 16\ntrain")
     read = load_recipe(written(tmp_path, text))
     assert read.teacher is not None
     assert read.student == read.teacher.model_copy(update={"width": 16})
 
 
-def test_an_override_below_an_anchor_changes_one_field_only(tmp_path: Path) -> None:
-    text = MINIMAL.replace("student:", "student: &net").replace("train:", "teacher: *net\ntrain:")
+def test_an_override_below_an_anchor_changes_one_field_only(recipe: Path, tmp_path: Path) -> None:
+    text = recipe.read_text().replace("student:", "student: &net").replace("train:", "teacher: *net\ntrain:")
     read = load_recipe(written(tmp_path, text), ["student.head=retinanet"])
     assert read.teacher is not None
     assert (read.student.model_dump()["head"], read.teacher.model_dump()["head"]) == ("retinanet", "fcos")
 
 
-def test_dates_and_byte_order_marks_do_no_harm(tmp_path: Path) -> None:
+def test_dates_and_byte_order_marks_do_no_harm(recipe: Path, tmp_path: Path) -> None:
     path = tmp_path / "r.yaml"
-    path.write_text(MINIMAL.replace("name: tiny", "name: 2026-01-31"), encoding="utf-8-sig")
+    path.write_text(recipe.read_text().replace("name: tiny", "name: 2026-01-31"), encoding="utf-8-sig")
     assert load_recipe(path).name == "2026-01-31"
 
 
@@ -302,8 +279,8 @@ def test_a_long_value_is_cut(recipe: Path) -> None:
     assert message.endswith("(got '" + "x" * 56 + "...)")
 
 
-def test_a_wrong_value_behind_a_merge_has_the_anchors_line(tmp_path: Path) -> None:
-    text = MINIMAL.replace("  head: fcos\n", "  head: fcos\n  pyramid_channels: 0\n")
+def test_a_wrong_value_behind_a_merge_has_the_anchors_line(recipe: Path, tmp_path: Path) -> None:
+    text = recipe.read_text().replace("  head: fcos\n", "  head: fcos\n  pyramid_channels: 0\n")
     text = text.replace("student:", "student: &net").replace("train:", "teacher: {<<: *net}\ntrain:")
     path = written(tmp_path, text)
     problem = "input should be greater than 0 (got 0)"
@@ -372,61 +349,3 @@ def test_data_from_a_recipe_or_a_folder(recipe: Path, tmp_path: Path) -> None:
     assert load_data(str(recipe)) == SyntheticData()
     (tmp_path / "val.json").write_text("{}")
     assert load_data(str(tmp_path)) == CocoData(format="coco", root=tmp_path)
-
-
-# ------------------------------------------------------------------------------------------ writing, schema, starter
-
-
-@pytest.mark.parametrize(
-    "overrides",
-    [
-        [],
-        ["name='3e4'"],
-        ["name=2026-01-31", "train.optimizer.lr=1e-5"],
-        ["data={format: coco, root: ../data/bccd, classes: ['yes', '3e4', Größe]}"],
-        ["student={arch: torchvision, name: fcos_resnet50_fpn, arguments: {score_thresh: 1e-3, anchors: [[1, 2]]}}"],
-        ["distill={class_kd: {weight: 0.5}, sgfi: null}", "teacher={arch: checkpoint, path: 'builtin:x'}"],
-    ],
-)
-def test_a_dumped_recipe_reads_back_equal(recipe: Path, tmp_path: Path, overrides: list[str]) -> None:
-    first = load_recipe(recipe, overrides)
-    assert load_recipe(written(tmp_path, dump_recipe(first))) == first
-
-
-def test_the_schema_is_closed_and_its_references_resolve() -> None:
-    schema = build_json_schema()
-    assert schema["$schema"] == "https://json-schema.org/draft/2020-12/schema"
-    assert (schema["type"], schema["additionalProperties"]) == ("object", False)
-    assert {"name", "data", "student", "train"} == set(schema["required"])
-    references = set(re.findall(r"#/\$defs/(\w+)", str(schema)))
-    assert references == set(schema["$defs"])
-
-
-def test_the_starter_validates_as_it_is(tmp_path: Path) -> None:
-    read = load_recipe(written(tmp_path, format_starter()))
-    assert isinstance(read.data, CocoData)
-    assert read.teacher is not None
-    assert read.distill is not None
-    assert format_starter("my.yaml").startswith("# gdetkd distill --recipe my.yaml\n# ")
-
-
-def test_the_starters_options_exist_and_show_their_defaults(tmp_path: Path) -> None:
-    starter = format_starter()
-    plain = load_recipe(written(tmp_path, starter))
-    option = re.compile(r"^( *)# ( *(?!arch|path)[a-z_]+:( .*)?)$", re.MULTILINE)
-    assert len(option.findall(starter)) > 25
-    full = load_recipe(written(tmp_path, option.sub(r"\1\2", starter)))
-    shown = {"classes": ["cat", "dog"], "multi_scale": [640, 672, 704]}  # examples: the default is "all", "none"
-    explained = {"blocks": [2, 2, 2, 2], "width": 64.0, "pyramid_levels": (2, 6)}  # spelled-out meaning of null
-    assert full.data == plain.data.model_copy(update={"classes": shown["classes"]})
-    assert full.augment == plain.augment.model_copy(update={"multi_scale": shown["multi_scale"]})
-    assert full.student == plain.student.model_copy(update=explained)
-    assert (full.distill, full.train, full.runtime) == (plain.distill, plain.train, plain.runtime)
-
-
-def test_the_starters_trained_teacher_validates(tmp_path: Path) -> None:
-    read = yaml.safe_load(format_starter())
-    read["teacher"] = yaml.safe_load(
-        "\n".join(re.findall(r"^#   ((?:arch|path): .*)$", format_starter(), flags=re.MULTILINE))
-    )
-    load_recipe(written(tmp_path, yaml.safe_dump(read)))
