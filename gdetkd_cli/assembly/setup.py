@@ -32,7 +32,7 @@ from gdetkd_cli.assembly.labels import LabelledSplit, Tables, describe_labels, l
 from gdetkd_cli.assembly.runtime import apply_runtime, resolve_runtime
 from gdetkd_cli.assembly.sharing import read_once
 from gdetkd_cli.assembly.trackers import check_trackers
-from gdetkd_cli.assembly.warnings import warn_about_data, warn_about_sizes
+from gdetkd_cli.assembly.warnings import warn_about_data, warn_about_normalization, warn_about_sizes
 from gdetkd_cli.data.split import Split
 from gdetkd_cli.detectors.protocol import Detector
 from gdetkd_cli.distill.distiller import Distiller
@@ -227,6 +227,7 @@ def _collect_notes(
         *warn_about_data(*splits),
         *(describe_labels(one) for one in labelled),
         *(f"student: {note}" for note in student.notes),
+        *warn_about_normalization(student.detector),
         *(f"teacher: {note}" for note in (teacher.notes if teacher else ())),
         *(warn_about_sizes(student.detector, teacher.detector) if teacher else ()),
     )

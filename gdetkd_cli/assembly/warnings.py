@@ -44,6 +44,19 @@ def warn_about_weights(detector: Weighted) -> list[str]:
     ]
 
 
+def warn_about_normalization(student: Detector) -> list[str]:
+    """Warns about frozen batch normalization without statistics, in which the signal may vanish."""
+    layers = [m for m in student.module.modules() if type(m).__name__.endswith("FrozenBatchNorm2d")]
+    buffers = [dict(layer.named_buffers(recurse=False)) for layer in layers]
+    fresh = [own for own in buffers if (own["running_mean"] == 0).all() and (own["running_var"] == 1).all()]
+    if not fresh:
+        return []
+    return [
+        f"warning: {len(fresh)} of the student's layers of batch normalization are frozen with mean 0 and variance 1, "
+        "so they normalize nothing; start from trained weights, or let these layers train"
+    ]
+
+
 def warn_about_sizes(student: Detector, teacher: Detector) -> list[str]:
     """Warns about a student that is larger than its teacher."""
     own, other = student.parameter_count, teacher.parameter_count

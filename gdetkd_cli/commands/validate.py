@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from gdetkd_cli import assembly
-from gdetkd_cli.assembly.warnings import warn_about_data, warn_about_sizes
+from gdetkd_cli.assembly.warnings import warn_about_data, warn_about_normalization, warn_about_sizes
 from gdetkd_cli.commands.rehearse import rehearse
 from gdetkd_cli.engine.events import Note, Observer, silent
 from gdetkd_cli.recipe.checks import describe_untrained_teacher, require_distillation
@@ -80,7 +80,7 @@ def check_pair(
     if assembly.needs_labels(recipe.data, "train"):
         teacher.detector.check_detects()
     untrained = describe_untrained_teacher(recipe)
-    warnings = warn_about_sizes(student.detector, teacher.detector)
+    warnings = warn_about_normalization(student.detector) + warn_about_sizes(student.detector, teacher.detector)
     for note in (*((untrained,) if untrained else ()), *student.notes, *teacher.notes, *warnings):
         observer(Note(note))
     student_report, teacher_report = (
