@@ -9,6 +9,7 @@ from __future__ import annotations
 import multiprocessing
 import random
 import resource
+import shutil
 import signal
 import traceback
 from collections.abc import Callable, Iterator
@@ -155,3 +156,10 @@ def fuzz(target: Target, numbers: range | list[int], *, seed: int, folder: Path)
             child.close()
     prepared = target.prepare(folder)
     return [(number, try_input(target, prepared, folder, seed=seed, number=number)) for number in numbers]
+
+
+def make_once(folder: Path, make: Callable[[Path], Any]) -> Any:
+    """Makes the files in an empty folder: a new child process finds those of the one before it."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    return make(folder)
