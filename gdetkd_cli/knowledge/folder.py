@@ -2,7 +2,7 @@
 
 key.json            what the answers depend on besides an image's pixels
 teacher.json        class names, levels and kind of the teacher; written last, when the folder is complete
-heads.safetensors   the weights of its heads, if it is one of torchvision's
+heads.safetensors   the weights behind its backbone, if its architecture is known
 views/              features by the digest of the pixels of an image or of its mirror image
 detections/         detections by the digest of the pixels
 """
@@ -24,6 +24,7 @@ from gdetkd_cli.detectors.probed import ProbedDetector, read_regions
 from gdetkd_cli.detectors.protocol import Detector, Family, Finding, Observation, RegionView, View
 from gdetkd_cli.detectors.torchvision.dense import DenseDetector
 from gdetkd_cli.detectors.torchvision.two_stage import TwoStageDetector
+from gdetkd_cli.detectors.transformers.detector import QueryDetector
 from gdetkd_cli.errors import KnowledgeError, PairError, get_first_line
 from gdetkd_cli.files import write_file, write_text
 from gdetkd_cli.knowledge.store import DiskStore, Tell
@@ -31,7 +32,8 @@ from gdetkd_cli.knowledge.teacher import remember
 from gdetkd_cli.structures import Batch, Detections, LevelSpec, Regions
 
 TEACHER_FILE, KEY_FILE = "teacher.json", "key.json"
-_HEADS_FILE, _BACKBONE = "heads.safetensors", "backbone."
+_HEADS_FILE = "heads.safetensors"
+_KNOWN = (TwoStageDetector, DenseDetector, QueryDetector)
 
 
 class _Facts(BaseModel):
@@ -103,7 +105,7 @@ def check_storable(teacher: Detector, architecture: dict[str, Any]) -> None:
     Raises:
         KnowledgeError: its heads are unknown code.
     """
-    known = isinstance(teacher, TwoStageDetector | DenseDetector) and _is_known(architecture)
+    known = isinstance(teacher, _KNOWN) and _is_known(architecture)
     if not known and not (isinstance(teacher, ProbedDetector) and teacher.family == "unknown"):
         raise KnowledgeError(
             f"the heads of this {teacher.family} teacher ({type(teacher).__name__}) cannot be stored, so it cannot "
@@ -112,7 +114,7 @@ def check_storable(teacher: Detector, architecture: dict[str, Any]) -> None:
 
 
 def _is_known(architecture: dict[str, Any]) -> bool:
-    return architecture.get("kind") in ("torchvision", "composed")
+    return architecture.get("kind") in ("torchvision", "composed", "transformers")
 
 
 def write_teacher(
@@ -127,14 +129,15 @@ def write_teacher(
         plain=plain,
         mirrored=mirrored,
     )
-    if isinstance(teacher, ProbedDetector):
+    if not isinstance(teacher, _KNOWN):
+        assert isinstance(teacher, ProbedDetector)
         facts.cells_per_side, facts.finding = teacher.cells_per_side, teacher.finding
     else:
         facts.architecture = architecture
         heads = {
-            name: value.detach().cpu().contiguous()
+            name: value.detach().cpu().clone(memory_format=torch.contiguous_format)  # DETR-like ones share tensors
             for name, value in teacher.module.state_dict().items()
-            if not name.startswith(_BACKBONE)
+            if "backbone" not in name.split(".")
         }
         content = save(heads)
         write_file(folder / _HEADS_FILE, lambda file: file.write(content), size=len(content))
@@ -182,13 +185,18 @@ def _rebuild(folder: Path, facts: _Facts) -> Detector:
             finding=facts.finding,
         )
     if not _is_known(facts.architecture):
-        raise KnowledgeError(f"{folder} names an architecture of unknown kind; expected torchvision or composed")
+        raise KnowledgeError(
+            f"{folder} names an architecture of unknown kind; expected torchvision, composed or transformers"
+        )
     with torch.random.fork_rng(devices=[]):
         detector = catalog.build(facts.architecture, facts.classes)
-    detector.module.backbone = nn.Identity()  # frees its memory; the levels are stored
-    detector.module.load_state_dict(load_file(folder / _HEADS_FILE))
-    detector.module.eval()
-    vars(detector)["levels"] = facts.levels  # where cached_property keeps what it measured
+    module = detector.module
+    for name in [name for name, _ in module.named_modules() if name.split(".")[-1] == "backbone"]:
+        module.set_submodule(name, nn.Identity())  # frees its memory; the levels are stored
+    module.load_state_dict(load_file(folder / _HEADS_FILE))
+    module.eval()
+    # Where each kind of detector keeps the levels that it measured, here with fresh weights.
+    vars(detector)["_levels" if isinstance(detector, QueryDetector) else "levels"] = facts.levels
     return detector
 
 

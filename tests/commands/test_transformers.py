@@ -14,7 +14,7 @@ import toy
 from query_models import make_config
 from transformers import AutoModelForObjectDetection
 
-from gdetkd_cli.commands import run_distill, run_eval, run_export, run_probe, run_train
+from gdetkd_cli.commands import run_distill, run_eval, run_export, run_probe, run_teach, run_train
 from gdetkd_cli.commands.probe import ProbeOptions
 from gdetkd_cli.commands.train import resume_run
 from gdetkd_cli.detectors import catalog
@@ -39,6 +39,21 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A distilled D-FINE after four steps."""
     folder = tmp_path_factory.mktemp("query") / "run"
     return run_distill(make_recipe(STUDENT, steps=4, checkpoint_every=2), output=folder).run
+
+
+def test_a_taught_folder_replaces_a_teacher_with_queries(run: Path, tmp_path: Path) -> None:
+    """Levels, hidden states and predictions are stored, and the decoder for its transfer."""
+    teacher = {"arch": "checkpoint", "path": str(run)}
+    recipe = make_recipe(STUDENT, teacher, steps=3)
+    run_distill(recipe, output=tmp_path / "live")
+    run_teach(recipe, output=tmp_path / "knowledge")
+    stored = make_recipe(STUDENT, {"arch": "knowledge", "path": str(tmp_path / "knowledge")}, steps=3)
+    run_distill(stored, output=tmp_path / "stored")
+    before, now = (toy.read_losses(tmp_path / name)[0] for name in ("live", "stored"))
+    assert before["sgfi"] > 0
+    assert now["sgfi"] == pytest.approx(before["sgfi"], rel=0.05)  # a teacher of four steps has nearly constant maps
+    for name in ("own", "ckd", "class_kd", "box_kd"):
+        assert now[name] == pytest.approx(before[name], rel=1e-3), name
 
 
 def test_the_run_has_a_folder_that_transformers_loads(run: Path) -> None:
