@@ -181,8 +181,8 @@ def summarize(outcomes: Sequence[Outcome]) -> list[str]:
             f"{sum(o.verdict.kind == kind for o in outcomes)} {kind}"
             for kind in dict.fromkeys(o.verdict.kind for o in outcomes)
         ),
-        f"- a promised gain came (above {NOTHING} AP) in {sum(gain > NOTHING for gain in came)} of {len(came)} cases, and was "
-        f"within the expected range in {sum(covered)}",
+        f"- a promised gain came (above {NOTHING} AP) in {sum(gain > NOTHING for gain in came)} of {len(came)} cases, "
+        f"and was within the expected range in {sum(covered)}",
         f"- mean error of the expected gain: {mean(errors):.1f} AP",
         f"- rank correlation of predicted and final gain over {len(both)} pairs and methods: "
         f"{rank_correlation(both):.2f}",
