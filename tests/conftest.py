@@ -45,7 +45,7 @@ def _no_reports(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
 
 @pytest.fixture(autouse=True, scope="session")
 def _forked_trials() -> Iterator[pytest.MonkeyPatch]:
-    """Forks the processes of ``compare``'s trials instead of starting new ones."""
+    """Forks the processes of ``compare``'s trials instead of starting interpreters."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Children, "run", forked.run)
         yield patch

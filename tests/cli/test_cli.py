@@ -26,7 +26,7 @@ from gdetkd_cli.recipe.schema import CocoData, SyntheticData
 
 def test_train(runs: Any, recipe: str) -> None:
     shown = done("train", "--recipe", recipe)
-    expected = {"detector": "student", "output": None, "requeue": False}
+    expected = {"detector": "student", "output": None, "requeue": False, "measure": True}
     assert runs.call == ("run_train", (load_recipe(recipe),), expected)
     assert "run runs/tiny: 600 steps" in shown.stdout
     assert shown.stderr.splitlines()[:2] == ["== student", "wrote [bold]nothing"]
@@ -35,7 +35,7 @@ def test_train(runs: Any, recipe: str) -> None:
 def test_train_with_every_option(runs: Any, recipe: str) -> None:
     arguments = ["--detector", "teacher", "--set", "train.steps=5", "--set", "seed=3", "--output", "out"]
     done("train", "--recipe", "shapes/tiny", *arguments)
-    expected = {"detector": "teacher", "output": Path("out"), "requeue": False}
+    expected = {"detector": "teacher", "output": Path("out"), "requeue": False, "measure": True}
     assert runs.call == ("run_train", (load_recipe(recipe, ["train.steps=5", "seed=3"]),), expected)
 
 
@@ -44,7 +44,7 @@ def test_distill(runs: Any, recipe: str) -> None:
     assert runs.call == (
         "run_distill",
         (load_recipe(recipe),),
-        {"output": Path("out"), "requeue": False, "report": True},
+        {"output": Path("out"), "requeue": False, "report": True, "measure": True},
     )
 
 

@@ -1,37 +1,36 @@
-"""Runs trials in forked processes, which have everything imported already; a new interpreter needs seconds for that."""
+"""Runs trials in forks of a process that has imported everything; a new interpreter needs seconds for that."""
 
 from __future__ import annotations
 
 import os
 import sys
-import traceback
 from collections.abc import Mapping, Sequence
+from multiprocessing import get_context
 from pathlib import Path
 
 from gdetkd_cli.compare.trials import Children
+
+# Not a fork of the test's own process: autograd's threads do not survive that.
+_SERVER = get_context("forkserver")
+_SERVER.set_forkserver_preload(["gdetkd_cli.cli.app", "gdetkd_cli.commands", "gdetkd_cli.cli.render"])
 
 
 def run(_children: Children, command: Sequence[str], log: Path, environment: Mapping[str, str]) -> int:
     """Stands for ``Children.run``: the same process in every respect that a trial can notice."""
     assert command[:3] == [sys.executable, "-m", "gdetkd_cli"]
-    child = os.fork()
-    if child:
-        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    code = 1
-    try:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        os.dup2(os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644), 2)
-        sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
-        os.environ.clear()
-        os.environ.update(environment)
-        sys.argv = list(command[2:])
-        from gdetkd_cli.cli.app import main
+    child = _SERVER.Process(target=_work, args=(list(command[2:]), log, dict(environment)))
+    child.start()
+    child.join()
+    assert child.exitcode is not None
+    return child.exitcode
 
-        main()
-        code = 0
-    except SystemExit as end:
-        code = end.code if isinstance(end.code, int) else int(end.code is not None)
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        os._exit(code)  # nothing of pytest may run in this process
+
+def _work(arguments: list[str], log: Path, environment: dict[str, str]) -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    os.dup2(os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644), 2)
+    os.environ.clear()
+    os.environ.update(environment)
+    sys.argv = arguments
+    from gdetkd_cli.cli.app import main
+
+    main()
