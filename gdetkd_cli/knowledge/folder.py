@@ -191,9 +191,9 @@ def _rebuild(folder: Path, facts: _Facts) -> Detector:
     with torch.random.fork_rng(devices=[]):
         detector = catalog.build(facts.architecture, facts.classes)
     module = detector.module
-    parts = [name.split(".") for name, _ in module.named_modules()]
-    for name in [".".join(one) for one in parts if "backbone" in one and one.index("backbone") == len(one) - 1]:
-        module.set_submodule(name, nn.Identity())  # frees its memory; the levels are stored
+    for parent in list(module.modules()):
+        if "backbone" in dict(parent.named_children()):
+            parent.backbone = nn.Identity()  # frees its memory; the levels are stored
     module.load_state_dict(load_file(folder / _HEADS_FILE))
     module.eval()
     # Where each kind of detector keeps the levels that it measured, here with fresh weights.

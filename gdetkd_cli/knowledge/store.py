@@ -111,7 +111,8 @@ class DiskStore:
     def add(self, name: str, tensors: Tensors) -> None:
         if self._full:
             return
-        content = save(tensors)
+        # safetensors does not write the strides of channels last.
+        content = save({key: value.contiguous() for key, value in tensors.items()})
         self._added += 1
         if self._added % _RECOUNT == 0:
             self.used = sum(path.stat().st_size for path in self.list_files())

@@ -159,8 +159,8 @@ class RememberedTeacher:
             sizes = torch.tensor([*frame.size, *image.shape[-2:]], dtype=torch.float32)
             group = {_GEOMETRY: torch.cat([frame.scale[i], frame.shift[i], sizes])}
             for number, parts in enumerate(levels):
-                group |= {f"{_LEVEL}{number}{part}": _copy(value[i]) for part, value in parts.items()}
-            packed.append(group | {name: _copy(value[i]) for name, value in kept.items()})
+                group |= {f"{_LEVEL}{number}{part}": value[i].clone() for part, value in parts.items()}
+            packed.append(group | {name: value[i].clone() for name, value in kept.items()})
         return packed
 
     def _shrink(self, level: LevelSpec, values: Tensor) -> dict[str, Tensor]:
@@ -199,11 +199,6 @@ def remember(detector: Detector, store: Store, **options: Any) -> Detector:
 def to_pixels(image: Tensor) -> Tensor:
     """Converts an image in 0..1 to the uint8 pixels from which the loader made it, on the host."""
     return (image * 255).round().to(torch.uint8).cpu()
-
-
-def _copy(values: Tensor) -> Tensor:
-    """A copy without the strides of channels last, which safetensors does not write."""
-    return values.clone(memory_format=torch.contiguous_format)
 
 
 def _join(stored: Sequence[Mapping[str, Tensor]], name: str, device: torch.device) -> Tensor:

@@ -98,8 +98,7 @@ def build(description: Mapping[str, Any], class_names: Sequence[str]) -> QueryDe
     config = _read_config(description["config"], class_names)
     with _quiet():
         try:
-            with torch.random.fork_rng(devices=[]), torch.device("meta"):  # takes no memory, and no random numbers
-                size = sum(t.nbytes for t in AutoModelForObjectDetection.from_config(config).state_dict().values())
+            size = sum(values.nbytes for values in _list_weights(config).values())
             check_memory(f"this configuration of {config.model_type}", size)
             model = AutoModelForObjectDetection.from_config(config)
         except _ERRORS as error:
@@ -162,7 +161,7 @@ def load_pretrained(
 def save_pretrained(detector: Detector, description: Mapping[str, Any], folder: Path) -> None:
     """Writes a folder that ``AutoModelForObjectDetection.from_pretrained`` loads without this package."""
     assert isinstance(detector, QueryDetector), "a detector of transformers"
-    model = detector.module.model
+    model, state = detector.module.model, None
     softmax = detector.exclusive_classes
     preprocessor = {
         **description["preprocessor"],
@@ -173,10 +172,10 @@ def save_pretrained(detector: Detector, description: Mapping[str, Any], folder: 
     fresh = folder.with_name(f"{folder.name}.new")
     shutil.rmtree(fresh, ignore_errors=True)
     with _quiet():
-        with torch.device("meta"):
-            known = type(model)(model.config).state_dict()
-        # Layers that are trained here and frozen there have a counter of batches that frozen layers do not know.
-        model.save_pretrained(fresh, state_dict={k: v for k, v in model.state_dict().items() if k in known})
+        if description.get("train_batch_norms"):  # trained layers count batches, and transformers' frozen ones do not
+            known = _list_weights(model.config)
+            state = {name: value for name, value in model.state_dict().items() if name in known}
+        model.save_pretrained(fresh, state_dict=state)
     (fresh / "preprocessor_config.json").write_text(json.dumps(preprocessor, indent=2))
     shutil.rmtree(folder, ignore_errors=True)
     fresh.rename(folder)
@@ -190,6 +189,15 @@ def _wrap(model: Any, preprocessor: Mapping[str, Any], class_names: Sequence[str
         return QueryDetector(module=module, source=name, class_names=tuple(class_names), fixed_size=fixed)
     except NoPyramidError as error:
         raise NoPyramidError(f"{name} has no feature maps to distil: {error}") from error
+
+
+def _list_weights(config: Any) -> dict[str, torch.Tensor]:
+    """The names and shapes of the tensors of a configuration; takes no memory, and no random numbers."""
+    from transformers import AutoModelForObjectDetection
+
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        weights: dict[str, torch.Tensor] = AutoModelForObjectDetection.from_config(config).state_dict()
+    return weights
 
 
 def _train_batch_norms(model: torch.nn.Module) -> None:
