@@ -42,7 +42,8 @@ def distill(
     if continued := options.plan_resume(resume, steps=steps, force=force, others=others):
         from gdetkd_cli.commands import resume_run
 
-        perform(partial(resume_run, **continued), render.format_run, as_json=as_json)
+        work = partial(resume_run, **continued, report=not no_report, measure=not no_measure)
+        perform(work, render.format_run, as_json=as_json)
         return
     if dry_run:
         options.check_alone("--dry-run", {"--profile": profile})

@@ -38,7 +38,7 @@ def train(
     if continued := options.plan_resume(resume, steps=steps, force=force, others=others):
         from gdetkd_cli.commands import resume_run
 
-        perform(partial(resume_run, **continued), render.format_run, as_json=as_json)
+        perform(partial(resume_run, **continued, measure=not no_measure), render.format_run, as_json=as_json)
         return
     loaded = options.load_required_recipe(recipe, overrides)
     from gdetkd_cli.commands import run_train

@@ -117,13 +117,23 @@ def run_distill(
     return _run(distillation, Target(output, requeue=requeue), observer, report=report, measure=measure)
 
 
-def resume_run(run: Path, *, steps: int | None = None, force: bool = False, observer: Observer = silent) -> TrainResult:
+def resume_run(
+    run: Path,
+    *,
+    steps: int | None = None,
+    force: bool = False,
+    report: bool = True,
+    measure: bool = True,
+    observer: Observer = silent,
+) -> TrainResult:
     """Continues a stopped run with the recipe in its folder, from its newest checkpoint or, without one, anew.
 
     Args:
         run: the run's folder.
         steps: a new number of steps; the learning rate follows the schedule for that number from here on.
         force: continue even if the recipe or the data changed since the checkpoint.
+        report: write ``report.html`` at the end of a distilled run.
+        measure: as in ``run_train``.
         observer: receives progress.
 
     Raises:
@@ -133,7 +143,7 @@ def resume_run(run: Path, *, steps: int | None = None, force: bool = False, obse
     """
     recipe = load_recipe(run_folder.open_existing(run).recipe)
     target = Target(run, resume=True, steps=steps, force=force)
-    return _run(recipe, target, observer, report=recipe.distill is not None)
+    return _run(recipe, target, observer, report=report and recipe.distill is not None, measure=measure)
 
 
 def _run(

@@ -134,13 +134,17 @@ def test_distill_profile(runs: Any, recipe: str) -> None:
 @pytest.mark.parametrize("command", ["train", "distill"])
 def test_resume(runs: Any, command: str) -> None:
     done(command, "--resume", "runs/tiny")
-    assert runs.call == ("resume_run", (), {"run": Path("runs/tiny"), "steps": None, "force": False})
+    expected = {"run": Path("runs/tiny"), "steps": None, "force": False, "measure": True}
+    assert runs.call == ("resume_run", (), expected | ({"report": True} if command == "distill" else {}))
 
 
 @pytest.mark.parametrize("command", ["train", "distill"])
 def test_a_run_is_extended(runs: Any, command: str) -> None:
-    done(command, "--resume", "runs/tiny", "--steps", "9", "--force")
-    assert runs.call == ("resume_run", (), {"run": Path("runs/tiny"), "steps": 9, "force": True})
+    done(command, "--resume", "runs/tiny", "--steps", "9", "--force", "--no-measure")
+    expected = {"run": Path("runs/tiny"), "steps": 9, "force": True, "measure": False}
+    assert runs.call == ("resume_run", (), expected | ({"report": True} if command == "distill" else {}))
+    done("distill", "--resume", "runs/tiny", "--no-report")
+    assert runs.call[2]["report"] is False
 
 
 @pytest.mark.parametrize("command", ["train", "distill"])

@@ -114,6 +114,17 @@ def test_a_run_without_a_checkpoint_starts_again(tmp_path: Path, monkeypatch: Pa
     assert same(resume_run(tmp_path / "run").run, whole)
 
 
+@pytest.mark.parametrize("asked", [True, False])
+def test_a_resumed_run_is_measured_and_reported_on_request(asked: bool, tmp_path: Path, monkeypatch: Patch) -> None:
+    done: list[str] = []
+    for name in ("add_measurement", "add_report"):
+        monkeypatch.setattr(f"gdetkd_cli.commands.train.{name}", lambda *_, name=name: done.append(name))
+    run = run_distill(toy.recipe(steps=1), output=tmp_path / "run", report=False, measure=False).run
+    assert done == []
+    resume_run(run, steps=2, report=asked, measure=asked)
+    assert done == (["add_measurement", "add_report"] if asked else [])
+
+
 def test_a_requeued_job_starts_continues_and_ends(tmp_path: Path, monkeypatch: Patch) -> None:
     recipe, run = toy.recipe(steps=5, checkpoint_every=2), tmp_path / "run"
     whole = run_train(recipe, output=tmp_path / "whole")
