@@ -8,7 +8,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from gdetkd_cli.detectors.pooling import DENSE_CELLS
 from gdetkd_cli.detectors.protocol import Detector
 from gdetkd_cli.errors import PairError
 
@@ -125,12 +124,13 @@ def check_anchors(student: Detector, teacher: Detector) -> None:
 def list_shapes(detector: Detector) -> list[Tensor]:
     """By level (A, 2), width and height in cells of the boxes that a level detects: its anchors.
 
-    For detectors without such anchors (FCOS, SSD, the user's own module): a dense level's middle size in three shapes.
+    Without such anchors (FCOS, SSD, the user's own module): the usual size of a level's objects in three shapes.
     """
     if detector.anchors is not None and (detector.family == "two-stage" or detector.dense_head == "retinanet"):
         return [anchors[:, 2:] - anchors[:, :2] for anchors in detector.anchors]
-    shapes = DENSE_CELLS * torch.tensor([[2**0.5, 0.5**0.5], [1.0, 1.0], [0.5**0.5, 2**0.5]])
-    return [shapes for _ in detector.levels]
+    shapes = torch.tensor([[2**0.5, 0.5**0.5], [1.0, 1.0], [0.5**0.5, 2**0.5]])
+    cells = detector.cells_per_side
+    return [number * shapes for number in ([cells] * len(detector.levels) if isinstance(cells, float) else cells)]
 
 
 def _get_anchors(detector: Detector) -> tuple[Tensor, ...]:

@@ -16,7 +16,7 @@ from gdetkd_cli.host import copy_numbers, copy_tensor
 from gdetkd_cli.structures import LevelSpec, Pyramid, Regions, count_by_image
 
 # Side of a level's regions in its cells, at the middle of an octave. Two-stage detectors use 14 to 28 cells (from 224
-# pixels on at stride 16), dense ones 4 to 8 (RetinaNet's anchors, FCOS's ranges).
+# pixels on at stride 16). Dense ones use 4 to 8, if nothing more is known about them: these are RetinaNet's anchors.
 TWO_STAGE_CELLS = 14 * 2**0.5
 DENSE_CELLS = 4 * 2**0.5
 POOLED_SIZE = 7  # bins per axis of a pooled region
@@ -113,7 +113,14 @@ def pool_all_levels(pyramid: Pyramid, regions: Regions, *, size: int, sampling_r
     ]
 
 
-def assign_levels(pyramid: Pyramid, regions: Regions, *, cells_per_side: float, among: int | None = None) -> Tensor:
+def assign_levels(
+    pyramid: Pyramid,
+    regions: Regions,
+    *,
+    cells_per_side: float | Sequence[float],
+    among: int | None = None,
+    longest: bool = False,
+) -> Tensor:
     """Assigns each region to a level, (R,) int64: the one where its side is nearest to ``cells_per_side``, in octaves.
 
     This is the usual rule k = k0 + log2(sqrt(area) / 224) for measured strides: 224 pixels at stride 16 are 14 cells.
@@ -121,14 +128,18 @@ def assign_levels(pyramid: Pyramid, regions: Regions, *, cells_per_side: float, 
     Args:
         pyramid: the detector's.
         regions: R of them.
-        cells_per_side: usual side of a region on its level.
+        cells_per_side: usual side of a region on its level; one number, or one per level.
         among: choose from so many of the finest levels; None: from all.
+        longest: a region's side is its longest one, not the root of its area.
     """
     pixels = pyramid.frame.to_model(regions.boxes, regions.image_index)
-    side = (pixels[:, 2:] - pixels[:, :2]).clamp(min=1e-3).prod(dim=1).sqrt()
-    strides = copy_numbers([(spec.stride[0] * spec.stride[1]) ** 0.5 for spec in pyramid.levels[:among]], pixels)
-    octaves = torch.log2(side[:, None] / (cells_per_side * strides[None])).abs()
-    return octaves.argmin(dim=1)
+    sides = (pixels[:, 2:] - pixels[:, :2]).clamp(min=1e-3)
+    side = sides.amax(dim=1) if longest else sides.prod(dim=1).sqrt()
+    levels = pyramid.levels[:among]
+    cells = [cells_per_side] * len(levels) if isinstance(cells_per_side, float | int) else cells_per_side
+    strides = [(spec.stride[0] * spec.stride[1]) ** 0.5 for spec in levels]
+    usual = copy_numbers([number * stride for number, stride in zip(cells, strides, strict=True)], pixels)
+    return torch.log2(side[:, None] / usual).abs().argmin(dim=1)
 
 
 def get_channels(levels: Sequence[LevelSpec], assignment: Tensor) -> Tensor | None:

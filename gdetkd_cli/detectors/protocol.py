@@ -11,6 +11,7 @@ from typing import Literal, Protocol
 
 from torch import Tensor, nn
 
+from gdetkd_cli.detectors.pooling import DENSE_CELLS
 from gdetkd_cli.probing.formats.runner import list_not_finite
 from gdetkd_cli.structures import Batch, Detections, LevelSpec, Pyramid, Regions
 
@@ -72,10 +73,14 @@ class QueryView:
     Attributes:
         class_logits: (R, K), or (R, K + 1) with "no object" last.
         boxes: (R, 4) centre and size, as fractions of the image.
+        rows: (R,) int64, the query of each region among all of the batch.
+        overlap: (R,) intersection over union of the query's box and the region.
     """
 
     class_logits: Tensor
     boxes: Tensor
+    rows: Tensor
+    overlap: Tensor
 
 
 @dataclass(frozen=True)
@@ -217,6 +222,11 @@ class Detector(Protocol):
     def anchors(self) -> tuple[Tensor, ...] | None:
         """By level (A, 4) xyxy, the anchors of a cell around its centre, in cells; None if it has none."""
         return None
+
+    @property
+    def cells_per_side(self) -> float | tuple[float, ...]:
+        """Usual side of an object in the cells of its level, as ``assign_levels`` takes it."""
+        return DENSE_CELLS
 
     def check_detects(self) -> None:
         """Raises a PairError if its detections cannot be read, or their classes are unknown."""

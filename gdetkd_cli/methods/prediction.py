@@ -5,7 +5,9 @@ Shapes: R regions, K classes; column 0 of a RoI head is background."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
+import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, kl_div
 
@@ -13,6 +15,8 @@ from gdetkd_cli.detectors.compatibility import choose_stage_weights, match_predi
 from gdetkd_cli.detectors.protocol import QueryView, RegionView, StageView, View
 from gdetkd_cli.methods.base import Detectors, ObservedPair
 from gdetkd_cli.structures import Regions
+
+_LEAST_OVERLAP = 0.5  # of a query's box and its region
 
 
 def class_loss(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
@@ -147,10 +151,33 @@ class _QueryTerm(nn.Module):
         self.exclusive = exclusive
 
     def read(self, pair: ObservedPair) -> tuple[QueryView, QueryView]:
-        """The queries of student and teacher, with the student's classes."""
+        """The matched queries of student and teacher, with the student's classes.
+
+        A region's two queries are matched if both boxes overlap it by at least a half. Each query is matched once,
+        where it overlaps most: nothing suppresses duplicates later, so two queries must not learn one object.
+        """
         ours, theirs = pair.student_view.queries, pair.teacher_view.queries
         assert ours is not None and theirs is not None
-        return ours, QueryView(theirs.class_logits[:, self.columns], theirs.boxes)
+        overlap = torch.minimum(ours.overlap, theirs.overlap)
+        kept = overlap >= _LEAST_OVERLAP
+        for rows in (theirs.rows, ours.rows):
+            kept &= choose_once(rows, torch.where(kept, overlap, -1.0))
+        chosen = kept.nonzero().squeeze(1)
+        theirs = select_queries(theirs, chosen)
+        return select_queries(ours, chosen), replace(theirs, class_logits=theirs.class_logits[:, self.columns])
+
+
+def choose_once(rows: Tensor, overlap: Tensor) -> Tensor:
+    """(R,) bool: for each value of ``rows`` (R,), the first place with the largest ``overlap`` (R,)."""
+    same = rows[:, None] == rows
+    best = overlap[None].masked_fill(~same, float("-inf")).amax(dim=1) == overlap
+    earlier = torch.ones_like(same).tril(-1)
+    return best & ~(same & best & earlier).any(dim=1)
+
+
+def select_queries(view: QueryView, chosen: Tensor) -> QueryView:
+    """The queries of some of the regions."""
+    return QueryView(view.class_logits[chosen], view.boxes[chosen], view.rows[chosen], view.overlap[chosen])
 
 
 class QueryClassTerm(_QueryTerm):

@@ -122,12 +122,12 @@ def test_other_anchors_cannot_be_compared(tiny_detector: TinyDetector) -> None:
 
 @pytest.mark.parametrize("head", ["faster-rcnn", "retinanet", "fcos"])
 def test_box_shapes_of_a_level(head: str, tiny_detector: TinyDetector) -> None:
-    """torchvision's anchors in cells; without anchors, boxes of 4 to 8 cells."""
+    """torchvision's anchors in cells; for an FCOS, boxes of 6.5 to 13 cells."""
     detector = tiny_detector(head)
     shapes = list_shapes(detector)
     assert len(shapes) == len(detector.levels)
     if head == "fcos":
-        assert all((shape.prod(dim=1).sqrt() == pytest.approx(32**0.5)) for shape in shapes)
+        assert all((shape.prod(dim=1).sqrt() == pytest.approx(13 / 2**0.5, rel=0.01)) for shape in shapes)
         return
     generator = detector.module.rpn.anchor_generator if head == "faster-rcnn" else detector.module.anchor_generator
     for shape, level, sizes in zip(shapes, detector.levels, generator.sizes, strict=True):

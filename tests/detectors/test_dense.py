@@ -9,8 +9,9 @@ import pytest
 import torch
 from catalogue import CLASSES, all_regions
 
+from gdetkd_cli.detectors import catalog
 from gdetkd_cli.detectors.protocol import Detector
-from gdetkd_cli.structures import Batch, Regions
+from gdetkd_cli.structures import Batch, Regions, Target
 
 
 @pytest.mark.parametrize("head", ["retinanet", "fcos"])
@@ -52,15 +53,66 @@ def test_another_box_is_embedded_at_its_centre(head: str, tiny_detector: Callabl
     module: Any = detector.module
     seen = detector.extract_features(batch)  # image 0: 48 x 64 pixels, twice as large in the model, at 64 x 85
     scale = seen.pyramid.frame.scale[0]
-    # Sides of 45 model pixels belong to stride 8: 45 = 4 sqrt(2) x 8. The centre is that of cell (y 3, x 5).
+    # These sides belong to the first level, with stride 8. The centre is that of cell (y 3, x 5).
     centre = torch.tensor([5 * 8 + 0.5, 3 * 8 + 0.5])
-    box = torch.cat([(centre - 22.6) / scale, (centre + 22.6) / scale])[None]
+    assert isinstance(detector.cells_per_side, tuple)
+    half = 4 * detector.cells_per_side[0]
+    box = torch.cat([(centre - half) / scale, (centre + half) / scale])[None]
     regions = Regions(box, torch.tensor([0]), torch.tensor([-1]))
     embedding = detector.region_outputs(seen, regions, frozenset({"embedding"})).embedding
 
     module.eval()
     tower = module.head.classification_head.conv(seen.pyramid.maps[0])
     torch.testing.assert_close(embedding, tower[:1, :, 3, 5])
+
+
+@pytest.mark.parametrize(
+    ("head", "arguments"),
+    [("fcos", {}), ("retinanet", {}), ("retinanet", {"anchor_sizes": [[12, 17], [24, 34], [48, 68], [90, 118]]})],
+)
+def test_a_box_belongs_to_the_level_that_the_head_trains_on_it(
+    head: str, arguments: dict[str, Any], tiny_detector: Callable[..., Detector], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    detector = tiny_detector(head, classes=CLASSES, pyramid_levels=[2, 5], image_size=[256, 256], arguments=arguments)
+    module: Any = detector.module
+    counts: list[list[int]] = []
+    compute = module.head.compute_loss
+
+    def count(targets: Any, outputs: Any, anchors: Any, matched: list[torch.Tensor]) -> Any:
+        per_cell = module.anchor_generator.num_anchors_per_location()
+        sizes = [(256 // stride) ** 2 * n for stride, n in zip((4, 8, 16, 32), per_cell, strict=True)]
+        counts.append([int((part >= 0).sum()) for part in matched[0].split(sizes)])
+        return compute(targets, outputs, anchors, matched)
+
+    monkeypatch.setattr(module.head, "compute_loss", count)
+    generator = torch.Generator().manual_seed(0)
+    chosen = []
+    for side in (16, 24, 36, 46, 72, 90, 150, 180):
+        counts.clear()
+        for _ in range(4):
+            corner = (256 - side) * torch.rand(2, generator=generator)
+            box = torch.cat([corner, corner + side])[None]
+            batch = Batch([torch.rand(3, 256, 256)], [Target(box, torch.tensor([1]))], torch.arange(1))
+            with torch.no_grad():
+                seen = detector.forward_train(batch, candidates=False)
+        regions = Regions(box, torch.tensor([0]), torch.tensor([-1]))
+        (level,) = detector.region_outputs(seen, regions, frozenset({"level"})).level.tolist()  # type: ignore[union-attr]
+        trained = torch.tensor(counts).sum(dim=0)
+        assert trained[level] >= 0.6 * trained.max(), (side, level, trained)
+        chosen.append(level)
+    assert set(chosen) >= {0, 1, 2}
+
+
+def test_ssd_levels_are_those_of_its_default_boxes() -> None:
+    detector: Any = catalog.build(
+        {"kind": "torchvision", "name": "ssdlite320_mobilenet_v3_large", "arguments": {}, "norm": "batch"}, CLASSES
+    )
+    generator = detector.module.anchor_generator
+    for level, cells, scale, after in zip(
+        detector.levels, detector.cells_per_side, generator.scales, generator.scales[1:], strict=False
+    ):
+        side = cells * level.stride[0] / 320
+        assert scale * 0.85 < side < after, (side, scale)  # shapes are cut at the image's sides
 
 
 @pytest.mark.parametrize("head", ["retinanet", "fcos"])

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
-from gdetkd_cli.methods.prediction import query_box_loss, query_class_loss
+from gdetkd_cli.detectors.protocol import QueryView
+from gdetkd_cli.methods.prediction import QueryClassTerm, choose_once, query_box_loss, query_class_loss
 
 
 def test_sigmoid_scores_by_hand() -> None:
@@ -49,6 +52,25 @@ def test_boxes_by_hand() -> None:
     teacher = torch.tensor([[0.6, 0.5, 0.2, 0.4], [0.9, 0.1, 0.1, 0.1]])
     loss = query_box_loss(student, teacher, torch.tensor([1.0, 0.5]))
     assert float(loss) == pytest.approx((1.0 * 0.3 + 0.5 * 0.8) / 2)
+
+
+def view(rows: list[int], overlap: list[float], logits: list[float]) -> QueryView:
+    count = len(rows)
+    scores = torch.tensor(logits)[:, None]
+    return QueryView(scores, torch.zeros(count, 4), torch.tensor(rows), torch.tensor(overlap))
+
+
+def test_each_query_is_matched_once_where_it_overlaps_most() -> None:
+    """Regions 0 and 1 want one teacher query, 3 and 4 are one student query, and region 2's teacher is elsewhere."""
+    ours = view([0, 1, 2, 3, 3, 4], [1.0, 1.0, 1.0, 1.0, 0.9, 1.0], [0.0, 1, 2, 3, 4, 5])
+    theirs = view([7, 7, 8, 5, 6, 9], [0.9, 0.95, 0.1, 0.8, 0.7, 0.5], [10.0, 11, 12, 13, 14, 15])
+    pair: Any = SimpleNamespace(
+        student_view=SimpleNamespace(queries=ours), teacher_view=SimpleNamespace(queries=theirs)
+    )
+    found = QueryClassTerm(columns=torch.tensor([0]), exclusive=False).read(pair)
+    assert [one.class_logits[:, 0].tolist() for one in found] == [[1, 3, 5], [11, 13, 15]]
+    # The first of equal ones.
+    assert choose_once(torch.tensor([1, 1, 2]), torch.tensor([0.5, 0.5, 0.1])).tolist() == [True, False, True]
 
 
 def test_no_regions_cost_nothing() -> None:

@@ -17,7 +17,7 @@ from torchvision.models.detection.retinanet import RetinaNet
 from torchvision.models.detection.ssd import SSD
 from torchvision.ops import clip_boxes_to_image
 
-from gdetkd_cli.detectors.pooling import DENSE_CELLS, assign_levels, get_channels, pool_all_levels, pool_assigned
+from gdetkd_cli.detectors.pooling import assign_levels, get_channels, pool_all_levels, pool_assigned
 from gdetkd_cli.detectors.protocol import Candidates, Detector, Family, Observation, RegionView, View
 from gdetkd_cli.detectors.tap import Tap
 from gdetkd_cli.detectors.torchvision import common
@@ -106,7 +106,8 @@ class DenseDetector(Detector):
 
     def region_outputs(self, seen: Observation, regions: Regions, needs: frozenset[View]) -> RegionView:
         assert isinstance(seen, DenseObservation), "an observation of another detector"
-        assignment = assign_levels(seen.pyramid, regions, cells_per_side=DENSE_CELLS)
+        fcos = self.dense_head == "fcos"  # which looks at the side that is farthest from a cell
+        assignment = assign_levels(seen.pyramid, regions, cells_per_side=self.cells_per_side, longest=fcos)
         pooled, pooled_channels = None, None
         if "pooled" in needs:
             pooled = pool_assigned(seen.pyramid, regions, assignment)
@@ -139,6 +140,24 @@ class DenseDetector(Detector):
         if isinstance(self.module, SSD):
             return None
         return common.convert_anchors(self.module.anchor_generator, self.levels)
+
+    @cached_property
+    def cells_per_side(self) -> tuple[float, ...]:
+        """By level, the side in the middle of those that the head trains there: the geometric mean of its anchors.
+
+        An FCOS trains a cell within 1.5 anchors of a box's centre that is 4 to 8 anchors from the farthest side. Two
+        levels have as many such cells for a box of about 13 anchors of the finer one.
+        """
+        generator: Any = self.module.anchor_generator
+        if isinstance(self.module, SSD):
+            width, height = self.module.transform.fixed_size
+            anchors = [shapes.clamp(max=1) * shapes.new_tensor([width, height]) for shapes in generator._wh_pairs]
+        else:
+            anchors = [corners[:, 2:] - corners[:, :2] for corners in generator.cell_anchors]
+        factor = 13 / 2**0.5 if isinstance(self.module, FCOS) else 1.0
+        sides = [float(shapes.prod(dim=1).log().mean().mul(0.5).exp()) for shapes in anchors]
+        strides = [(level.stride[0] * level.stride[1]) ** 0.5 for level in self.levels]
+        return tuple(factor * side / stride for side, stride in zip(sides, strides, strict=True))
 
     def _read_class_maps(self, seen: DenseObservation) -> tuple[Tensor, ...]:
         logits = seen.class_logits

@@ -26,6 +26,7 @@ from gdetkd_cli.probing.record import list_tensors
 from gdetkd_cli.structures import Batch, Detections, Pyramid, Regions
 
 _PROBE_SIZE = (352, 416)  # pixels; 11 x 13 cells at stride 32
+_ALIKE = 0.1  # difference of overlaps up to which two queries show one object
 _MODEL = "model"  # the submodule of ``QueryModel`` that is transformers' own
 
 
@@ -35,13 +36,15 @@ class QueryObservation(Observation):
 
     Attributes:
         boxes: (N, Q, 4) batch-image pixels, detached.
-        predictions: the predictions of all N x Q queries.
+        logits: (N, Q, K), or (N, Q, K + 1) with "no object" last.
+        sides: (N, Q, 4), the boxes as centre and size, as fractions of the image.
         hidden: (N, Q, D), the decoder's last hidden states.
         query: (P,) int64, the row of each candidate in the N x Q queries; None without candidates.
     """
 
     boxes: Tensor
-    predictions: QueryView
+    logits: Tensor
+    sides: Tensor
     hidden: Tensor
     query: Tensor | None
 
@@ -74,7 +77,8 @@ class QueryDetector(TrainableDetector):
         super().__init__(module=module, source=source, class_names=class_names, model_input=ModelInput(), size=size)
         module.preparation = own
         output = self._try_forward(own.compute_size(480, 640))
-        self._queries: int = output.logits.shape[1]  # in training, queries for denoising come before them
+        self._queries: int = output.logits.shape[1]
+        self._own = choose_queries(module.model.config, self._queries)
         self._embedding_channels: int = output.last_hidden_state.shape[-1]
         self._exclusive: bool = output.logits.shape[-1] == len(class_names) + 1
 
@@ -137,11 +141,12 @@ class QueryDetector(TrainableDetector):
         view = super().region_outputs(seen, regions, needs - {"embedding", "predictions"})
         if not needs & {"embedding", "predictions"}:
             return view
-        rows, own = self._find_queries(seen, regions), seen.predictions
+        rows, overlap = self._find_queries(seen, regions)
+        queries = QueryView(seen.logits.flatten(0, 1)[rows], seen.sides.flatten(0, 1)[rows], rows, overlap)
         return replace(
             view,
             embedding=seen.hidden.flatten(0, 1)[rows] if "embedding" in needs else None,
-            queries=QueryView(own.class_logits[rows], own.boxes[rows]) if "predictions" in needs else None,
+            queries=queries if "predictions" in needs else None,
         )
 
     def _observe(self, batch: Batch, targets: list[dict[str, Tensor]] | None) -> QueryObservation:
@@ -158,13 +163,12 @@ class QueryDetector(TrainableDetector):
             maps=tuple(maps), levels=self.levels, frame=common.build_frame(batch.images, prepared, (height, width))
         )
         kept = {"logits": found.logits, "boxes": found.pred_boxes, "hidden": found.last_hidden_state}
-        seen = self.recall(batch, pyramid, {name: value[:, -self._queries :] for name, value in kept.items()})
+        seen = self.recall(batch, pyramid, {name: value[:, self._own] for name, value in kept.items()})
         return replace(seen, losses=returned) if targets is not None else seen
 
     def keep(self, seen: Observation) -> dict[str, Tensor]:
         assert isinstance(seen, QueryObservation), "an observation of another detector"
-        own = {"logits": seen.predictions.class_logits, "boxes": seen.predictions.boxes}
-        return {name: value.unflatten(0, (-1, self._queries)) for name, value in own.items()} | {"hidden": seen.hidden}
+        return {"logits": seen.logits, "boxes": seen.sides, "hidden": seen.hidden}
 
     def recall(self, batch: Batch, pyramid: Pyramid, kept: Mapping[str, Tensor]) -> QueryObservation:
         boxes = [
@@ -176,7 +180,8 @@ class QueryDetector(TrainableDetector):
             pyramid=pyramid,
             candidates=None,
             boxes=torch.stack(boxes),
-            predictions=QueryView(kept["logits"].flatten(0, 1), kept["boxes"].flatten(0, 1)),
+            logits=kept["logits"],
+            sides=kept["boxes"],
             hidden=kept["hidden"],
             query=None,
         )
@@ -198,8 +203,12 @@ class QueryDetector(TrainableDetector):
         )
         return replace(seen, candidates=candidates, query=query)
 
-    def _find_queries(self, seen: QueryObservation, regions: Regions) -> Tensor:
-        """(R,) int64: the row of each region's query in the N x Q queries."""
+    def _find_queries(self, seen: QueryObservation, regions: Regions) -> tuple[Tensor, Tensor]:
+        """(R,) int64, the row of each region's query in the N x Q queries, and (R,) the overlap of their boxes.
+
+        Decoders suppress duplicates by their scores, so of the queries that overlap a region about as much as the
+        nearest one does, the most confident counts.
+        """
         own = seen.boxes[regions.image_index]  # (R, Q, 4)
         by_image = zip(regions.per_image(len(seen.boxes)), seen.boxes, strict=True)
         overlap = torch.cat([box_iou(boxes, predicted) for boxes, predicted in by_image])
@@ -207,8 +216,23 @@ class QueryDetector(TrainableDetector):
         here = (regions.boxes[:, None, :2] + regions.boxes[:, None, 2:]) / 2
         # Without any overlap, the query with the nearest centre.
         distance = (centres - here).norm(dim=2)
-        nearest = (overlap - 1e-6 * distance).argmax(dim=1)
-        row = regions.image_index * self._queries + nearest
-        if seen.query is None or not len(seen.query):
-            return row
-        return torch.where(regions.candidate >= 0, seen.query[regions.candidate.clamp(min=0)], row)
+        nearness = overlap - 1e-6 * distance
+        logits = seen.logits.detach().float()
+        scores = logits.softmax(dim=2)[..., :-1] if self._exclusive else logits.sigmoid()
+        confidence = scores.amax(dim=2)[regions.image_index]  # (R, Q)
+        most = overlap.amax(dim=1, keepdim=True)
+        alike = (overlap >= most - _ALIKE) & (most > _ALIKE)
+        chosen = torch.where(alike, 1 + confidence, nearness).argmax(dim=1)
+        if seen.query is not None and len(seen.query):
+            candidate = seen.query[regions.candidate.clamp(min=0)] % self._queries
+            chosen = torch.where(regions.candidate >= 0, candidate, chosen)
+        found = overlap.gather(1, chosen[:, None]).squeeze(1)
+        return regions.image_index * self._queries + chosen, found
+
+
+def choose_queries(config: Any, count: int) -> slice:
+    """The queries of a training forward that are those of an evaluation, of which there are ``count``.
+
+    Queries for denoising come before them. Group-DETR models (LW-DETR) train several groups, and detect with the first.
+    """
+    return slice(count) if getattr(config, "group_detr", 1) > 1 else slice(-count, None)
