@@ -144,11 +144,12 @@ def _build_from_file(
             built = _build_probed(spec, path, kind, is_teacher=True)
             note = f"{path}: only its features can teach: {error.reason}"
             return replace(built, notes=(note, *built.notes))
-    if keep_classes or loaded.detector.class_names == class_names:
+    # A detector for the same classes in another order keeps it; the data's labels follow (``relabel``).
+    if keep_classes or sorted(loaded.detector.class_names) == sorted(class_names):
         return BuiltDetector(loaded.detector, loaded.description, loaded.notes, trained_head=True)
     torch.manual_seed(seed)
     refitted = catalog.build(loaded.description, class_names)
-    refits = load_state(refitted.module, loaded.detector.module.state_dict(), spec.path)
+    refits = load_state(refitted.module, loaded.detector.module.state_dict(), spec.path, other_classes=True)
     return BuiltDetector(refitted, loaded.description, (*loaded.notes, *refits))
 
 

@@ -235,8 +235,14 @@ def find_refitted_layers(module: nn.Module, state: dict[str, Tensor]) -> list[st
     ]
 
 
-def load_state(module: nn.Module, state: dict[str, Tensor], source: str) -> list[str]:
-    """Loads weights; layers trained for another number of classes keep their fresh values.
+def load_state(module: nn.Module, state: dict[str, Tensor], source: str, *, other_classes: bool = False) -> list[str]:
+    """Loads weights; layers trained for other classes keep their fresh values.
+
+    Args:
+        module: receives the weights.
+        state: by name.
+        source: names the weights in messages.
+        other_classes: the weights are known to be for other classes, even if their number is the same.
 
     Returns:
         One sentence for each kind of tensor that was left out.
@@ -251,14 +257,17 @@ def load_state(module: nn.Module, state: dict[str, Tensor], source: str) -> list
         notes.append(f"{source}: the mask branch ({len(dropped)} tensors) is not used")
     wanted = {name: value for name, value in state.items() if name not in dropped}
     refitted = find_refitted_layers(module, wanted)
-    if refitted:
+    if other_classes and not refitted:
+        refitted = [name for name in wanted if name in own and name.startswith(CLASS_LAYERS)]
+        notes.append(f"{source}: trained for other classes; these layers start fresh: {', '.join(sorted(refitted))}")
+    elif refitted:
         notes.append(
             f"{source}: trained for another number of classes; these layers start fresh: {', '.join(sorted(refitted))}"
         )
     wanted = {name: value for name, value in wanted.items() if name not in refitted}
     differing = [n for n, v in wanted.items() if n in own and v.shape != own[n].shape]
     missing = [n for n in own if n not in state and not n.endswith(BATCH_COUNT)]
-    unexpected = [n for n in wanted if n not in own]
+    unexpected = [n for n in wanted if n not in own and not n.endswith(BATCH_COUNT)]
     if differing or missing or unexpected:
         raise ModelError(
             f"{source} does not fit this detector: {_describe_mismatch(own, wanted, differing, missing, unexpected)}"

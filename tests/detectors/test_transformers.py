@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from torch import Tensor
 from transformers import AutoImageProcessor, AutoModelForObjectDetection, DetrImageProcessor, RTDetrImageProcessor
 
 from gdetkd_cli.detectors import catalog, transformers
-from gdetkd_cli.detectors.transformers.detector import QueryDetector
+from gdetkd_cli.detectors.transformers.detector import QueryDetector, choose_queries
 from gdetkd_cli.detectors.transformers.preparation import Preparation, resize_in_graph
 from gdetkd_cli.distill.regions import choose_regions
 from gdetkd_cli.errors import GDetKDError, ModelError
@@ -143,6 +144,9 @@ def test_a_region_has_the_hidden_state_of_its_query(batch: Batch) -> None:
     detector = shake(build("detr")[0])
     seen = detector.extract_features(batch)
     wanted = ((0, 3), (1, 7))
+    # Boxes side by side: fresh decoders predict nearly the same box with every query.
+    left = torch.arange(seen.boxes.shape[1]) * 5.0
+    seen = replace(seen, boxes=torch.stack([left, left * 0, left + 4, left * 0 + 9], dim=1).expand_as(seen.boxes))
     regions = Regions(
         boxes=torch.stack([seen.boxes[image, query] for image, query in wanted]),
         image_index=torch.tensor([0, 1]),
@@ -212,6 +216,38 @@ def test_other_classes_start_a_fresh_class_layer(tmp_path: Path) -> None:
     assert loaded.module.preparation.compute_size(10, 20) == (96, 96)
     kept, _, trained = transformers.load_pretrained(str(tmp_path / "p"), ("a",), keep_classes=True, image_size=None)
     assert trained and kept.class_names == CLASSES
+    # As many other classes; and the same ones in another order, which the data follow.
+    names = tuple(f"other {i}" for i in range(len(CLASSES)))
+    other, _, trained = transformers.load_pretrained(str(tmp_path / "p"), names, keep_classes=False, image_size=None)
+    own, loaded = (one.module.state_dict() for one in (detector, other))
+    changed = {name for name in loaded if not torch.equal(own[name], loaded[name])}
+    assert not trained and changed and all("class" in name or "enc_score" in name for name in changed)
+    turned, _, trained = transformers.load_pretrained(
+        str(tmp_path / "p"), CLASSES[::-1], keep_classes=False, image_size=None
+    )
+    assert trained and turned.class_names == CLASSES
+
+
+def test_the_most_confident_of_near_duplicates_answers_for_a_region(batch: Batch) -> None:
+    detector = build("d_fine")[0]
+    seen = detector.extract_features(batch)
+    boxes, logits = torch.zeros_like(seen.boxes), torch.full_like(seen.logits, -5.0)
+    boxes[..., 2:] = 1.0
+    boxes[0, 4], boxes[0, 9] = torch.tensor([10.0, 10, 30, 30]), torch.tensor([10.0, 10, 30, 29])
+    logits[0, 9, 0] = 3.0  # as in a decoder that suppresses duplicates by their score
+    seen = replace(seen, boxes=boxes, logits=logits)
+    regions = Regions(
+        torch.tensor([[10.0, 10, 30, 30], [80, 10, 90, 30]]), torch.tensor([0, 0]), torch.tensor([-1, -1])
+    )
+    queries = detector.region_outputs(seen, regions, frozenset({"predictions"})).queries
+    assert queries is not None and queries.rows[0] == 9
+    assert queries.overlap.tolist() == [pytest.approx(0.95), 0.0]
+
+
+def test_group_detr_detects_with_its_first_group() -> None:
+    config = SimpleNamespace(group_detr=3)
+    for kind, expected in ((config, slice(20)), (SimpleNamespace(), slice(-20, None))):
+        assert choose_queries(kind, 20) == expected
 
 
 @pytest.mark.parametrize("name", ["d_fine", "detr", "deformable_detr"])

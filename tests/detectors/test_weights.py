@@ -228,6 +228,17 @@ def test_frozen_norms_count_no_batches(tiny_detector: TinyDetector) -> None:
     assert not any(name.endswith("num_batches_tracked") for name in state)
 
     assert load_state(detector.module, state, "x.pth") == []
+    frozen = tiny_detector("retinanet", norm="frozen")
+    assert load_state(frozen.module, state_of(tiny_detector("retinanet", seed=2)), "x.pth") == []
+
+
+def test_as_many_other_classes_get_a_fresh_head(tiny_detector: TinyDetector) -> None:
+    detector = tiny_detector("fcos")
+    fresh, state = state_of(detector), state_of(tiny_detector("fcos", seed=1))
+    (note,) = load_state(detector.module, state, "x.pth", other_classes=True)
+    assert note.startswith("x.pth: trained for other classes; these layers start fresh: head.classification_head.cls_")
+    for name, value in detector.module.state_dict().items():
+        assert torch.equal(value, (fresh if ".cls_logits." in name else state)[name])
 
 
 def test_weights_that_do_not_fit_change_nothing(tiny_detector: TinyDetector) -> None:

@@ -6,6 +6,7 @@ itself, without code, names of other files, or downloads.
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import shutil
@@ -141,11 +142,14 @@ def load_pretrained(
         try:
             config = AutoConfig.from_pretrained(source, **options)
             own = tuple(str(config.id2label[i]) for i in range(config.num_labels))
-            names = own if keep_classes or own == tuple(class_names) else tuple(class_names)
+            # For the same classes in another order, the data's labels follow the model's order.
+            names = own if keep_classes or sorted(own) == sorted(class_names) else tuple(class_names)
             _name_classes(config, names)
             model = AutoModelForObjectDetection.from_pretrained(
                 source, config=config, use_safetensors=True, ignore_mismatched_sizes=names != own, **options
             )
+            if names != own and len(names) == len(own):
+                _start_classes_afresh(model)
             preprocessor = _read_preprocessor(source, options)
         except _ERRORS as error:
             where = "" if folder.is_dir() else "; a name on the hub needs a network connection, a folder does not"
@@ -198,6 +202,17 @@ def _list_weights(config: Any) -> dict[str, torch.Tensor]:
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         weights: dict[str, torch.Tensor] = AutoModelForObjectDetection.from_config(config).state_dict()
     return weights
+
+
+def _start_classes_afresh(model: Any) -> None:
+    """Gives fresh values to the tensors whose shape depends on the number of classes."""
+    from transformers import AutoModelForObjectDetection
+
+    larger: Any = copy.deepcopy(model.config)
+    _name_classes(larger, [*model.config.id2label.values(), "one more"])
+    shapes = {name: value.shape for name, value in _list_weights(larger).items()}
+    fresh = AutoModelForObjectDetection.from_config(model.config).state_dict()
+    model.load_state_dict({n: v for n, v in fresh.items() if v.shape != shapes[n]}, strict=False)
 
 
 def _train_batch_norms(model: torch.nn.Module) -> None:
