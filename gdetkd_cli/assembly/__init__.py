@@ -25,7 +25,7 @@ from gdetkd_cli.assembly.knowledge import (
     list_views,
 )
 from gdetkd_cli.assembly.origin import describe_origin, list_differences, list_recipe_differences
-from gdetkd_cli.assembly.runtime import apply_runtime, resolve_runtime, set_memory_format
+from gdetkd_cli.assembly.runtime import apply_runtime, resize_again, resolve_runtime, set_memory_format
 from gdetkd_cli.assembly.setup import (
     Compute,
     Pair,
@@ -73,6 +73,7 @@ __all__ = [
     "read_unlabelled_split",
     "relabel",
     "report_bad_images",
+    "resize_again",
     "resolve_runtime",
     "set_memory_format",
     "start_compute",

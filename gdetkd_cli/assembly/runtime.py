@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -77,6 +78,14 @@ def apply_runtime(
             if size is not None and find_image_size(detector.module) == size:
                 transform: Any = detector.module.transform
                 transform._skip_resize = True
+
+
+def resize_again(detectors: Iterable[Detector]) -> None:
+    """Makes detectors resize all images again, those of validation among them, once a run has ended."""
+    for detector in detectors:
+        if find_image_size(detector.module) is not None:
+            transform: Any = detector.module.transform
+            transform._skip_resize = False
 
 
 def set_memory_format(module: nn.Module, settings: ComputeSettings) -> None:

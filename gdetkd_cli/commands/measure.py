@@ -12,8 +12,8 @@ import torch
 
 from gdetkd_cli import assembly
 from gdetkd_cli.commands.subject import Stopwatch
+from gdetkd_cli.data.folds import select_images
 from gdetkd_cli.data.loader import load_validation_batches
-from gdetkd_cli.data.packed import PackedRecords
 from gdetkd_cli.data.split import Split
 from gdetkd_cli.detectors import catalog
 from gdetkd_cli.detectors.protocol import Detector
@@ -57,12 +57,13 @@ def measure_run(setup: assembly.TrainingSetup, folder: RunFolder) -> None:
     """Measures the trained student and its pair; writes ``measured.json``, ``teacher.npz`` and ``pyramids/``.
 
     Args:
-        setup: after the last step; it is left as it was.
+        setup: after the last step; only ``resize_again`` changes it.
         folder: holds the student's file.
     """
     device = setup.compute.accelerator.device
-    some = select_images(setup.val, IMAGES)
+    some = spread_images(setup.val, IMAGES)
     student, teacher = setup.student.detector, setup.distiller.teacher
+    assembly.resize_again([student] if teacher is None else [student, teacher])
     measured = MeasuredRun(
         str(device), _measure_detector(student, some, device, folder.student.stat().st_size / 1e6)[0]
     )
@@ -83,12 +84,10 @@ def read_measured(folder: RunFolder) -> dict[str, Any]:
     return json.loads(folder.measured.read_text()) if folder.measured.exists() else {}
 
 
-def select_images(split: Split, most: int) -> Split:
+def spread_images(split: Split, most: int) -> Split:
     """Returns at most ``most`` images, evenly spread over the split."""
     chosen = [place * len(split) // most for place in range(most)] if len(split) > most else list(range(len(split)))
-    records = split.records
-    kept = records.select(chosen) if isinstance(records, PackedRecords) else [records[index] for index in chosen]
-    return replace(split, records=kept, read=lambda place: split.read(chosen[place]))
+    return select_images(split, chosen)
 
 
 def _measure_file(recipe: Recipe, otherwise: int) -> int:

@@ -52,12 +52,13 @@ def hold_out(split: Split, which: Literal["train", "val"]) -> Split:
 
 
 def select_images(split: Split, indices: Sequence[int]) -> Split:
-    """Returns a split of image files with some of its images."""
-    assert isinstance(split.read, ImageFiles)
-    paths, sizes = split.read.paths, split.read.sizes
-    files = ImageFiles(paths=[paths[index] for index in indices], sizes=[sizes[index] for index in indices])
-    own = split.records
+    """Returns a split with some of its images."""
+    own, read = split.records, split.read
     records = own.select(indices) if isinstance(own, PackedRecords) else [own[index] for index in indices]
+    if not isinstance(read, ImageFiles):
+        return replace(split, records=records, read=lambda place: read(indices[place]))
+    paths, sizes = read.paths, read.sizes
+    files = replace(read, paths=[paths[index] for index in indices], sizes=[sizes[index] for index in indices])
     return replace(split, records=records, read=files)
 
 

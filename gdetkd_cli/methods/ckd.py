@@ -101,12 +101,11 @@ class CKDTerm(nn.Module):
         student, teacher = pair.student_view.embedding, pair.teacher_view.embedding
         assert student is not None and teacher is not None
         remembered, remembered_ids = self.queue.rows()
-        regions = pair.regions
         loss = contrastive_loss(
             self.project_student(student.float()),
             self.project_teacher(teacher.float()),
             gamma=self.gamma,
-            negatives=overlap_negatives(box_iou(regions.boxes, regions.boxes), regions.image_index, self.negative_iou),
+            negatives=self._find_negatives(pair),
             memory=self.project_teacher(remembered),
             # An earlier step may have flipped or resized the image differently, so its boxes cannot be compared with
             # this step's: regions of the same image are never negatives.
@@ -122,10 +121,15 @@ class CKDTerm(nn.Module):
         assert student is not None and teacher is not None
         s = normalize(self.project_student(student.float()), dim=1)
         t = normalize(self.project_teacher(teacher.float()), dim=1)
-        regions = pair.regions
-        others = overlap_negatives(box_iou(regions.boxes, regions.boxes), regions.image_index, self.negative_iou)
         cosines = s @ t.T
-        return cosines.diagonal(), cosines[others]
+        return cosines.diagonal(), cosines[self._find_negatives(pair)]
+
+    def _find_negatives(self, pair: ObservedPair) -> Tensor:
+        """(R, R) bool: whether region j is a negative of region i."""
+        boxes, place, ids = pair.regions.boxes, pair.regions.image_index, pair.image_ids
+        negatives = overlap_negatives(box_iou(boxes, boxes), place, self.negative_iou)
+        # A batch may hold one image twice, where one pass over the data ends, in views whose boxes cannot be compared.
+        return negatives & ((ids[:, None] != ids) | (place[:, None] == place))
 
 
 def build(pair: Detectors, *, gamma: float, negative_iou: float, queue: int, project_channels: int) -> CKDTerm:

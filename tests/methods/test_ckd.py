@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from gdetkd_cli.methods.ckd import contrastive_loss, overlap_negatives
+from gdetkd_cli.methods.ckd import CKDTerm, contrastive_loss, overlap_negatives
 
 
 def all_but_itself(regions: int) -> Tensor:
@@ -37,6 +39,15 @@ def slow_contrastive(
         total += sum(math.exp(g(row, m[j])) for j in range(len(m)) if memory_negatives[i, j])
         losses.append(-math.log(positive / total))
     return sum(losses) / len(losses)
+
+
+def test_two_views_of_one_image_in_a_batch_are_no_negatives() -> None:
+    boxes = torch.tensor([[0.0, 0, 10, 10], [50, 50, 60, 60], [0, 0, 10, 10], [0, 0, 10, 10]])
+    place, ids = torch.tensor([0, 0, 1, 2]), torch.tensor([7, 7, 7, 8])  # the batch holds image 7 twice
+    pair: Any = SimpleNamespace(regions=SimpleNamespace(boxes=boxes, image_index=place), image_ids=ids)
+    term = CKDTerm(student_channels=2, teacher_channels=2, project_channels=2, gamma=0.1, negative_iou=0.5, queue=4)
+    expected = [[0, 1, 0, 1], [1, 0, 0, 1], [0, 0, 0, 1], [1, 1, 1, 0]]
+    assert term._find_negatives(pair).int().tolist() == expected
 
 
 # ------------------------------------------------------------------------------------------------ contrastive loss

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import log
+from math import exp, log
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, grid_sample
 
 from gdetkd_cli.host import copy_tensor
+from gdetkd_cli.methods.processes import sum_over_processes
 from gdetkd_cli.structures import LevelSpec, Pyramid
 
 _SAME = 1e-3  # cells; nearer centres count as equal
@@ -37,25 +38,69 @@ class AlignedLevel:
     teacher_level: int
 
 
-def align(student: Pyramid, teacher: Pyramid, sizes: Sequence[tuple[int, int]]) -> list[AlignedLevel]:
-    """Pairs every student level with the teacher level of the nearest stride, resampled to its cells.
+class LevelPairing(nn.Module):
+    """The teacher level of each student level: the one with the nearest stride in pixels of the image.
+
+    The first batch decides, for the whole run and for all processes. Otherwise the shapes of a batch's images could
+    change a level's target from step to step, where each detector resizes them in its own way.
+
+    Args:
+        student_levels: L.
+    """
+
+    levels: Tensor
+
+    def __init__(self, student_levels: int) -> None:
+        super().__init__()
+        self.register_buffer("levels", torch.full((student_levels,), -1))
+        self._known: list[int] | None = None  # on the host, because reading a buffer would wait for the device
+        self.register_load_state_dict_pre_hook(self._load)  # type: ignore[no-untyped-call]
+
+    def forward(self, student: Pyramid, teacher: Pyramid) -> list[int]:
+        """Returns indices of teacher levels."""
+        if self._known is None and int(self.levels.min()) < 0:
+            difference = _measure_scale(student) - _measure_scale(teacher)
+            total = sum_over_processes(torch.tensor([difference, 1.0], device=self.levels.device))
+            factor = float((total[0] / total[1]).exp())
+            ours, theirs = _list_strides(student.levels), [factor * s for s in _list_strides(teacher.levels)]
+            chosen = [min(range(len(theirs)), key=lambda i: abs(log(stride / theirs[i]))) for stride in ours]
+            self.levels.copy_(torch.tensor(chosen))
+        if self._known is None:
+            self._known = self.levels.tolist()
+        return self._known
+
+    def _load(self, module: nn.Module, state: dict[str, Tensor], prefix: str, *_: object) -> None:
+        self._known = None
+        state.setdefault(f"{prefix}levels", self.levels)  # a checkpoint of an older version has none
+
+
+def align(
+    student: Pyramid, teacher: Pyramid, sizes: Sequence[tuple[int, int]], chosen: Sequence[int]
+) -> list[AlignedLevel]:
+    """Resamples the teacher level of every student level to the student's cells.
 
     Args:
         student, teacher: pyramids of the same batch.
         sizes: (height, width) of each batch image, in pixels.
+        chosen: the teacher level of each student level.
     """
-    ours, theirs = (_measure_strides(pyramid) for pyramid in (student, teacher))
+    factor = exp(_measure_scale(teacher) - _measure_scale(student))
+    strides = _list_strides(teacher.levels)
     aligned = []
-    for level, stride in enumerate(ours):
-        nearest = min(range(len(theirs)), key=lambda i: abs(log(stride / theirs[i])))
-        aligned.append(_align_level(student, level, teacher, nearest, max(1, round(stride / theirs[nearest])), sizes))
+    for level, (stride, other) in enumerate(zip(_list_strides(student.levels), chosen, strict=True)):
+        samples = max(1, round(factor * stride / strides[other]))
+        aligned.append(_align_level(student, level, teacher, other, samples, sizes))
     return aligned
 
 
-def _measure_strides(pyramid: Pyramid) -> list[float]:
-    """By level, the geometric mean of the strides over images and axes, in pixels of the image."""
-    scale = float(pyramid.frame.on_host().scale.log().mean().exp())
-    return [(level.stride[0] * level.stride[1]) ** 0.5 / scale for level in pyramid.levels]
+def _measure_scale(pyramid: Pyramid) -> float:
+    """Logarithm of the model's pixels per pixel of the image, the mean over images and axes."""
+    return float(pyramid.frame.on_host().scale.log().mean())
+
+
+def _list_strides(levels: Sequence[LevelSpec]) -> list[float]:
+    """By level, the geometric mean of both axes' strides, in pixels of the model."""
+    return [(level.stride[0] * level.stride[1]) ** 0.5 for level in levels]
 
 
 def _align_level(

@@ -13,7 +13,7 @@ from gdetkd_cli.detectors.compatibility import compare_anchors, match_class_maps
 from gdetkd_cli.detectors.protocol import View
 from gdetkd_cli.errors import PairError
 from gdetkd_cli.methods.base import Detectors, ObservedPair
-from gdetkd_cli.methods.baselines.alignment import align
+from gdetkd_cli.methods.baselines.alignment import LevelPairing, align
 from gdetkd_cli.methods.baselines.maps import list_image_sizes
 from gdetkd_cli.structures import Pyramid
 
@@ -58,15 +58,18 @@ class LogitTerm(nn.Module):
         super().__init__()
         self.register_buffer("columns", columns)
         self.agree = agree.tolist()
+        self.pairing = LevelPairing(len(agree))
 
     def forward(self, pair: ObservedPair) -> Tensor:
         student, teacher = pair.student_view.class_maps, pair.teacher_view.class_maps
         assert student is not None and teacher is not None
         ordered = tuple(m.unflatten(1, (-1, len(self.columns)))[:, :, self.columns].flatten(1, 2) for m in teacher)
+        ours, theirs = pair.student_seen.pyramid, pair.teacher_seen.pyramid
         aligned = align(
-            _replace_maps(pair.student_seen.pyramid, student),
-            _replace_maps(pair.teacher_seen.pyramid, ordered),
+            _replace_maps(ours, student),
+            _replace_maps(theirs, ordered),
             list_image_sizes(pair),
+            self.pairing(ours, theirs),
         )
         for level, x in enumerate(aligned):
             if not self.agree[level][x.teacher_level]:

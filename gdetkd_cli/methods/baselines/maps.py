@@ -18,7 +18,7 @@ from gdetkd_cli.detectors.pooling import convert_to_cells
 from gdetkd_cli.detectors.protocol import View
 from gdetkd_cli.methods.adapters import RunningNormalizer
 from gdetkd_cli.methods.base import Detectors, ObservedPair
-from gdetkd_cli.methods.baselines.alignment import align
+from gdetkd_cli.methods.baselines.alignment import LevelPairing, align
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,7 @@ class MapTerm(nn.Module):
         super().__init__()
         self.same_space = settings.same_space
         self.counted = tuple(settings.counted)
+        self.pairing = LevelPairing(len(settings.student_channels))
         adapt = adapt and not self.same_space
         most = max(settings.teacher_channels)
         same = set(settings.teacher_channels) == {most}
@@ -84,7 +85,8 @@ class MapTerm(nn.Module):
 
     def levels(self, pair: ObservedPair) -> Iterator[ComparedLevel]:
         """Yields the compared levels, aligned, adapted and standardised."""
-        aligned = align(pair.student_seen.pyramid, pair.teacher_seen.pyramid, list_image_sizes(pair))
+        ours, theirs = pair.student_seen.pyramid, pair.teacher_seen.pyramid
+        aligned = align(ours, theirs, list_image_sizes(pair), self.pairing(ours, theirs))
         for number, (level, adapter) in enumerate(zip(aligned, self.adapters, strict=True)):
             if not self.counted[number]:
                 continue
