@@ -9,7 +9,7 @@ import errno
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -32,6 +32,25 @@ def name_kind(path: str | Path) -> str:
     if os.path.exists(path) and not os.path.isfile(path):
         return " (a pipe, a socket or a device: copy its content to a file first)"
     return ""
+
+
+def walk_files(folder: Path) -> Iterator[Path]:
+    """Yields the files in a folder and its subfolders, also behind links to folders, in the order of their paths.
+
+    A link to a folder that is searched anyway, or to one above it, is not followed, so no file comes twice.
+    """
+    searched = [Path(os.path.realpath(folder))]
+    for place, folders, names in os.walk(folder, followlinks=True):
+        followed = []
+        for name in sorted(folders):
+            real = Path(os.path.realpath(os.path.join(place, name)))
+            if os.path.islink(os.path.join(place, name)):
+                if any(real.is_relative_to(other) or other.is_relative_to(real) for other in searched):
+                    continue
+                searched.append(real)
+            followed.append(name)
+        folders[:] = followed
+        yield from (path for name in sorted(names) if os.path.isfile(path := Path(place, name)))
 
 
 def write_file(path: Path, write: Callable[[BinaryIO], object], *, size: int | None = None) -> None:

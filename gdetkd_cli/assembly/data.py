@@ -94,7 +94,7 @@ def _read_annotated(
     problems: list[DataProblem] | None = None,
 ) -> Split:
     """Reads the images and annotations of a split; see ``build_split``."""
-    if isinstance(data, CocoData | YoloData) and data.val is None:
+    if isinstance(data, CocoData | YoloData | VocData) and data.val is None:
         whole = data.model_copy(update={"val": data.train})
         split = _read_annotated(
             whole, "train", needs_labels=needs_labels, outlines=outlines, bad=bad, problems=problems
@@ -114,8 +114,7 @@ def _read_annotated(
             problems=problems,
         )
     if isinstance(data, VocData):
-        lists = data.train if which == "train" else data.val
-        lists = [root / path for path in lists]
+        lists = [root / path for path in (data.train if which == "train" else data.val or ())]
         return read_voc(lists=lists, root=root, classes=classes, bad=bad, problems=problems)
     if which == "train":
         assert not isinstance(data, FolderData)

@@ -26,7 +26,7 @@ def find_data(folder: Path, observer: Observer) -> tuple[Data, Split]:
     """
     data = find_block(folder)
     train, val = (read_split(data, which) for which in SPLITS)
-    if isinstance(data, CocoData | YoloData) and data.val is None:
+    if isinstance(data, CocoData | YoloData | VocData) and data.val is None:
         observer(Note("no validation split: every tenth image is held out (data.val: null)"))
     counts = f"{len(train)} training and {len(val)} validation images"
     if isinstance(data, FolderData):
@@ -53,7 +53,7 @@ def find_block(folder: Path) -> Data:
         return CocoData(format="coco", root=folder, **paths)
     if lists := find_voc_lists(folder):
         train, val = lists
-        names = sorted(read_object_names([folder / path for path in (*train, *val)]))
+        names = sorted(read_object_names([folder / path for path in (*train, *(val or ()))]))
         classes = {} if set(names) <= set(VOC_CLASSES) else {"classes": names}
         return VocData(format="voc", root=folder, train=train, val=val, **classes)
     if layout := find_bdd100k(folder):

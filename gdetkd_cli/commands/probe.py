@@ -173,7 +173,7 @@ def _read_image(options: ProbeOptions, size: tuple[int, int]) -> Tensor:
     """Returns the user's image, resized to ``size``, or the built-in pattern; (3, H, W) in 0..1."""
     if options.image is None:
         return probe_image(size)
-    pixels = ImageFiles([options.image], [read_image_size(options.image)])(0).float() / 255
+    pixels = ImageFiles([options.image], [read_image_size(options.image)], upright=True)(0).float() / 255
     return interpolate(pixels[None], size=size, mode="bilinear", antialias=True)[0]
 
 

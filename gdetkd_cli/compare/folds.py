@@ -165,7 +165,8 @@ def _identify_images(data: Data) -> tuple[object, ...]:
         case SyntheticData():
             return data.train_images, data.val_images, data.size, data.seed, data.smallest
         case VocData():
-            return tuple((data.root / path).resolve() for path in (*data.train, *data.val)), len(data.train)
+            paths = (*data.train, *(data.val or ()))
+            return tuple((data.root / path).resolve() for path in paths), len(data.train)
         case FolderData():
             return (data.root / data.train_images).resolve(), data.val
         case YoloData():
@@ -180,7 +181,7 @@ def _list_annotations(data: Data) -> set[object]:
         case SyntheticData():
             return {data.seed}  # data with the same seed share scenes
         case VocData():
-            return {(data.root / path).resolve() for path in (*data.train, *data.val)}
+            return {(data.root / path).resolve() for path in (*data.train, *(data.val or ()))}
         case FolderData():
             return set()
         case YoloData():

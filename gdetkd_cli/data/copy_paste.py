@@ -40,12 +40,13 @@ def paste_copies(
     Returns:
         The image, the boxes of visible objects and of copies, and their labels.
     """
-    image, found, names = image.clone(), list(boxes), list(labels)
+    original, image, found, names = image, image.clone(), list(boxes), list(labels)
     for i in range(len(boxes)):
         chance, size, dx, dy = torch.rand(4).tolist()
         if chance >= probability:
             continue
-        pasted = _cut(image, boxes[i], outlines[i] if outlines else None, _SIZES[0] + size * (_SIZES[1] - _SIZES[0]))
+        # From the original, because an earlier copy may cover the object.
+        pasted = _cut(original, boxes[i], outlines[i] if outlines else None, _SIZES[0] + size * (_SIZES[1] - _SIZES[0]))
         if pasted is None:
             continue
         pixels, alpha = pasted

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 from torch import Tensor
 
 from gdetkd_cli.data.bad_images import BadImageError, BadImages
@@ -19,6 +20,16 @@ from gdetkd_cli.files import name_kind
 _FORMATS = ("JPEG", "PNG", "BMP", "DIB", "GIF", "PPM", "TGA", "TIFF", "WEBP", "JPEG2000", "AVIF")
 Image.init()  # loads all readers
 FORMATS = tuple(format for format in _FORMATS if format in Image.OPEN)
+# How to turn an image upright, by its EXIF orientation; the last four exchange its sides. Pillow itself turns TIFF.
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 # Pillow's errors for a file that is not an image, is incomplete, or is far too large.
 _UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
@@ -30,13 +41,16 @@ class ImageFiles:
     Attributes:
         paths: one per record.
         sizes: (height, width) pixels in the annotations, one per record.
+        upright: turn every image as its EXIF orientation asks. Otherwise, an image is turned only if this gives it the
+            size in the annotations: COCO's own tools do not turn, many labelling tools do.
     """
 
     paths: Sequence[Path]
     sizes: Sequence[tuple[int, int]]
+    upright: bool = False
 
     def __call__(self, index: int) -> Tensor:
-        """Decodes one image as stored, without EXIF orientation, like COCO's own tools.
+        """Decodes one image.
 
         Returns:
             (3, H, W) uint8 RGB.
@@ -47,7 +61,8 @@ class ImageFiles:
         path = self.paths[index]
         try:
             with Image.open(_check_regular(path), formats=FORMATS) as image:
-                pixels = _convert_to_rgb(image)
+                turn = _find_turn(image, None if self.upright else self.sizes[index])
+                pixels = _convert_to_rgb(image if turn is None else image.transpose(turn))
         except _UNREADABLE as error:
             raise BadImageError(path, f"cannot be decoded ({error}); replace the file") from error
         self._check_size(index, (pixels.shape[0], pixels.shape[1]))
@@ -59,7 +74,8 @@ class ImageFiles:
         Raises:
             BadImageError: the file is not an image, or its size differs from that in the annotations.
         """
-        self._check_size(index, read_image_size(self.paths[index]))
+        size = read_image_size(self.paths[index], annotated=None if self.upright else self.sizes[index])
+        self._check_size(index, size)
 
     def _check_size(self, index: int, size: tuple[int, int]) -> None:
         height, width = self.sizes[index]
@@ -71,23 +87,61 @@ class ImageFiles:
             )
 
 
-def read_image_size(path: Path) -> tuple[int, int]:
-    """Reads (height, width) pixels from the file's header, without decoding the image.
+def read_image_size(path: Path, *, annotated: tuple[int, int] | None = None) -> tuple[int, int]:
+    """Reads (height, width) pixels of the upright image from the file's header, without decoding it.
+
+    Args:
+        path: the file.
+        annotated: size in the annotations; the image is turned upright only if it has this size then.
 
     Raises:
         BadImageError: the file is not an image.
     """
     try:
         with Image.open(_check_regular(path), formats=FORMATS) as image:
-            return image.height, image.width
+            size = image.height, image.width
+            return _turn_size(size, _find_turn(image, annotated))
     except _UNREADABLE as error:
         raise BadImageError(path, f"cannot be read ({error}); replace the file") from error
 
 
+def _find_turn(image: Image.Image, annotated: tuple[int, int] | None) -> Image.Transpose | None:
+    """How an image is turned upright; None if it is upright, or if only the stored pixels have the annotated size."""
+    if "exif" not in image.info:
+        return None
+    try:
+        turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except (
+        struct.error,
+        SyntaxError,
+        ValueError,
+        TypeError,
+        LookupError,
+        OSError,
+    ):  # a torn tag leaves the pixels whole
+        return None
+    stored = image.height, image.width
+    return turn if annotated is None or stored != annotated == _turn_size(stored, turn) else None
+
+
+def _turn_size(size: tuple[int, int], turn: Image.Transpose | None) -> tuple[int, int]:
+    return size if turn is None or turn in [_TURNS[2], _TURNS[3], _TURNS[4]] else (size[1], size[0])
+
+
 def read_sizes(
-    paths: Sequence[Path], known: Sequence[tuple[int, int] | None], bad: BadImages | None
+    paths: Sequence[Path],
+    known: Sequence[tuple[int, int] | None],
+    bad: BadImages | None,
+    *,
+    upright: bool = False,
 ) -> list[tuple[int, int] | None]:
     """Reads (height, width) pixels of the images whose size is not known; None for one that is left out.
+
+    Args:
+        paths: the files.
+        known: sizes that are known.
+        bad: collects the images that cannot be read; None: such an image is an error.
+        upright: give the sizes of the upright images, not the stored ones.
 
     Raises:
         DataError: a file is not an image, and ``bad`` allows no more.
@@ -95,7 +149,7 @@ def read_sizes(
     sizes = list(known)
     for index, path in enumerate(paths):
         try:
-            sizes[index] = sizes[index] or read_image_size(path)
+            sizes[index] = sizes[index] or read_image_size(path, annotated=None if upright else (0, 0))
         except BadImageError as error:
             if bad is None:
                 raise

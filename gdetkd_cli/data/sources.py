@@ -17,7 +17,7 @@ from torch import Tensor
 from gdetkd_cli.data.image_files import ImageFiles, read_image_size
 from gdetkd_cli.data.readers.folder import find_images
 from gdetkd_cli.errors import DataError, get_first_line
-from gdetkd_cli.files import name_kind
+from gdetkd_cli.files import name_kind, walk_files
 
 _VIDEOS = {".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg"}
 
@@ -46,7 +46,7 @@ class Source:
             DataError: the video cannot be read.
         """
         if not self.is_video:
-            yield self.name, ImageFiles([self.path], [read_image_size(self.path)])(0)
+            yield self.name, ImageFiles([self.path], [read_image_size(self.path)], upright=True)(0)
             return
         for number, pixels in enumerate(_read_frames(self.path), start=1):
             yield f"{self.name}/{number:06d}.jpg", pixels
@@ -72,7 +72,7 @@ def find_sources(places: Sequence[str]) -> list[Source]:
 def _search(place: str) -> list[Source]:
     path = Path(place)
     if path.is_dir():
-        videos = (file for file in path.rglob("*") if file.suffix.lower() in _VIDEOS and file.is_file())
+        videos = (file for file in walk_files(path) if file.suffix.lower() in _VIDEOS)
         found = [Source(file, file.relative_to(path).as_posix()) for file in sorted([*find_images(path), *videos])]
     elif path.exists():
         return [Source(path, path.name)]

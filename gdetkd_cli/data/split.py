@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gdetkd_cli.data.bad_images import BadImages
+from gdetkd_cli.data.bad_images import BadImageError, BadImages
+from gdetkd_cli.errors import DataError
 
 _HELD_OUT = 10  # every tenth image is for validation if the data have no validation split
 
@@ -78,6 +79,28 @@ class Split:
 
     def __len__(self) -> int:
         return len(self.records)
+
+    def read_if_whole(self, index: int) -> Tensor | None:
+        """Reads an image, (3, H, W) uint8; None if it cannot be read and such images are left out."""
+        try:
+            return self.read(index)
+        except BadImageError as error:
+            if self.bad is None:
+                raise
+            self.bad.add(error)
+            return None
+
+    def read_first(self, start: int = 0) -> Tensor:
+        """Reads the first image from ``start`` on that can be read, (3, H, W) uint8.
+
+        Raises:
+            DataError: there is none, or an image cannot be read and such images are errors.
+        """
+        for place in range(len(self)):
+            image = self.read_if_whole((start + place) % len(self))
+            if image is not None:
+                return image
+        raise DataError(f"no image of {self.name} can be read; give other data")
 
 
 def is_in_part(index: int, which: Literal["train", "val", "all"]) -> bool:

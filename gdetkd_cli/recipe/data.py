@@ -138,8 +138,10 @@ class VocData(Strict):
         min_length=1,
         description="lists of training images",
     )
-    val: list[Path] = Field(
-        [Path("VOC2007/ImageSets/Main/test.txt")], min_length=1, description="lists of validation images"
+    val: list[Path] | None = Field(
+        [Path("VOC2007/ImageSets/Main/test.txt")],
+        min_length=1,
+        description="lists of validation images; null: hold out every tenth training image",
     )
     classes: list[str] | None = Field(None, description="class names to use, in this order; default: VOC's twenty")
     on_bad_sample: OnBadSample = "error"

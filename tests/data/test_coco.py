@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
+from gdetkd_cli.data.image_files import ImageFiles
 from gdetkd_cli.data.readers.coco import align_classes, read_coco
 from gdetkd_cli.data.split import Split
 from gdetkd_cli.errors import DataError
@@ -309,13 +310,19 @@ def test_broken_image_of_unknown_size(folder: Path) -> None:
         read(folder, lambda content: content["images"][0].pop("width"))
 
 
-def test_orientation_tag_is_ignored(folder: Path) -> None:
-    """Annotations refer to stored pixels, and COCO's tools do not rotate either."""
+def test_the_annotated_size_decides_about_the_orientation_tag(folder: Path) -> None:
+    """COCO's own tools do not turn images, many labelling tools do."""
     tag = Image.Exif()
     tag[0x0112] = 6  # a quarter turn
-    Image.new("RGB", (20, 10)).save(folder / "images" / "a.png", exif=tag)
-
-    assert read(folder).read(0).shape == (3, 10, 20)
+    for size in ((20, 10), (10, 20)):
+        Image.new("RGB", size).save(folder / "images" / "a.png", exif=tag)
+        split = read(folder)
+        assert split.read(0).shape == (3, 10, 20)
+        assert isinstance(split.read, ImageFiles)
+        split.read.check_header(0)
+    Image.new("RGB", (10, 20)).save(folder / "images" / "a.png")
+    with pytest.raises(DataError, match=r"should be 20 x 10 pixels according to its annotations, but it is 10 x 20"):
+        read(folder).read(0)
 
 
 @pytest.mark.parametrize("mode", ["L", "LA", "P", "RGBA", "1"])

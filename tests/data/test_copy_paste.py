@@ -52,6 +52,20 @@ def test_copy_is_near_its_object_and_fits_its_box(seed: int) -> None:
     assert not outside.any()
 
 
+def test_a_copy_shows_its_own_object_even_where_another_copy_lies() -> None:
+    """Two objects side by side; a copy of the first often covers the second, before that is copied."""
+    image = torch.full((3, 80, 120), 20, dtype=torch.uint8)
+    image[0, 30:42, 40:60], image[1, 30:42, 60:80] = 220, 220
+    boxes, labels = torch.tensor([[40.0, 30, 60, 42], [60, 30, 80, 42]]), torch.tensor([1, 2])
+    outlines = [[np.array([x, 30, x + 20, 30, x + 20, 42, x, 42], dtype=np.float32)] for x in (40, 60)]
+    for seed in range(60):
+        torch.manual_seed(seed)
+        pasted, found, names = paste_copies(image, boxes, labels, outlines, probability=1.0)
+        assert names[-1] == 2  # the last copy lies above all others
+        x1, y1, x2, y2 = (int(v) for v in found[-1])
+        assert pasted[1, y1:y2, x1:x2].float().mean() > 200
+
+
 def test_hidden_objects_are_dropped() -> None:
     boxes, labels = torch.cat([BOX, torch.tensor([[44.0, 33, 50, 38]])]), torch.tensor([2, 1])
     hidden = kept = 0

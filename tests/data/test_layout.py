@@ -9,7 +9,9 @@ import pytest
 
 from gdetkd_cli.data.readers.layout import Layout, find_layout, find_voc_lists
 from gdetkd_cli.data.readers.yolo_layout import YoloLayout, find_yolo
+from gdetkd_cli.data.sources import find_sources
 from gdetkd_cli.errors import DataError
+from gdetkd_cli.files import walk_files
 
 
 def write_coco(path: Path, image: str = "a.jpg", **annotation: object) -> None:
@@ -77,6 +79,43 @@ def test_a_single_file_of_validation_is_not_for_training(tmp_path: Path) -> None
         find_layout(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("files", "train", "val"),
+    [
+        (["voc07_trainval.json", "voc07_test.json"], "voc07_trainval.json", "voc07_test.json"),
+        (["a_train.json", "a_trainval.json", "a_val.json"], "a_train.json", "a_val.json"),
+        (["trainval/instances_train2017.json", "trainval/instances_val2017.json"], "train2017", "val2017"),
+        (["latest/train.json", "latest/valid.json"], "train.json", "valid.json"),
+        (["myTrain.json", "myVal.json"], "myTrain.json", "myVal.json"),
+    ],
+)
+def test_names_of_splits(tmp_path: Path, files: list[str], train: str, val: str) -> None:
+    for file in files:
+        write_coco(tmp_path / file)
+    write_image(tmp_path / "images" / "a.jpg")
+    found = find_layout(tmp_path)
+    assert train in str(found.train) and found.val is not None and val in str(found.val)
+
+
+def test_splits_with_equal_file_names_have_their_own_folders(tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        write_coco(tmp_path / "annotations" / f"instances_{split}.json", image="000.png")
+        write_image(tmp_path / "images" / split / "000.png")
+    found = find_layout(tmp_path)
+    assert (found.train_images, found.val_images) == (Path("images/train"), Path("images/val"))
+
+
+def test_links_to_folders_are_followed_once(tmp_path: Path) -> None:
+    write_image(tmp_path / "disk" / "b.png")
+    write_image(tmp_path / "set" / "a.png")
+    (tmp_path / "disk" / "back").symlink_to(tmp_path / "disk")
+    for name, place in (("more", "disk"), ("again", "disk"), ("self", "set"), ("above", ".")):
+        (tmp_path / "set" / name).symlink_to(tmp_path / place)
+    found = [path.relative_to(tmp_path / "set").as_posix() for path in walk_files(tmp_path / "set")]
+    assert sorted(found) == ["a.png", "again/b.png"]
+    assert [source.name for source in find_sources([str(tmp_path / "set")])] == ["a.png", "again/b.png"]
+
+
 def test_missing_parts_are_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="is not a folder"):
         find_layout(tmp_path / "absent")
@@ -92,7 +131,7 @@ def test_missing_parts_are_named(tmp_path: Path) -> None:
         find_layout(tmp_path)
 
 
-def find_lists(root: Path, **years: list[str]) -> tuple[list[str], list[str]] | None:
+def find_lists(root: Path, **years: list[str]) -> tuple[list[str], list[str] | None] | None:
     for year, names in years.items():
         (root / year / "ImageSets" / "Main").mkdir(parents=True)
         for name in names:
@@ -100,8 +139,9 @@ def find_lists(root: Path, **years: list[str]) -> tuple[list[str], list[str]] | 
     found = find_voc_lists(root)
     if found is None:
         return None
-    train, val = ([f"{path.parts[0]}/{path.stem}" for path in paths] for paths in found)
-    return train, val
+    train, val = found
+    names = [f"{path.parts[0]}/{path.stem}" for path in train]
+    return names, None if val is None else [f"{path.parts[0]}/{path.stem}" for path in val]
 
 
 def test_voc_validates_on_the_test_list(tmp_path: Path) -> None:
@@ -114,7 +154,9 @@ def test_voc_validates_on_the_test_list(tmp_path: Path) -> None:
 
 def test_voc_without_test_list(tmp_path: Path) -> None:
     assert find_lists(tmp_path, VOC2012=["train", "val", "trainval"]) == (["VOC2012/train"], ["VOC2012/val"])
-    assert find_lists(tmp_path / "other", mine=["trainval"]) is None
+    assert find_lists(tmp_path / "other", mine=["trainval"]) == (["mine/trainval"], None)
+    assert find_lists(tmp_path / "cvat", mine=["default"]) == (["mine/default"], None)
+    assert find_lists(tmp_path / "none", mine=["cat_train"]) is None
 
 
 # --------------------------------------------------------------------------------------------------------------- yolo

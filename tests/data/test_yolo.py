@@ -133,6 +133,20 @@ def test_only_the_last_folder_of_images_is_replaced(tmp_path: Path) -> None:
     assert len(read(root).records[0].boxes) == 1
 
 
+def test_labels_belong_to_the_upright_image(folder: Path) -> None:
+    """As in the tools that write YOLO's labels; a phone stores a photograph as its sensor sees it."""
+    tag = Image.Exif()
+    tag[0x0112] = 6  # a quarter turn to the right
+    stored = Image.new("RGB", (40, 20))
+    stored.paste((255, 255, 255), (0, 0, 20, 20))  # its left half, which is at the top of the upright image
+    stored.save(folder / "images" / "train" / "a.jpg", exif=tag, quality=95)
+    split = read_rows(folder, "0 0.5 0.25 1 0.5")
+    record = split.records[0]
+    assert (record.size, record.boxes.tolist()) == ((40, 20), [[0, 0, 20, 20]])
+    pixels = split.read(0)
+    assert pixels.shape == (3, 40, 20) and pixels[:, :19].min() > 200 and pixels[:, 21:].max() < 55
+
+
 def test_polygons_become_their_enclosing_boxes(folder: Path) -> None:
     split = read_rows(folder, "0 0.1 0.2 0.5 0.2 0.5 0.8\n1 0.5 0.5 0.2 0.4", outlines=True)
     record = split.records[0]

@@ -90,6 +90,7 @@ def build_split_from_tables(
     tally: Tally | None = None,
     describe_place: Callable[[int], str] | None = None,
     annotated: Collection[int] | None = None,
+    upright: bool = False,
 ) -> Split:
     """Builds a split from COCO's three tables.
 
@@ -133,7 +134,7 @@ def build_split_from_tables(
         name="/".join(source.absolute().parts[-2:]),
         class_names=class_names,
         records=records,
-        read=ImageFiles(paths=PackedPaths(images, kept), sizes=PackedSizes(sizes)),
+        read=ImageFiles(paths=PackedPaths(images, kept), sizes=PackedSizes(sizes), upright=upright),
         notes=tuple(_format_notes(tally, len(tables["annotations"]))),
         bad=bad,
     )

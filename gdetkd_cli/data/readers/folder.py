@@ -13,7 +13,7 @@ from gdetkd_cli.data.bad_images import BadImages
 from gdetkd_cli.data.image_files import FORMATS, ImageFiles, read_sizes
 from gdetkd_cli.data.split import Record, Split, is_in_part
 from gdetkd_cli.errors import DataError
-from gdetkd_cli.files import name_kind
+from gdetkd_cli.files import name_kind, walk_files
 
 
 def read_folder(folder: Path, which: Literal["train", "val", "all"] = "all", *, bad: BadImages | None = None) -> Split:
@@ -35,7 +35,7 @@ def read_folder(folder: Path, which: Literal["train", "val", "all"] = "all", *, 
         raise DataError(
             f"{folder} has {len(every)} images; expected at least 2, one of them for validation; add images"
         )
-    found = zip(paths, read_sizes(paths, [None] * len(paths), bad), strict=True)
+    found = zip(paths, read_sizes(paths, [None] * len(paths), bad, upright=True), strict=True)
     sizes = {path: size for path, size in found if size is not None}
     nothing = torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64)
     return Split(
@@ -44,7 +44,7 @@ def read_folder(folder: Path, which: Literal["train", "val", "all"] = "all", *, 
         records=[
             Record(number, size, *nothing, annotated=False) for number, size in enumerate(sizes.values(), start=1)
         ],
-        read=ImageFiles(paths=list(sizes), sizes=list(sizes.values())),
+        read=ImageFiles(paths=list(sizes), sizes=list(sizes.values()), upright=True),
         bad=bad,
     )
 
@@ -56,7 +56,7 @@ def check_no_labels(folder: Path) -> None:
         DataError: at least half of the images have a .txt, .xml or .json file of the same name.
     """
     images = {path.stem for path in find_images(folder)} if folder.is_dir() else set()
-    files = [path for path in folder.rglob("*") if path.suffix in (".txt", ".xml", ".json") and path.stem in images]
+    files = [path for path in walk_files(folder) if path.suffix in (".txt", ".xml", ".json") and path.stem in images]
     if images and 2 * len({path.stem for path in files}) >= len(images):
         raise DataError(
             f"{folder} has annotations in an unsupported format ({min(files).relative_to(folder)} and others); convert "
@@ -68,4 +68,4 @@ def check_no_labels(folder: Path) -> None:
 def find_images(folder: Path) -> Iterator[Path]:
     """Finds the image files in a folder and its subfolders, by the endings of their names."""
     known = {ending for ending, format in Image.registered_extensions().items() if format in FORMATS}
-    return (path for path in folder.rglob("*") if path.suffix.lower() in known and path.is_file())
+    return (path for path in walk_files(folder) if path.suffix.lower() in known)

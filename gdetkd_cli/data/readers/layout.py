@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from gdetkd_cli.data.readers.bdd100k import read_first_frame
 from gdetkd_cli.errors import DataError
-from gdetkd_cli.files import name_kind
+from gdetkd_cli.files import name_kind, walk_files
 
 _TRAIN = ("train",)
-_VAL = ("val", "valid", "validation", "test")  # the first match counts
+_VAL = ("val", "test")  # the first match counts
+_WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
 
 
 @dataclass(frozen=True)
@@ -30,8 +32,8 @@ def find_layout(root: Path, files: Mapping[Path, str] | None = None) -> Layout:
     """Finds COCO detection files and the folders of their images.
 
     A single file that is not named after the validation split is the training split. Otherwise the split is
-    recognised by the name of the file or its folder: ``train.json``,
-    ``annotations/instances_val2017.json``, ``valid/_annotations.coco.json``.
+    recognised by a word that begins with ``train``, ``val`` or ``test`` in the file's name, or else in its folder's:
+    ``train.json``, ``annotations/instances_val2017.json``, ``valid/_annotations.coco.json``.
 
     Args:
         root: the folder.
@@ -43,7 +45,8 @@ def find_layout(root: Path, files: Mapping[Path, str] | None = None) -> Layout:
     if not root.is_dir():
         raise DataError(f"{root}{name_kind(root)} is not a folder; name a folder with COCO annotations and images")
     found = find_detection_files(root) if files is None else files
-    train, val = (_find_split_file(found, root, words) for words in (_TRAIN, _VAL))
+    train = _find_split_file(found, root, _TRAIN)
+    val = _find_split_file((file for file in found if file != train), root, _VAL)
     if len(found) == 1 and val is None:
         train = next(iter(found))
     elif train is None or val is None:
@@ -77,11 +80,12 @@ def find_bdd100k(root: Path) -> Layout | None:
     return None
 
 
-def find_voc_lists(root: Path) -> tuple[list[Path], list[Path]] | None:
+def find_voc_lists(root: Path) -> tuple[list[Path], list[Path] | None] | None:
     """Finds Pascal VOC's lists of training and validation images, relative to the root; None if there are none.
 
     If a year has a list ``test``, that list is for validation and every year's ``trainval`` for training, as is usual.
-    Otherwise each year's ``train`` and ``val`` are used.
+    Otherwise each year's ``train`` and ``val`` are used. Without lists for validation there are those for training
+    alone, among them ``default``, as CVAT writes it.
     """
     train: list[Path] = []
     val: list[Path] = []
@@ -92,7 +96,10 @@ def find_voc_lists(root: Path) -> tuple[list[Path], list[Path]] | None:
         names = ("trainval", "train") if tests else ("train",)
         train += [there[name] for name in names if name in there][:1]
         val += [there[name] for name in ("test" if tests else "val",) if name in there]
-    return (train, val) if train and val else None
+    if train and val:
+        return train, val
+    whole = [there[name] for there in lists for name in ("trainval", "train", "default") if name in there][:1]
+    return (whole, None) if whole else None
 
 
 def _read_first_image(file: Path) -> str | None:
@@ -109,16 +116,33 @@ def _read_first_image(file: Path) -> str | None:
 
 
 def _find_split_file(files: Iterable[Path], root: Path, words: tuple[str, ...]) -> Path | None:
+    """Finds the file of a split; ``train`` comes before ``trainval``, which is for training as well."""
+    splits = {file: _name_split(file.relative_to(root)) for file in files}
     for word in words:
-        for file in files:
-            if any(word in part.lower() for part in file.relative_to(root).parts):
-                return file
+        found = [(len(splits[file]), file) for file in splits if splits[file].startswith(word)]
+        if found:
+            return min(found)[1]
     return None
 
 
+def _name_split(path: Path) -> str:
+    """Returns the word that names a split, of the file's name if it has one, or else of the nearest folder's."""
+    for part in reversed(path.parts):
+        for word in _WORD.findall(part):
+            if word.lower().startswith((*_TRAIN, *_VAL)):
+                return word.lower()
+    return ""
+
+
 def _find_image_folder(file: Path, name: str, root: Path) -> Path:
-    nested = (folder for folder in sorted(root.glob("**/*")) if folder.is_dir())
-    for folder in (file.parent, root / "images", root, *nested):
-        if os.path.isfile(folder / name):
-            return folder
-    raise DataError(f"{file} names the image {name}, which is nowhere in {root}; put the images there")
+    """Finds the folder of a split's images: one that is called like the file or its split, or else the first one."""
+    nested = dict.fromkeys(path.parent for path in walk_files(root) if path.name == Path(name).name)
+    above = {parent for folder in nested for parent in folder.parents if parent.is_relative_to(root)}
+    places = dict.fromkeys((file.parent, root / "images", root, *sorted(nested.keys() | above)))
+    found = [folder for folder in places if os.path.isfile(folder / name)]
+    if not found:
+        raise DataError(f"{file} names the image {name}, which is nowhere in {root}; put the images there")
+    called = [folder for folder in found if folder != root and folder.name in file.stem]
+    split = _name_split(file.relative_to(root))
+    alike = [folder for folder in found if split and _name_split(folder.relative_to(root)) == split]
+    return next(iter([*called, *alike, *found]))

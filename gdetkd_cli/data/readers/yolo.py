@@ -76,7 +76,7 @@ def read_yolo(
         )
     tally = Tally(problems)
     places: list[tuple[Path, int]] = []
-    sizes = read_sizes(paths, [None] * len(paths), bad)
+    sizes = read_sizes(paths, [None] * len(paths), bad, upright=True)
     return build_split_from_tables(
         _build_tables(zip(paths, sizes, labels, strict=True), config, tally, places),
         source=sources[0],
@@ -87,6 +87,7 @@ def read_yolo(
         tally=tally,
         describe_place=lambda index: _describe_line(*places[index]),
         annotated={number for number, file in enumerate(labels, start=1) if file is not None},
+        upright=True,
     )
 
 
