@@ -66,7 +66,8 @@ def run_eval(
     found = load_teacher(target, classes)
     if found is not None:
         recipe, teacher = found
-        split = assembly.build_split(data or recipe.data, "val")
+        labels = None if data else RunFolder(Path(target).parent).find_labels()
+        split = assembly.build_split(data or recipe.data, "val", labels)
         subject = build_block(teacher, device, split.class_names, observer)
     else:
         path = catalog.locate(target)

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from gdetkd_cli.assembly.warnings import warn_about_weights
-from gdetkd_cli.commands.export_images import arrange_batches, read_calibration, read_parity_images
+from gdetkd_cli.commands.export_images import arrange_batches, find_calibration, read_parity_images
 from gdetkd_cli.detectors import catalog
 from gdetkd_cli.detectors.protocol import Detector
 from gdetkd_cli.engine.events import Note, Observer, report_every, silent
@@ -209,11 +209,12 @@ def _reduce(
             write_half(whole, fresh)
             name, exporter = "onnx float16", "gdetkd, float16 layers and float32 boxes"
         else:
-            calibration = read_calibration(source, observer)
-            observer(Note(f"measuring the ranges of 8-bit numbers on {len(calibration)} images"))
-            progress = report_every(observer, "ranges measured on", len(calibration))
+            calibration = find_calibration(source, observer)
+            count = len(calibration.sizes)
+            observer(Note(f"measuring the ranges of 8-bit numbers on {count} images"))
+            progress = report_every(observer, "ranges measured on", count)
             write_int8(whole, fresh, calibration, progress)
-            name, exporter = "onnx int8", f"onnxruntime's static quantisation on {len(calibration)} images"
+            name, exporter = "onnx int8", f"onnxruntime's static quantisation on {count} images"
         parity = _compare(detector, OnnxDetector(fresh), images)
         fresh.rename(path)
     finally:

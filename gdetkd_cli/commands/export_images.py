@@ -6,7 +6,7 @@ Shapes: images (3, H, W) in 0..1.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import cycle
+from itertools import cycle, islice
 from math import ceil
 from pathlib import Path
 
@@ -14,9 +14,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from gdetkd_cli import assembly
+from gdetkd_cli.data.split import Split
 from gdetkd_cli.engine.events import Note, Observer
 from gdetkd_cli.engine.run_folder import RunFolder
 from gdetkd_cli.errors import DataError, RecipeError
+from gdetkd_cli.export.reduced import CalibrationImages
 from gdetkd_cli.recipe.load import load_recipe
 from gdetkd_cli.recipe.schema import Data, SyntheticData
 
@@ -55,8 +57,8 @@ def arrange_batches(images: Sequence[Tensor], batch: int) -> list[Tensor]:
     return arranged
 
 
-def read_calibration(source: Path, observer: Observer) -> list[Tensor]:
-    """Reads training images of the detector's run, evenly chosen; else synthetic scenes."""
+def find_calibration(source: Path, observer: Observer) -> CalibrationImages:
+    """Finds training images of the detector's run, evenly chosen; else synthetic scenes."""
     recipe = source.parent / "recipe.yaml"
     data: Data = SyntheticData(train_images=_CALIBRATION_IMAGES)
     if recipe.exists():
@@ -64,16 +66,24 @@ def read_calibration(source: Path, observer: Observer) -> list[Tensor]:
     else:
         observer(Note(f"warning: {source} has no recipe.yaml with its data beside it, so synthetic scenes are used"))
     split = assembly.build_split(data, "train", RunFolder(source.parent).find_labels())
+    assembly.report_bad_images([split], observer)
     chosen = range(0, len(split), ceil(len(split) / _CALIBRATION_IMAGES))
-    return [split.read(index).float() / 255 for index in chosen]
+    return CalibrationImages([split.records[index].size for index in chosen], lambda i: _read(split, chosen[i]))
+
+
+def _read(split: Split, index: int) -> Tensor | None:
+    image = split.read_if_whole(index)
+    return None if image is None else image.float() / 255
 
 
 def _read_stretched(data: Data) -> list[Tensor]:
     if isinstance(data, SyntheticData):  # building the split draws every scene, so draw only a few
         data = data.model_copy(update={"val_images": min(data.val_images, len(_STRETCHES)), "fold": None})
-    split = assembly.build_split(data, "val")
-    indices = range(min(len(split), len(_STRETCHES)))
-    images = [split.read(index).float() / 255 for index in indices]
+    split = assembly.read_split(data, "val")
+    read = (image for index in range(len(split)) if (image := _read(split, index)) is not None)
+    images = list(islice(read, len(_STRETCHES)))
+    if not images:
+        raise DataError(f"no image of {split.name} can be read")
     return [_stretch(image, by) for image, by in zip(cycle(images), _STRETCHES, strict=False)]
 
 

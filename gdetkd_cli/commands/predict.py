@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,12 +11,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from gdetkd_cli import portable
+from gdetkd_cli import assembly, portable
 from gdetkd_cli.commands.subject import Stopwatch, Subject, build_block, choose_device, load_teacher, open_file
 from gdetkd_cli.data.sources import Source, find_sources
 from gdetkd_cli.detectors import catalog
 from gdetkd_cli.engine.events import Note, Observer, report_every, silent
 from gdetkd_cli.errors import DataError, GDetKDError, ModelError
+from gdetkd_cli.recipe.schema import Data
 from gdetkd_cli.report.predictions import PredictedImage, draw_detections, list_rows, write_coco, write_csv, write_yolo
 from gdetkd_cli.structures import Detections
 
@@ -107,6 +109,7 @@ def run_predict(
     device = choose_device()
     subject = _open(model, options.classes, device, observer)
     names = subject.class_names
+    _create_folders(options)
     for name in options.only:
         if name not in names:
             raise ModelError(f"{model} has no class {name!r}{portable.suggest(name, names)}; it has {', '.join(names)}")
@@ -141,9 +144,18 @@ def _open(model: str, classes: Sequence[str], device: torch.device, observer: Ob
     found = load_teacher(model, classes)
     if found is not None:
         recipe, teacher = found
-        names = tuple(getattr(recipe.data, "classes", None) or ())
-        return build_block(teacher, device, names, observer)
+        return build_block(teacher, device, _find_class_names(recipe.data), observer)
     return open_file(catalog.locate(model), device, observer, classes=classes)
+
+
+def _find_class_names(data: Data) -> tuple[str, ...]:
+    """Returns the class names of a recipe's data; none if the data are not on this machine."""
+    if names := getattr(data, "classes", None):
+        return tuple(names)
+    try:
+        return assembly.read_split(data, "val").class_names
+    except DataError:
+        return ()
 
 
 def _predict(
@@ -181,6 +193,24 @@ def _check_new(options: PredictOptions) -> None:
             continue
         if path.exists():
             raise GDetKDError(f"{path} already exists; choose another one with {option}")
+    named: dict[Path, str] = {}
+    for option, path in _list_targets(options).items():
+        if path is not None and (other := named.setdefault(path.resolve(), option)) != option:
+            raise GDetKDError(f"{other} and {option} both name {path}; name two different ones")
+
+
+def _create_folders(options: PredictOptions) -> None:
+    """Creates the folders to write into, so that a mistake shows before the first image."""
+    for option, path in _list_targets(options).items():
+        if path is None:
+            continue
+        folder = path if option in ("--save", "--yolo") else path.parent
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise GDetKDError(f"{folder} cannot be created ({error.strerror}); change {option}") from error
+        if not os.access(folder, os.W_OK):
+            raise GDetKDError(f"{folder} cannot be written to; choose another folder with {option}")
 
 
 def _check_stems(sources: Sequence[Source]) -> None:
@@ -193,9 +223,6 @@ def _check_stems(sources: Sequence[Source]) -> None:
 
 
 def _write(images: Sequence[PredictedImage], class_names: Sequence[str], options: PredictOptions) -> None:
-    for path in (options.coco, options.csv):
-        if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
     if options.coco is not None:
         write_coco(options.coco, images, class_names)
     if options.csv is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from csv import DictReader
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,18 +14,19 @@ from gdetkd_cli import assembly
 from gdetkd_cli.commands.evaluate import run_eval
 from gdetkd_cli.commands.measure import read_measured
 from gdetkd_cli.compare.trials import find_finished_trials
+from gdetkd_cli.data.folds import select_images
 from gdetkd_cli.data.split import Split
 from gdetkd_cli.engine.events import Note, Observer, silent
 from gdetkd_cli.engine.run_folder import RunFolder
 from gdetkd_cli.errors import DataError, RunFolderError
 from gdetkd_cli.evaluation.coco_metrics import evaluate_coco
-from gdetkd_cli.evaluation.predict import list_predicted
 from gdetkd_cli.evaluation.stored import read_detections
 from gdetkd_cli.recipe.load import load_recipe
 from gdetkd_cli.recipe.methods import NONE
 from gdetkd_cli.recipe.schema import Recipe
 from gdetkd_cli.report.contents import Contents, Shown
 from gdetkd_cli.report.write import write_report
+from gdetkd_cli.structures import Detections
 
 _FULL = "gdetkd"  # the method that stands for distillation, if it is in the table
 
@@ -160,11 +161,12 @@ def _collect(found: _Runs) -> Contents:
     recipe = load_recipe(source)
     split, reason = _read_split(recipe, [folder for folder in (main, RunFolder(found.home)) if folder])
     measured = {} if found.distilled is None else read_measured(found.distilled)
-    shown = [
-        _show_teacher(found, measured.get("teacher"), split),
+    students = [
         found.alone and _show_run(found.alone, "alone", split),
         found.distilled and _show_run(found.distilled, "distilled", split),
     ]
+    split = _leave_out_bad_images(split, [one.detections for one in students if one and one.detections])
+    shown = [_show_teacher(found, measured.get("teacher"), split), *students]
     table = found.home / "table.csv"
     drawn = {} if main is None else {name: main.pyramids / f"{name}.jpg" for name in ("student", "teacher")}
     environment = {} if main is None or not main.environment.exists() else json.loads(main.environment.read_text())
@@ -190,6 +192,14 @@ def _read_split(recipe: Recipe, folders: Sequence[RunFolder]) -> tuple[Split | N
         return assembly.build_split(recipe.data, "val", labels), ""
     except (DataError, OSError) as error:
         return None, f"{error}."
+
+
+def _leave_out_bad_images(split: Split | None, predicted: Sequence[Mapping[int, Detections]]) -> Split | None:
+    """Returns the split without the images that a run left out because they could not be read."""
+    if split is None or split.bad is None:
+        return split
+    records = enumerate(split.records)
+    return select_images(split, [i for i, record in records if all(record.image_id in one for one in predicted)])
 
 
 def _show_run(folder: RunFolder, role: Any, split: Split | None) -> Shown:
@@ -223,8 +233,7 @@ def _show_teacher(found: _Runs, cost: dict[str, Any] | None, split: Split | None
         return shown
     detections = read_detections(stored).relabel(split.class_names)
     shown = replace(shown, detections=detections)
-    records = list_predicted(split, detections) if split.bad is not None and shown.metrics else split.records
-    if {record.image_id for record in records} <= detections.keys():
-        metrics = evaluate_coco(records, split.class_names, detections).to_json()
+    if {record.image_id for record in split.records} <= detections.keys():
+        metrics = evaluate_coco(split.records, split.class_names, detections).to_json()
         shown = replace(shown, metrics=metrics)
     return shown

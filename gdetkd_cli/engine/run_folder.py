@@ -124,7 +124,7 @@ class RunFolder:
 
     def find_labels(self) -> Path | None:
         """Returns the folder of the teacher's labels, if the run has any."""
-        return self.labels if self.labels.is_dir() else None
+        return self.labels if (self.labels / "val.json").is_file() else None
 
     def is_empty(self) -> bool:
         """Whether the folder has no file except its lock."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +115,7 @@ class OnnxDetector:
         if not self._batched:
             return [Detections(*self._run(INPUT, image)) for image in images]
         found: dict[int, Detections] = {}
-        for places in group_by_size(images, self.batch):
+        for places in group_by_size((image.shape for image in images), self.batch):
             stacked = torch.stack([images[place] for place in places])
             absent = stacked.new_zeros((max(0, self.batch - len(places)), *stacked.shape[1:]))
             boxes, scores, labels, counts = self._run(BATCH_INPUT, torch.cat([stacked, absent]))
@@ -134,11 +134,11 @@ class OnnxDetector:
         return [torch.from_numpy(array) for array in outputs]
 
 
-def group_by_size(images: Sequence[Tensor], most: int) -> Iterator[list[int]]:
-    """Yields the places of images (3, H, W) of one size, at most ``most`` together; 0: all of a size."""
-    by_size: dict[torch.Size, list[int]] = {}
-    for place, image in enumerate(images):
-        by_size.setdefault(image.shape, []).append(place)
+def group_by_size(sizes: Iterable[tuple[int, ...]], most: int) -> Iterator[list[int]]:
+    """Yields the places of images of one size, at most ``most`` together; 0: all of a size."""
+    by_size: dict[tuple[int, ...], list[int]] = {}
+    for place, size in enumerate(sizes):
+        by_size.setdefault(size, []).append(place)
     for places in by_size.values():
         step = most or len(places)
         yield from (places[start : start + step] for start in range(0, len(places), step))

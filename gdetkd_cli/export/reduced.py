@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import cycle, islice
 from pathlib import Path
 
@@ -72,15 +73,28 @@ def _halve_layer(node: NodeProto, weights: dict[str, TensorProto], graph: GraphP
     yield onnx.helper.make_node("Cast", [output], [name], to=TensorProto.FLOAT)
 
 
+@dataclass(frozen=True)
+class CalibrationImages:
+    """Images that are read when their turn comes, because a hundred large ones may not fit into the memory.
+
+    Attributes:
+        sizes: (height, width) pixels of each.
+        read: reads one as (3, H, W) in 0..1; None if it is left out.
+    """
+
+    sizes: Sequence[tuple[int, int]]
+    read: Callable[[int], Tensor | None]
+
+
 def write_int8(
-    source: Path, path: Path, images: Sequence[Tensor], progress: Callable[[int], None] | None = None
+    source: Path, path: Path, images: CalibrationImages, progress: Callable[[int], None] | None = None
 ) -> None:
     """Writes an ONNX file whose weighted layers compute with 8 bits, by onnxruntime's static quantisation.
 
     Args:
         source: the float32 file.
         path: the file to write.
-        images: (3, H, W) in 0..1; the ranges of all values are measured on these.
+        images: the ranges of all values are measured on these.
         progress: gets the number of images done.
 
     Raises:
@@ -125,16 +139,18 @@ def write_int8(
 
 
 def _list_feeds(
-    source: Path, images: Sequence[Tensor], progress: Callable[[int], None] | None
+    source: Path, images: CalibrationImages, progress: Callable[[int], None] | None
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Yields the inputs of a file for images (3, H, W); a batch that is not full has some of its images twice."""
+    """Yields the inputs of a file for images; a batch that is not full has some of its images twice."""
     given = onnx.load(source).graph.input[0]
     batched = given.name == BATCH_INPUT
     batch = (batched and given.type.tensor_type.shape.dim[0].dim_value) or 1  # 1, if the file takes any number
     done = 0
-    for places in group_by_size(images, batch):
-        filled = torch.stack([images[place] for place in islice(cycle(places), batch)])
-        yield {BATCH_INPUT: filled.numpy()} if batched else {INPUT: filled[0].numpy()}
+    for places in group_by_size(images.sizes, batch):
+        found = [image for place in places if (image := images.read(place)) is not None]
+        if found:
+            filled = torch.stack(list(islice(cycle(found), batch)))
+            yield {BATCH_INPUT: filled.numpy()} if batched else {INPUT: filled[0].numpy()}
         done += len(places)
         if progress is not None:
             progress(done)

@@ -48,7 +48,7 @@ class Contents:
     Attributes:
         title: of the page.
         shown: at most one detector of each role, in the order of ``TITLES``.
-        split: the validation images and their truth; None if they cannot be read.
+        split: the validation images that the runs could read, and their truth; None if there are none.
         without_split: why there is no split.
         table: rows of a comparison's table.csv; empty for other runs.
         trials: which trials of a comparison stand for their methods, in words.
@@ -80,11 +80,8 @@ class Contents:
         """The detectors with detections on all images of the split."""
         if self.split is None:
             return ()
-        bad = self.split.bad is not None
         ids = {record.image_id for record in self.split.records}
-        return tuple(
-            one for one in self.shown if one.detections and (ids <= one.detections.keys() or (bad and one.metrics))
-        )
+        return tuple(one for one in self.shown if one.detections and ids <= one.detections.keys())
 
     @cached_property
     def matches(self) -> dict[Role, Matches]:

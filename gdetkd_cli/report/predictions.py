@@ -38,7 +38,10 @@ class PredictedImage:
 
 
 def draw_detections(pixels: Tensor, detections: Detections, class_names: Sequence[str], path: Path) -> None:
-    """Draws boxes with class and score into an image (3, H, W) uint8, and writes it; the suffix chooses the format."""
+    """Draws boxes with class and score into an image (3, H, W) uint8, and writes it.
+
+    The suffix chooses the format; a path with another suffix gets ``.png`` at its end.
+    """
     colours = [
         "#" + "".join(f"{round(255 * part):02x}" for part in colour)
         for colour in matplotlib.colormaps["tab20"].colors  # type: ignore[attr-defined]  # a ListedColormap
@@ -61,6 +64,8 @@ def draw_detections(pixels: Tensor, detections: Detections, class_names: Sequenc
             fill_labels=True,
         )
     path.parent.mkdir(parents=True, exist_ok=True)
+    if Image.registered_extensions().get(path.suffix.lower()) not in Image.SAVE:
+        path = path.with_name(f"{path.name}.png")
     Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(path)
 
 

@@ -8,8 +8,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from gdetkd_cli.data.split import Split
 from gdetkd_cli.detectors.protocol import Detector
 from gdetkd_cli.detectors.torchvision.common import get_device
+from gdetkd_cli.knowledge.teacher import RememberedTeacher
 from gdetkd_cli.probing.formats.runner import CALLS
 from gdetkd_cli.probing.outputs import ROWS
 from gdetkd_cli.probing.pyramid import probe_image
@@ -85,9 +87,16 @@ def measure_level(features: Tensor) -> dict[str, float | None]:
     return {name: value if math.isfinite(value) else None for name, value in statistics.items()}
 
 
-def describe_pyramid(detector: Detector, *, source: str, size: tuple[int, int]) -> PyramidReport:
-    """Describes a detector's pyramid in pixels of an image of ``size`` (height, width)."""
-    return describe_on_image(detector, probe_image(size), source=source, format="run", classes=None)[0]
+def describe_pyramid(detector: Detector, *, source: str, split: Split) -> PyramidReport:
+    """Describes a detector's pyramid in pixels of a split's first image.
+
+    The detector sees a pattern of that size. A stored teacher knows the split's images alone, so it sees one of them.
+    """
+    image = probe_image(split.records[0].size)
+    if isinstance(detector, RememberedTeacher) and not detector.live:
+        image = split.read_first().float() / 255
+        image = image if detector.views[0] else image.flip(-1)
+    return describe_on_image(detector, image, source=source, format="run", classes=None)[0]
 
 
 def describe_on_image(

@@ -10,6 +10,9 @@ import pytest
 import toy
 
 from gdetkd_cli.commands import check_recipe, run_distill, run_eval
+from gdetkd_cli.commands.export_images import find_calibration, read_parity_images
+from gdetkd_cli.commands.report import _collect, _find_runs, run_report
+from gdetkd_cli.engine.events import silent
 from gdetkd_cli.errors import DataError
 from gdetkd_cli.recipe.schema import Recipe
 
@@ -41,6 +44,13 @@ def test_a_run_without_the_torn_images(tmp_path: Path) -> None:
     assert sorted(Path(line.partition("\t")[0]).name for line in lines) == ["1.png", "4.png"]
     assert [path.name for path in (run.run / "images").iterdir()] == ["00.png"]
     assert run_eval(str(run.run), data=None).metrics == run.metrics
+    # The report counts the objects of one image alone, and 8-bit ranges are measured on two.
+    run_report([run.run])
+    contents = _collect(_find_runs([run.run]))
+    assert contents.split is not None and len(contents.split) == 1 and contents.complete
+    assert next(image.shape for image in read_parity_images(run.run / "student.pt", silent)) == (3, 64, 64)
+    calibration = find_calibration(run.run / "student.pt", silent)
+    assert [calibration.read(place) is None for place in range(3)] == [False, True, False]
 
 
 def test_the_limit_and_the_default_end_the_run(tmp_path: Path) -> None:
@@ -64,3 +74,6 @@ def test_a_folder_that_the_teacher_labels(tmp_path: Path) -> None:
     labelled = json.loads((run / "labels" / "train.json").read_text())["images"]
     assert [image["file_name"] for image in labelled] == [f"{i:02d}.png" for i in (1, 2, 4, 6, 7, 8, 9, 11)]
     assert len((run / "bad_images.txt").read_text().splitlines()) == 2
+    # The teacher of the run's own recipe is evaluated on the labels in its folder, as `report --teacher` does.
+    assert run_eval(str(run / "recipe.yaml"), data=None).metrics.images > 0
+    assert len(read_parity_images(run / "student.pt", silent)) == 6

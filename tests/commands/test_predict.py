@@ -20,6 +20,7 @@ from gdetkd_cli.data.sources import find_sources
 from gdetkd_cli.data.synthetic import draw_split
 from gdetkd_cli.detectors import catalog
 from gdetkd_cli.errors import DataError, GDetKDError, ModelError
+from gdetkd_cli.recipe.load import load_recipe
 
 TEACHER = "builtin:shapes-teacher"
 
@@ -135,6 +136,24 @@ def test_an_unreadable_image_is_left_out_and_named(photos: Path) -> None:
         run_predict(TEACHER, [str(photos / "broken.png")])
 
 
+def test_an_image_of_another_ending_is_drawn_as_png(photos: Path, tmp_path: Path) -> None:
+    (photos / "more" / "b.png").rename(photos / "b.jpg_large")
+    run_predict(TEACHER, [str(photos / "*.*")], PredictOptions(save=tmp_path / "drawn"))
+    assert sorted(path.name for path in (tmp_path / "drawn").iterdir()) == ["a.png", "b.jpg_large.png"]
+
+
+def test_a_recipe_names_its_classes_by_its_data(photos: Path, tmp_path: Path) -> None:
+    """Weights of a state_dict have no class names."""
+    loaded = catalog.load(catalog.locate(TEACHER))
+    torch.save(loaded.detector.module.state_dict(), tmp_path / "weights.pt")
+    recipe = load_recipe("shapes/frcnn-frcnn").model_dump(mode="json")
+    block = loaded.description | {"arch": "composed", "weights": str(tmp_path / "weights.pt")}
+    recipe["teacher"] = {name: value for name, value in block.items() if name != "kind"}
+    (tmp_path / "my.yaml").write_text(json.dumps(recipe))
+    found = run_predict(str(tmp_path / "my.yaml"), [str(photos)])
+    assert found.per_class == run_predict(TEACHER, [str(photos)]).per_class
+
+
 def test_mistakes(photos: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"nothing/\*\.jpg holds no image and no video; give a file, a folder"):
         run_predict(TEACHER, ["nothing/*.jpg"])
@@ -147,5 +166,9 @@ def test_mistakes(photos: Path, tmp_path: Path) -> None:
     (tmp_path / "here.csv").touch()
     with pytest.raises(GDetKDError, match=r"here\.csv already exists; choose another one with --csv"):
         run_predict(TEACHER, [str(photos)], PredictOptions(csv=tmp_path / "here.csv"))
+    with pytest.raises(GDetKDError, match=r"--coco and --csv both name .*one; name two different ones"):
+        run_predict(TEACHER, [str(photos)], PredictOptions(coco=tmp_path / "one", csv=tmp_path / "x" / ".." / "one"))
+    with pytest.raises(GDetKDError, match=r"here\.csv/in cannot be created \(Not a directory\); change --coco"):
+        run_predict(TEACHER, [str(photos)], PredictOptions(coco=tmp_path / "here.csv" / "in" / "found.json"))
     with pytest.raises(GDetKDError, match="photos already exists; choose another one with --save"):
         run_predict(TEACHER, [str(photos)], PredictOptions(save=photos))

@@ -25,7 +25,7 @@ from gdetkd_cli.evaluation.exported import OnnxDetector, group_by_size
 from gdetkd_cli.export.batch import _pad
 from gdetkd_cli.export.onnx import ANY, export_onnx
 from gdetkd_cli.export.parity import Cut, build_empty_image, check_parity
-from gdetkd_cli.export.reduced import write_half, write_int8
+from gdetkd_cli.export.reduced import CalibrationImages, write_half, write_int8
 from gdetkd_cli.recipe.schema import SyntheticData
 
 Lively = Callable[..., tuple[Detector, dict[str, Any]]]
@@ -52,8 +52,9 @@ def test_padding() -> None:
 
 def test_images_of_one_size_are_grouped() -> None:
     images = [torch.zeros(3, height, 8) for height in (4, 5, 4, 4, 5)]
-    assert list(group_by_size(images, 2)) == [[0, 2], [3], [1, 4]]
-    assert list(group_by_size(images, 0)) == [[0, 2, 3], [1, 4]]
+    sizes = [image.shape for image in images]
+    assert list(group_by_size(sizes, 2)) == [[0, 2], [3], [1, 4]]
+    assert list(group_by_size(sizes, 0)) == [[0, 2, 3], [1, 4]]
     assert list(group_by_size([], 0)) == []
 
 
@@ -165,7 +166,8 @@ def test_a_detr_like_detector_takes_any_number(name: str, tmp_path: Path) -> Non
     assert parity.images == 6
     if name == "d_fine":
         write_half(path, tmp_path / "half.onnx")
-        write_int8(path, tmp_path / "int8.onnx", images)
+        sizes = [(image.shape[1], image.shape[2]) for image in images]
+        write_int8(path, tmp_path / "int8.onnx", CalibrationImages(sizes, images.__getitem__))
         for file in ("half.onnx", "int8.onnx"):
             parity = check_parity(
                 detector, OnnxDetector(tmp_path / file), images, cut=Cut.of(detector.module), together=True

@@ -17,7 +17,7 @@ from gdetkd_cli.commands import run_eval, run_export
 from gdetkd_cli.errors import ExportError
 from gdetkd_cli.evaluation.exported import OnnxDetector
 from gdetkd_cli.export.onnx import export_onnx
-from gdetkd_cli.export.reduced import write_half, write_int8
+from gdetkd_cli.export.reduced import CalibrationImages, write_half, write_int8
 from gdetkd_cli.recipe.schema import SyntheticData
 
 TEACHER = "builtin:shapes-teacher"
@@ -67,19 +67,23 @@ def test_reduced_files_are_smaller_and_as_good(exported: Any) -> None:
     assert quantised == pytest.approx(expected, abs=8)
 
 
+def draw_images() -> CalibrationImages:
+    """Two images, and one that cannot be read."""
+    return CalibrationImages([(64, 96)] * 3, lambda place: torch.rand(3, 64, 96) if place != 1 else None)
+
+
 def test_an_image_without_detections(tmp_path: Path, tiny_detector: Callable[..., Any]) -> None:
     detector = tiny_detector("fcos")
     detector.module.score_thresh = 0.0
     export_onnx(detector, tmp_path / "whole.onnx", architecture={})
     write_half(tmp_path / "whole.onnx", tmp_path / "half.onnx")
-    write_int8(tmp_path / "whole.onnx", tmp_path / "int8.onnx", [torch.rand(3, 64, 96) for _ in range(2)])
+    write_int8(tmp_path / "whole.onnx", tmp_path / "int8.onnx", draw_images())
     detector.module.score_thresh = 1.0
     export_onnx(detector, tmp_path / "silent.onnx", architecture={})
     write_half(tmp_path / "silent.onnx", tmp_path / "silent-half.onnx")
     done: list[int] = []
-    images = [torch.rand(3, 64, 96) for _ in range(2)]
-    write_int8(tmp_path / "silent.onnx", tmp_path / "silent-int8.onnx", images, done.append)
-    assert done == [1, 2]
+    write_int8(tmp_path / "silent.onnx", tmp_path / "silent-int8.onnx", draw_images(), done.append)
+    assert done == [1, 2, 3]
     for name, count in (("half", True), ("int8", True), ("silent-half", False), ("silent-int8", False)):
         (found,) = OnnxDetector(tmp_path / f"{name}.onnx").predict([torch.rand(3, 80, 72)])
         assert bool(len(found.scores)) is count, name
