@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -82,17 +81,21 @@ def remember_teacher(
         return teacher
     if options.teacher_cache_dir is not None and folder is not None:
         folder = Path(options.teacher_cache_dir)
-    in_memory = _choose_quota(options.teacher_cache_gb, lambda: psutil.virtual_memory().available / processes)
+    free = int(psutil.virtual_memory().available / processes)
+    in_memory = _choose_quota(options.teacher_cache_gb, free)
     mode = options.teacher_cache
     if mode == "auto":
         needed = estimate_bytes(recipe, teacher.detector, train)
+        in_memory = min(in_memory, _choose_quota("auto", free))  # the quota may be meant for the disk
         mode = "memory" if needed <= in_memory and options.teacher_cache_dir is None else "disk"
         tell(f"teacher cache: {mode}, about {needed / 1e9:.3g} GB for {len(train) * sum(list_views(recipe))} views")
     store: Store
     if mode == "disk" and folder is not None:
         claim_folder(folder, describe_teacher(recipe, teacher.detector))
-        most = _choose_quota(options.teacher_cache_gb, lambda: shutil.disk_usage(folder).free)
-        store = DiskStore(folder / "views", most, tell)
+        views = folder / "views"
+        # What is stored already counts as free, because the quota is for all of the store.
+        free = shutil.disk_usage(folder).free + DiskStore(views, None, tell).used
+        store = DiskStore(views, _choose_quota(options.teacher_cache_gb, free), tell)
     else:
         store = MemoryStore(in_memory, tell)
     return replace(teacher, detector=remember(teacher.detector, store))
@@ -160,7 +163,7 @@ def estimate_bytes(recipe: Recipe, teacher: Detector, train: Split, *, int8: boo
     training = module.training
     module.eval()
     device = next((tensor.device for tensor in module.state_dict().values()), None)
-    image = train.read(len(train) // 2).to(device).float() / 255
+    image = train.read_first(start=len(train) // 2).to(device).float() / 255
     packed = RememberedTeacher(teacher, MemoryStore(0, lambda _: None), int8=int8).compute([image])[0]
     module.train(training)
     return count_bytes(packed) * len(train) * sum(list_views(recipe))
@@ -203,6 +206,6 @@ def claim_folder(folder: Path, key: dict[str, Any]) -> None:
         )
 
 
-def _choose_quota(gb: float | str, free: Callable[[], float]) -> int:
-    """Bytes that a store may use."""
-    return int(gb * 1e9) if isinstance(gb, float | int) else int(free() * _AUTO_SHARE)
+def _choose_quota(gb: float | str, free: int) -> int:
+    """Bytes that a store may use, where ``free`` bytes are free."""
+    return int(gb * 1e9) if isinstance(gb, float | int) else int(free * _AUTO_SHARE)

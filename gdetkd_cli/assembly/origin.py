@@ -14,7 +14,7 @@ from gdetkd_cli.errors import RecipeError
 from gdetkd_cli.knowledge.folder import KEY_FILE
 from gdetkd_cli.recipe.differences import find_changed_fields
 from gdetkd_cli.recipe.load import validate_recipe
-from gdetkd_cli.recipe.schema import CheckpointDetector, Detector, KnowledgeDetector, Recipe
+from gdetkd_cli.recipe.schema import CheckpointDetector, Detector, KnowledgeDetector, Recipe, TransformersDetector
 
 # Fields that do not change the student, or whose content is compared instead: a folder may move.
 _MAY_DIFFER = {
@@ -83,11 +83,24 @@ def _hash_split(split: Split) -> str:
 
 
 def hash_detector(spec: Detector | None) -> str | None:
-    """Hashes the file of a detector's weights; None without a file."""
+    """Hashes the file of a detector's weights, or the files of a folder of transformers; None without a file."""
     if isinstance(spec, KnowledgeDetector):
         return hashlib.sha256((Path(spec.path) / KEY_FILE).read_bytes()).hexdigest()
+    if isinstance(spec, TransformersDetector):
+        return _hash_folder(Path(spec.model)) if spec.model and Path(spec.model).is_dir() else None
     name = spec.path if isinstance(spec, CheckpointDetector) else getattr(spec, "weights", None)
     if name is None or not (name.startswith("builtin:") or Path(name).exists()):
         return None  # fresh weights, or a name that torchvision publishes
-    with catalog.locate(name).open("rb") as file:
+    path = catalog.locate(name)
+    return _hash_folder(path.parent) if path.name == "config.json" else _hash_file(path)
+
+
+def _hash_folder(folder: Path) -> str:
+    """Hashes the configuration and the weights in a folder of transformers."""
+    files = sorted(path for path in folder.iterdir() if path.suffix in (".json", ".safetensors"))
+    return hashlib.sha256(json.dumps([[path.name, _hash_file(path)] for path in files]).encode()).hexdigest()
+
+
+def _hash_file(path: Path) -> str:
+    with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -60,7 +60,7 @@ def run_advise(
         share: of the recipe's steps that each run takes, above 0 and at most 1.
         methods: to try beside plain training, as in ``select_method``.
         seeds, jobs: as in ``run_compare``.
-        output: folder of the runs; default: ``runs/advise-NAME``.
+        output: folder of the runs; default: ``runs/advise-NAME-STEPS``, with the steps of the short runs.
         observer: receives progress.
 
     Raises:
@@ -68,7 +68,7 @@ def run_advise(
     """
     whole = scale_to_batch(require_distillation(recipe), processes=1)
     short = shorten(whole, 1 / share)
-    folder = output or Path("runs") / f"advise-{recipe.name}"
+    folder = output or Path("runs") / f"advise-{recipe.name}-{short.train.steps}"
     comparison = run_compare(short, methods=(NONE, *methods), seeds=seeds, jobs=jobs, output=folder, observer=observer)
     rows = [row for row in comparison.rows if row.steps == short.train.steps]
     verdict = judge(rows, comparison.teacher_ap, whole.train.steps / short.train.steps)

@@ -80,7 +80,7 @@ def run_init(
     }
     valid = require_distillation(Recipe.model_validate(recipe))
     pair = assembly.build_recipe_pair(valid, train.class_names)
-    checked = check_pair(valid, str(output), pair, (student, teacher), (short, long), observer)
+    checked = check_pair(valid, str(output), pair, (student, teacher), train, observer)
     _write(output, _format_checked(recipe, checked, count_epochs(valid, len(train))), recipe)
     return checked
 

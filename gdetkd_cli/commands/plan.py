@@ -117,12 +117,11 @@ def plan_distill(recipe: Recipe, *, observer: Observer = silent) -> Plan:
     if isinstance(teacher, RememberedTeacher) and cache is not None and cache.saved_per_step is not None:
         estimated += cache.saved_per_step * recipe.train.steps - (cache.saved_seconds or 0.0)
     notes = rehearse(setup.student, setup.train, setup.val, device=settings.device, observer=observer)
-    size = setup.train.records[0].size
     return Plan(
         recipe=recipe.name,
         pair=f"{pair.kind}, {teacher.family} -> {student.family}",
-        student=describe_pyramid(student, source=assembly.format_title(recipe.student), size=size),
-        teacher=describe_pyramid(teacher, source=assembly.format_title(recipe.teacher), size=size),
+        student=describe_pyramid(student, source=assembly.format_title(recipe.student), split=setup.train),
+        teacher=describe_pyramid(teacher, source=assembly.format_title(recipe.teacher), split=setup.train),
         terms=pair.terms,
         head_transfer=pair.head_transfer,
         losses={name: float(value) for name, value in reports[0].parts.items()},

@@ -12,6 +12,9 @@ from gdetkd_cli import assembly, portable
 from gdetkd_cli.assembly.labels import write_labels
 from gdetkd_cli.commands.measure import measure_run
 from gdetkd_cli.detectors import catalog, transformers
+from gdetkd_cli.detectors.saved import read_saved
+from gdetkd_cli.detectors.weights import extract_state_dict, read_torch_file
+from gdetkd_cli.engine.checkpoints import Checkpoint
 from gdetkd_cli.engine.device import describe_environment
 from gdetkd_cli.engine.events import Note, Observer
 from gdetkd_cli.engine.run_folder import RunFolder
@@ -41,7 +44,7 @@ def write_facts(folder: RunFolder, setup: assembly.TrainingSetup, *, replace: bo
     if setup.distiller.teacher is not None:
         detectors["teacher"] = setup.distiller.teacher
         reports = {
-            name: asdict(describe_pyramid(detector, source=name, size=setup.train.records[0].size))
+            name: asdict(describe_pyramid(detector, source=name, split=setup.train))
             for name, detector in detectors.items()
         }
         write_text(folder.probe, json.dumps(reports, indent=2))
@@ -66,6 +69,13 @@ def copy_portable(folder: Path) -> None:
     folder.mkdir(exist_ok=True)
     for source in sorted(Path(portable.__file__).parent.glob("*.py")):
         write_text(folder / source.name, source.read_text())
+
+
+def read_trained(setup: assembly.TrainingSetup, folder: RunFolder, checkpoint: Checkpoint) -> None:
+    """Loads the student of a finished run, and the terms of its last checkpoint."""
+    setup.distiller.load_state_dict(checkpoint.read_state()["distiller"])
+    saved = read_saved(read_torch_file(folder.student), str(folder.student))  # with train.ema, the averaged student
+    setup.student.detector.module.load_state_dict(extract_state_dict(saved.model, str(folder.student)))
 
 
 def write_results(

@@ -63,6 +63,8 @@ def open_folder(recipe: Recipe, target: Target, accelerator: Accelerator, stack:
 def read_own_recipe(folder: RunFolder, given: Recipe, target: Target) -> Recipe:
     """Reads the recipe in the folder of a run that is continued.
 
+    A recipe that was given may name other places of data and teacher, whose content is compared later.
+
     Raises:
         RunFolderError: it differs from the one that was given.
     """
@@ -73,6 +75,8 @@ def read_own_recipe(folder: RunFolder, given: Recipe, target: Target) -> Recipe:
             raise RunFolderError(
                 f"{folder.path} holds a run of another recipe ({'; '.join(differences)}); choose another --output"
             )
+        threads = own.runtime.threads  # the run's own number, because sums depend on it
+        own = given.model_copy(update={"runtime": given.runtime.model_copy(update={"threads": threads})})
     if target.steps is None:
         return own
     return own.model_copy(update={"train": own.train.model_copy(update={"steps": target.steps})})

@@ -15,7 +15,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from gdetkd_cli import assembly
-from gdetkd_cli.commands.measure import IMAGES, select_images
+from gdetkd_cli.commands.measure import IMAGES, spread_images
 from gdetkd_cli.data.loader import load_validation_batches
 from gdetkd_cli.data.split import Split
 from gdetkd_cli.detectors.protocol import Detector
@@ -24,7 +24,6 @@ from gdetkd_cli.errors import DiskError, KnowledgeError, PairError
 from gdetkd_cli.knowledge.folder import check_storable, write_teacher
 from gdetkd_cli.knowledge.store import DiskStore
 from gdetkd_cli.knowledge.teacher import RememberedTeacher, remember, to_pixels
-from gdetkd_cli.probing.pyramid import probe_image
 from gdetkd_cli.recipe.checks import require_trained_teacher
 from gdetkd_cli.recipe.schema import KnowledgeDetector, Recipe
 from gdetkd_cli.structures import Batch, ImageView, name_view
@@ -100,10 +99,9 @@ def run_teach(recipe: Recipe, *, output: Path, int8: bool = False, observer: Obs
     views = assembly.list_views(recipe)
     work.ask(splits["train"], views, share)
     work.ask(splits["val"], (False, False), share)
-    work.ask(select_images(splits["val"], IMAGES), (True, False), share)  # from which a run measures its pair
+    work.ask(spread_images(splits["val"], IMAGES), (True, False), share)  # from which a run measures its pair
     accelerator.wait_for_everyone()
     if main:
-        work.describe_probe(splits["train"])
         write_teacher(output, teacher, built.description, detections=detects, plain=views[0], mirrored=views[1])
     accelerator.wait_for_everyone()
     return TeachResult(
@@ -161,13 +159,9 @@ class _Work:
         for (name, _), one in zip(missing, found, strict=True):
             store.add(name, {"boxes": one.boxes.cpu(), "scores": one.scores.cpu(), "labels": one.labels.cpu()})
 
-    def describe_probe(self, train: Split) -> None:
-        """Stores the image on which a run describes the teacher's levels."""
-        self._store_features([to_pixels(probe_image(train.records[0].size))])
-
     def measure_errors(self, train: Split) -> dict[str, float]:
         """The rounding error of the middle training image by level."""
-        image = train.read(len(train) // 2).to(self._device).float() / 255
+        image = train.read_first().to(self._device).float() / 255
         batch = Batch([image], [], torch.zeros(1, dtype=torch.int64))
         with torch.no_grad():
             exact = self._teacher.detector.extract_features(batch).pyramid.maps

@@ -17,7 +17,7 @@ from gdetkd_cli import assembly
 from gdetkd_cli.assembly.trackers import start_trackers
 from gdetkd_cli.commands.card import add_card
 from gdetkd_cli.commands.report import add_report
-from gdetkd_cli.commands.run_files import add_measurement, write_facts, write_results, write_student
+from gdetkd_cli.commands.run_files import add_measurement, read_trained, write_facts, write_results, write_student
 from gdetkd_cli.commands.target import Target, open_checkpoint, open_folder, read_own_recipe
 from gdetkd_cli.data.loader import load_validation_batches
 from gdetkd_cli.data.split import Split
@@ -175,6 +175,10 @@ def _run(
         checkpoint = open_checkpoint(folder, setup, origin, target, observer) if resume else None
         if checkpoint is not None and (finished := _read_result(folder, setup, checkpoint)):
             observer(Note(_describe_end(folder, setup, finished.steps)))
+            lacking = [(measure, folder.measured), (True, folder.card), (report, folder.report)]
+            if main and any(wanted and not path.exists() for wanted, path in lacking):  # it was killed near its end
+                read_trained(setup, folder, checkpoint)
+                _describe_run(setup, folder, observer, report=report, measure=measure)
             return finished
         for split in (setup.train, setup.val):
             if split.bad is not None:
@@ -183,19 +187,26 @@ def _run(
         # Before anything is written, so that a tracker that does not start leaves no run behind.
         start_trackers(compute.accelerator, setup.recipe, name=folder.path.name, folder=folder.tensorboard)
         if main:
-            write_facts(folder, setup, replace=target.steps is not None)
+            write_facts(folder, setup, replace=target.steps is not None or target.requeue)
         ended = _train(setup, folder, checkpoint, origin, signals, observer)
         if ended.step < setup.recipe.train.steps:
             observer(Note(_describe_end(folder, setup, ended.step)))
         result = _build_result(setup, folder, ended, perf_counter() - started)
         if main:
             write_results(folder, setup, result.metrics, {name: getattr(result, name) for name in _FACTS})
-            if measure:
-                add_measurement(folder, setup, observer)
-            add_card(folder, setup, observer)
-            if report:
-                add_report([folder.path], observer)
+            _describe_run(setup, folder, observer, report=report, measure=measure)
     return result
+
+
+def _describe_run(
+    setup: assembly.TrainingSetup, folder: RunFolder, observer: Observer, *, report: bool, measure: bool
+) -> None:
+    """Writes what describes a finished run."""
+    if measure:
+        add_measurement(folder, setup, observer)
+    add_card(folder, setup, observer)
+    if report:
+        add_report([folder.path], observer)
 
 
 def _leave_together(accelerator: Accelerator, kind: object, error: BaseException | None, trace: object) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from gdetkd_cli import assembly
 from gdetkd_cli.assembly.warnings import warn_about_data, warn_about_normalization, warn_about_sizes
 from gdetkd_cli.commands.rehearse import rehearse
+from gdetkd_cli.data.split import Split
 from gdetkd_cli.engine.events import Note, Observer, silent
 from gdetkd_cli.recipe.checks import describe_untrained_teacher, require_distillation
 from gdetkd_cli.recipe.schema import DistillationRecipe, Recipe
@@ -59,7 +60,7 @@ def check_recipe(
     train = splits[0]
     titles = (assembly.format_title(recipe.student), assembly.format_title(recipe.teacher))
     pair = assembly.build_recipe_pair(recipe, train.class_names)
-    checked = check_pair(recipe, source, pair, titles, train.records[0].size, observer)
+    checked = check_pair(recipe, source, pair, titles, train, observer)
     train, val = (assembly.relabel(split, pair.student.detector) for split in splits)
     for warning in [] if assembly.needs_labels(recipe.data, "train") else warn_about_data(train, val):
         observer(Note(warning))
@@ -72,10 +73,10 @@ def check_pair(
     source: str,
     pair: assembly.Pair,
     titles: tuple[str, str],
-    size: tuple[int, int],
+    train: Split,
     observer: Observer,
 ) -> CheckedRecipe:
-    """Probes the pair, and reports the pyramids for an image of ``size`` (height, width) pixels."""
+    """Probes the pair, and reports the pyramids for a training image."""
     student, teacher = pair.student, pair.teacher
     if assembly.needs_labels(recipe.data, "train"):
         teacher.detector.check_detects()
@@ -84,7 +85,7 @@ def check_pair(
     for note in (*((untrained,) if untrained else ()), *student.notes, *teacher.notes, *warnings):
         observer(Note(note))
     student_report, teacher_report = (
-        describe_pyramid(built.detector, source=title, size=size)
+        describe_pyramid(built.detector, source=title, split=train)
         for title, built in zip(titles, (student, teacher), strict=True)
     )
     return CheckedRecipe(

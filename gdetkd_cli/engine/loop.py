@@ -185,6 +185,7 @@ class Loop:
         if not self._options.evaluates(done):
             return None
         last, main = done == self._options.steps, self._accelerator.is_main_process
+        self._window.seconds = self._window.measure_seconds()  # of the steps alone
         with nullcontext() if self._average is None else self._average.applied():
             if last and main:
                 self._write_student(self._folder.student)  # before the evaluation, so that an error in it loses nothing

@@ -1,4 +1,4 @@
-"""Signals that stop a run: SIGINT, SIGTERM, and SIGUSR1, which schedulers send before a time limit."""
+"""Signals that stop a run: SIGINT, SIGTERM, and SIGUSR1 and SIGUSR2, which schedulers send before a time limit."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from types import FrameType
 
 from gdetkd_cli.errors import StoppedError
 
-_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2") if hasattr(signal, name)]
 
 
 class StopSignals:
@@ -23,6 +23,7 @@ class StopSignals:
     def __init__(self) -> None:
         self.received = 0
         self._deferred = False
+        self._seen: set[int] = set()
 
     @contextmanager
     def installed(self) -> Iterator[None]:
@@ -39,7 +40,10 @@ class StopSignals:
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
-        """Lets the block finish: a signal is only noted. A second one stops the block at once."""
+        """Lets the block finish: a signal is only noted. The same one again stops the block at once.
+
+        Another one does not, because a scheduler and a parent process may both pass on that the run shall stop.
+        """
         self._deferred = True
         try:
             yield
@@ -47,7 +51,8 @@ class StopSignals:
             self._deferred = False
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self._deferred and not self.received:
-            self.received = number
+        if self._deferred and number not in self._seen:
+            self._seen.add(number)
+            self.received = self.received or number
             return
         raise StoppedError(f"stopped by {signal.Signals(number).name}", number)

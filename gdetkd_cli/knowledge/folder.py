@@ -120,7 +120,10 @@ def _is_known(architecture: dict[str, Any]) -> bool:
 def write_teacher(
     folder: Path, teacher: Detector, architecture: dict[str, Any], *, detections: bool, plain: bool, mirrored: bool
 ) -> None:
-    """Writes the heads and the facts of a teacher, which make the folder complete."""
+    """Writes the heads and the facts of a teacher, which make the folder complete; earlier views stay in it."""
+    if (folder / TEACHER_FILE).is_file():
+        before = read_json(folder / TEACHER_FILE)
+        plain, mirrored = plain or bool(before.get("plain")), mirrored or bool(before.get("mirrored"))
     facts = _Facts(
         classes=teacher.class_names,
         levels=teacher.levels,

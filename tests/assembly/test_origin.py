@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from gdetkd_cli.assembly import list_differences
+from gdetkd_cli.assembly.origin import hash_detector
 from gdetkd_cli.recipe.load import load_recipe
+from gdetkd_cli.recipe.schema import CheckpointDetector, TransformersDetector
 
 
 @pytest.fixture
@@ -28,6 +31,19 @@ def test_a_field_that_an_older_version_did_not_have_is_no_difference(origin: dic
 
 def test_a_field_that_this_version_does_not_have_is_a_difference(origin: dict[str, Any]) -> None:
     assert list_differences(change(origin, gone=3), origin) == ["train.gone was 3 and is null"]
+
+
+def test_the_weights_of_a_folder_count(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(b"one")
+    blocks = (
+        TransformersDetector(arch="transformers", model=str(tmp_path)),
+        CheckpointDetector(arch="checkpoint", path=str(tmp_path)),
+    )
+    before = [hash_detector(block) for block in blocks]
+    (tmp_path / "model.safetensors").write_bytes(b"two")
+    after = [hash_detector(block) for block in blocks]
+    assert None not in before and all(one != two for one, two in zip(before, after, strict=True))
 
 
 def test_another_file_is_a_difference(origin: dict[str, Any]) -> None:

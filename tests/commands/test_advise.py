@@ -78,6 +78,14 @@ def test_without_plain_training_or_a_method_there_is_no_answer() -> None:
     assert judge(rows(20.0), 50.0, 10).kind == "unclear"
 
 
+def test_a_larger_share_has_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its warm-up is longer, so its runs cannot continue the others."""
+    monkeypatch.chdir(tmp_path)
+    for share in (0.1, 0.2):
+        run_advise(toy.recipe(steps=10, schedule={"warmup_steps": 10}), share=share, methods=("sgfi",))
+    assert sorted(path.name for path in Path("runs").iterdir()) == ["advise-toy-1", "advise-toy-2"]
+
+
 def test_the_command_runs_a_share_of_the_steps_and_writes_the_whole_recipe(tmp_path: Path) -> None:
     recipe = toy.recipe(steps=20)
     found = run_advise(recipe, share=0.1, methods=("sgfi",), output=tmp_path / "out")

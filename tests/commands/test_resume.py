@@ -8,6 +8,7 @@ import resource
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from gdetkd_cli.commands import resume_run, run_distill, run_train
 from gdetkd_cli.commands.train import evaluate_split
 from gdetkd_cli.distill.distiller import Distiller
 from gdetkd_cli.engine.run_folder import RunFolder
+from gdetkd_cli.engine.signals import StopSignals
 from gdetkd_cli.errors import RunFolderError, StoppedError
 from gdetkd_cli.recipe.load import dump_recipe, load_recipe
 from gdetkd_cli.recipe.schema import Recipe
@@ -123,6 +125,64 @@ def test_a_resumed_run_is_measured_and_reported_on_request(asked: bool, tmp_path
     assert done == []
     resume_run(run, steps=2, report=asked, measure=asked)
     assert done == (["add_measurement", "add_report"] if asked else [])
+
+
+def test_a_run_that_was_killed_while_it_was_measured_is_completed(tmp_path: Path, monkeypatch: Patch) -> None:
+    done: list[str] = []
+
+    def measure(*_: Any) -> None:
+        done.append("measured")
+        if len(done) == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("gdetkd_cli.commands.train.add_measurement", measure)
+    monkeypatch.setattr("gdetkd_cli.commands.train.add_report", lambda *_: done.append("reported"))
+    with pytest.raises(KeyboardInterrupt):
+        run_distill(toy.recipe(steps=2), output=tmp_path / "run")
+    folder = RunFolder(tmp_path / "run")
+    assert folder.metrics.exists() and not folder.card.exists()
+    before = folder.student.read_bytes()
+    resume_run(tmp_path / "run")
+    assert done == ["measured", "measured", "reported"] and folder.card.exists()
+    assert folder.student.read_bytes() == before
+
+
+def test_a_requeued_job_may_name_other_places_of_the_same_data(tmp_path: Path, monkeypatch: Patch) -> None:
+    recipe, run = coco_recipe(tmp_path / "one", boxes=2), tmp_path / "run"
+    with monkeypatch.context() as patch:
+        at_step(1, signal.SIGUSR2, patch)
+        with pytest.raises(StoppedError, match="SIGUSR2"):
+            run_train(recipe, output=run, requeue=True)
+    (tmp_path / "one").rename(tmp_path / "two")
+    moved = recipe.model_copy(update={"data": recipe.data.model_copy(update={"root": tmp_path / "two"})})
+    assert run_train(moved, output=run, requeue=True).steps == 3
+    assert load_recipe(run / "recipe.yaml").data.root == tmp_path / "two"  # type: ignore[union-attr]
+    coco_recipe(tmp_path / "two", boxes=1)
+    with pytest.raises(RunFolderError, match="training images and annotations changed"):
+        run_train(moved, output=run, requeue=True)
+
+
+def test_signals_of_two_senders_stop_a_run_once() -> None:
+    """A terminal or a scheduler signals all processes, and ``compare`` passes its own signal on."""
+    signals = StopSignals()
+    with signals.deferred():
+        signals._handle(signal.SIGINT, None)
+        signals._handle(signal.SIGTERM, None)
+        assert signals.received == signal.SIGINT
+        with pytest.raises(StoppedError):
+            signals._handle(signal.SIGINT, None)
+
+
+def test_an_evaluation_between_two_log_lines_takes_no_time_off_the_steps(tmp_path: Path, monkeypatch: Patch) -> None:
+    forward = Distiller.forward
+
+    def forward_slowly(self: Distiller, batch: Batch) -> LossReport:
+        time.sleep(0.2)
+        return forward(self, batch)
+
+    monkeypatch.setattr(Distiller, "forward", forward_slowly)
+    result = run_train(toy.recipe(steps=4, log_every=4, evaluate_every=3), output=tmp_path / "run")
+    assert result.seconds_per_step > 0.2
 
 
 def test_a_requeued_job_starts_continues_and_ends(tmp_path: Path, monkeypatch: Patch) -> None:

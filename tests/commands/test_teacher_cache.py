@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -151,6 +152,37 @@ def test_the_quota_covers_what_is_there(tmp_path: Path) -> None:
     before = len(files)
     run_distill(recipe(*shared, small), output=tmp_path / "again")
     assert len(list((tmp_path / "shared" / "views").rglob("*.safetensors"))) == before
+
+
+def test_what_is_stored_does_not_shrink_the_quota(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    monkeypatch.setattr("gdetkd_cli.assembly.knowledge.shutil.disk_usage", lambda _: SimpleNamespace(free=sizes[-1]))
+    store = f"distill.teacher_cache_dir={tmp_path / 'shared'}"
+    sizes.append(10**9)
+    run_distill(recipe(store, "distill.teacher_cache=disk"), output=tmp_path / "run")
+    files = list((tmp_path / "shared" / "views").rglob("*.safetensors"))
+    sizes.append(sum(path.stat().st_size for path in files) // 4)  # half of it would be less than what is stored
+    notes: list[str] = []
+    run_distill(
+        recipe(store, "distill.teacher_cache=disk"),
+        output=tmp_path / "again",
+        observer=lambda event: notes.append(event.text) if isinstance(event, Note) else None,
+    )
+    assert not [note for note in notes if "has reached" in note]
+
+
+def test_auto_keeps_in_memory_what_fits_the_memory_whatever_the_quota(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    little = SimpleNamespace(virtual_memory=lambda: SimpleNamespace(available=10_000))
+    monkeypatch.setattr("gdetkd_cli.assembly.knowledge.psutil", little)
+    notes: list[str] = []
+    run_distill(
+        recipe("distill.teacher_cache=auto", "distill.teacher_cache_gb=500"),
+        output=tmp_path / "run",
+        observer=lambda event: notes.append(event.text) if isinstance(event, Note) else None,
+    )
+    assert any(note.startswith("teacher cache: disk") for note in notes)
 
 
 def test_a_damaged_file_is_named(tmp_path: Path) -> None:
