@@ -35,7 +35,7 @@ def name_kind(path: str | Path) -> str:
 
 
 def walk_files(folder: Path) -> Iterator[Path]:
-    """Yields the files in a folder and its subfolders, also behind links to folders, in the order of their paths.
+    """Yields the files in a folder and its subfolders, also behind links to folders.
 
     A link to a folder that is searched anyway, or to one above it, is not followed, so no file comes twice.
     """

@@ -80,7 +80,8 @@ def build_split(
                 f"the {which} images in {get_image_folder(data)} have no annotations; run `gdetkd distill`, "
                 "whose teacher labels them and stores COCO files in the run's folder `labels`"
             )
-        return read_coco(annotations=labels / f"{which}.json", images=get_image_folder(data), bad=bad)
+        upright = not isinstance(data, CocoData)  # as the teacher saw the images
+        return read_coco(annotations=labels / f"{which}.json", images=get_image_folder(data), bad=bad, upright=upright)
     return _read_annotated(data, which, outlines=outlines, bad=bad, problems=problems)
 
 

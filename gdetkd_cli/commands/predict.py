@@ -109,10 +109,10 @@ def run_predict(
     device = choose_device()
     subject = _open(model, options.classes, device, observer)
     names = subject.class_names
-    _create_folders(options)
     for name in options.only:
         if name not in names:
             raise ModelError(f"{model} has no class {name!r}{portable.suggest(name, names)}; it has {', '.join(names)}")
+    _create_folders(options)
     stopwatch = Stopwatch(subject.predictor, device)
     images: list[PredictedImage] = []
     unreadable: list[str] = []

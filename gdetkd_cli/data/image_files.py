@@ -31,6 +31,7 @@ _TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 # Pillow's errors for a file that is not an image, is incomplete, or is far too large.
+_BROKEN_TAG = (struct.error, SyntaxError, ValueError, TypeError, LookupError, OSError)  # it leaves the pixels whole
 _UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
 
@@ -111,14 +112,7 @@ def _find_turn(image: Image.Image, annotated: tuple[int, int] | None) -> Image.T
         return None
     try:
         turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
-    except (
-        struct.error,
-        SyntaxError,
-        ValueError,
-        TypeError,
-        LookupError,
-        OSError,
-    ):  # a torn tag leaves the pixels whole
+    except _BROKEN_TAG:
         return None
     stored = image.height, image.width
     return turn if annotated is None or stored != annotated == _turn_size(stored, turn) else None

@@ -124,7 +124,8 @@ class RunFolder:
 
     def find_labels(self) -> Path | None:
         """Returns the folder of the teacher's labels, if the run has any."""
-        return self.labels if (self.labels / "val.json").is_file() else None
+        files = (self.labels / f"{which}.json" for which in ("train", "val"))
+        return self.labels if any(file.is_file() for file in files) else None
 
     def is_empty(self) -> bool:
         """Whether the folder has no file except its lock."""

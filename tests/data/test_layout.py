@@ -87,6 +87,7 @@ def test_a_single_file_of_validation_is_not_for_training(tmp_path: Path) -> None
         (["trainval/instances_train2017.json", "trainval/instances_val2017.json"], "train2017", "val2017"),
         (["latest/train.json", "latest/valid.json"], "train.json", "valid.json"),
         (["myTrain.json", "myVal.json"], "myTrain.json", "myVal.json"),
+        (["train/valves.json", "val/valves.json"], "train/valves.json", "val/valves.json"),
     ],
 )
 def test_names_of_splits(tmp_path: Path, files: list[str], train: str, val: str) -> None:

@@ -52,6 +52,7 @@ def read_coco(
     outlines: bool = False,
     bad: BadImages | None = None,
     problems: list[DataProblem] | None = None,
+    upright: bool = False,
 ) -> Split:
     """Reads one annotation file. Images must exist, but are decoded only on demand.
 
@@ -62,6 +63,7 @@ def read_coco(
         outlines: whether to keep the objects' outlines.
         bad: collects the images that cannot be read; None: such an image is an error.
         problems: receives each annotation that is changed or dropped; None: these are only counted.
+        upright: as in ``ImageFiles``.
 
     Raises:
         DataError: the file or images are missing, the file is not COCO detection JSON, or ``classes`` does not
@@ -76,6 +78,7 @@ def read_coco(
         outlines=outlines,
         bad=bad,
         tally=Tally(problems),
+        upright=upright,
     )
 
 
@@ -101,6 +104,7 @@ def build_split_from_tables(
         tally: the remarks of a reader that made the tables; None: a new tally.
         describe_place: place of the annotation with an index, from 0; default: in ``source``.
         annotated: ids of the images that someone annotated; default: those with an annotation.
+        upright: as in ``ImageFiles``.
     """
     names = _read_category_names(tables["categories"], file=source)
     class_names = _choose_classes(classes, names=names, file=source)

@@ -13,8 +13,8 @@ from gdetkd_cli.data.readers.bdd100k import read_first_frame
 from gdetkd_cli.errors import DataError
 from gdetkd_cli.files import name_kind, walk_files
 
-_TRAIN = ("train",)
-_VAL = ("val", "test")  # the first match counts
+_TRAIN = ("train", "trainset", "training", "trainval")  # the first match counts
+_VAL = ("val", "valset", "valid", "validation", "test", "testset", "testing")
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
 
 
@@ -32,7 +32,7 @@ def find_layout(root: Path, files: Mapping[Path, str] | None = None) -> Layout:
     """Finds COCO detection files and the folders of their images.
 
     A single file that is not named after the validation split is the training split. Otherwise the split is
-    recognised by a word that begins with ``train``, ``val`` or ``test`` in the file's name, or else in its folder's:
+    recognised by a word such as ``train``, ``val`` or ``test`` in the file's name, or else in its folder's:
     ``train.json``, ``annotations/instances_val2017.json``, ``valid/_annotations.coco.json``.
 
     Args:
@@ -116,20 +116,16 @@ def _read_first_image(file: Path) -> str | None:
 
 
 def _find_split_file(files: Iterable[Path], root: Path, words: tuple[str, ...]) -> Path | None:
-    """Finds the file of a split; ``train`` comes before ``trainval``, which is for training as well."""
+    """Finds the file of a split, by the first of the words that a file has."""
     splits = {file: _name_split(file.relative_to(root)) for file in files}
-    for word in words:
-        found = [(len(splits[file]), file) for file in splits if splits[file].startswith(word)]
-        if found:
-            return min(found)[1]
-    return None
+    return next((file for word in words for file, split in splits.items() if split == word), None)
 
 
 def _name_split(path: Path) -> str:
     """Returns the word that names a split, of the file's name if it has one, or else of the nearest folder's."""
     for part in reversed(path.parts):
         for word in _WORD.findall(part):
-            if word.lower().startswith((*_TRAIN, *_VAL)):
+            if word.lower() in (*_TRAIN, *_VAL):
                 return word.lower()
     return ""
 
