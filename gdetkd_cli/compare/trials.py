@@ -238,11 +238,7 @@ class Children:
             with self._lock:
                 if self._stopped:
                     return -signal.SIGTERM
-                # In a session of its own, because a terminal sends Ctrl-C to all processes of its session's group, and
-                # ``stop`` would then be the second signal, which ends a run at once.
-                process = subprocess.Popen(
-                    command, stdout=subprocess.DEVNULL, stderr=stderr, env=environment, start_new_session=True
-                )
+                process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=stderr, env=environment)
                 self._running.add(process)
             code = process.wait()
         with self._lock:

@@ -1,4 +1,4 @@
-"""Signals that stop a run: SIGINT, SIGTERM, and SIGUSR1 and SIGUSR2, which schedulers send before a time limit."""
+"""Signals that stop a run: SIGINT, SIGTERM, and SIGUSR1, which schedulers send before a time limit."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from types import FrameType
 
 from gdetkd_cli.errors import StoppedError
 
-_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2") if hasattr(signal, name)]
+_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
 
 
 class StopSignals:

@@ -143,6 +143,9 @@ def test_a_run_is_extended(runs: Any, command: str) -> None:
     done(command, "--resume", "runs/tiny", "--steps", "9", "--force", "--no-measure")
     expected = {"run": Path("runs/tiny"), "steps": 9, "force": True, "measure": False}
     assert runs.call == ("resume_run", (), expected | ({"report": True} if command == "distill" else {}))
+
+
+def test_a_resumed_run_without_a_report(runs: Any) -> None:
     done("distill", "--resume", "runs/tiny", "--no-report")
     assert runs.call[2]["report"] is False
 

@@ -150,8 +150,8 @@ def test_a_run_that_was_killed_while_it_was_measured_is_completed(tmp_path: Path
 def test_a_requeued_job_may_name_other_places_of_the_same_data(tmp_path: Path, monkeypatch: Patch) -> None:
     recipe, run = coco_recipe(tmp_path / "one", boxes=2), tmp_path / "run"
     with monkeypatch.context() as patch:
-        at_step(1, signal.SIGUSR2, patch)
-        with pytest.raises(StoppedError, match="SIGUSR2"):
+        at_step(1, signal.SIGUSR1, patch)
+        with pytest.raises(StoppedError, match="SIGUSR1"):
             run_train(recipe, output=run, requeue=True)
     (tmp_path / "one").rename(tmp_path / "two")
     moved = recipe.model_copy(update={"data": recipe.data.model_copy(update={"root": tmp_path / "two"})})

@@ -54,6 +54,7 @@ class DenseDetector(Detector):
         self.module: Any = module
         self.class_names = class_names
         self._has_tower = _TOWER in dict(module.named_modules())
+        self._sides = _measure_sides(module)  # now, because later the anchors may be on a device
 
     @cached_property
     def levels(self) -> tuple[LevelSpec, ...]:
@@ -148,16 +149,8 @@ class DenseDetector(Detector):
         An FCOS trains a cell within 1.5 anchors of a box's centre that is 4 to 8 anchors from the farthest side. Two
         levels have as many such cells for a box of about 13 anchors of the finer one.
         """
-        generator: Any = self.module.anchor_generator
-        if isinstance(self.module, SSD):
-            width, height = self.module.transform.fixed_size
-            anchors = [shapes.clamp(max=1) * shapes.new_tensor([width, height]) for shapes in generator._wh_pairs]
-        else:
-            anchors = [corners[:, 2:] - corners[:, :2] for corners in generator.cell_anchors]
-        factor = 13 / 2**0.5 if isinstance(self.module, FCOS) else 1.0
-        sides = [float(shapes.prod(dim=1).log().mean().mul(0.5).exp()) for shapes in anchors]
         strides = [(level.stride[0] * level.stride[1]) ** 0.5 for level in self.levels]
-        return tuple(factor * side / stride for side, stride in zip(sides, strides, strict=True))
+        return tuple(side / stride for side, stride in zip(self._sides, strides, strict=True))
 
     def _read_class_maps(self, seen: DenseObservation) -> tuple[Tensor, ...]:
         logits = seen.class_logits
@@ -261,3 +254,15 @@ class DenseDetector(Detector):
         cell = torch.cat(parts)
         assert len(cell) == predictions, f"{len(cell)} cells x anchors, but {predictions} predictions"
         return cell
+
+
+def _measure_sides(module: Any) -> list[float]:
+    """By level, in pixels of the model, the side of ``DenseDetector.cells_per_side``."""
+    generator = module.anchor_generator
+    if isinstance(module, SSD):
+        width, height = module.transform.fixed_size
+        anchors = [shapes.clamp(max=1) * shapes.new_tensor([width, height]) for shapes in generator._wh_pairs]
+    else:
+        anchors = [corners[:, 2:] - corners[:, :2] for corners in generator.cell_anchors]
+    factor = 13 / 2**0.5 if isinstance(module, FCOS) else 1.0
+    return [factor * float(shapes.prod(dim=1).log().mean().mul(0.5).exp()) for shapes in anchors]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, grid_sample
 
 from gdetkd_cli.host import copy_tensor
-from gdetkd_cli.methods.processes import sum_over_processes
+from gdetkd_cli.methods.processes import count_processes, sum_over_processes
 from gdetkd_cli.structures import LevelSpec, Pyramid
 
 _SAME = 1e-3  # cells; nearer centres count as equal
@@ -53,24 +53,29 @@ class LevelPairing(nn.Module):
     def __init__(self, student_levels: int) -> None:
         super().__init__()
         self.register_buffer("levels", torch.full((student_levels,), -1))
+        self._stored = False
         self._known: list[int] | None = None  # on the host, because reading a buffer would wait for the device
         self.register_load_state_dict_pre_hook(self._load)  # type: ignore[no-untyped-call]
 
     def forward(self, student: Pyramid, teacher: Pyramid) -> list[int]:
         """Returns indices of teacher levels."""
-        if self._known is None and int(self.levels.min()) < 0:
+        if self._known is None and self._stored:
+            self._known = self.levels.tolist()
+        if self._known is None:
             difference = _measure_scale(student) - _measure_scale(teacher)
-            total = sum_over_processes(torch.tensor([difference, 1.0], device=self.levels.device))
-            factor = float((total[0] / total[1]).exp())
+            if count_processes() > 1:
+                total = sum_over_processes(torch.tensor(difference, device=self.levels.device))
+                difference = float(total) / count_processes()
+            factor = exp(difference)
             ours, theirs = _list_strides(student.levels), [factor * s for s in _list_strides(teacher.levels)]
             chosen = [min(range(len(theirs)), key=lambda i: abs(log(stride / theirs[i]))) for stride in ours]
-            self.levels.copy_(torch.tensor(chosen))
-        if self._known is None:
-            self._known = self.levels.tolist()
+            self.levels.copy_(copy_tensor(torch.tensor(chosen), self.levels))
+            self._known = chosen
         return self._known
 
     def _load(self, module: nn.Module, state: dict[str, Tensor], prefix: str, *_: object) -> None:
-        self._known = None
+        self._known, found = None, state.get(f"{prefix}levels")
+        self._stored = found is not None and int(found.min()) >= 0
         state.setdefault(f"{prefix}levels", self.levels)  # a checkpoint of an older version has none
 
 
