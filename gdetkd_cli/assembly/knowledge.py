@@ -92,10 +92,9 @@ def remember_teacher(
     store: Store
     if mode == "disk" and folder is not None:
         claim_folder(folder, describe_teacher(recipe, teacher.detector))
-        views = folder / "views"
+        store = DiskStore(folder / "views", None, tell)
         # What is stored already counts as free, because the quota is for all of the store.
-        free = shutil.disk_usage(folder).free + DiskStore(views, None, tell).used
-        store = DiskStore(views, _choose_quota(options.teacher_cache_gb, free), tell)
+        store.most = _choose_quota(options.teacher_cache_gb, shutil.disk_usage(folder).free + store.used)
     else:
         store = MemoryStore(in_memory, tell)
     return replace(teacher, detector=remember(teacher.detector, store))

@@ -92,7 +92,7 @@ def hash_detector(spec: Detector | None) -> str | None:
     if name is None or not (name.startswith("builtin:") or Path(name).exists()):
         return None  # fresh weights, or a name that torchvision publishes
     path = catalog.locate(name)
-    return _hash_folder(path.parent) if path.name == "config.json" else _hash_file(path)
+    return _hash_folder(path.parent) if path.name == catalog.FOLDER_CONFIG else _hash_file(path)
 
 
 def _hash_folder(folder: Path) -> str:

@@ -147,7 +147,7 @@ def _read_run_recipe(spec: Detector) -> Recipe | None:
         case ComposedDetector() | TorchvisionDetector() | FactoryDetector():
             path = Path(spec.weights or "")
         case TransformersDetector():
-            path = Path(spec.model or "", "config.json")
+            path = Path(spec.model or "", catalog.FOLDER_CONFIG)
         case KnowledgeDetector():
             return None
     beside = path.parent / "recipe.yaml"
@@ -165,8 +165,7 @@ def _identify_images(data: Data) -> tuple[object, ...]:
         case SyntheticData():
             return data.train_images, data.val_images, data.size, data.seed, data.smallest
         case VocData():
-            paths = (*data.train, *(data.val or ()))
-            return tuple((data.root / path).resolve() for path in paths), len(data.train)
+            return _list_voc(data), len(data.train)
         case FolderData():
             return (data.root / data.train_images).resolve(), data.val
         case YoloData():
@@ -175,13 +174,18 @@ def _identify_images(data: Data) -> tuple[object, ...]:
             return tuple(path and (data.root / path).resolve() for path in (data.train, data.val))
 
 
+def _list_voc(data: VocData) -> tuple[Path, ...]:
+    """Lists the lists of both splits."""
+    return tuple((data.root / path).resolve() for path in (*data.train, *(data.val or ())))
+
+
 def _list_annotations(data: Data) -> set[object]:
     """Lists the annotation files of both splits; data blocks with a common file may share images."""
     match data:
         case SyntheticData():
             return {data.seed}  # data with the same seed share scenes
         case VocData():
-            return {(data.root / path).resolve() for path in (*data.train, *(data.val or ()))}
+            return set(_list_voc(data))
         case FolderData():
             return set()
         case YoloData():

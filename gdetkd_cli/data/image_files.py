@@ -30,8 +30,8 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-# Pillow's errors for a file that is not an image, is incomplete, or is far too large.
 _BROKEN_TAG = (struct.error, SyntaxError, ValueError, TypeError, LookupError, OSError)  # it leaves the pixels whole
+# Pillow's errors for a file that is not an image, is incomplete, or is far too large.
 _UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
 

@@ -37,7 +37,7 @@ from gdetkd_cli.memory import check_memory
 from gdetkd_cli.probing.inputs import ModelInput
 
 _SIZES = ("backbone", "width", "blocks", "pyramid_channels", "arguments")  # fields that decide about the memory
-_FOLDER_CONFIG = "config.json"  # of a folder that transformers wrote
+FOLDER_CONFIG = "config.json"  # of a folder that transformers wrote
 BUILTIN = Path(__file__).parent / "builtin"
 
 
@@ -214,7 +214,7 @@ def load(path: Path, class_names: tuple[str, ...] | None = None) -> Loaded:
     Raises:
         ModelError: the file is missing or unreadable, or its architecture is unknown.
     """
-    if path.name == _FOLDER_CONFIG:
+    if path.name == FOLDER_CONFIG:
         loaded, description, _ = transformers.load_pretrained(
             str(path.parent), class_names or (), keep_classes=True, image_size=None
         )
@@ -270,11 +270,11 @@ def locate(reference: str) -> Path:
         return path
     path = Path(reference)
     if path.is_dir():
-        names = ("student.pt", _FOLDER_CONFIG)
+        names = ("student.pt", FOLDER_CONFIG)
         found = next((path / name for name in names if (path / name).is_file()), None)
         if found is None:
             raise ModelError(
-                f"{path} has no student.pt and no {_FOLDER_CONFIG}; expected the folder of a finished run, or one that "
+                f"{path} has no student.pt and no {FOLDER_CONFIG}; expected the folder of a finished run, or one that "
                 "transformers wrote"
             )
         return found

@@ -256,14 +256,11 @@ def load_state(module: nn.Module, state: dict[str, Tensor], source: str, *, othe
     if dropped:
         notes.append(f"{source}: the mask branch ({len(dropped)} tensors) is not used")
     wanted = {name: value for name, value in state.items() if name not in dropped}
-    refitted = find_refitted_layers(module, wanted)
+    refitted, why = find_refitted_layers(module, wanted), "another number of classes"
     if other_classes and not refitted:
-        refitted = [name for name in wanted if name in own and name.startswith(CLASS_LAYERS)]
-        notes.append(f"{source}: trained for other classes; these layers start fresh: {', '.join(sorted(refitted))}")
-    elif refitted:
-        notes.append(
-            f"{source}: trained for another number of classes; these layers start fresh: {', '.join(sorted(refitted))}"
-        )
+        refitted, why = [name for name in wanted if name in own and name.startswith(CLASS_LAYERS)], "other classes"
+    if refitted:
+        notes.append(f"{source}: trained for {why}; these layers start fresh: {', '.join(sorted(refitted))}")
     wanted = {name: value for name, value in wanted.items() if name not in refitted}
     differing = [n for n, v in wanted.items() if n in own and v.shape != own[n].shape]
     missing = [n for n in own if n not in state and not n.endswith(BATCH_COUNT)]

@@ -84,7 +84,7 @@ class DiskStore:
 
     def __init__(self, folder: Path, most: int | None, tell: Tell) -> None:
         self._folder = folder
-        self._most, self._tell = most, tell
+        self.most, self._tell = most, tell
         self._full = False
         self._added = 0
         self.used = sum(path.stat().st_size for path in self.list_files())
@@ -116,8 +116,8 @@ class DiskStore:
         self._added += 1
         if self._added % _RECOUNT == 0:
             self.used = sum(path.stat().st_size for path in self.list_files())
-        if self._most is not None and self.used + len(content) > self._most:
-            self._stop(describe_quota(str(self._folder), self._most))
+        if self.most is not None and self.used + len(content) > self.most:
+            self._stop(describe_quota(str(self._folder), self.most))
             return
         path = self._locate(name)
         fresh = path.with_name(f"{name}.{os.getpid()}")
@@ -126,7 +126,7 @@ class DiskStore:
             write_file(fresh, lambda file: file.write(content), size=len(content))
             os.replace(fresh, path)
         except DiskError as error:
-            if self._most is None:
+            if self.most is None:
                 raise
             self._stop(f"{error}; until then, the teacher runs for the images that are not stored")
             return

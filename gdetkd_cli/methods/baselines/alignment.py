@@ -53,14 +53,11 @@ class LevelPairing(nn.Module):
     def __init__(self, student_levels: int) -> None:
         super().__init__()
         self.register_buffer("levels", torch.full((student_levels,), -1))
-        self._stored = False
         self._known: list[int] | None = None  # on the host, because reading a buffer would wait for the device
         self.register_load_state_dict_pre_hook(self._load)  # type: ignore[no-untyped-call]
 
     def forward(self, student: Pyramid, teacher: Pyramid) -> list[int]:
         """Returns indices of teacher levels."""
-        if self._known is None and self._stored:
-            self._known = self.levels.tolist()
         if self._known is None:
             difference = _measure_scale(student) - _measure_scale(teacher)
             if count_processes() > 1:
@@ -74,9 +71,9 @@ class LevelPairing(nn.Module):
         return self._known
 
     def _load(self, module: nn.Module, state: dict[str, Tensor], prefix: str, *_: object) -> None:
-        self._known, found = None, state.get(f"{prefix}levels")
-        self._stored = found is not None and int(found.min()) >= 0
-        state.setdefault(f"{prefix}levels", self.levels)  # a checkpoint of an older version has none
+        # A checkpoint of an older version has no levels, one from before the first step has none that are chosen.
+        found = state.setdefault(f"{prefix}levels", torch.full_like(self.levels, -1))
+        self._known = found.tolist() if int(found.min()) >= 0 else None
 
 
 def align(
