@@ -117,7 +117,7 @@ app(["read"], prog_name="gdetkd")
 
 def test_a_loader_process_that_is_killed_is_one_sentence() -> None:
     # In a process of its own: torch raises wherever the signal of the ended process arrives.
-    ended = subprocess.run([sys.executable, "-c", KILLED], capture_output=True, text=True, timeout=120)
+    ended = subprocess.run([sys.executable, "-c", KILLED], capture_output=True, text=True, timeout=300)
     assert ended.returncode == 1
     assert ended.stderr.startswith("Error: a data loader process was ended from outside (")
     assert "lower runtime.workers" in ended.stderr

@@ -236,7 +236,7 @@ def test_simultaneous_trials_use_different_gpus(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5,7")
     settings = replace(resolve_runtime(toy.recipe().runtime), device="cuda")
-    together = threading.Barrier(2, timeout=60)
+    together = threading.Barrier(2, timeout=300)
     given: list[str] = []
 
     class Ended:
@@ -301,7 +301,7 @@ def test_a_signal_ends_the_processes_of_the_trials_and_the_table_can_be_continue
     while process.poll() is None and not all((run / "metrics.jsonl").exists() for run in runs):
         time.sleep(0.05)
     process.terminate()
-    _, printed = process.communicate(timeout=60)
+    _, printed = process.communicate(timeout=300)
     assert process.returncode == 128 + signal.SIGTERM, printed
     assert printed.splitlines()[-1] == "stopped by SIGTERM; run the same command again to continue"
     for run in runs:

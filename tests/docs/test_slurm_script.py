@@ -40,7 +40,7 @@ def test_the_job_writes_a_checkpoint_and_goes_back_into_the_queue(tmp_path: Path
                 time.sleep(0.01)
         finally:
             job.send_signal(signal.SIGUSR1)
-            job.wait(timeout=100)
+            job.wait(timeout=300)
     (step,) = run.checkpoints().list_steps()
     assert f"stopped by SIGUSR1 after step {step}" in log.read_text()
     assert [line["step"] for line in run.read_log()] == list(range(1, step + 1))

@@ -54,7 +54,7 @@ def test_file_loads_without_this_package(lively: Lively, images: list[Tensor], t
     export_torchscript(detector, path, architecture=architecture)
     torch.save(images[1], image)
     command = [sys.executable, "-c", LOAD, str(path), str(image)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300)
     assert done.returncode == 0, done.stderr
     count = len(detector.predict([images[1]])[0].scores)
     assert done.stdout.split() == [str(count)] * 3

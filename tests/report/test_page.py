@@ -184,7 +184,7 @@ def test_a_browser_has_nothing_to_complain_about(written: Path, tmp_path: Path, 
     command = ["chromium", "--headless", "--no-sandbox", "--enable-logging=stderr", f"--screenshot={shot}"]
     command += ["--window-size=1000,3000", f"--user-data-dir={tmp_path}"]
     command += ["--blink-settings=preferredColorScheme=0"] * dark
-    done = subprocess.run([*command, written.as_uri()], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([*command, written.as_uri()], capture_output=True, text=True, timeout=300)
 
     assert shot.exists(), done.stderr
     assert "CONSOLE" not in done.stderr
