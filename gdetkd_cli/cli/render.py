@@ -79,7 +79,7 @@ def build_table(title: str | None, columns: Sequence[str], rows: Iterable[Sequen
     for index, column in enumerate(columns):
         table.add_column(column, justify="left" if index < words else "right", overflow="fold")  # names stay whole
     for row in rows:
-        table.add_row(*map(show_hidden, row))
+        table.add_row(*(show_hidden(cell, keep="\n") for cell in row))
     return table
 
 
@@ -160,7 +160,7 @@ def _build_levels_table(report: PyramidReport, title: str | None, *, values: boo
     """A pyramid's levels, fine to coarse; ``values`` adds their means and deviations."""
     rows = [
         (
-            wrap_name(level.name) + (f"\n({level.module})" if level.module else ""),
+            _wrap_name(level.name, 16 if values else 32) + (f"\n({show_hidden(level.module)})" if level.module else ""),
             str(level.channels),
             f"{level.shape[0]} x {level.shape[1]}",
             _format_pair(level.stride),
@@ -173,10 +173,10 @@ def _build_levels_table(report: PyramidReport, title: str | None, *, values: boo
     return build_table(title, columns, rows)
 
 
-def wrap_name(name: str, width: int = 32) -> str:
+def _wrap_name(name: str, width: int) -> str:
     """Breaks a long dotted name into lines of at most ``width`` characters, where it has dots."""
     lines = [""]
-    for part in name.replace(".", ".\n").split("\n"):
+    for part in show_hidden(name).replace(".", ".\n").split("\n"):
         if lines[-1] and len(lines[-1]) + len(part) > width:
             lines.append("")
         lines[-1] += part

@@ -65,8 +65,10 @@ class Flow:
             # A single cell is a map if a sliding window or another single cell produced it, not if averaging did.
             single = values[i].op == "convolution" and window is not None and window.kernel != (1, 1)
             single = single or any(self.size(p) == (1, 1) for p in parents)
-            found = _match_map(values[i].shape, (frame[0], frame[1]), single)
             before = set[Size]().union(*(nearest[p] for p in parents))
+            fitting = _match_map(values[i].shape, (frame[0], frame[1]), single)
+            # Both orders of the axes may fit; the size of an earlier map decides, as that of a permuted one.
+            found = next((match for match in fitting if match[0] in before), fitting[0] if fitting else None)
             if tokens and not found:
                 found = _match_tokens(values[i].shape, [*before, *halved])
             # Patches or slices may later be joined into a map of another size.
@@ -112,13 +114,14 @@ class Flow:
         return [p for p in self.values[i].parents if self.reached[p]]
 
 
-def _match_map(shape: Sequence[int], frame: Size, single: bool) -> tuple[Size, Layout] | None:
-    """Returns ((height, width), layout) if the shape covers the frame with one stride, give or take a cell.
+def _match_map(shape: Sequence[int], frame: Size, single: bool) -> list[tuple[Size, Layout]]:
+    """Lists each ((height, width), layout) with which the shape covers the frame with one stride, give or take a cell.
 
     With ``single``, one cell counts as a map.
     """
     if len(shape) != 4 or shape[0] != 1:
-        return None
+        return []
+    found: list[tuple[Size, Layout]] = []
     for height, width, last in ((shape[2], shape[3], False), (shape[1], shape[2], True)):
         if not 1 <= height <= frame[0] or not 1 <= width <= frame[1] or (height * width == 1 and (last or not single)):
             continue
@@ -126,8 +129,8 @@ def _match_map(shape: Sequence[int], frame: Size, single: bool) -> tuple[Size, L
         low = max(frame[0] / (height + 1), frame[1] / (width + 1))
         high = min(frame[0] / max(height - 1, 0.5), frame[1] / max(width - 1, 0.5))
         if low <= high:
-            return (height, width), "NHWC" if last else "NCHW"
-    return None
+            found.append(((height, width), "NHWC" if last else "NCHW"))
+    return found
 
 
 def _match_tokens(shape: Sequence[int], sizes: Sequence[Size]) -> tuple[Size, Layout] | None:

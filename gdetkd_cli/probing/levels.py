@@ -31,6 +31,8 @@ from gdetkd_cli.probing.found import CONFIDENCE, FoundLevels, LevelSet
 from gdetkd_cli.probing.record import Value
 from gdetkd_cli.probing.sequences import find_joined, find_token_sequence, list_refined, slice_joined
 
+_ACTIVATIONS = ("relu", "silu", "gelu", "leaky_relu", "hardswish", "hardtanh", "elu", "mish", "sigmoid")
+
 
 def find_levels(values: Sequence[Value]) -> FoundLevels:
     """Finds the pyramid of a record.
@@ -168,16 +170,15 @@ def _find_own_heads(flow: Flow) -> LevelSet:
     """Returns, for each size, the last map that all final convolutions of that size depend on.
 
     A convolution that no result depends on is not a head. A projection for a token decoder is a head if there are
-    several levels (RT-DETR); if there is one (DETR), the projection is the level.
+    several levels (RT-DETR); if there is one (DETR), the projection is the level. What an activation follows is no
+    projection, but the end of a body (LW-DETR).
     """
     count = len(flow.values)
-    tokens = _find_token_maps(flow)
-    weights_below, used = [False] * count, [False] * count
+    tokens, used = _find_token_maps(flow), _find_used(flow)
+    weights_below = [False] * count
     for i in range(count - 1, flow.stem - 1, -1):
         tokens[i] = tokens[i] or any(tokens[child] for child in flow.children[i])
         weights_below[i] = any(weights_below[child] or flow.weighted[child] for child in flow.children[i])
-        used[i] = flow.values[i].result or any(used[child] for child in flow.children[i])
-    known = any(used)  # False if the model returns something other than recorded tensors
     last: dict[Size, list[int]] = {}
     for i in range(flow.stem, count):
         size = flow.size(i)
@@ -187,7 +188,7 @@ def _find_own_heads(flow: Flow) -> LevelSet:
     needed = find_dominators(flow)
     levels, heads = [], []
     for size, finals in last.items():
-        if known and not any(used[i] for i in finals):
+        if not any(used[i] for i in finals):
             continue
         common = needed[finals[0]]
         for i in finals[1:]:
@@ -198,11 +199,28 @@ def _find_own_heads(flow: Flow) -> LevelSet:
         if chain:
             levels.append(chain)
             heads += finals
-    if len(levels) == 1 and all(tokens[i] for i in heads):
+    if all(tokens[i] for i in heads) and (len(levels) == 1 or any(_is_activated(flow, i) for i in heads)):
         return LevelSet()
     reason = "the last map of each size that all of that size's final convolutions depend on"
     chosen = _step_out_of_head(flow, levels, heads)
     return LevelSet(chosen, reason, CONFIDENCE["own heads" if len(levels) > 1 else "one level"])
+
+
+def _find_used(flow: Flow) -> list[bool]:
+    """Returns, by value, whether a result depends on it; True for all if no recorded value is a result."""
+    used = [False] * len(flow.values)
+    for i in range(len(flow.values) - 1, flow.stem - 1, -1):
+        used[i] = flow.values[i].result or any(used[child] for child in flow.children[i])
+    return used if any(used) else [True] * len(flow.values)
+
+
+def _is_activated(flow: Flow, i: int) -> bool:
+    """Whether an activation follows a map, after normalization at most."""
+    return any(
+        flow.values[child].op.removesuffix("_") in _ACTIVATIONS
+        or ("norm" in flow.values[child].op and _is_activated(flow, child))
+        for child in flow.children[i]
+    )
 
 
 def _step_out_of_head(flow: Flow, chains: Sequence[Sequence[int]], finals: Sequence[int]) -> tuple[int, ...]:
@@ -251,14 +269,17 @@ def _is_within(path: str, module: str) -> bool:
 
 
 def _find_token_maps(flow: Flow) -> list[bool]:
-    """Returns, by value, whether it is a map whose cells become tokens of final linear layers (no map follows them)."""
-    count = len(flow.values)
+    """Returns, by value, whether it is a map whose cells become tokens of final linear layers.
+
+    No map follows these layers, and a result depends on them.
+    """
+    count, used = len(flow.values), _find_used(flow)
     maps_below, linear = [False] * count, [False] * count  # linear: such a layer follows without a map in between
     read = [False] * count
     for i in range(count - 1, flow.stem - 1, -1):
         children = flow.children[i]
         maps_below[i] = any(maps_below[c] or flow.maps[c] is not None for c in children)
-        own = flow.values[i].op in LINEAR and bool(flow.values[i].weights) and not maps_below[i]
+        own = flow.values[i].op in LINEAR and bool(flow.values[i].weights) and used[i] and not maps_below[i]
         after = any(linear[c] and flow.maps[c] is None for c in children)
         linear[i] = own or after
         read[i] = after and flow.maps[i] is not None

@@ -90,6 +90,15 @@ def test_a_probe_shows_levels_and_region_embedding(runs: Any) -> None:
     assert "region embedding: channels 1024, name roi_heads.box_head" in shown
 
 
+def test_a_long_name_breaks_at_its_dots(runs: Any) -> None:
+    report = runs.results["run_probe"]
+    level = dataclasses.replace(report.levels[0], name="backbone.projector.layers.0\x1b", module="neck.out")
+    shown = text(render.format_pyramid(dataclasses.replace(report, levels=(level,))))
+    assert has_row(shown, "backbone.", "256", "120 x 160", "4", "2, 2.5", "0.1", "1.5")
+    for line in ("projector.", "layers.0\\x1b", "(neck.out)"):
+        assert has_row(shown, line)
+
+
 def test_a_probe_of_an_unknown_model(runs: Any) -> None:
     report = dataclasses.replace(runs.results["run_probe"], classes=(), region_embedding=None)
     shown = text(render.format_pyramid(report))

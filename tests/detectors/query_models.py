@@ -49,6 +49,18 @@ _PLAIN: dict[str, Any] = {
     "decoder_ffn_dim": 48,
     "num_queries": 20,
 }
+_WINDOWED: dict[str, Any] = {  # as many channels as the map of an image of 352 x 416 pixels almost has columns
+    "model_type": "lw_detr_vit",
+    "hidden_size": 32,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "image_size": 96,
+    "pretrain_image_size": 96,
+    "patch_size": 16,
+    "num_windows": 4,
+    "window_block_indices": [0, 2],
+    "out_indices": [1, 3],
+}
 _LAST = _RESNET | {"out_features": ["stage4"]}
 _LAST_THREE = _RESNET | {"out_features": ["stage2", "stage3", "stage4"]}
 
@@ -65,6 +77,20 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "conditional_detr": {"backbone_config": _LAST, "d_model": 32, **_PLAIN},
     "deformable_detr": {"backbone_config": _LAST_THREE, "d_model": 32, **_PLAIN},
     "dab_detr": {"backbone_config": _LAST, "hidden_size": 32, **_PLAIN},
+    "lw_detr": {
+        "backbone_config": _WINDOWED,
+        "projector_scale_factors": [2.0, 0.5],
+        "num_feature_levels": 2,
+        "hidden_expansion": 0.5,
+        "c2f_num_blocks": 1,
+        "d_model": 32,
+        "decoder_layers": 2,
+        "decoder_ffn_dim": 48,
+        "decoder_self_attention_heads": 4,
+        "decoder_cross_attention_heads": 4,
+        "num_queries": 20,
+        "group_detr": 2,
+    },
     "yolos": {
         "hidden_size": 32,
         "num_hidden_layers": 2,
@@ -82,11 +108,12 @@ STRIDES = {
     "conditional_detr": (32,),
     "deformable_detr": (8, 16, 32, 64),
     "dab_detr": (32,),
+    "lw_detr": (8, 32),
     "yolos": (16,),
 }
 SOFTMAX = ("detr", "yolos")  # a query has one class or none
 
 
 def make_config(name: str) -> dict[str, Any]:
-    timm = {} if name in ("rt_detr", "rt_detr_v2", "d_fine", "yolos") else {"use_timm_backbone": False}
+    timm = {} if name in ("rt_detr", "rt_detr_v2", "d_fine", "lw_detr", "yolos") else {"use_timm_backbone": False}
     return {"model_type": name.replace("dab_detr", "dab-detr"), **CONFIGS[name], **timm}
