@@ -238,6 +238,7 @@ def build_batches(
             photometric=augment.photometric,
             multi_scale=augment.multi_scale,
             max_size=augment.max_size,
+            scale_jitter=augment.scale_jitter,
         ),
         seed=recipe.seed,
         cache_mb=recipe.runtime.cache_mb,

@@ -139,8 +139,9 @@ def build_views(pixels: Tensor, which: tuple[bool, bool]) -> list[Tensor]:
 
 def describe_countless_views(recipe: Recipe, student: Detector, teacher: Detector) -> str | None:
     """The reason why the teacher sees ever new views of an image; None if it sees two at most."""
-    if recipe.augment.copy_paste > 0:
-        return "augment.copy_paste draws new images at every step"
+    for field in ("copy_paste", "scale_jitter"):
+        if getattr(recipe.augment, field) > 0:
+            return f"augment.{field} draws new images at every step"
     size = find_image_size(teacher.module)
     if recipe.augment.multi_scale and size is not None and size == find_image_size(student.module):
         return "the teacher has the student's image size, so it follows augment.multi_scale"

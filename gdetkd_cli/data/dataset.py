@@ -32,7 +32,7 @@ class DetectionDataset(Dataset[Example]):
         seed: of the random changes; at least 0.
         cache_mb: MiB of decoded images that each process keeps; the first images read stay.
         copy_paste: probability of pasting a copy of an object, before the other changes.
-        views: add each image's ``ImageView``; not together with ``copy_paste``.
+        views: add each image's ``ImageView``; not together with ``copy_paste`` or large-scale jitter.
     """
 
     def __init__(

@@ -48,6 +48,11 @@ class Augment(Strict):
         description="probability of pasting a slightly resized copy of an object near it, cut along its COCO outline "
         "or, without one, its box",
     )
+    scale_jitter: Fraction = Field(
+        0.0,
+        description="probability of large-scale jitter: the image at half to twice its size, cropped or padded to its "
+        "own size",
+    )
     photometric: Flag = Field(False, description="jitter brightness, contrast, saturation and hue")
 
 

@@ -31,6 +31,7 @@ augment:
   # multi_scale: [640, 672, 704]  # short sides in pixels from which to choose; default: the student's image_size
   # max_size: 1333              # maximum long side in pixels with multi_scale
   # photometric: false          # jitter brightness, contrast, saturation and hue
+  # scale_jitter: 0.0           # probability of showing the image at half to twice its size, cropped or padded
   # copy_paste: 0.0             # probability of pasting a copy of an object near it
 
 # The small detector to train.

@@ -182,7 +182,7 @@ def test_what_the_folder_lacks_is_named(tmp_path: Path) -> None:
         run_distill(vary(more, teacher=use(folder)), output=tmp_path / "more")
     assert run_teach(more, output=folder).added > 0
     run_distill(vary(more, teacher=use(folder)), output=tmp_path / "more")
-    for augment in ({"copy_paste": 0.5}, {"multi_scale": [48, 64]}):
+    for augment in ({"copy_paste": 0.5}, {"scale_jitter": 0.5}, {"multi_scale": [48, 64]}):
         with pytest.raises(KnowledgeError, match="answers about given images, but"):
             run_distill(vary(more, teacher=use(folder), augment=augment), output=tmp_path / "countless")
 

@@ -90,6 +90,7 @@ def test_another_teacher_is_an_error_that_names_the_change(tmp_path: Path) -> No
     ("change", "reason"),
     [
         ("augment.copy_paste=0.5", "copy_paste draws new"),
+        ("augment.scale_jitter=0.5", "scale_jitter draws new"),
         ("augment.multi_scale=[48, 64]", "follows augment.multi_scale"),
     ],
 )

@@ -15,9 +15,16 @@ LABELS = torch.tensor([3, 1])
 
 
 def augment(
-    *, flip: float = 0.0, photometric: bool = False, multi_scale: list[int] | None = None, max_size: int = 1000
+    *,
+    flip: float = 0.0,
+    photometric: bool = False,
+    multi_scale: list[int] | None = None,
+    max_size: int = 1000,
+    scale_jitter: float = 0.0,
 ) -> Augmentation:
-    return build_augmentation(flip=flip, photometric=photometric, multi_scale=multi_scale, max_size=max_size)
+    return build_augmentation(
+        flip=flip, photometric=photometric, multi_scale=multi_scale, max_size=max_size, scale_jitter=scale_jitter
+    )
 
 
 def noise() -> Tensor:
@@ -92,6 +99,54 @@ def test_multi_scale_resizes_as_detectors_do(size: int) -> None:
     own = GeneralizedRCNNTransform(size, 1000, image_mean=[0.0] * 3, image_std=[1.0] * 3, size_divisible=1)
 
     torch.testing.assert_close(image.float(), own([noise().float()])[0].tensors[0], atol=1.01, rtol=0)
+
+
+def find_white(image: Tensor) -> tuple[Tensor, int]:
+    """The box around an image's white pixels, and their number."""
+    places = (image[0] > 200).nonzero()
+    low, high = places.min(dim=0).values, places.max(dim=0).values + 1
+    return torch.cat([low.flip(0), high.flip(0)]).float(), len(places)
+
+
+@pytest.mark.parametrize("flip", [0.0, 1.0])
+def test_scale_jitter_keeps_the_size_and_moves_boxes_with_their_pixels(flip: float) -> None:
+    image = torch.zeros(3, 60, 80, dtype=torch.uint8)
+    image[:, 20:40, 30:60] = 255
+    change, widths, padded = augment(flip=flip, scale_jitter=1.0), [], 0
+    for seed in range(60):
+        torch.manual_seed(seed)
+        changed, boxes, labels = change(image, torch.tensor([[30.0, 20.0, 60.0, 40.0]]), torch.tensor([7]))
+        assert (changed.shape, changed.dtype) == (image.shape, torch.uint8)
+        padded += bool((changed == 114).all(dim=0).any())
+        if len(boxes):
+            assert labels.tolist() == [7]
+            torch.testing.assert_close(boxes[0], find_white(changed)[0], atol=1.0, rtol=0)
+            widths.append(float(boxes[0, 2] - boxes[0, 0]))
+    assert len(widths) > 50
+    assert 10 < padded < 30  # a third of the scales lie below 1
+    assert min(widths) < 20 and max(widths) > 50
+
+
+def test_scale_jitter_drops_objects_that_are_mostly_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gdetkd_cli.data.transforms._SCALES", (2.0, 2.0))
+    image = torch.zeros(3, 60, 80, dtype=torch.uint8)
+    image[:, 45:, 60:] = 255
+    kept = 0
+    for seed in range(60):
+        torch.manual_seed(seed)
+        changed, boxes, _ = augment(scale_jitter=1.0)(image, torch.tensor([[60.0, 45, 80, 60]]), torch.tensor([1]))
+        share = int((changed[0] > 127).sum()) / (4 * 20 * 15)
+        assert len(boxes) == (share >= 0.25) or abs(share - 0.25) < 0.04  # give or take the blurred edge
+        kept += len(boxes)
+    assert 0 < kept < 60
+
+
+def test_scale_jitter_probability() -> None:
+    torch.manual_seed(0)
+    change = augment(scale_jitter=0.25)
+    unchanged = sum(torch.equal(change(noise(), BOXES, LABELS)[0], noise()) for _ in range(400))
+
+    assert 270 <= unchanged <= 330
 
 
 def test_boxes_under_a_pixel_are_dropped() -> None:

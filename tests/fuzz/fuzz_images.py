@@ -56,7 +56,11 @@ def run_extreme_size(rng: random.Random, folder: Path, _: Any) -> None:
     scales = [rng.choice((1, 2, 8, 32, 320, 800)) for _ in range(rng.randrange(1, 4))]
     limit = rng.choice((1, 8, 33, 200, 1333, 5000))
     change = build_augmentation(
-        flip=rng.choice((0.0, 1.0)), photometric=rng.random() < 0.2, multi_scale=scales, max_size=limit
+        flip=rng.choice((0.0, 1.0)),
+        photometric=rng.random() < 0.2,
+        multi_scale=scales,
+        max_size=limit,
+        scale_jitter=rng.choice((0.0, 1.0)),
     )
     torch.manual_seed(rng.randrange(2**31))
     new, corners, labels = change(image, boxes, torch.ones(2, dtype=torch.int64))
