@@ -44,7 +44,7 @@ from gdetkd_cli.knowledge.teacher import RememberedTeacher
 from gdetkd_cli.recipe.load import load_recipe
 from gdetkd_cli.recipe.schema import Recipe
 
-TABLE = "none,pkd,cwd,fgd,gt_mask,logit,roi_imitation,sgfi,sgfi+ckd,gdetkd"
+TABLE = "none,fitnet,pkd,cwd,fgd,gt_mask,roi_imitation,sgfi,sgfi+ckd,gdetkd"
 KINDS = ("live", "memory", "knowledge")
 PAIR = [
     "data={format: synthetic, train_images: 8, val_images: 2, size: 320}",
@@ -180,7 +180,9 @@ def time_each(work: Callable[[int], object], order: list[int]) -> float:
     return median(times)
 
 
-def measure_compare(steps: int, live_from: Path | None, overrides: list[str]) -> dict[str, dict[str, object]]:
+def measure_compare(
+    steps: int, seeds: int, live_from: Path | None, overrides: list[str]
+) -> dict[str, dict[str, object]]:
     """Runs one table with the live teacher and one with stored answers, each in processes of its own.
 
     The seconds are those of the processor, summed over all processes. ``live_from`` is a checkout whose ``compare``
@@ -190,13 +192,13 @@ def measure_compare(steps: int, live_from: Path | None, overrides: list[str]) ->
     for kind, root in (("live", live_from), ("stored", None)):
         with tempfile.TemporaryDirectory() as folder:
             command = [sys.executable, "-m", "gdetkd_cli", "compare", "shapes/frcnn-frcnn", "--methods", TABLE]
-            command += ["--steps", str(steps), "--seeds", "3", "--output", f"{folder}/table"]
+            command += ["--steps", str(steps), "--seeds", str(seeds), "--output", f"{folder}/table"]
             settings = ["runtime.threads=1", "runtime.workers=0", *overrides]
             settings += [] if root else [f"distill.teacher_cache={'off' if kind == 'live' else 'disk'}"]
             command += [part for text in settings for part in ("--set", text)]
             before = getrusage(RUSAGE_CHILDREN)
             subprocess.run(
-                command, check=True, capture_output=True, cwd=root, env={**os.environ, "OMP_NUM_THREADS": "1"}
+                command, check=True, stdout=subprocess.DEVNULL, cwd=root, env={**os.environ, "OMP_NUM_THREADS": "1"}
             )
             after = getrusage(RUSAGE_CHILDREN)
             with Path(folder, "table", "table.csv").open(newline="") as file:
@@ -215,6 +217,7 @@ def main() -> None:
     parser.add_argument("what", choices=["steps", "memory", "formats", "compare", "child"])
     parser.add_argument("--recipe", help="of `steps`, instead of the ResNet-50 from the ResNeXt-101")
     parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--seeds", type=int, default=3, help="of `compare`")
     parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE")
     parser.add_argument("--live-from", type=Path, metavar="CHECKOUT", help="of `compare`: an earlier version")
     parser.add_argument("--kind", choices=("teach", *KINDS), help=argparse.SUPPRESS)
@@ -226,7 +229,7 @@ def main() -> None:
     elif options.what == "memory":
         print(json.dumps(measure_memory(options.set), indent=1))
     elif options.what == "compare":
-        print(json.dumps(measure_compare(options.steps, options.live_from, options.set), indent=1))
+        print(json.dumps(measure_compare(options.steps, options.seeds, options.live_from, options.set), indent=1))
     elif options.what == "formats":
         print(json.dumps(measure_formats(), indent=1))
     else:
