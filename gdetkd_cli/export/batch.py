@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from gdetkd_cli.detectors.protocol import Detector
-from gdetkd_cli.detectors.transformers.model import QueryModel
+from gdetkd_cli.detectors.transformers.model import QueryModel, fix_positions
 from gdetkd_cli.export.single_image import SingleImage
 
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -57,6 +57,7 @@ class QueryBatch(nn.Module):
     def __init__(self, module: QueryModel) -> None:
         super().__init__()
         self.module = copy.deepcopy(module).cpu().requires_grad_(False).eval()
+        fix_positions(self.module)
 
     def forward(self, images: Tensor) -> Outputs:
         """(N, 3, H, W) in 0..1 -> the detections."""

@@ -7,6 +7,8 @@ their data-dependent sizes (as of torch 2.14).
 from __future__ import annotations
 
 import warnings
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -62,8 +64,9 @@ def export_onnx(
     if heads is not None:
         heads.box_coder = _TraceableCoder(heads.box_coder.weights, heads.box_coder.bbox_xform_clip)
     try:
-        # The tracer warns of every possible constant; the parity check finds the real ones.
-        with warnings.catch_warnings(action="ignore"):
+        # The tracer warns of every possible constant; the parity check finds the real ones. If the exporter fails, it
+        # prints the whole graph.
+        with warnings.catch_warnings(action="ignore"), redirect_stdout(StringIO()):
             torch.onnx.export(
                 module,
                 (example,),

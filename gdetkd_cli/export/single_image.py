@@ -14,6 +14,7 @@ from torch.jit import is_scripting  # type: ignore[attr-defined]  # documented, 
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 from gdetkd_cli.detectors.protocol import Detector
+from gdetkd_cli.detectors.transformers.model import QueryModel, fix_positions
 
 _EXAMPLE_SIDE = 96
 
@@ -27,6 +28,8 @@ class SingleImage(nn.Module):
         module([build_example_image()])  # torchvision sets the scales of its RoI pooling at the first call
         if isinstance(getattr(module, "transform", None), GeneralizedRCNNTransform):
             module.transform = _ExactTransform(module.transform)
+        if isinstance(module, QueryModel):
+            fix_positions(module)
         module._has_warned = True  # else a scripted detector warns that it returns a pair
         self.detector = module
         self.eval()

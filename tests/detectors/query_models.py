@@ -91,6 +91,28 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "num_queries": 20,
         "group_detr": 2,
     },
+    "rf_detr": {
+        "backbone_config": {
+            "model_type": "rf_detr_dinov2",
+            "hidden_size": 32,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 2,
+            "image_size": 112,
+            "patch_size": 14,
+            "num_windows": 4,
+            "window_block_indexes": [0, 2],
+            "out_indices": [2, 4],
+        },
+        "hidden_expansion": 0.5,
+        "c2f_num_blocks": 1,
+        "d_model": 32,
+        "decoder_layers": 2,
+        "decoder_ffn_dim": 48,
+        "decoder_self_attention_heads": 4,
+        "decoder_cross_attention_heads": 4,
+        "num_queries": 20,
+        "group_detr": 2,
+    },
     "yolos": {
         "hidden_size": 32,
         "num_hidden_layers": 2,
@@ -115,5 +137,9 @@ SOFTMAX = ("detr", "yolos")  # a query has one class or none
 
 
 def make_config(name: str) -> dict[str, Any]:
-    timm = {} if name in ("rt_detr", "rt_detr_v2", "d_fine", "lw_detr", "yolos") else {"use_timm_backbone": False}
+    timm = (
+        {}
+        if name in ("rt_detr", "rt_detr_v2", "d_fine", "lw_detr", "rf_detr", "yolos")
+        else {"use_timm_backbone": False}
+    )
     return {"model_type": name.replace("dab_detr", "dab-detr"), **CONFIGS[name], **timm}

@@ -17,12 +17,12 @@ from torch import Tensor
 from transformers import AutoImageProcessor, AutoModelForObjectDetection, DetrImageProcessor, RTDetrImageProcessor
 
 from gdetkd_cli.detectors import catalog, transformers
-from gdetkd_cli.detectors.transformers.detector import QueryDetector, choose_queries
+from gdetkd_cli.detectors.transformers.detector import QueryDetector, choose_probe_size, choose_queries, find_unit
 from gdetkd_cli.detectors.transformers.preparation import Preparation, resize_in_graph
 from gdetkd_cli.distill.regions import choose_regions
-from gdetkd_cli.errors import GDetKDError, ModelError
+from gdetkd_cli.errors import ExportError, GDetKDError, ModelError
 from gdetkd_cli.evaluation.exported import OnnxDetector
-from gdetkd_cli.export.onnx import export_onnx
+from gdetkd_cli.export.onnx import ANY, export_onnx
 from gdetkd_cli.export.parity import Cut, check_parity
 from gdetkd_cli.structures import Batch, Detections, Regions, Target
 
@@ -244,6 +244,33 @@ def test_the_most_confident_of_near_duplicates_answers_for_a_region(batch: Batch
     assert queries.overlap.tolist() == [pytest.approx(0.95), 0.0]
 
 
+def test_the_sides_are_multiples_of_the_windows_of_the_body() -> None:
+    config = make_config("rf_detr")
+    detector = transformers.build(transformers.describe_fresh(config, (112, 168)), CLASSES)
+    assert [level.stride for level in detector.levels] == [(14, 14)]
+    detector.module.eval()
+    (found,) = detector.predict([torch.rand(3, 100, 150)])
+    assert len(found.boxes) == 20 * len(CLASSES)
+    with pytest.raises(ModelError, match=r"fails on images of 64 x 96 pixels .*whose sides are multiples of 56"):
+        transformers.build(transformers.describe_fresh(config, SIZE), CLASSES)
+
+
+@pytest.mark.parametrize(
+    ("body", "unit", "size"),
+    [
+        ({}, 32, (352, 416)),
+        ({"patch_size": 16}, 32, (352, 416)),
+        ({"patch_size": 16, "num_windows": 4}, 64, (384, 448)),
+        ({"patch_size": 14, "num_windows": 4}, 56, (392, 448)),
+        ({"patch_size": 32, "num_windows": 7}, 224, (448, 672)),
+        ({"patch_size": -1, "num_windows": [2]}, 32, (352, 416)),
+    ],
+)
+def test_probe_sizes(body: dict[str, Any], unit: int, size: tuple[int, int]) -> None:
+    assert find_unit(SimpleNamespace(backbone_config=SimpleNamespace(**body))) == unit
+    assert choose_probe_size(unit) == size
+
+
 def test_group_detr_detects_with_its_first_group() -> None:
     config = SimpleNamespace(group_detr=3)
     for kind, expected in ((config, slice(20)), (SimpleNamespace(), slice(-20, None))):
@@ -259,6 +286,31 @@ def test_the_onnx_file_agrees_on_images_of_any_size(name: str, tmp_path: Path) -
     images = [torch.rand(3, *size) for size in ((64, 96), (100, 120), (301, 200))]
     parity = check_parity(detector, OnnxDetector(tmp_path / "s.onnx"), images, cut=Cut.of(detector.module))
     assert parity.passed, parity
+
+
+@pytest.mark.parametrize("batch", [None, ANY])
+def test_a_body_that_interpolates_its_positions_is_exported(batch: int | None, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    description = transformers.describe_fresh(make_config("rf_detr"), (112, 168))
+    detector = shake(transformers.build(description, CLASSES))
+    export_onnx(detector, tmp_path / "s.onnx", architecture=description, batch=batch)
+    images = [torch.rand(3, *size) for size in ((112, 168), (100, 120))]
+    parity = check_parity(detector, OnnxDetector(tmp_path / "s.onnx"), images, cut=Cut.of(detector.module))
+    assert parity.passed, parity
+
+
+def test_an_exporter_that_fails_prints_no_graph(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        print("Torch IR graph at exception")
+        raise torch.onnx.OnnxExporterError("no such operator")
+
+    monkeypatch.setattr(torch.onnx, "export", fail)
+    detector, description = build("yolos")
+    with pytest.raises(ExportError, match="no such operator"):
+        export_onnx(detector, tmp_path / "s.onnx", architecture=description)
+    assert not capsys.readouterr().out
 
 
 def test_an_export_may_differ_by_a_thousandth_of_the_image() -> None:

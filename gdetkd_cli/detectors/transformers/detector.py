@@ -5,6 +5,7 @@ Shapes: N images, L levels, Q queries, R regions, K classes, D channels, P candi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -25,7 +26,8 @@ from gdetkd_cli.probing.inputs import ModelInput
 from gdetkd_cli.probing.record import list_tensors
 from gdetkd_cli.structures import Batch, Detections, Pyramid, Regions
 
-_PROBE_SIZE = (352, 416)  # pixels; 11 x 13 cells at stride 32
+_PROBE_SIZE = (352, 416)  # least height and width in pixels; 11 x 13 cells at stride 32
+_STRIDE = 32  # pixels, of the usual coarsest level
 _ALIKE = 0.1  # difference of overlaps up to which two queries show one object
 _MODEL = "model"  # the submodule of ``QueryModel`` that is transformers' own
 
@@ -73,7 +75,8 @@ class QueryDetector(TrainableDetector):
         own = module.preparation
         # In small images a level can have the shape of a decoder's value, such as 4 sides x 4 bins, by chance.
         module.preparation = own if fixed_size else replace(own, height=None, width=None, shortest=0)
-        size = own.compute_size(480, 640) if fixed_size else _PROBE_SIZE
+        self._unit = find_unit(module.model.config)
+        size = own.compute_size(480, 640) if fixed_size else choose_probe_size(self._unit)
         super().__init__(module=module, source=source, class_names=class_names, model_input=ModelInput(), size=size)
         module.preparation = own
         output = self._try_forward(own.compute_size(480, 640))
@@ -92,7 +95,7 @@ class QueryDetector(TrainableDetector):
             reason = find_reason(error).rstrip(".")
             raise ModelError(
                 f"{self._source} fails on images of {size[0]} x {size[1]} pixels ({reason}); choose an image_size "
-                "whose sides are multiples of 32"
+                f"whose sides are multiples of {self._unit}"
             ) from error
         return tap.output(_MODEL)
 
@@ -228,6 +231,26 @@ class QueryDetector(TrainableDetector):
             chosen = torch.where(regions.candidate >= 0, candidate, chosen)
         found = overlap.gather(1, chosen[:, None]).squeeze(1)
         return regions.image_index * self._queries + chosen, found
+
+
+def find_unit(config: Any) -> int:
+    """Finds the number of pixels of which both sides of an image must be a multiple.
+
+    A transformer body cuts the image into patches, and some cut the patches into windows. ``num_windows`` counts those
+    of a side (RF-DETR) or of the image (LW-DETR); a multiple for the first fits the second.
+    """
+    body = getattr(config, "backbone_config", None)
+    patch, windows = (getattr(body, name, None) for name in ("patch_size", "num_windows"))
+    unit = max(patch if isinstance(patch, int) else 1, 1) * max(windows if isinstance(windows, int) else 1, 1)
+    while unit < _STRIDE:
+        unit *= 2
+    return unit
+
+
+def choose_probe_size(unit: int) -> tuple[int, int]:
+    """Returns (height, width) pixels, two different multiples of ``unit``."""
+    height, width = (math.ceil(side / unit) * unit for side in _PROBE_SIZE)
+    return height, width if width > height else height + unit
 
 
 def choose_queries(config: Any, count: int) -> slice:

@@ -9,6 +9,7 @@ Shapes: N images, Q queries, K classes, D channels, M boxes.
 from __future__ import annotations
 
 import inspect
+from functools import partial
 from typing import Any
 
 import torch
@@ -89,6 +90,28 @@ class QueryModel(nn.Module):
         best = scores.flatten().topk(min(_MOST, scores.shape[0] * classes))
         corners = convert_boxes(boxes[best.indices // classes], height, width)
         return {"boxes": corners, "scores": best.values, "labels": best.indices % classes + 1}
+
+
+def fix_positions(module: QueryModel) -> None:
+    """Makes constants of the position embeddings that a body interpolates, if all images get one size.
+
+    Some bodies (RF-DETR) interpolate them by an operator that ONNX lacks, whenever they are traced.
+    """
+    height, width = module.preparation.height, module.preparation.width
+    bodies: list[Any] = [layer for layer in module.modules() if hasattr(layer, "interpolate_pos_encoding")]
+    if height is None or width is None or not bodies:
+        return
+    found: dict[Any, Tensor] = {}
+
+    def keep(body: Any, interpolate: Any, *arguments: Any) -> Tensor:
+        return found.setdefault(body, interpolate(*arguments))
+
+    for body in bodies:
+        body.interpolate_pos_encoding = partial(keep, body, body.interpolate_pos_encoding)
+    with torch.no_grad():
+        module([torch.zeros(3, height, width)])
+    for body in bodies:
+        body.interpolate_pos_encoding = partial(lambda value, *_: value, found[body])
 
 
 def convert_target(target: dict[str, Tensor], height: int, width: int) -> dict[str, Tensor]:
