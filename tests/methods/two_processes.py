@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from datetime import timedelta
@@ -37,4 +38,7 @@ def _enter(rank: int, pickled: bytes, folder: Path) -> None:
     )
     torch.set_num_threads(1)
     torch.save(cloudpickle.loads(pickled)(rank), folder / f"{rank}.pt")
+    distributed.barrier()  # a process that leaves early breaks the other's connection
     distributed.destroy_process_group()
+    # Not the usual end: under load, gloo's threads can abort a process whose work is done ("terminate called ...").
+    os._exit(0)
