@@ -61,6 +61,17 @@ _WINDOWED: dict[str, Any] = {  # as many channels as the map of an image of 352 
     "window_block_indices": [0, 2],
     "out_indices": [1, 3],
 }
+_GROUPS: dict[str, Any] = {
+    "hidden_expansion": 0.5,
+    "c2f_num_blocks": 1,
+    "d_model": 32,
+    "decoder_layers": 2,
+    "decoder_ffn_dim": 48,
+    "decoder_self_attention_heads": 4,
+    "decoder_cross_attention_heads": 4,
+    "num_queries": 20,
+    "group_detr": 2,
+}
 _LAST = _RESNET | {"out_features": ["stage4"]}
 _LAST_THREE = _RESNET | {"out_features": ["stage2", "stage3", "stage4"]}
 
@@ -81,15 +92,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "backbone_config": _WINDOWED,
         "projector_scale_factors": [2.0, 0.5],
         "num_feature_levels": 2,
-        "hidden_expansion": 0.5,
-        "c2f_num_blocks": 1,
-        "d_model": 32,
-        "decoder_layers": 2,
-        "decoder_ffn_dim": 48,
-        "decoder_self_attention_heads": 4,
-        "decoder_cross_attention_heads": 4,
-        "num_queries": 20,
-        "group_detr": 2,
+        **_GROUPS,
     },
     "rf_detr": {
         "backbone_config": {
@@ -103,15 +106,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
             "window_block_indexes": [0, 2],
             "out_indices": [2, 4],
         },
-        "hidden_expansion": 0.5,
-        "c2f_num_blocks": 1,
-        "d_model": 32,
-        "decoder_layers": 2,
-        "decoder_ffn_dim": 48,
-        "decoder_self_attention_heads": 4,
-        "decoder_cross_attention_heads": 4,
-        "num_queries": 20,
-        "group_detr": 2,
+        **_GROUPS,
     },
     "yolos": {
         "hidden_size": 32,
