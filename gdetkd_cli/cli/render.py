@@ -73,13 +73,18 @@ def build_line(text: str) -> Text:
     return Text(show_hidden(text), no_wrap=True, overflow="ignore")
 
 
-def build_table(title: str | None, columns: Sequence[str], rows: Iterable[Sequence[str]], *, words: int = 1) -> Table:
-    """A table: the first ``words`` columns are text, aligned left; the others are numbers, aligned right."""
+def build_table(
+    title: str | None, columns: Sequence[str], rows: Iterable[Sequence[str | Text]], *, words: int = 1
+) -> Table:
+    """A table: the first ``words`` columns are text, aligned left; the others are numbers, aligned right.
+
+    A ``Text`` may have several lines and is shown as it is.
+    """
     table = Table(box=SIMPLE_HEAD, title=title, title_justify="left", title_style="bold")
     for index, column in enumerate(columns):
         table.add_column(column, justify="left" if index < words else "right", overflow="fold")  # names stay whole
     for row in rows:
-        table.add_row(*(show_hidden(cell, keep="\n") for cell in row))
+        table.add_row(*(cell if isinstance(cell, Text) else show_hidden(cell) for cell in row))
     return table
 
 
@@ -158,9 +163,9 @@ def format_evaluation(result: EvalResult) -> RenderableType:
 
 def _build_levels_table(report: PyramidReport, title: str | None, *, values: bool = False) -> Table:
     """A pyramid's levels, fine to coarse; ``values`` adds their means and deviations."""
-    rows = [
+    rows: list[tuple[str | Text, ...]] = [
         (
-            _wrap_name(level.name, 16 if values else 32) + (f"\n({show_hidden(level.module)})" if level.module else ""),
+            _wrap_name(level.name, level.module, 16 if values else 32),
             str(level.channels),
             f"{level.shape[0]} x {level.shape[1]}",
             _format_pair(level.stride),
@@ -173,14 +178,14 @@ def _build_levels_table(report: PyramidReport, title: str | None, *, values: boo
     return build_table(title, columns, rows)
 
 
-def _wrap_name(name: str, width: int) -> str:
-    """Breaks a long dotted name into lines of at most ``width`` characters, where it has dots."""
+def _wrap_name(name: str, module: str, width: int) -> Text:
+    """Breaks a long dotted name into lines of at most ``width`` characters, where it has dots; its module follows."""
     lines = [""]
     for part in show_hidden(name).replace(".", ".\n").split("\n"):
         if lines[-1] and len(lines[-1]) + len(part) > width:
             lines.append("")
         lines[-1] += part
-    return "\n".join(lines)
+    return Text("\n".join([*lines, *([f"({show_hidden(module)})"] if module else [])]))
 
 
 def _format_pair(yx: tuple[float, float]) -> str:

@@ -6,13 +6,11 @@ the input images. Behind an image's own detections, boxes, scores and labels are
 
 from __future__ import annotations
 
-import copy
-
 import torch
 from torch import Tensor, nn
 
 from gdetkd_cli.detectors.protocol import Detector
-from gdetkd_cli.detectors.transformers.model import QueryModel, fix_positions
+from gdetkd_cli.detectors.transformers.model import QueryModel
 from gdetkd_cli.export.single_image import SingleImage
 
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -54,10 +52,9 @@ class QueryBatch(nn.Module):
     Every image has the same number of detections, so nothing is padded.
     """
 
-    def __init__(self, module: QueryModel) -> None:
+    def __init__(self, detector: Detector) -> None:
         super().__init__()
-        self.module = copy.deepcopy(module).cpu().requires_grad_(False).eval()
-        fix_positions(self.module)
+        self.module: QueryModel = SingleImage(detector).detector
 
     def forward(self, images: Tensor) -> Outputs:
         """(N, 3, H, W) in 0..1 -> the detections."""

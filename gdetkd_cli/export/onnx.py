@@ -99,7 +99,7 @@ def _build_module(detector: Detector, batch: int | None) -> nn.Module:
     if batch is None:
         return SingleImage(detector)
     if isinstance(detector.module, QueryModel):
-        return QueryBatch(detector.module)
+        return QueryBatch(detector)
     return ImageBatch(detector, batch)
 
 

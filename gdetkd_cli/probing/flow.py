@@ -40,6 +40,7 @@ class Flow:
         maps: ((height, width), layout) if the value is a map over the image, else None.
         children: the values that read it.
         weighted: whether it is a map computed by a convolution or linear layer with weights.
+        used: whether a result depends on it; True for all if no recorded value is a result.
         folded: whether it is a map reshaped into patches or cut along one axis.
     """
 
@@ -82,6 +83,13 @@ class Flow:
                 halved = _halve(found[0])
             made_by_weights = values[i].op == "convolution" or values[i].op in LINEAR
             self.weighted[i] = bool(values[i].weights) and made_by_weights and self.maps[i] is not None
+        self.used = self._find_used()
+
+    def _find_used(self) -> list[bool]:
+        used = [False] * len(self.values)
+        for i in range(len(self.values) - 1, self.stem - 1, -1):
+            used[i] = self.values[i].result or any(used[child] for child in self.children[i])
+        return used if any(used) else [True] * len(self.values)
 
     def _is_map(self, i: int, found: tuple[Size, Layout], before: set[Size]) -> bool:
         """Whether a value shaped like a map is computed from maps, or made from the tokens of an earlier map.

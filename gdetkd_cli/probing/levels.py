@@ -174,7 +174,7 @@ def _find_own_heads(flow: Flow) -> LevelSet:
     projection, but the end of a body (LW-DETR).
     """
     count = len(flow.values)
-    tokens, used = _find_token_maps(flow), _find_used(flow)
+    tokens = _find_token_maps(flow)
     weights_below = [False] * count
     for i in range(count - 1, flow.stem - 1, -1):
         tokens[i] = tokens[i] or any(tokens[child] for child in flow.children[i])
@@ -188,7 +188,7 @@ def _find_own_heads(flow: Flow) -> LevelSet:
     needed = find_dominators(flow)
     levels, heads = [], []
     for size, finals in last.items():
-        if not any(used[i] for i in finals):
+        if not any(flow.used[i] for i in finals):
             continue
         common = needed[finals[0]]
         for i in finals[1:]:
@@ -204,14 +204,6 @@ def _find_own_heads(flow: Flow) -> LevelSet:
     reason = "the last map of each size that all of that size's final convolutions depend on"
     chosen = _step_out_of_head(flow, levels, heads)
     return LevelSet(chosen, reason, CONFIDENCE["own heads" if len(levels) > 1 else "one level"])
-
-
-def _find_used(flow: Flow) -> list[bool]:
-    """Returns, by value, whether a result depends on it; True for all if no recorded value is a result."""
-    used = [False] * len(flow.values)
-    for i in range(len(flow.values) - 1, flow.stem - 1, -1):
-        used[i] = flow.values[i].result or any(used[child] for child in flow.children[i])
-    return used if any(used) else [True] * len(flow.values)
 
 
 def _is_activated(flow: Flow, i: int) -> bool:
@@ -273,13 +265,13 @@ def _find_token_maps(flow: Flow) -> list[bool]:
 
     No map follows these layers, and a result depends on them.
     """
-    count, used = len(flow.values), _find_used(flow)
+    count = len(flow.values)
     maps_below, linear = [False] * count, [False] * count  # linear: such a layer follows without a map in between
     read = [False] * count
     for i in range(count - 1, flow.stem - 1, -1):
         children = flow.children[i]
         maps_below[i] = any(maps_below[c] or flow.maps[c] is not None for c in children)
-        own = flow.values[i].op in LINEAR and bool(flow.values[i].weights) and used[i] and not maps_below[i]
+        own = flow.values[i].op in LINEAR and bool(flow.values[i].weights) and flow.used[i] and not maps_below[i]
         after = any(linear[c] and flow.maps[c] is None for c in children)
         linear[i] = own or after
         read[i] = after and flow.maps[i] is not None

@@ -99,6 +99,12 @@ def test_a_long_name_breaks_at_its_dots(runs: Any) -> None:
         assert has_row(shown, line)
 
 
+def test_a_line_break_in_a_class_name_is_shown(runs: Any) -> None:
+    metrics = dataclasses.replace(runs.results["run_eval"].metrics, per_class={"disc\nforged row": 1.0})
+    shown = text(render.format_evaluation(dataclasses.replace(runs.results["run_eval"], metrics=metrics)))
+    assert has_row(shown, "disc\\nforged row", "1.0")
+
+
 def test_a_probe_of_an_unknown_model(runs: Any) -> None:
     report = dataclasses.replace(runs.results["run_probe"], classes=(), region_embedding=None)
     shown = text(render.format_pyramid(report))

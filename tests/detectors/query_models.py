@@ -49,7 +49,9 @@ _PLAIN: dict[str, Any] = {
     "decoder_ffn_dim": 48,
     "num_queries": 20,
 }
-_WINDOWED: dict[str, Any] = {  # as many channels as the map of an image of 352 x 416 pixels almost has columns
+_WINDOWED: dict[
+    str, Any
+] = {  # its 32 channels could be the columns of a map: (24, 28, 32) fits the probe image both ways
     "model_type": "lw_detr_vit",
     "hidden_size": 32,
     "num_hidden_layers": 4,
@@ -128,13 +130,10 @@ STRIDES = {
     "lw_detr": (8, 32),
     "yolos": (16,),
 }
+_WITH_TIMM = ("detr", "conditional_detr", "deformable_detr", "dab_detr")  # whose body may come from timm
 SOFTMAX = ("detr", "yolos")  # a query has one class or none
 
 
 def make_config(name: str) -> dict[str, Any]:
-    timm = (
-        {}
-        if name in ("rt_detr", "rt_detr_v2", "d_fine", "lw_detr", "rf_detr", "yolos")
-        else {"use_timm_backbone": False}
-    )
+    timm = {"use_timm_backbone": False} if name in _WITH_TIMM else {}
     return {"model_type": name.replace("dab_detr", "dab-detr"), **CONFIGS[name], **timm}
