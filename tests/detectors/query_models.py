@@ -1,8 +1,17 @@
-"""Small configurations of transformers' detectors, as a recipe or a config.json holds them."""
+"""Small detectors of transformers and their configurations, as a recipe or a config.json holds them."""
 
 from __future__ import annotations
 
 from typing import Any
+
+import torch
+
+from gdetkd_cli.detectors import transformers
+from gdetkd_cli.detectors.transformers.detector import QueryDetector
+from gdetkd_cli.structures import Batch, Target
+
+CLASSES = ("car", "bus", "bike")
+SIZE = (64, 96)
 
 _RESNET: dict[str, Any] = {
     "model_type": "resnet",
@@ -49,9 +58,8 @@ _PLAIN: dict[str, Any] = {
     "decoder_ffn_dim": 48,
     "num_queries": 20,
 }
-_WINDOWED: dict[
-    str, Any
-] = {  # its 32 channels could be the columns of a map: (24, 28, 32) fits the probe image both ways
+# Its 32 channels could be the columns of a map: (24, 28, 32) fits the probe image both ways.
+_WINDOWED: dict[str, Any] = {
     "model_type": "lw_detr_vit",
     "hidden_size": 32,
     "num_hidden_layers": 4,
@@ -137,3 +145,29 @@ SOFTMAX = ("detr", "yolos")  # a query has one class or none
 def make_config(name: str) -> dict[str, Any]:
     timm = {"use_timm_backbone": False} if name in _WITH_TIMM else {}
     return {"model_type": name.replace("dab_detr", "dab-detr"), **CONFIGS[name], **timm}
+
+
+def build_detector(name: str, size: tuple[int, int] = SIZE) -> tuple[QueryDetector, dict[str, Any]]:
+    torch.manual_seed(0)
+    description = transformers.describe_fresh(make_config(name), size)
+    return transformers.build(description, CLASSES), description
+
+
+def shake(detector: QueryDetector) -> QueryDetector:
+    """Moves the weights, because fresh class layers give equal scores everywhere, whose order is arbitrary."""
+    torch.manual_seed(1)
+    for parameter in detector.module.parameters():
+        parameter.data.add_(0.05 * torch.randn_like(parameter))
+    detector.module.eval()
+    return detector
+
+
+def make_batch() -> Batch:
+    """Two images of unlike sizes with one and two objects."""
+    generator = torch.Generator().manual_seed(0)
+    targets = [
+        Target(torch.tensor([[10.0, 10, 50, 40]]), torch.tensor([1])),
+        Target(torch.tensor([[20.0, 20, 70, 60], [1, 1, 30, 30]]), torch.tensor([2, 3])),
+    ]
+    images = [torch.rand(3, *size, generator=generator) for size in ((64, 96), (80, 80))]
+    return Batch(images, targets, torch.tensor([1, 2]))
