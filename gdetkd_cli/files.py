@@ -81,8 +81,8 @@ def write_file(path: Path, write: Callable[[BinaryIO], object], *, size: int | N
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a text file in UTF-8, as ``write_file`` does."""
-    content = text.encode()
+    """Writes a text file in UTF-8, as ``write_file`` does; bytes of file names that are not UTF-8 are kept."""
+    content = text.encode(errors="surrogateescape")
     write_file(path, lambda file: file.write(content), size=len(content))
 
 

@@ -70,7 +70,7 @@ def build_split(
     fold = None if isinstance(data, FolderData) else data.fold
     bad = bad or _collect_bad_images(data)
     if fold is not None:
-        return _build_fold(data, fold, which, outlines=outlines, problems=problems)
+        return _build_fold(data, fold, which, outlines=outlines, bad=bad, problems=problems)
     if isinstance(data, SyntheticData):
         images = data.train_images if which == "train" else data.val_images
         return draw_split(split=which, images=images, size=data.size, seed=data.seed, smallest=data.smallest)
@@ -80,8 +80,7 @@ def build_split(
                 f"the {which} images in {get_image_folder(data)} have no annotations; run `gdetkd distill`, "
                 "whose teacher labels them and stores COCO files in the run's folder `labels`"
             )
-        upright = not isinstance(data, CocoData)  # as the teacher saw the images
-        return read_coco(annotations=labels / f"{which}.json", images=get_image_folder(data), bad=bad, upright=upright)
+        return read_coco(annotations=labels / f"{which}.json", images=get_image_folder(data), bad=bad)
     return _read_annotated(data, which, outlines=outlines, bad=bad, problems=problems)
 
 
@@ -149,10 +148,11 @@ def _build_fold(
     which: Literal["train", "val", "all"],
     *,
     outlines: bool = False,
+    bad: BadImages | None = None,
     problems: list[DataProblem] | None = None,
 ) -> Split:
     whole = data.model_copy(update={"fold": None})
-    bad = _collect_bad_images(data)
+    bad = bad or _collect_bad_images(data)
     train, val = (build_split(whole, part, outlines=outlines, bad=bad, problems=problems) for part in SPLITS)
     return build_fold(train, val, number=fold.number, of=fold.of, which=which)
 

@@ -6,7 +6,13 @@ from pathlib import Path
 
 from gdetkd_cli.assembly.data import SPLITS, read_split
 from gdetkd_cli.data.readers.folder import check_no_labels
-from gdetkd_cli.data.readers.layout import find_bdd100k, find_detection_files, find_layout, find_voc_lists
+from gdetkd_cli.data.readers.layout import (
+    check_no_annotations,
+    find_bdd100k,
+    find_detection_files,
+    find_layout,
+    find_voc_lists,
+)
 from gdetkd_cli.data.readers.voc import VOC_CLASSES, read_object_names
 from gdetkd_cli.data.readers.yolo_layout import find_yolo
 from gdetkd_cli.data.split import Split
@@ -58,5 +64,6 @@ def find_block(folder: Path) -> Data:
         return VocData(format="voc", root=folder, train=train, val=val, **classes)
     if layout := find_bdd100k(folder):
         return Bdd100kData(format="bdd100k", root=folder, **vars(layout))
+    check_no_annotations(folder)
     check_no_labels(folder)
     return FolderData(format="folder", root=folder)

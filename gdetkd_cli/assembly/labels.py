@@ -26,7 +26,7 @@ from gdetkd_cli.assembly.detector import build_detector
 from gdetkd_cli.data.folds import select_images
 from gdetkd_cli.data.image_files import ImageFiles
 from gdetkd_cli.data.loader import load_validation_batches
-from gdetkd_cli.data.readers.coco import build_split_from_tables
+from gdetkd_cli.data.readers.coco import Tables, build_split_from_tables, mark_upright
 from gdetkd_cli.data.split import Record, Split
 from gdetkd_cli.detectors.protocol import Detector
 from gdetkd_cli.engine.events import Note, Observer, report_every, silent
@@ -35,8 +35,6 @@ from gdetkd_cli.evaluation.predict import gather_predictions, list_predicted, pr
 from gdetkd_cli.files import write_text
 from gdetkd_cli.recipe.schema import CocoData, Data, DistillationRecipe, TeacherLabels, YoloData
 from gdetkd_cli.structures import Detections
-
-Tables = Mapping[str, list[dict[str, Any]]]
 
 
 @dataclass(frozen=True)
@@ -106,12 +104,13 @@ def label_split(
             f"the teacher detects nothing in {split.name} with a score of {options.score:g} or more (highest score: "
             f"{best:.2f}); lower data.labels.score, or check the teacher's input format (teacher.input)"
         )
-    assert isinstance(split.read, ImageFiles), "only image files can be labelled"
+    read = split.read
+    assert isinstance(read, ImageFiles), "only image files can be labelled"
     kept = {record.image_id for record in (*own, *predicted)}
-    files = zip(split.records, split.read.paths, strict=False)
+    files = zip(split.records, read.paths, strict=False)
     folder = get_image_folder(data)
     images = [(record, path) for record, path in files if record.image_id in kept]
-    tables = _build_tables(images, folder, categories, annotations)
+    tables = _build_tables(images, folder, categories, annotations, upright=read.upright)
     labelled = build_split_from_tables(tables, source=Path(split.name), images=folder, bad=split.bad)
     return LabelledSplit(labelled, tables, total, by_teacher=len(predicted))
 
@@ -168,9 +167,11 @@ def _build_tables(
     folder: Path,
     categories: Mapping[str, int],
     annotations: list[dict[str, Any]],
+    *,
+    upright: bool,
 ) -> Tables:
-    """Builds COCO's tables; file names are relative to ``folder``."""
-    return {
+    """Builds COCO's tables; file names are relative to ``folder``, and ``upright`` is as in ``ImageFiles``."""
+    tables = {
         "images": [
             {
                 "id": record.image_id,
@@ -183,6 +184,7 @@ def _build_tables(
         "categories": [{"id": number, "name": name} for name, number in categories.items()],
         "annotations": [{**annotation, "id": number} for number, annotation in enumerate(annotations, start=1)],
     }
+    return mark_upright(tables) if upright else tables
 
 
 def write_labels(folder: Path, labels: Mapping[Which, Tables]) -> None:
@@ -248,4 +250,4 @@ def _convert_split(split: Split, folder: Path) -> Tables:
     assert isinstance(split.read, ImageFiles)
     categories = {name: number for number, name in enumerate(split.class_names, start=1)}
     images = list(zip(split.records, split.read.paths, strict=True))
-    return _build_tables(images, folder, categories, list(_list_truth(split.records)))
+    return _build_tables(images, folder, categories, list(_list_truth(split.records)), upright=split.read.upright)

@@ -158,7 +158,7 @@ def try_export(source: Path) -> None:
 
 def _choose_path(kind: _Format, default: Path, output: Path | None, *, only: bool) -> Path:
     if output is None:
-        return default.with_suffix(f".{kind.name}")
+        return default.with_name(f"{default.name}.{kind.name}")
     if output.is_dir():
         return output / f"{default.name}.{kind.name}"
     return output if only else output.with_suffix(f".{kind.name}")

@@ -10,9 +10,8 @@ from statistics import median
 from typing import Any
 
 import torch
-import yaml
 
-from gdetkd_cli import assembly, portable
+from gdetkd_cli import assembly, portable, yaml_text
 from gdetkd_cli.assembly.find_data import find_data
 from gdetkd_cli.commands.probe import ProbeOptions, run_probe
 from gdetkd_cli.commands.validate import CheckedRecipe, check_pair
@@ -80,6 +79,10 @@ def run_init(
     }
     valid = require_distillation(Recipe.model_validate(recipe))
     pair = assembly.build_recipe_pair(valid, train.class_names)
+    if recipe["student"].get("head") == "retinanet" and not pair.built.transferred:
+        recipe["student"]["arguments"] = {"head_norm": True}  # a fresh head hardly learns without it
+        valid = require_distillation(Recipe.model_validate(recipe))
+        pair = assembly.build_recipe_pair(valid, train.class_names)
     checked = check_pair(valid, str(output), pair, (student, teacher), train, observer)
     _write(output, _format_checked(recipe, checked, count_epochs(valid, len(train))), recipe)
     return checked
@@ -209,7 +212,7 @@ def _format_recipe(path: Path, title: str, recipe: dict[str, Any], comments: dic
     lines = _format_comments(head)
     for key, value in recipe.items():
         lines += _format_comments(comments.get(key, []))
-        lines.append(yaml.safe_dump({key: value}, sort_keys=False).rstrip())
+        lines.append(yaml_text.dump({key: value}).rstrip())
     return "\n".join(lines) + "\n"
 
 
@@ -220,7 +223,7 @@ def _format_comments(comments: Sequence[str]) -> list[str]:
 
 def _write(path: Path, text: str, recipe: dict[str, Any]) -> None:
     """Writes a recipe's text, after checking that it matches the fields."""
-    assert Recipe.model_validate(yaml.safe_load(text)) == Recipe.model_validate(recipe)
+    assert Recipe.model_validate(yaml_text.parse(text)[0]) == Recipe.model_validate(recipe)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, text)
 

@@ -92,10 +92,22 @@ def build_fold(train: Split, val: Split, *, number: int, of: int, which: Literal
         name=f"{train.name} and {val.name}, {part}",
         class_names=train.class_names,
         records=records,
-        read=_PooledReader(reads=[split.read for split in parts], places=[places[i] for i in chosen]),
+        read=_pool_readers([split.read for split in parts], [places[i] for i in chosen]),
         notes=tuple(f"{split.name}: {note}" for split in parts for note in split.notes),
         bad=train.bad,
     )
+
+
+def _pool_readers(
+    reads: Sequence[Callable[[int], Tensor]], places: Sequence[tuple[int, int]]
+) -> ImageFiles | _PooledReader:
+    """Returns a reader of the images at these places; if possible one of files, whose headers can be checked."""
+    files = [read for read in reads if isinstance(read, ImageFiles)]
+    if len(files) < len(reads) or len({read.upright for read in files}) > 1:
+        return _PooledReader(reads, places)
+    paths = [files[split].paths[index] for split, index in places]
+    sizes = [files[split].sizes[index] for split, index in places]
+    return replace(files[0], paths=paths, sizes=sizes)
 
 
 def _check_distinct(parts: Sequence[Split]) -> None:

@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.utils import draw_bounding_boxes
 
+from gdetkd_cli.data.readers.coco import mark_upright
 from gdetkd_cli.files import write_text
 from gdetkd_cli.structures import Detections
 from gdetkd_cli.text import show_hidden
@@ -91,7 +92,7 @@ def write_coco(path: Path, images: Sequence[PredictedImage], class_names: Sequen
         "categories": [{"id": label, "name": name} for label, name in enumerate(class_names, start=1)],
         "annotations": [{"id": number, **each} for number, each in enumerate(annotations, start=1)],
     }
-    write_text(path, json.dumps(content))
+    write_text(path, json.dumps(mark_upright(content)))
 
 
 def write_csv(path: Path, images: Sequence[PredictedImage], class_names: Sequence[str]) -> None:

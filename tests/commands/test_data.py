@@ -11,7 +11,7 @@ from PIL import Image
 
 from gdetkd_cli.commands import run_data
 from gdetkd_cli.errors import DataError, GDetKDError
-from gdetkd_cli.recipe.schema import CocoData, SyntheticData
+from gdetkd_cli.recipe.schema import CocoData, Fold, SyntheticData, YoloData
 
 
 @pytest.fixture
@@ -74,6 +74,18 @@ def write_coco(root: Path, **image: Any) -> None:
     }
     for which in ("train", "val"):
         (root / f"{which}.json").write_text(json.dumps(tables))
+
+
+def test_images_with_problems_are_listed_with_a_fold(yolo: Path) -> None:
+    (yolo / "images/train/b.png").write_bytes(b"no image")
+    pixels = (yolo / "images/train/a.png").read_bytes()
+    (yolo / "images/val/c.png").write_bytes(pixels[: len(pixels) // 2])
+    for name in "de":
+        (yolo / f"images/val/{name}.png").write_bytes(pixels)
+    data = YoloData(format="yolo", root=yolo, fold=Fold(number=1, of=2))
+    report = run_data("mine", data=data)
+    assert "b.png" in {Path(one.place).name for one in report.problems}
+    assert sum(split.images for split in report.splits) == 4
 
 
 def test_problems_of_coco_files_name_annotation_and_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -188,6 +188,12 @@ def test_writes_where_output_says(
     assert _names(run) == {"student.pt", "recipe.yaml"}
 
 
+def test_a_file_with_dots_keeps_its_name(run: Path) -> None:
+    (run / "student.pt").rename(run / "model.v1.pt")
+    result = run_export(str(run / "model.v1.pt"), onnx=False, torchscript=False, safetensors=True, output=None)
+    assert [file.path for file in result.files] == [run / "model.v1.safetensors"]
+
+
 def test_a_builtin_detector_is_written_to_the_working_directory(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,6 +13,7 @@ import toy
 from PIL import Image
 from twins import TwoWay
 
+from gdetkd_cli.assembly.find_data import find_block
 from gdetkd_cli.commands import check_recipe, plan_distill, run_init, run_probe_to_recipe, run_train
 from gdetkd_cli.commands.probe import ProbeOptions
 from gdetkd_cli.detectors import catalog
@@ -129,6 +130,42 @@ def test_annotations_of_another_format_are_not_passed_over(data: Path, teacher: 
         run_init(teacher, "resnet18+fcos", data / "images", output=tmp_path / "mine.yaml")
 
 
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("train.json", "[1,2", r"train\.json should be COCO detection JSON, but it cannot be read \("),
+        (
+            "sub/labels.json",
+            json.dumps({"images": [{"id": 1, "file_name": "0.png"}], "annotations": [{"image_id": 1, "box": [1, 2]}]}),
+            "but its images have no file_name, or its annotations no bbox; correct the file",
+        ),
+        ("labels.json", '{"annotations": []}', "but it has no lists named images;"),
+        ("my_train.json", "{}", "but it has no lists named images and annotations;"),
+        ("labels/train/0.txt", "0 0.5 0.5 1e-1 1\n", "annotations in an unsupported format"),
+        ("Annotations/0.xml", "<annotation><object/></annotation>", "annotations in an unsupported format"),
+        ("meta.json", '{"camera": 3}', None),
+        ("0.txt", "five words that say something", None),
+    ],
+)
+def test_annotations_that_cannot_be_used_are_not_passed_over(
+    file: str, content: str, message: str | None, tmp_path: Path
+) -> None:
+    toy.write_images(tmp_path / "images", [f"{number}.png" for number in range(9)])
+    (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / file).write_text(content)
+    if message is None:
+        assert isinstance(find_block(tmp_path), FolderData)
+    else:
+        with pytest.raises(DataError, match=message):
+            find_block(tmp_path)
+
+
+def test_a_retinanet_that_starts_afresh_can_learn(data: Path, teacher: str, tmp_path: Path) -> None:
+    run_init(teacher, "resnet18+retinanet", data, output=tmp_path / "r.yaml")
+    student = load_recipe(tmp_path / "r.yaml").student
+    assert isinstance(student, ComposedDetector) and student.arguments == {"head_norm": True}
+
+
 def test_a_file_name_that_no_run_may_have(data: Path, teacher: str, tmp_path: Path) -> None:
     run_init(teacher, "resnet18+fcos", data, output=tmp_path / "my recipe (2).yaml")
     assert load_recipe(str(tmp_path / "my recipe (2).yaml"), ()).name == "my-recipe-2"
@@ -176,6 +213,14 @@ def test_names_of_classes_add_no_line_to_a_recipe(tmp_path: Path, tiny_detector:
     run_probe_to_recipe(str(file), ProbeOptions(size=(64, 64)), tmp_path / "mine.yaml")
     assert load_recipe(tmp_path / "mine.yaml").seed == 0
     assert r"# classes: cat\nseed: 7\nname: evil\x1b[2J" in (tmp_path / "mine.yaml").read_text().splitlines()
+
+
+def test_names_that_look_like_numbers_stay_names(tmp_path: Path, tiny_detector: Any, tiny_description: Any) -> None:
+    names = ("1e3", "010", "cat")
+    catalog.save(tmp_path / "t.pt", tiny_detector("fcos", classes=names), tiny_description("fcos"))
+    run_probe_to_recipe(str(tmp_path / "t.pt"), ProbeOptions(size=(64, 64), classes=names), tmp_path / "mine.yaml")
+    teacher = load_recipe(tmp_path / "mine.yaml").teacher
+    assert isinstance(teacher, CheckpointDetector) and teacher.classes == list(names)
 
 
 def test_nothing_is_overwritten(data: Path, teacher: str, tmp_path: Path) -> None:

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 import toy
+from PIL import ExifTags, Image
 
 from gdetkd_cli.assembly.data import SPLITS, build_split, read_unlabelled_split
-from gdetkd_cli.assembly.labels import describe_labels, label_data, label_split
+from gdetkd_cli.assembly.labels import describe_labels, label_data, label_split, write_labels
 from gdetkd_cli.commands import plan_distill, run_distill, run_eval, run_train
 from gdetkd_cli.commands.train import resume_run
 from gdetkd_cli.data.readers.folder import read_folder
@@ -221,3 +222,26 @@ def test_labels_of_yolo_data_are_coco_files(folder: Path, tmp_path: Path) -> Non
     assert (len(train), len(val)) == (10, 2)
     assert train.class_names == val.class_names == ("disc-dot", "square-dot")
     assert sum(len(record.labels) for record in train.records) > 0
+    assert [split.read.upright for split in (train, val)] == [True, True]  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("orientation", [1, 3])  # 3: stored upside down
+@pytest.mark.parametrize("kind", ["folder", "yolo", "coco"])
+def test_labels_belong_to_the_pixels_that_the_teacher_saw(kind: str, orientation: int, tmp_path: Path) -> None:
+    tag, stored = Image.Exif(), Image.new("RGB", (40, 20))
+    tag[ExifTags.Base.Orientation] = orientation
+    stored.paste((255, 255, 255), (0, 0, 20, 20))  # the left half
+    stored.save(tmp_path / "a.png", exif=tag)
+    (tmp_path / "data.yaml").write_text("train: .\nval: .\nnames: [cat]\n")
+    tables = {"images": [{"id": 1, "file_name": "a.png"}], "annotations": [], "categories": [{"id": 1, "name": "cat"}]}
+    (tmp_path / "train.json").write_text(json.dumps(tables))
+    block = {"format": kind, "root": tmp_path, "labels": "teacher"} | ({"train_images": "."} if kind == "coco" else {})
+    data: Any = Recipe.model_validate(recipe(tmp_path).model_dump() | {"data": block}).data
+    split = read_folder(tmp_path) if kind == "folder" else read_unlabelled_split(data, "train")
+    teacher: Any = Says()
+    found = label_split(split, data, teacher, device=CPU)
+    write_labels(tmp_path / "labels", {"train": found.tables})
+    seen = split.read(0)
+    assert seen[:, :, 25:].float().mean() == (255 if orientation == 3 and kind != "coco" else 0)
+    for again in (found.split, build_split(data, "train", tmp_path / "labels")):
+        assert torch.equal(again.read(0), seen)

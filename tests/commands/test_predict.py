@@ -21,6 +21,8 @@ from gdetkd_cli.data.synthetic import draw_split
 from gdetkd_cli.detectors import catalog
 from gdetkd_cli.errors import DataError, GDetKDError, ModelError
 from gdetkd_cli.recipe.load import load_recipe
+from gdetkd_cli.report.predictions import PredictedImage, write_csv
+from gdetkd_cli.structures import Detections
 
 TEACHER = "builtin:shapes-teacher"
 
@@ -134,6 +136,12 @@ def test_an_unreadable_image_is_left_out_and_named(photos: Path) -> None:
     assert any("left out" in note and "broken.png" in note for note in notes)
     with pytest.raises(DataError, match=r"no image could be read; the first problem: .*broken\.png"):
         run_predict(TEACHER, [str(photos / "broken.png")])
+
+
+def test_a_name_that_is_not_utf8_is_kept(tmp_path: Path) -> None:
+    found = Detections(torch.tensor([[1.0, 2, 3, 4]]), torch.tensor([0.5]), torch.tensor([1]))
+    write_csv(tmp_path / "a.csv", [PredictedImage("caf\udce9.jpg", (9, 9), found)], ("cat",))
+    assert b"\ncaf\xe9.jpg,cat,0.5000,1.00,2.00,3.00,4.00\n" in (tmp_path / "a.csv").read_bytes()
 
 
 def test_an_image_of_another_ending_is_drawn_as_png(photos: Path, tmp_path: Path) -> None:

@@ -153,6 +153,11 @@ def test_boxes_over_the_edge_are_clipped(folder: Path) -> None:
     assert split.notes == ("2 annotations with a box over the image's edge clipped.",)
 
 
+@pytest.mark.parametrize("area", [0, -5, 1e9, "12"])
+def test_an_area_that_cannot_be_is_replaced_by_the_boxs(folder: Path, area: Any) -> None:
+    assert read(folder, add(annotation([1, 1, 2, 3], area=area))).records[1].truth[1]["area"] == 6
+
+
 def test_rounding_is_not_clipping(folder: Path) -> None:
     split = read(folder, add(annotation([19.7, 0, 0.300001, 5])))
 

@@ -66,6 +66,15 @@ def test_voc_list_of_one_class(devkit: Path) -> None:
     assert len(read_voc_split(devkit, train=["VOC2007/ImageSets/Main/cat_train.txt"])) == 1
 
 
+def test_voc_names_with_spaces_and_repeated_names(devkit: Path) -> None:
+    write_voc_image(devkit / "VOC2007", "img 1")
+    write_voc_image(devkit / "VOC2007", "img")
+    names = ["000005", "img 1", "000005", "img -1", "img 0"]
+    (devkit / "VOC2007/ImageSets/Main/trainval.txt").write_text("\n".join(names))
+    split = read_voc_split(devkit, train=["VOC2007/ImageSets/Main/trainval.txt", "VOC2007/ImageSets/Main/test.txt"])
+    assert [path.name for path in split.read.paths] == ["000005.jpg", "img 1.jpg", "img.jpg"]  # type: ignore[attr-defined]
+
+
 def test_voc_other_classes(devkit: Path) -> None:
     split = read_voc_split(devkit, classes=["dog", "cat"])
     assert split.records[0].labels.tolist() == [2]

@@ -41,7 +41,7 @@ _CROWD_TEXT = Remark(
 )
 _REMARKS = (_NEGATIVE, _CROWD, _CLIPPED, _NO_BOX, _NO_AREA, _NO_IMAGE, _NO_CATEGORY, _LEFT_OUT, _CROWD_TEXT)
 
-Tables = Mapping[str, Sequence[Mapping[str, Any]]]
+Tables = Mapping[str, Any]  # lists of objects, and `info`, an object if it is as the format says
 
 
 def read_coco(
@@ -52,7 +52,6 @@ def read_coco(
     outlines: bool = False,
     bad: BadImages | None = None,
     problems: list[DataProblem] | None = None,
-    upright: bool = False,
 ) -> Split:
     """Reads one annotation file. Images must exist, but are decoded only on demand.
 
@@ -63,7 +62,6 @@ def read_coco(
         outlines: whether to keep the objects' outlines.
         bad: collects the images that cannot be read; None: such an image is an error.
         problems: receives each annotation that is changed or dropped; None: these are only counted.
-        upright: as in ``ImageFiles``.
 
     Raises:
         DataError: the file or images are missing, the file is not COCO detection JSON, or ``classes`` does not
@@ -78,7 +76,6 @@ def read_coco(
         outlines=outlines,
         bad=bad,
         tally=Tally(problems),
-        upright=upright,
     )
 
 
@@ -93,18 +90,16 @@ def build_split_from_tables(
     tally: Tally | None = None,
     describe_place: Callable[[int], str] | None = None,
     annotated: Collection[int] | None = None,
-    upright: bool = False,
 ) -> Split:
     """Builds a split from COCO's three tables.
 
     Args:
-        tables: images, annotations and categories.
+        tables: images, annotations and categories; see ``mark_upright``.
         source: names the tables in messages.
         images, classes, outlines, bad: see ``read_coco``.
         tally: the remarks of a reader that made the tables; None: a new tally.
         describe_place: place of the annotation with an index, from 0; default: in ``source``.
         annotated: ids of the images that someone annotated; default: those with an annotation.
-        upright: as in ``ImageFiles``.
     """
     names = _read_category_names(tables["categories"], file=source)
     class_names = _choose_classes(classes, names=names, file=source)
@@ -138,10 +133,20 @@ def build_split_from_tables(
         name="/".join(source.absolute().parts[-2:]),
         class_names=class_names,
         records=records,
-        read=ImageFiles(paths=PackedPaths(images, kept), sizes=PackedSizes(sizes), upright=upright),
+        read=ImageFiles(paths=PackedPaths(images, kept), sizes=PackedSizes(sizes), upright=_is_upright(tables)),
         notes=tuple(_format_notes(tally, len(tables["annotations"]))),
         bad=bad,
     )
+
+
+def mark_upright(tables: Tables) -> Tables:
+    """Marks annotations that belong to the upright images, whatever size these have; see ``ImageFiles``."""
+    return {"info": {"upright": True}, **tables}
+
+
+def _is_upright(tables: Tables) -> bool:
+    info = tables.get("info")
+    return isinstance(info, dict) and info.get("upright") is True
 
 
 def _list_annotated(tables: Tables) -> set[int]:
@@ -202,7 +207,7 @@ def align_classes(split: Split, class_names: tuple[str, ...]) -> Split:
     return replace(split, class_names=class_names, records=[relabel(record) for record in split.records])
 
 
-def _load(file: Path) -> dict[str, list[dict[str, Any]]]:
+def _load(file: Path) -> Tables:
     """Reads the three tables of a COCO detection file, each a list of objects."""
     parsed = read_json(file, "COCO detection JSON")
     tables = parsed if isinstance(parsed, dict) else {}
@@ -321,8 +326,8 @@ def _convert_annotation(
     area = annotation.get("area")
     return {
         "bbox": [x1, y1, x2 - x1, y2 - y1],
-        # An area larger than the image would hide the object from the metrics of every size.
-        "area": float(area) if is_number(area) and 0 <= area <= size[0] * size[1] else (x2 - x1) * (y2 - y1),
+        # Larger than the image it would hide the object from the metrics of every size; 0 is a converter's "unknown".
+        "area": float(area) if is_number(area) and 0 < area <= size[0] * size[1] else (x2 - x1) * (y2 - y1),
         "category_id": label,
         "iscrowd": int(crowd),
     }

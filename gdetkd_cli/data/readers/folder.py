@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
@@ -14,6 +15,8 @@ from gdetkd_cli.data.image_files import FORMATS, ImageFiles, read_sizes
 from gdetkd_cli.data.split import Record, Split, is_in_part
 from gdetkd_cli.errors import DataError
 from gdetkd_cli.files import name_kind, walk_files
+
+_NUMBER = r"[0-9]+(\.[0-9]*)?(e-?[0-9]+)?"
 
 
 def read_folder(folder: Path, which: Literal["train", "val", "all"] = "all", *, bad: BadImages | None = None) -> Split:
@@ -53,16 +56,27 @@ def check_no_labels(folder: Path) -> None:
     """Checks that the images have no annotations in an unsupported format beside them, such as YOLO's.
 
     Raises:
-        DataError: at least half of the images have a .txt, .xml or .json file of the same name.
+        DataError: an image has a file of the same name with rows of YOLO or an annotation of VOC, or at least half of
+            the images have a .txt, .xml or .json file of the same name.
     """
     images = {path.stem for path in find_images(folder)} if folder.is_dir() else set()
     files = [path for path in walk_files(folder) if path.suffix in (".txt", ".xml", ".json") and path.stem in images]
-    if images and 2 * len({path.stem for path in files}) >= len(images):
+    if files and (2 * len({path.stem for path in files}) >= len(images) or any(map(_is_annotation, files))):
         raise DataError(
             f"{folder} has annotations in an unsupported format ({min(files).relative_to(folder)} and others); convert "
-            "them to COCO's train.json and val.json, add YOLO's data.yaml with the class names, or name a folder with "
-            "only images for the teacher to label"
+            "them to COCO's train.json and val.json, add YOLO's data.yaml with the class names or VOC's ImageSets, or "
+            "name a folder with only images for the teacher to label"
         )
+
+
+def _is_annotation(file: Path) -> bool:
+    """Whether a file begins with a row of YOLO (a class and four or more numbers), or is an annotation of VOC."""
+    with file.open(errors="replace") as text:
+        start = text.read(4096)
+    if file.suffix == ".xml":
+        return "<annotation" in start
+    words = next(iter(start.splitlines()), "").split()
+    return file.suffix == ".txt" and len(words) >= 5 and all(re.fullmatch(_NUMBER, word) for word in words)
 
 
 def find_images(folder: Path) -> Iterator[Path]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gdetkd_cli.data.readers.bdd100k import read_first_frame
-from gdetkd_cli.errors import DataError
+from gdetkd_cli.errors import DataError, get_first_line
 from gdetkd_cli.files import name_kind, walk_files
 
 _TRAIN = ("train", "trainset", "training", "trainval")  # the first match counts
@@ -66,8 +66,38 @@ def find_layout(root: Path, files: Mapping[Path, str] | None = None) -> Layout:
 
 def find_detection_files(root: Path) -> dict[Path, str]:
     """Finds COCO detection files; returns the file name of each one's first image."""
-    files = sorted(file for file in (*root.glob("*.json"), *root.glob("*/*.json")) if file.is_file())
-    return {file: name for file in files if (name := _read_first_image(file)) is not None}
+    return {file: name for file in _list_json(root) if (name := _read_first_image(file)) is not None}
+
+
+def check_no_annotations(root: Path) -> None:
+    """Checks that no JSON file is meant as annotations, where none could be read.
+
+    Raises:
+        DataError: a file is not JSON, has one of COCO's lists, or is named after a split.
+    """
+    for file in _list_json(root):
+        if problem := _find_problem(file):
+            raise DataError(
+                f"{file} should be COCO detection JSON, but {problem}; correct the file, or name a folder with only "
+                "images for the teacher to label"
+            )
+
+
+def _list_json(root: Path) -> list[Path]:
+    return sorted(file for file in (*root.glob("*.json"), *root.glob("*/*.json")) if file.is_file())
+
+
+def _find_problem(file: Path) -> str | None:
+    """Describes why a file that may be meant as annotations cannot be used; None for another tool's file."""
+    try:
+        tables = json.loads(file.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        return f"it cannot be read ({get_first_line(error)})"
+    lists = [key for key in ("images", "annotations") if isinstance(tables, dict) and isinstance(tables.get(key), list)]
+    if len(lists) == 2:
+        return "its images have no file_name, or its annotations no bbox"
+    named = " and ".join({"images", "annotations"} - set(lists)) if lists else "images and annotations"
+    return f"it has no lists named {named}" if lists or _name_split(Path(file.name)) else None
 
 
 def find_bdd100k(root: Path) -> Layout | None:

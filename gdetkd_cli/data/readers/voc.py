@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -70,25 +70,23 @@ def read_voc(
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     others: set[str] = set()
-    for listing in lists:
-        for stem in _read_image_names(listing):
-            year = listing.absolute().parents[2]
-            tree = _parse(year / "Annotations" / f"{stem}.xml")
-            image = _find_image(year / "JPEGImages", stem)
-            image_id = len(images) + 1
-            images.append({"id": image_id, "file_name": os.path.relpath(image, root), **_read_size(tree)})
-            for item in tree.iter("object"):
-                name = (item.findtext("name") or "").strip()
-                if name not in numbers:
-                    others.add(name)
-                annotations.append(
-                    {
-                        "image_id": image_id,
-                        "category_id": numbers.get(name),
-                        "bbox": _read_box(item),
-                        "iscrowd": int((item.findtext("difficult") or "0").strip() == "1"),
-                    }
-                )
+    for file in _list_annotations(lists):
+        tree = _parse(file)
+        image = _find_image(file.parents[1] / "JPEGImages", file.stem)
+        image_id = len(images) + 1
+        images.append({"id": image_id, "file_name": os.path.relpath(image, root), **_read_size(tree)})
+        for item in tree.iter("object"):
+            name = (item.findtext("name") or "").strip()
+            if name not in numbers:
+                others.add(name)
+            annotations.append(
+                {
+                    "image_id": image_id,
+                    "category_id": numbers.get(name),
+                    "bbox": _read_box(item),
+                    "iscrowd": int((item.findtext("difficult") or "0").strip() == "1"),
+                }
+            )
     if annotations and all(a["category_id"] is None for a in annotations):
         raise DataError(
             f"{lists[0]} has no object of the classes {', '.join(names[:3])}, ...; its objects are "
@@ -101,16 +99,17 @@ def read_voc(
 
 def read_object_names(lists: Sequence[Path]) -> set[str]:
     """Reads the names of the objects in the listed images."""
-    trees = (
-        _parse(listing.absolute().parents[2] / "Annotations" / f"{stem}.xml")
-        for listing in lists
-        for stem in _read_image_names(listing)
-    )
+    trees = map(_parse, _list_annotations(lists))
     return {(item.findtext("name") or "").strip() for tree in trees for item in tree.iter("object")}
 
 
-def _read_image_names(listing: Path) -> list[str]:
-    """Reads a list's image names; from a list of one class (name, then 1, 0 or -1) those without -1."""
+def _list_annotations(lists: Sequence[Path]) -> list[Path]:
+    """Lists the annotation files of the listed images, each once."""
+    return list(dict.fromkeys(file for listing in lists for file in _read_list(listing)))
+
+
+def _read_list(listing: Path) -> Iterator[Path]:
+    """Reads the annotation files of a list; from a list of one class (name, then 1, 0 or -1) those without -1."""
     if not listing.is_file():
         raise DataError(
             f"there is no list {listing}{name_kind(listing)}; give a file of image names, such as "
@@ -121,15 +120,18 @@ def _read_image_names(listing: Path) -> list[str]:
             f"the list {listing} should be in ImageSets/Main, beside Annotations and JPEGImages; move it there"
         )
     try:
-        rows = [line.split() for line in listing.read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines = [line.strip() for line in listing.read_text(encoding="utf-8").splitlines()]
     except UnicodeDecodeError as error:
         raise DataError(f"{listing} should be a list of image names, but it is not UTF-8 text; replace it") from error
-    wrong = next((row for row in rows if len(row) > 2), None)
-    if wrong is not None:
-        raise DataError(
-            f"{listing} should have one image name per line, but it has {' '.join(wrong)!r}; correct the list"
-        )
-    return [row[0] for row in rows if len(row) == 1 or row[1] != "-1"]
+    folder = listing.absolute().parents[2] / "Annotations"
+    for line in filter(None, lines):
+        words = line.split()
+        if len(words) == 1 or os.path.isfile(folder / f"{line}.xml"):  # a name may have spaces
+            yield folder / f"{line}.xml"
+        elif len(words) > 2 or words[1] not in ("-1", "0", "1"):
+            raise DataError(f"{listing} should have one image name per line, but it has {line!r}; correct the list")
+        elif words[1] != "-1":
+            yield folder / f"{words[0]}.xml"
 
 
 def _parse(file: Path) -> ElementTree.Element:

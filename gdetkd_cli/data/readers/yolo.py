@@ -11,7 +11,7 @@ from typing import Any
 
 from gdetkd_cli.data.bad_images import BadImages
 from gdetkd_cli.data.image_files import read_sizes
-from gdetkd_cli.data.readers.coco import Tables, build_split_from_tables
+from gdetkd_cli.data.readers.coco import Tables, build_split_from_tables, mark_upright
 from gdetkd_cli.data.readers.data_yaml import YoloConfig, list_images
 from gdetkd_cli.data.readers.folder import find_images
 from gdetkd_cli.data.readers.tally import Remark, Tally
@@ -78,7 +78,7 @@ def read_yolo(
     places: list[tuple[Path, int]] = []
     sizes = read_sizes(paths, [None] * len(paths), bad, upright=True)
     return build_split_from_tables(
-        _build_tables(zip(paths, sizes, labels, strict=True), config, tally, places),
+        mark_upright(_build_tables(zip(paths, sizes, labels, strict=True), config, tally, places)),
         source=sources[0],
         images=Path(),
         classes=classes,
@@ -87,7 +87,6 @@ def read_yolo(
         tally=tally,
         describe_place=lambda index: _describe_line(*places[index]),
         annotated={number for number, file in enumerate(labels, start=1) if file is not None},
-        upright=True,
     )
 
 
