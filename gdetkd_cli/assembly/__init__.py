@@ -24,7 +24,7 @@ from gdetkd_cli.assembly.knowledge import (
     estimate_bytes,
     list_views,
 )
-from gdetkd_cli.assembly.origin import describe_origin, list_differences, list_recipe_differences
+from gdetkd_cli.assembly.origin import describe_origin, hash_sources, list_differences, list_recipe_differences
 from gdetkd_cli.assembly.runtime import apply_runtime, resize_again, resolve_runtime, set_memory_format
 from gdetkd_cli.assembly.setup import (
     Compute,
@@ -65,6 +65,7 @@ __all__ = [
     "describe_teacher",
     "estimate_bytes",
     "format_title",
+    "hash_sources",
     "list_differences",
     "list_recipe_differences",
     "list_views",

@@ -40,9 +40,13 @@ _MAY_DIFFER = {
 
 
 def describe_origin(recipe: Recipe, train: Split, val: Split) -> dict[str, Any]:
-    """The recipe, and hashes of both splits' annotations and of the teacher's file, as JSON."""
+    """The recipe and ``hash_sources``, as JSON."""
+    return {"recipe": recipe.model_dump(mode="json"), **hash_sources(recipe, train, val)}
+
+
+def hash_sources(recipe: Recipe, train: Split, val: Split) -> dict[str, str | None]:
+    """Hashes both splits' annotations and the teacher's file, by what they are."""
     return {
-        "recipe": recipe.model_dump(mode="json"),
         "training images and annotations": _hash_split(train),
         "validation images and annotations": _hash_split(val),
         "teacher's file": hash_detector(recipe.teacher),

@@ -28,11 +28,12 @@ from gdetkd_cli.assembly.data import (
 from gdetkd_cli.assembly.detector import BuiltDetector, build_detector, format_title
 from gdetkd_cli.assembly.distillation import BuiltPair, build_pair
 from gdetkd_cli.assembly.knowledge import remember_teacher
-from gdetkd_cli.assembly.labels import LabelledSplit, Tables, describe_labels, label_split
+from gdetkd_cli.assembly.labels import LabelledSplit, describe_labels, label_split
 from gdetkd_cli.assembly.runtime import apply_runtime, resolve_runtime
 from gdetkd_cli.assembly.sharing import read_once
 from gdetkd_cli.assembly.trackers import check_trackers
 from gdetkd_cli.assembly.warnings import warn_about_data, warn_about_normalization, warn_about_sizes
+from gdetkd_cli.data.readers.coco import Tables
 from gdetkd_cli.data.split import Split
 from gdetkd_cli.detectors.protocol import Detector
 from gdetkd_cli.distill.distiller import Distiller

@@ -29,7 +29,7 @@ from gdetkd_cli.cli.report import report
 from gdetkd_cli.cli.teach import teach
 from gdetkd_cli.cli.train import train
 from gdetkd_cli.cli.watch import watch
-from gdetkd_cli.errors import GDetKDError
+from gdetkd_cli.errors import ComparisonError, GDetKDError
 from gdetkd_cli.memory import describe_exhaustion
 from gdetkd_cli.text import show_hidden
 
@@ -62,7 +62,7 @@ class _ErrorBoundary(TyperGroup):
                 typer.echo(_show("".join(traceback.format_exception(error))), err=True)
             message, code = describe_error(error)
             typer.echo(_colour(message), err=True)
-            if ctx.meta["gdetkd.json"]:
+            if ctx.meta["gdetkd.json"] and not isinstance(error, ComparisonError):  # its result is on stdout already
                 _print_error(type(error).__name__, message.removeprefix(_PREFIX), code)
             raise typer.Exit(code) from error
 

@@ -42,6 +42,7 @@ from gdetkd_cli.recipe.methods import NONE, list_default_methods, select_method
 from gdetkd_cli.recipe.scaling import scale_to_batch
 from gdetkd_cli.recipe.schema import DistillationRecipe, Fold, Recipe, Runtime
 
+_SOURCES = "sources.json"  # hashes of the data and of the teacher's file
 # Fields that may differ between calls: each trial sets them, or they change no number.
 _MAY_DIFFER = (
     "seed",
@@ -86,7 +87,7 @@ def run_compare(
     Raises:
         RecipeError: a method is unknown, the baseline is not in the table, the recipe has no teacher, the student has
             no detections, or the data cannot be divided into folds.
-        RunFolderError: the folder belongs to another recipe, or has other folds.
+        RunFolderError: the folder belongs to another recipe, has other folds, or the data or the teacher have changed.
         DataError: there are fewer images than folds.
         LauncherError: the launcher is not available, or refuses its settings.
     """
@@ -106,6 +107,7 @@ def run_compare(
     run = partial(run_trials, settings=settings, jobs=jobs, cluster=cluster, observer=observer)
     data = label_data(recipe, folder / "labels", settings.device, observer)
     split = assembly.build_all_folds(select_fold(data, parts[0])) if parts else assembly.build_split(data, "val")
+    _check_sources(folder, recipe, split if parts else assembly.build_split(data, "train"), split)
     teachers = _plan_teachers(recipe, folder, parts, observer)
     failures = run(dict(teachers.values()), what="teachers of folds")
     shared = {"runtime": recipe.runtime, "data": data}
@@ -292,9 +294,28 @@ def _claim(
             )
         return recipe, settings
     folder.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(folder / "labels", ignore_errors=True)  # labels without trials may belong to another recipe
+    # Without trials, these may belong to another recipe.
+    shutil.rmtree(folder / "labels", ignore_errors=True)
+    for name in (_SOURCES, "teacher.json", "teacher.npz"):
+        (folder / name).unlink(missing_ok=True)
     write_text(kept, dump_recipe(recipe))
     return recipe, settings
+
+
+def _check_sources(folder: Path, recipe: Recipe, train: Split, val: Split) -> None:
+    """Checks that the data and the teacher's file are those of the folder's trials, and stores their hashes.
+
+    Raises:
+        RunFolderError: one of them has changed.
+    """
+    kept, now = folder / _SOURCES, assembly.hash_sources(recipe, train, val)
+    if not kept.exists():
+        write_text(kept, json.dumps(now))
+    elif changed := [name for name, value in json.loads(kept.read_text()).items() if now.get(name) != value]:
+        raise RunFolderError(
+            f"the {', '.join(changed)} changed since the first trials in {folder}, so other trials cannot be compared "
+            "with them; choose another --output"
+        )
 
 
 def _measure_teacher(
@@ -318,7 +339,8 @@ def _measure_teacher(
         return float(json.loads(kept.read_text())["AP"])
     try:
         if teachers:
-            ap = pool_teacher_ap(teachers)
+            assert every_fold is not None
+            ap = pool_teacher_ap(teachers, every_fold)
         elif every_fold is not None:
             ap = evaluate_teacher(recipe, every_fold, observer).ap
         else:

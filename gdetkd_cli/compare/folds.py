@@ -8,6 +8,7 @@ from typing import Literal
 
 from gdetkd_cli import assembly
 from gdetkd_cli.compare.trials import Trial, build_teacher_trial
+from gdetkd_cli.data.split import Split
 from gdetkd_cli.detectors import catalog
 from gdetkd_cli.errors import RecipeError, RunFolderError
 from gdetkd_cli.evaluation.coco_metrics import evaluate_coco
@@ -114,13 +115,16 @@ def build_fold_recipe(recipe: Recipe, fold: Fold | None, teachers: Mapping[Fold,
     return recipe.model_copy(update=changed)
 
 
-def pool_teacher_ap(teachers: Mapping[Fold, tuple[Trial, Recipe]]) -> float | None:
+def pool_teacher_ap(teachers: Mapping[Fold, tuple[Trial, Recipe]], split: Split) -> float | None:
     """Computes the AP in 0-100 of the folds' own teachers on their held-out images, pooled over folds.
+
+    Args:
+        teachers: by fold.
+        split: the images of all folds, with the classes of the comparison.
 
     Raises:
         RunFolderError: the teacher of a fold is not trained.
     """
-    split = assembly.build_all_folds(next(recipe.data for _, recipe in teachers.values()))
     detections: dict[int, Detections] = {}
     for trial, _ in teachers.values():
         if not trial.finished:

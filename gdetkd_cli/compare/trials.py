@@ -290,7 +290,7 @@ def train_trial(
         reason = ", often for lack of memory" if name == "SIGKILL" else ""
         raise GDetKDError(f"{name} ended its process{reason}; run the same command again to continue ({log})")
     if code:
-        lines = log.read_text().strip().splitlines()
+        lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
         raise GDetKDError(f"{lines[-1] if lines else f'exit code {code}'} ({log})")
     if not trial.finished:
         raise GDetKDError(f"{run.path} has no metrics or no detections; remove it and run the same command again")

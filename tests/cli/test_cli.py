@@ -110,6 +110,10 @@ def test_compare_ends_with_an_error_where_runs_did_not_finish(runs: Any, recipe:
     assert shown.exit_code == 1
     assert "sgfi+ckd" in shown.stdout  # the table of the others, all the same
     assert "Error: 1 trial failed; the first: pkd, 500 steps, seed 0: loss not finite" in shown.stderr
+    shown = gdetkd("compare", recipe, "--json")
+    assert shown.exit_code == 1
+    assert json.loads(shown.stdout)["failures"] == list(failed.failures)  # one document, not a second one of the error
+    assert "Error: 1 trial failed" in shown.stderr
 
 
 @pytest.mark.parametrize("steps", ["500,", "0", "many"])

@@ -137,6 +137,34 @@ def test_another_recipe_is_rejected(compared: tuple[Path, Comparison]) -> None:
         run_compare(toy.recipe(steps=3, student="retinanet").model_copy(update=other), methods=("none",), output=folder)
 
 
+def test_a_teacher_that_changed_is_another_table(compared: tuple[Path, Comparison], tmp_path: Path) -> None:
+    folder = shutil.copytree(compared[0], tmp_path / "table")
+    recipe = toy.recipe(steps=3, student="retinanet")
+    sources = json.loads((folder / "sources.json").read_text())
+    assert None not in sources.values()
+    (folder / "sources.json").write_text(json.dumps(sources | {"teacher's file": "0"}))
+    with pytest.raises(
+        RunFolderError, match=r"the teacher's file changed since the first trials in .*; choose another"
+    ):
+        run_compare(recipe, methods=("none",), output=folder)
+
+
+def test_nothing_of_an_earlier_table_stays_without_its_trials(
+    compared: tuple[Path, Comparison], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = shutil.copytree(compared[0], tmp_path / "table")
+    for trial in find_finished_trials(folder):
+        shutil.rmtree(trial.folder)
+    shutil.rmtree(folder / "class_kd-3-0")
+    shutil.rmtree(folder / "class_kd-3-1")
+    (folder / "teacher.json").write_text('{"AP": 12.5}')
+    (folder / "sources.json").write_text("{}")
+    monkeypatch.setattr(compare, "run_trials", lambda *_, **__: [])
+    again = run_compare(toy.recipe(steps=3, student="retinanet"), methods=("none",), output=folder)
+    assert again.teacher_ap == compared[1].teacher_ap != 12.5
+    assert json.loads((folder / "sources.json").read_text()).keys() > {"teacher's file"}
+
+
 def test_other_precision_is_another_table_but_other_steps_or_seeds_are_not(compared: tuple[Path, Comparison]) -> None:
     folder, before = compared
     recipe = toy.recipe(steps=99, student="retinanet")

@@ -17,9 +17,9 @@ import toy
 
 from gdetkd_cli import assembly
 from gdetkd_cli.commands import compare, run_compare, run_train
-from gdetkd_cli.compare.folds import list_folds, plan_fold_teachers, select_fold
+from gdetkd_cli.compare.folds import list_folds, plan_fold_teachers, pool_teacher_ap, select_fold
 from gdetkd_cli.compare.table import Comparison, make_rows, select_predicted, write_notes
-from gdetkd_cli.compare.trials import Trial, build_trial, find_finished_trials
+from gdetkd_cli.compare.trials import Trial, build_teacher_trial, build_trial, find_finished_trials
 from gdetkd_cli.data.bad_images import BadImages
 from gdetkd_cli.data.split import Split
 from gdetkd_cli.engine.events import Event, Note, Phase
@@ -243,6 +243,37 @@ def test_images_that_no_trial_could_read_are_not_in_the_table(tmp_path: Path) ->
     assert [record.image_id for record in select_predicted(split, finished).records] == others
     assert select_predicted(split, ()) is split
     assert select_predicted(replace(split, bad=None), finished).records == split.records
+
+
+def test_the_teachers_ap_is_over_the_classes_of_the_comparison(tmp_path: Path) -> None:
+    recipe = toy.recipe()
+    split = every_image(recipe)
+    teachers = {}
+    for fold in list_folds(recipe, FOLDS):
+        held_out = assembly.build_split(select_fold(recipe.data, fold), "val")
+        trial = build_teacher_trial(tmp_path, 5, 0, fold)
+        trial.run.path.mkdir(parents=True)
+        found = {
+            record.image_id: Detections(record.boxes[own], torch.ones(int(own.sum())), record.labels[own])
+            for record in held_out.records
+            for own in (record.labels == 1,)  # it knows the first class only
+        }
+        write_detections(trial.run.detections, held_out.class_names, found)
+        trial.run.metrics.write_text("{}")
+        teachers[fold] = (trial, recipe)
+    first = [
+        replace(
+            record,
+            boxes=record.boxes[record.labels == 1],
+            labels=record.labels[record.labels == 1],
+            truth=[item for item in record.truth if item["category_id"] == 1],
+        )
+        for record in split.records
+    ]
+    assert any(record.truth for record in first)
+    assert pool_teacher_ap(teachers, replace(split, class_names=split.class_names[:1], records=first)) == 100
+    ap = pool_teacher_ap(teachers, split)
+    assert ap is not None and ap < 50
 
 
 def is_of(trial: Trial, method: str, number: int) -> bool:
