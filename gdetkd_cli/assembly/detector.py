@@ -13,6 +13,7 @@ from gdetkd_cli.assembly.warnings import warn_about_weights
 from gdetkd_cli.detectors import catalog, transformers
 from gdetkd_cli.detectors.probed import ProbedDetector
 from gdetkd_cli.detectors.protocol import Detector
+from gdetkd_cli.detectors.saved import read_saved
 from gdetkd_cli.detectors.scripted import NotRebuiltError, load_scripted
 from gdetkd_cli.detectors.timm_weights import load_timm_weights
 from gdetkd_cli.detectors.weights import (
@@ -86,13 +87,15 @@ def build_detector(
         if spec.classes and keep_classes:
             catalog.rename_classes(built.detector, spec.classes, spec.path)
     elif isinstance(spec, FactoryDetector):
-        built = _build_custom(spec, class_names, seed)
+        built = _build_custom(spec, class_names, seed, keep_classes=keep_classes)
     elif isinstance(spec, KnowledgeDetector):
         built = _build_knowledge(spec, is_teacher=keep_classes)
     elif isinstance(spec, TransformersDetector):
         built = _build_transformers(spec, class_names, seed, keep_classes=keep_classes)
     else:
         built = _build_named(spec, class_names, seed, keep_classes=keep_classes)
+    if keep_classes and built.description.get("kind") in ("torchvision", "composed"):
+        built = _leave_out_placeholders(built)
     return replace(built, notes=(*built.notes, *warn_about_weights(built.detector)))
 
 
@@ -100,7 +103,7 @@ def _build_named(
     spec: TorchvisionDetector | ComposedDetector, class_names: tuple[str, ...], seed: int, *, keep_classes: bool
 ) -> BuiltDetector:
     """Builds one of torchvision's detectors, or one that is composed of torchvision's parts."""
-    state, source = _read_weights(spec)
+    state, source, own_names = _read_weights(spec)
     norm = spec.norm
     if norm == "auto":
         frozen = state is not None and has_frozen_norms(state)
@@ -110,17 +113,37 @@ def _build_named(
         eps = find_norm_eps(spec.weights, spec.name)
         if eps is not None:
             description["norm_eps"] = eps
+    others = False
     if keep_classes and state is not None:
-        class_names = catalog.name_classes(state, description, class_names, _read_categories(spec))
+        class_names = catalog.name_classes(state, description, class_names, own_names)
+    elif own_names is not None:
+        class_names, others = _choose_classes(class_names, own_names)
     torch.manual_seed(seed)
     detector = catalog.build(description, class_names)
     notes: list[str] = []
     if spec.backbone_weights:
         notes += _load_backbone(detector, spec)
     if state is not None:
-        notes += load_state(detector.module, state, source)
-    trained = state is not None and not find_refitted_layers(detector.module, state)
+        notes += load_state(detector.module, state, source, other_classes=others)
+    trained = state is not None and not others and not find_refitted_layers(detector.module, state)
     return BuiltDetector(detector, description, tuple(notes), trained_head=trained)
+
+
+def _choose_classes(data: tuple[str, ...], own: tuple[str, ...]) -> tuple[tuple[str, ...], bool]:
+    """Returns a student's class names, and whether its weights were trained for other classes.
+
+    A detector for the same classes in another order keeps it; the data's labels follow (``relabel``).
+    """
+    return (own, False) if sorted(own) == sorted(data) else (data, True)
+
+
+def _leave_out_placeholders(built: BuiltDetector) -> BuiltDetector:
+    count = built.detector.class_names.count(catalog.PLACEHOLDER)
+    if not count:
+        return built
+    detector = catalog.drop_placeholders(built.detector, built.description)
+    note = f"{count} outputs named {catalog.PLACEHOLDER}, which were trained for no class, are left out"
+    return replace(built, detector=detector, notes=(*built.notes, note))
 
 
 def _build_from_file(
@@ -144,8 +167,7 @@ def _build_from_file(
             built = _build_probed(spec, path, kind, is_teacher=True)
             note = f"{path}: only its features can teach: {error.reason}"
             return replace(built, notes=(note, *built.notes))
-    # A detector for the same classes in another order keeps it; the data's labels follow (``relabel``).
-    if keep_classes or sorted(loaded.detector.class_names) == sorted(class_names):
+    if keep_classes or not _choose_classes(class_names, loaded.detector.class_names)[1]:
         return BuiltDetector(loaded.detector, loaded.description, loaded.notes, trained_head=True)
     torch.manual_seed(seed)
     refitted = catalog.build(loaded.description, class_names)
@@ -169,7 +191,9 @@ def _build_transformers(
     return BuiltDetector(detector, description, notes, trained_head=trained)
 
 
-def _build_custom(spec: FactoryDetector, class_names: tuple[str, ...], seed: int) -> BuiltDetector:
+def _build_custom(
+    spec: FactoryDetector, class_names: tuple[str, ...], seed: int, *, keep_classes: bool
+) -> BuiltDetector:
     """Builds a detector from the user's own code."""
     options = spec.input
     description = {
@@ -181,14 +205,16 @@ def _build_custom(spec: FactoryDetector, class_names: tuple[str, ...], seed: int
         "levels": spec.levels,
         "size": list(options.size),
     }
+    notes, state, others = [f"made by {spec.factory}"], None, False
+    if spec.weights is not None:
+        state, own_names = _read_file(path := catalog.locate(spec.weights))
+        if own_names is not None:
+            class_names, others = (own_names, False) if keep_classes else _choose_classes(class_names, own_names)
     torch.manual_seed(seed)
     detector = catalog.build(description, class_names)
-    notes, trained = [f"made by {spec.factory}"], False
-    if spec.weights is not None:
-        path = catalog.locate(spec.weights)
-        state = extract_state_dict(read_torch_file(path), str(path))
-        notes += load_state(detector.module, state, str(path))
-        trained = not find_refitted_layers(detector.module, state)
+    if state is not None:
+        notes += load_state(detector.module, state, str(path), other_classes=others)
+    trained = state is not None and not others and not find_refitted_layers(detector.module, state)
     return BuiltDetector(detector, description, tuple(notes), trained_head=trained)
 
 
@@ -252,15 +278,25 @@ def _describe(spec: TorchvisionDetector | ComposedDetector, norm: str) -> dict[s
     }
 
 
-def _read_weights(spec: TorchvisionDetector | ComposedDetector) -> tuple[dict[str, Any] | None, str]:
-    """Returns the state dict, None for fresh weights, and its source."""
+def _read_weights(
+    spec: TorchvisionDetector | ComposedDetector,
+) -> tuple[dict[str, Any] | None, str, tuple[str, ...] | None]:
+    """Returns the state dict, None for fresh weights, its source, and the names of its classes, if they are known."""
     if spec.weights is None:
-        return None, ""
+        return None, "", None
     if _is_file(spec.weights):
-        path = catalog.locate(spec.weights)
-        return extract_state_dict(read_torch_file(path), str(path)), str(path)
+        state, names = _read_file(path := catalog.locate(spec.weights))
+        return state, str(path), names
     model = spec.name if isinstance(spec, TorchvisionDetector) else None
-    return read_torchvision_weights(spec.weights, model), spec.weights
+    published = list_torchvision_categories(spec.weights, model) if model else None
+    return read_torchvision_weights(spec.weights, model), spec.weights, published
+
+
+def _read_file(path: Path) -> tuple[dict[str, Any], tuple[str, ...] | None]:
+    """Reads the weights of a file, and their classes if gdetkd wrote it."""
+    content = read_torch_file(path)
+    names = tuple(read_saved(content, str(path)).classes) if isinstance(content, dict) and "gdetkd" in content else None
+    return extract_state_dict(content, str(path)), names
 
 
 def _is_file(weights: str) -> bool:
@@ -283,13 +319,6 @@ def format_title(spec: DetectorSpec) -> str:
             return spec.model or str((spec.config or {}).get("model_type"))
         case _:
             assert_never(spec)
-
-
-def _read_categories(spec: TorchvisionDetector | ComposedDetector) -> tuple[str, ...] | None:
-    """Returns the class names that torchvision publishes with its weights; None for files."""
-    if not isinstance(spec, TorchvisionDetector) or spec.weights is None or _is_file(spec.weights):
-        return None
-    return list_torchvision_categories(spec.weights, spec.name)
 
 
 def _load_backbone(detector: Detector, spec: TorchvisionDetector | ComposedDetector) -> list[str]:

@@ -103,8 +103,11 @@ def _breaks_channels_last(module: nn.Module) -> bool:
 
 
 def find_image_size(module: Any) -> tuple[Any, int] | None:
-    """Returns a torchvision detector's short sides and maximum long side in pixels; None for other modules."""
+    """Returns a torchvision detector's short sides and maximum long side in pixels.
+
+    None for other modules, and for an SSD, whose boxes belong to images of one size.
+    """
     transform = getattr(module, "transform", None)
-    if not isinstance(transform, GeneralizedRCNNTransform):
+    if not isinstance(transform, GeneralizedRCNNTransform) or transform.fixed_size is not None:
         return None
     return tuple(transform.min_size), transform.max_size

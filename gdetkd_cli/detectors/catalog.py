@@ -37,6 +37,7 @@ from gdetkd_cli.memory import check_memory
 from gdetkd_cli.probing.inputs import ModelInput
 
 _SIZES = ("backbone", "width", "blocks", "pyramid_channels", "arguments")  # fields that decide about the memory
+PLACEHOLDER = "N/A"  # in torchvision's list of COCO's classes, an output that was trained for no class
 FOLDER_CONFIG = "config.json"  # of a folder that transformers wrote
 BUILTIN = Path(__file__).parent / "builtin"
 
@@ -143,6 +144,30 @@ def name_classes(
         if names is not None and len(names) + 1 == outputs:
             return names
     return tuple(f"class {i}" for i in range(1, outputs))
+
+
+def drop_placeholders(detector: Detector, description: dict[str, Any]) -> Detector:
+    """Returns a torchvision detector without the outputs of its placeholder classes, in evaluation mode.
+
+    torchvision's COCO weights have 90 outputs for 80 classes, because COCO's ids have gaps.
+
+    Args:
+        detector: with at least one other class.
+        description: rebuilds it.
+    """
+    kept = [i for i, name in enumerate(detector.class_names) if name != PLACEHOLDER]
+    smaller = build(description, [detector.class_names[i] for i in kept])
+    columns, outputs = torch.tensor([0, *(i + 1 for i in kept)]), len(detector.class_names) + 1
+    own, state = smaller.module.state_dict(), {}
+    for name, value in detector.module.state_dict().items():
+        if value.shape != own[name].shape:
+            # Rows of a RoI head: classes x coordinates. Of a dense head: anchors x classes.
+            order, axis = ((outputs, -1), 0) if name.startswith("roi_heads.") else ((-1, outputs), 1)
+            value = value.unflatten(0, order).index_select(axis, columns).flatten(0, 1)
+        state[name] = value
+    smaller.module.load_state_dict(state)
+    smaller.module.eval()
+    return smaller
 
 
 class _HasClasses(Protocol):

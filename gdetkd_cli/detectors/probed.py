@@ -204,10 +204,12 @@ def read_regions(pyramid: Pyramid, regions: Regions, needs: frozenset[View], *, 
     Args:
         pyramid: the teacher's.
         regions: R of them.
-        needs: what is read; the pooled features always are.
+        needs: what is read.
         cells_per_side: usual side of a region on its level.
     """
     assignment = assign_levels(pyramid, regions, cells_per_side=cells_per_side)
+    if not needs & {"pooled", "embedding"}:
+        return RegionView(level=assignment)
     pooled = pool_assigned(pyramid, regions, assignment)
     return RegionView(
         pooled=pooled,

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from gdetkd_cli.detectors import catalog
 from gdetkd_cli.detectors.recognise import Recognised, recognise
@@ -20,6 +20,7 @@ from gdetkd_cli.probing.formats.files import DESCRIPTION_FILE, load_torchscript
 from gdetkd_cli.probing.formats.metadata import ARCHITECTURE, parse_notes, read_class_names
 from gdetkd_cli.probing.pyramid import probe_image
 
+_IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}  # torchvision's default
 _SIZE = (256, 320)  # pixels of the image on which both forms are compared
 
 
@@ -38,7 +39,8 @@ class NotRebuiltError(ModelError):
 def load_scripted(path: Path, class_names: tuple[str, ...]) -> catalog.Loaded:
     """Rebuilds the eager detector of a file that gdetkd exported, or of a scripted torchvision detector.
 
-    A scripted detector is rebuilt with torchvision's settings and the file's image size, and must detect the same.
+    A scripted detector is rebuilt with torchvision's settings and the file's preparation of images. It must then
+    compute the same features and the same detections.
 
     Args:
         path: the file.
@@ -89,24 +91,53 @@ def _list_descriptions(found: Recognised, module: Any) -> Iterator[dict[str, Any
     # Some of torchvision's own weights need another epsilon for frozen normalisation, which no tensor shows.
     epsilons: list[dict[str, Any]] = [{}, {"norm_eps": 0.0}] if found.description["norm"] == "frozen" else [{}]
     for name, epsilon in product((found.description["name"], *found.alternatives), epsilons):
-        arguments = {} if name.startswith("ssd") else _read_image_size(module)  # an SSD's architecture fixes its size
+        arguments = {} if name.startswith("ssd") else _read_preparation(module)  # an SSD's architecture fixes it
         yield found.description | {"name": name, "arguments": arguments} | epsilon
 
 
-def _read_image_size(module: Any) -> dict[str, Any]:
-    """The size to which a scripted detector resizes images, as arguments of torchvision's builder."""
+def _read_preparation(module: Any) -> dict[str, Any]:
+    """How a scripted detector resizes and normalises images, as arguments of torchvision's builder."""
     try:
-        return {"min_size": list(module.transform.min_size), "max_size": int(module.transform.max_size)}
+        transform = module.transform
+        size = {"min_size": list(transform.min_size), "max_size": int(transform.max_size)}
+        own = {"image_mean": list(transform.image_mean), "image_std": list(transform.image_std)}
     except (AttributeError, TypeError):
         return {}
+    return size if own == _IMAGENET else size | own
 
 
 @torch.no_grad()
-def _detect_alike(scripted: Any, eager: nn.Module) -> bool:
+def _detect_alike(scripted: Any, eager: Any) -> bool:
+    """Whether both prepare an image alike, and compute the same maps and the same detections from it."""
     image = probe_image(_SIZE)
+    try:
+        prepared, ours = scripted.transform([image])[0].tensors, eager.transform([image])[0].tensors
+        maps = scripted.backbone(prepared), eager.backbone(prepared)
+    except (AttributeError, RuntimeError):
+        return False
+    theirs, own = (list(each.values()) for each in maps)
+    alike = prepared.shape == ours.shape and torch.allclose(prepared, ours, atol=1e-4)
+    alike = alike and all(torch.allclose(a, b, rtol=1e-3, atol=1e-4) for a, b in zip(theirs, own, strict=True))
+    if not alike or not _give_same_detections(scripted, eager, image):
+        return False
+    heads = [getattr(module, "roi_heads", module) for module in (scripted, eager)]
+    threshold = heads[1].score_thresh
+    for head in heads:
+        head.score_thresh = 0.0  # with their own threshold, both may detect nothing
+    try:
+        return _give_same_detections(scripted, eager, image)
+    finally:
+        heads[1].score_thresh = threshold
+
+
+def _give_same_detections(scripted: Any, eager: nn.Module, image: Tensor) -> bool:
     with warnings.catch_warnings(action="ignore"):  # a scripted detector warns that it returns a pair
         theirs = scripted([image])[1][0]
-    ours = predict(eager, [image])[0]
-    keep = theirs["labels"] > 0
-    scores = theirs["scores"][keep]
-    return len(scores) == len(ours.scores) and torch.allclose(scores, ours.scores, rtol=1e-3, atol=1e-4)
+    ours, kept = predict(eager, [image])[0], theirs["labels"] > 0
+    scores, boxes, labels = (theirs[name][kept] for name in ("scores", "boxes", "labels"))
+    return (
+        len(scores) == len(ours.scores)
+        and torch.allclose(scores, ours.scores, rtol=1e-3, atol=1e-4)
+        and torch.allclose(boxes, ours.boxes, rtol=1e-3, atol=0.1)
+        and torch.equal(labels, ours.labels)
+    )

@@ -30,20 +30,22 @@ def choose_regions(
     """Chooses at most ``per_image`` regions of each image.
 
     Of a two-stage student, a random subset of the sampled proposals. Of a dense student, predictions that overlap the
-    truth as positives, with a number of negatives for each. The true boxes are always among a dense student's
-    positives, since its own boxes are poor early in training.
+    truth as positives, with a number of negatives for each. The true boxes come first among a dense student's
+    positives, since its own boxes are poor early in training. In a crowded image, a random part of them does.
     """
     counts = candidates.counts or count_by_image(candidates.image_index, len(batch))
     starts = [0, *accumulate(counts)]
     overlaps = None if candidates.sampled else _compute_overlaps(candidates, batch, counts)
     rows, chosen_counts, candidate = [], [], []
     first_truth = starts[-1]  # true boxes follow the candidates
+    negatives = per_image - max(1, int(per_image / (1 + negatives_per_positive)))  # of an image, at most
     for i, target in enumerate(batch.targets):
         own = torch.arange(starts[i], starts[i + 1])
         if overlaps is None:
             chosen, truth = _draw_rows(own, per_image, generator), own[:0]
         else:
-            truth = first_truth + _draw_rows(torch.arange(len(target.boxes)), per_image, generator)
+            others = min(negatives, int((overlaps[i] <= positive_iou).sum()))
+            truth = first_truth + _draw_rows(torch.arange(len(target.boxes)), per_image - others, generator)
             first_truth += len(target.boxes)
             room = max(0, per_image - len(truth))
             chosen = _draw_balanced_rows(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from itertools import chain
 from time import perf_counter
 from typing import Any
 
@@ -127,13 +128,20 @@ class Window:
             self.parts[name] = self.parts.get(name, 0.0) + value
 
     def average_over(self, processes: int, group: Any) -> Window:
-        """The images of all processes, and the mean of their sums; every process of the group calls it."""
+        """The images of all processes, and the mean of their sums; every process of the group calls it.
+
+        A process may lack a loss, for example a user's student one of boxes where no image had objects.
+        """
         if processes == 1:
             return self
-        sums = torch.tensor([self.images, self.loss, *self.parts.values()], dtype=torch.float64)
+        named: list[list[str]] = [[] for _ in range(processes)]
+        torch.distributed.all_gather_object(named, list(self.parts), group=group)
+        names = list(dict.fromkeys(chain.from_iterable(named)))
+        parts = [self.parts.get(name, 0.0) for name in names]
+        sums = torch.tensor([self.images, self.loss, *parts], dtype=torch.float64)
         torch.distributed.all_reduce(sums, group=group)
         loss, *parts = (sums[1:] / processes).tolist()
-        return replace(self, images=int(sums[0]), loss=loss, parts=dict(zip(self.parts, parts, strict=True)))
+        return replace(self, images=int(sums[0]), loss=loss, parts=dict(zip(names, parts, strict=True)))
 
     def measure_seconds(self) -> float:
         return self.seconds + perf_counter() - self.started
@@ -145,7 +153,9 @@ class Window:
 
 
 def average_reports(reports: Sequence[LossReport]) -> LossReport:
-    """The mean losses of the batches of one step, on their device; the weights are those of the step."""
+    """The mean losses of the batches of one step, on their device; a loss that a batch lacks counts as 0 there."""
+    names = dict.fromkeys(name for report in reports for name in report.parts)
+    zero = torch.zeros_like(reports[0].total)
 
     def mean(values: Sequence[Tensor]) -> Tensor:
         return torch.stack([value.float() for value in values]).mean(dim=0)
@@ -153,5 +163,5 @@ def average_reports(reports: Sequence[LossReport]) -> LossReport:
     return replace(
         reports[0],
         total=mean([report.total for report in reports]),
-        parts={name: mean([report.parts[name] for report in reports]) for name in reports[0].parts},
+        parts={name: mean([report.parts.get(name, zero) for report in reports]) for name in names},
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import prod
+from math import ceil, prod
 
 import torch
 from torch import Tensor
@@ -18,7 +18,10 @@ from gdetkd_cli.errors import ModelError
 from gdetkd_cli.probing.record import Value
 
 _POINTS = (0.2, 0.5, 0.8)  # points at which the image is changed, as fractions of each side
-_PATCH = 9  # pixels, side of a changed patch; the change peaks in the middle, so blur does not move its centre
+# Side of a changed patch in pixels; the change peaks in the middle, so blur does not move its centre. A network that
+# reads only some pixels of a large image still reads two of a patch per axis, if its input has _READ or more per side.
+_PATCH = 9
+_READ = 320
 
 
 @dataclass(frozen=True)
@@ -133,13 +136,14 @@ def measure_frame(network_input: Callable[[Tensor], Tensor], image: Tensor) -> G
     """
     height, width = image.shape[-2:]
     base = network_input(image)
+    patch_height, patch_width = (_choose_patch(side, max(height, width)) for side in (height, width))
+    window = _bell(patch_height, image.device)[:, None] * _bell(patch_width, image.device)
     seen: list[tuple[tuple[float, float], tuple[float, float]]] = []  # (image y, x), (input y, x)
     for fraction in _POINTS:
-        top, left = round(fraction * height) - _PATCH // 2, round(fraction * width) - _PATCH // 2
+        top, left = _place(fraction, patch_height, height), _place(fraction, patch_width, width)
         changed = image.clone()
-        patch = changed[:, top : top + _PATCH, left : left + _PATCH]
-        window = torch.hann_window(_PATCH + 2, periodic=False, device=image.device)[1:-1]
-        patch += (window[:, None] * window) * torch.where(patch.mean() > 0.5, -0.5, 0.5)
+        patch = changed[:, top : top + patch_height, left : left + patch_width]
+        patch += window * torch.where(patch.mean() > 0.5, -0.5, 0.5)
         response = (network_input(changed) - base).abs().sum(dim=(0, 1)).double().cpu()  # (h, w)
         if not torch.isfinite(response).all() or float(response.sum()) <= 0:
             raise ModelError("the network's input does not change with the image; expected a model that reads images")
@@ -147,7 +151,7 @@ def measure_frame(network_input: Callable[[Tensor], Tensor], image: Tensor) -> G
             float((response.sum(dim=1 - axis) * (torch.arange(response.shape[axis]) + 0.5)).sum() / response.sum())
             for axis in (0, 1)
         ]
-        seen.append(((top + _PATCH / 2, left + _PATCH / 2), (where[0], where[1])))
+        seen.append(((top + patch_height / 2, left + patch_width / 2), (where[0], where[1])))
     if any(len({place[1][axis] for place in seen}) < 2 for axis in (0, 1)):
         raise ModelError(
             "the network's input has too few pixels to show where they lie in the image; use a larger image"
@@ -155,6 +159,20 @@ def measure_frame(network_input: Callable[[Tensor], Tensor], image: Tensor) -> G
     axes = [_fit_line([s[1][a] for s in seen], [s[0][a] for s in seen]) for a in (0, 1)]
     (sy, oy), (sx, ox) = axes
     return Geometry(stride=(sy, sx), offset=(oy + sy / 2, ox + sx / 2))
+
+
+def _choose_patch(side: int, longest: int) -> int:
+    """Side of a patch along a side of the image, both in pixels; it leaves room to move."""
+    return max(1, min(max(_PATCH, 2 * ceil(longest / _READ) + 1), side // 2))
+
+
+def _bell(length: int, device: torch.device) -> Tensor:
+    return torch.hann_window(length + 2, periodic=False, device=device)[1:-1]
+
+
+def _place(fraction: float, patch: int, side: int) -> int:
+    """First pixel of a patch whose middle is near this fraction of a side."""
+    return min(max(0, round(fraction * side) - patch // 2), side - patch)
 
 
 def _fit_line(xs: Sequence[float], ys: Sequence[float]) -> tuple[float, float]:

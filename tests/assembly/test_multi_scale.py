@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from gdetkd_cli.assembly import apply_runtime, build_pair
+from gdetkd_cli.assembly.runtime import find_image_size
+from gdetkd_cli.detectors import catalog
 from gdetkd_cli.detectors.protocol import Detector
 from gdetkd_cli.engine.device import ComputeSettings
 from gdetkd_cli.recipe.distillation import Distill
@@ -60,3 +62,9 @@ def test_who_keeps_the_size_of_the_image(
     # Inference brings every image to the detector's own size.
     student.predict(tiny_batch.images)
     assert student.extract_features(Batch(tiny_batch.images, tiny_batch.targets, tiny_batch.image_ids)).losses == {}
+
+
+def test_an_ssd_keeps_its_one_size() -> None:
+    """Its boxes have fixed steps, so it resizes whatever the loader gives it."""
+    ssd = catalog.build({"kind": "torchvision", "name": "ssdlite320_mobilenet_v3_large"}, ("cat",))
+    assert find_image_size(ssd.module) is None

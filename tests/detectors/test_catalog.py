@@ -124,3 +124,42 @@ def test_slim_and_shallow_resnets() -> None:
     assert [body[f"layer{i}"][-1].conv2.out_channels for i in range(1, 5)] == [8, 16, 32, 64]
     assert body.conv1.out_channels == 8
     assert isinstance(body.conv1.weight, Tensor)
+
+
+# ------------------------------------------------------------------------------------------------------ placeholders
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "faster-rcnn on resnet18, levels 2-6, batch",
+        "retinanet on resnet18, levels 3-7, frozen",
+        "fcos on resnet18, levels 3-7, batch",
+        "ssd300_vgg16",
+        "ssdlite320_mobilenet_v3_large",
+    ],
+)
+def test_outputs_without_a_class_are_left_out(key: str) -> None:
+    torch.manual_seed(0)
+    names = ("a", "N/A", "b", "N/A", "c")
+    whole = catalog.build(SPECS[key].description, names)
+    low = torch.tensor([0.0, 1, -50, 0, -50, 2])  # the placeholders' scores do not count
+    with torch.no_grad():
+        for name, value in whole.module.named_parameters():
+            value.add_(0.02 * torch.randn_like(value))  # so that no two scores are equal
+            if name.endswith(("cls_score.bias", "classification_head.cls_logits.bias")):
+                value.add_(low.repeat(len(value) // 6))
+    smaller = catalog.drop_placeholders(whole, SPECS[key].description)
+    assert smaller.class_names == ("a", "b", "c")
+    whole.module.eval()
+    images = [torch.rand(3, 64, 96)]
+    (before,), (after,) = whole.predict(images), smaller.predict(images)
+    numbers = torch.tensor([0, 1, 0, 2, 0, 3])[before.labels]
+    real = numbers > 0
+    if "ssd" not in key:  # whose placeholders have scores like the others
+        assert 0 < real.sum() < len(real)
+        assert torch.equal(numbers[real], after.labels)
+        assert torch.allclose(before.scores[real], after.scores, atol=1e-5)
+        assert torch.allclose(before.boxes[real], after.boxes, atol=1e-3)
+    own, all_rows = (each.module.state_dict() for each in (smaller, whole))
+    assert any(6 * len(own[name]) == 4 * len(value) for name, value in all_rows.items() if value.dim())

@@ -11,7 +11,12 @@ import pytest
 import torch
 import toy
 from torch import nn
-from torchvision.models.detection import fasterrcnn_mobilenet_v3_large_fpn, ssdlite320_mobilenet_v3_large
+from torchvision.models.detection import (
+    fasterrcnn_mobilenet_v3_large_fpn,
+    fcos_resnet50_fpn,
+    ssdlite320_mobilenet_v3_large,
+)
+from torchvision.models.detection.anchor_utils import AnchorGenerator
 from twins import NoNeck
 
 from gdetkd_cli.commands import run_distill, run_export
@@ -91,6 +96,26 @@ def test_other_settings_are_not_taken_for_torchvisions(tmp_path: Path) -> None:
     path = script_module(faster_rcnn(box_detections_per_img=7), tmp_path / "odd.pt")
     with pytest.raises(ModelError, match=r"but other settings, because the rebuilt detector gives other"):
         load_scripted(path, NAMES)
+
+
+def test_another_preparation_of_images_is_kept(tmp_path: Path) -> None:
+    own = {"image_mean": [0.0, 0.0, 0.0], "image_std": [1.0, 1.0, 1.0]}
+    loaded = load_scripted(script_module(faster_rcnn(**own), tmp_path / "plain.pt"), NAMES)
+    assert loaded.description["arguments"] == {"min_size": [64], "max_size": 96, **own}
+    module: Any = loaded.detector.module
+    assert module.transform.image_mean == own["image_mean"]
+
+
+def test_a_detector_that_finds_nothing_proves_nothing(tmp_path: Path) -> None:
+    """Other anchors cannot be seen in the weights, and with torchvision's threshold an untrained FCOS is silent."""
+    torch.manual_seed(0)
+    anchors = AnchorGenerator(sizes=((16,), (32,), (64,), (128,), (256,)), aspect_ratios=((1.0,),) * 5)
+    module = fcos_resnet50_fpn(
+        weights=None, weights_backbone=None, num_classes=10, min_size=64, max_size=96, anchor_generator=anchors
+    ).eval()
+    assert not len(module([torch.rand(3, 64, 96)])[0]["scores"])
+    with pytest.raises(ModelError, match=r"but other settings, because the rebuilt detector gives other"):
+        load_scripted(script_module(module, tmp_path / "silent.pt"), NAMES)
 
 
 def test_what_gdetkd_exported_trains_again(tmp_path: Path) -> None:

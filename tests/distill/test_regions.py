@@ -210,3 +210,14 @@ def test_regions_are_detached(sampled: bool) -> None:
     regions = choose(make_candidates(boxes, sampled=sampled), make_batch(OBJECT))
 
     assert not regions.boxes.requires_grad
+
+
+def test_a_crowd_leaves_room_for_negatives() -> None:
+    truth = torch.cat([boxes_at(10.0 * i, 1) for i in range(9)])
+    candidates = make_candidates(torch.cat([truth, boxes_at(200, 30)]), sampled=False)
+    batch = make_batch(truth)
+    regions = choose(candidates, batch, per_image=16)
+    check(regions, candidates, batch)
+    greatest = box_iou(regions.boxes, truth).amax(dim=1)
+    assert ((greatest > 0.5).sum().item(), len(regions)) == (4, 16)
+    assert len(choose(candidates, batch, per_image=3)) == 3  # fewer than one positive and its negatives

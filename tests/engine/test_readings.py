@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
+from two_processes import run_in_two_processes
 
-from gdetkd_cli.engine.readings import Reading, Readings, choose_interval
+from gdetkd_cli.engine.readings import Reading, Readings, Window, average_reports, choose_interval
+from gdetkd_cli.structures import LossReport
 
 
 def add(
@@ -63,3 +67,27 @@ def test_faults() -> None:
 def test_a_cpu_is_read_at_every_step() -> None:
     assert choose_interval(torch.device("cpu"), 50) == 1
     assert choose_interval(torch.device("cuda"), 50) == 50
+
+
+def make_report(total: float, **parts: float) -> LossReport:
+    values = {name: torch.tensor(value) for name, value in parts.items()}
+    return LossReport(total=torch.tensor(total), parts=values, weights={})
+
+
+def test_a_loss_that_a_batch_lacks_counts_as_nothing() -> None:
+    for reports in (
+        [make_report(3, a=1, box=2), make_report(1, a=1)],
+        [make_report(1, a=1), make_report(3, a=1, box=2)],
+    ):
+        mean = average_reports(reports)
+        assert mean.total == 2 and mean.parts == {"a": 1, "box": 1}
+
+
+def test_processes_may_have_different_losses(tmp_path: Path) -> None:
+    def work(rank: int) -> dict[str, float]:
+        parts = {"a": 1.0, "box": 4.0} if rank else {"own": 6.0, "a": 3.0}
+        window = Window(steps=1, images=2, loss=5.0, parts=parts).average_over(2, None)
+        return {"images": window.images, "loss": window.loss, **window.parts}
+
+    for found in run_in_two_processes(work, tmp_path):
+        assert found == {"images": 4, "loss": 5.0, "a": 2.0, "own": 3.0, "box": 2.0}
