@@ -49,6 +49,12 @@ class RunFolderError(GDetKDError):
     exit_code = 2
 
 
+class OutputError(GDetKDError):
+    """A file that a command would write exists already, or cannot have this name."""
+
+    exit_code = 2
+
+
 class DiskError(GDetKDError):
     """A file does not fit on the disk."""
 

@@ -43,7 +43,7 @@ LauncherOption = Annotated[
     typer.Option(
         "--launcher",
         help="Run each trial as a job that can be requeued: with slurm, or with local for a try on this machine. Needs "
-        "gdetkd[slurm].",
+        "pip install '.[slurm]'.",
     ),
 ]
 LauncherSettings = Annotated[

@@ -272,9 +272,9 @@ def format_plan(plan: Plan) -> RenderableType:
     losses = "  ".join(f"{name} {value:.3g}" for name, value in plan.losses.items())
     facts = [
         f"losses of one step: {losses}",
-        f"{plan.steps} steps of {plan.batch_size} images",
+        f"{plan.steps} steps of {_count(plan.batch_size, 'image')}",
         f"{plan.train_images} training images, {plan.val_images} validation images",
-        f"{plan.device}, {plan.precision}, {plan.threads} threads; peak memory {plan.peak_memory_mb:.0f} MB",
+        f"{plan.device}, {plan.precision}, {_count(plan.threads, 'thread')}; peak memory {plan.peak_memory_mb:.0f} MB",
         f"{plan.seconds_per_step:.2f} s per step, about {format_duration(plan.estimated_seconds)} in total",
         *([_describe_cache(plan.cache)] if plan.cache else []),
     ]
@@ -283,6 +283,10 @@ def format_plan(plan: Plan) -> RenderableType:
         *_pair_tables(plan),
         *map(build_line, [*facts, *plan.notes]),
     )
+
+
+def _count(number: int, thing: str) -> str:
+    return f"{number} {thing}{'s' * (number != 1)}"
 
 
 def format_profile(profile: Profile) -> RenderableType:
@@ -295,7 +299,7 @@ def format_profile(profile: Profile) -> RenderableType:
         build_table(None, ("phase", "ms", "share of a step"), rows),
         build_line(
             f"a distillation step takes {profile.step * 1e3:.1f} ms (median of {profile.steps}; "
-            f"{profile.device}, {profile.threads} threads)"
+            f"{profile.device}, {_count(profile.threads, 'thread')})"
         ),
         build_line(
             f"the teacher's features and a plain student step take {profile.floor * 1e3:.1f} ms; "

@@ -8,7 +8,6 @@ from typing import Annotated
 
 import typer
 
-from gdetkd_cli.errors import RunFolderError
 from gdetkd_cli.text import show_hidden
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
@@ -46,11 +45,9 @@ def describe_run(run: Path) -> tuple[str, bool]:
     Raises:
         RunFolderError: the folder is not a run folder.
     """
-    from gdetkd_cli.engine.run_folder import RunFolder  # imports torch, which is slow
+    from gdetkd_cli.engine.run_folder import open_existing  # imports torch, which is slow
 
-    folder = RunFolder(run)
-    if not folder.recipe.exists():
-        raise RunFolderError(f"{run} is not a run folder, because it has no recipe.yaml")
+    folder = open_existing(run)
     lines = list(folder.read_log())
     steps = [line for line in lines if "loss" in line]
     aps = [line["evaluation"]["AP"] for line in lines if "evaluation" in line]

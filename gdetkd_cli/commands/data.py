@@ -14,7 +14,7 @@ from gdetkd_cli.data.image_files import ImageFiles
 from gdetkd_cli.data.repeats import find_repeated_images
 from gdetkd_cli.data.split import DataProblem, Split
 from gdetkd_cli.engine.events import Observer, report_every, silent
-from gdetkd_cli.errors import GDetKDError
+from gdetkd_cli.errors import OutputError
 from gdetkd_cli.recipe.base import MOST
 from gdetkd_cli.recipe.schema import Data
 from gdetkd_cli.report.images import draw_sheet
@@ -86,13 +86,13 @@ def run_data(source: str, *, data: Data | Path, sheet: Path | None = None, obser
         observer: receives progress.
 
     Raises:
-        GDetKDError: the sheet exists, or its suffix is unknown.
+        OutputError: the sheet exists, or its suffix is unknown.
         DataError: the data cannot be read at all.
     """
     path = sheet or _choose_free(DEFAULT_SHEET)
     check_drawable(path)
     if path.exists():
-        raise GDetKDError(f"{path} already exists; choose another file with --sheet")
+        raise OutputError(f"{path} already exists; choose another file with --sheet")
     block = find_block(data) if isinstance(data, Path) else data
     problems: list[DataProblem] = []
     splits = {which: _read_checked(block, which, problems, observer) for which in SPLITS}

@@ -17,7 +17,7 @@ from gdetkd_cli.commands.probe import ProbeOptions, run_probe
 from gdetkd_cli.commands.validate import CheckedRecipe, check_pair
 from gdetkd_cli.data.split import Split
 from gdetkd_cli.detectors.factory import is_reference
-from gdetkd_cli.engine.events import Observer, silent
+from gdetkd_cli.engine.events import Note, Observer, silent
 from gdetkd_cli.errors import ModelError, RecipeError
 from gdetkd_cli.files import name_kind, write_text
 from gdetkd_cli.recipe.checks import require_distillation
@@ -28,6 +28,7 @@ from gdetkd_cli.text import show_hidden
 
 _EPOCHS = 24  # the usual "2x" schedule
 _LEAST_STEPS, _MOST_STEPS = 1000, 90_000
+_FRESH_KINDS = ("composed", "torchvision")
 _FRESH = (
     "Its body has fresh weights. For photographs, torchvision's ImageNet weights are usually better (downloaded once): "
     "backbone_weights: DEFAULT"
@@ -83,6 +84,16 @@ def run_init(
         recipe["student"]["arguments"] = {"head_norm": True}  # a fresh head hardly learns without it
         valid = require_distillation(Recipe.model_validate(recipe))
         pair = assembly.build_recipe_pair(valid, train.class_names)
+    if recipe["student"]["arch"] in _FRESH_KINDS:
+        observer(Note(f"the student: {_FRESH[0].lower()}{_FRESH[1:]}"))
+    known = pair.teacher.detector.class_names
+    if known and (unknown := [name for name in train.class_names if name not in known]):
+        observer(
+            Note(
+                f"the teacher does not know {len(unknown)} of the data's {len(train.class_names)} classes "
+                f"({', '.join(unknown[:3])}): it teaches by its features, and cannot be evaluated on these data"
+            )
+        )
     checked = check_pair(valid, str(output), pair, (student, teacher), train, observer)
     _write(output, _format_checked(recipe, checked, count_epochs(valid, len(train))), recipe)
     return checked
@@ -187,7 +198,7 @@ def _describe_teacher(reference: str, size: tuple[int, int], classes: Sequence[s
 
 def _format_checked(recipe: dict[str, Any], checked: CheckedRecipe, passes: float) -> str:
     """Formats the recipe with the results of probing as comments."""
-    fresh = recipe["student"]["arch"] in ("composed", "torchvision")
+    fresh = recipe["student"]["arch"] in _FRESH_KINDS
     comments = {
         "student": _describe_report(checked.student) + [_FRESH] * fresh,
         "teacher": _describe_report(checked.teacher),

@@ -16,7 +16,7 @@ from gdetkd_cli.commands.subject import Stopwatch, Subject, build_block, choose_
 from gdetkd_cli.data.sources import Source, find_sources
 from gdetkd_cli.detectors import catalog
 from gdetkd_cli.engine.events import Note, Observer, report_every, silent
-from gdetkd_cli.errors import DataError, GDetKDError, ModelError
+from gdetkd_cli.errors import DataError, ModelError, OutputError
 from gdetkd_cli.recipe.schema import Data
 from gdetkd_cli.report.predictions import PredictedImage, draw_detections, list_rows, write_coco, write_csv, write_yolo
 from gdetkd_cli.structures import Detections
@@ -99,7 +99,7 @@ def run_predict(
     Raises:
         ModelError, PairError: the model is no detector, its detections cannot be read, or it lacks a class.
         DataError: there is no image, or none can be read.
-        GDetKDError: a file or folder to write exists already.
+        OutputError: a file or folder to write exists already, or cannot be written.
     """
     options = options or PredictOptions()
     _check_new(options)
@@ -192,11 +192,11 @@ def _check_new(options: PredictOptions) -> None:
         if path.is_dir() and option in ("--save", "--yolo") and not any(path.iterdir()):
             continue
         if path.exists():
-            raise GDetKDError(f"{path} already exists; choose another one with {option}")
+            raise OutputError(f"{path} already exists; choose another one with {option}")
     named: dict[Path, str] = {}
     for option, path in _list_targets(options).items():
         if path is not None and (other := named.setdefault(path.resolve(), option)) != option:
-            raise GDetKDError(f"{other} and {option} both name {path}; name two different ones")
+            raise OutputError(f"{other} and {option} both name {path}; name two different ones")
 
 
 def _create_folders(options: PredictOptions) -> None:
@@ -208,9 +208,9 @@ def _create_folders(options: PredictOptions) -> None:
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise GDetKDError(f"{folder} cannot be created ({error.strerror}); change {option}") from error
+            raise OutputError(f"{folder} cannot be created ({error.strerror}); change {option}") from error
         if not os.access(folder, os.W_OK):
-            raise GDetKDError(f"{folder} cannot be written to; choose another folder with {option}")
+            raise OutputError(f"{folder} cannot be written to; choose another folder with {option}")
 
 
 def _check_stems(sources: Sequence[Source]) -> None:

@@ -54,7 +54,8 @@ class Cluster:
             import submitit
         except ImportError as error:
             raise LauncherError(
-                f"--launcher {name} needs submitit, which is not installed; type pip install 'gdetkd[slurm]'"
+                f"--launcher {name} needs submitit, which is not installed; in gdetkd's folder, run: "
+                "pip install '.[slurm]'"
             ) from error
         parameters = {
             key if key in _SHARED or key.startswith(f"{name}_") else f"{name}_{key}": value

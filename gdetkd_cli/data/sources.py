@@ -90,7 +90,9 @@ def _read_frames(path: Path) -> Iterator[Tensor]:
         return _read_with_av(path)
     if importlib.util.find_spec("cv2"):
         return _read_with_opencv(path)
-    raise DataError(f"{path} is a video, and neither PyAV nor OpenCV is installed; run: pip install 'gdetkd[video]'")
+    raise DataError(
+        f"{path} is a video, and neither PyAV nor OpenCV is installed; in gdetkd's folder, run: pip install '.[video]'"
+    )
 
 
 def _read_with_av(path: Path) -> Iterator[Tensor]:

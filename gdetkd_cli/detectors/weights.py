@@ -70,7 +70,10 @@ def read_torch_file(path: Path) -> Any:
         return _read_safetensors(path)
     words = start.decode(errors="replace").split()
     if start.isascii() and words and all(word.isprintable() for word in words):
-        raise ModelError(f"{path} is not a file written by torch.save: it begins with the text {start[:20].decode()!r}")
+        raise ModelError(
+            f"{path} is no model: it begins with the text {start[:20].decode()!r}; expected a file of torch.save, "
+            "TorchScript, safetensors, torch.export or ONNX"
+        )
     try:
         # torchvision's reference scripts save the Namespace of their command line: plain data, no code.
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings(action="ignore"):

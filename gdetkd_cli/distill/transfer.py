@@ -36,10 +36,12 @@ def match_head(student: Detector, teacher: Detector) -> dict[str, Tensor]:
     Raises:
         PairError: see ``transfer_head``.
     """
-    if student.family == teacher.family == "query":
-        return _match_decoders(student, teacher)
-    dense = student.family == teacher.family == "dense"
-    return _match_dense_head(student, teacher) if dense else _match_roi_heads(student, teacher)
+    if student.family == teacher.family and student.family in _MATCHERS:
+        return _MATCHERS[student.family](student, teacher)
+    raise PairError(
+        "a head can be copied only between two two-stage detectors, two RetinaNets, two FCOS or two DETR-like "
+        f"detectors; this pair is {teacher.family} -> {student.family}"
+    )
 
 
 def _match_dense_head(student: Detector, teacher: Detector) -> dict[str, Tensor]:
@@ -87,6 +89,9 @@ def _match_decoders(student: Detector, teacher: Detector) -> dict[str, Tensor]:
         if shapes[0] != shapes[1]:
             raise PairError(f"{name} is {shapes[0]} in the teacher and {shapes[1]} in the student")
     return theirs
+
+
+_MATCHERS = {"two-stage": _match_roi_heads, "dense": _match_dense_head, "query": _match_decoders}
 
 
 def _match_part(part: str, student: nn.Module, teacher: nn.Module) -> dict[str, Tensor]:

@@ -205,9 +205,8 @@ def start_new(path: Path | None, default_name: str) -> Iterator[RunFolder]:
     folder = RunFolder(path)
     with folder.lock():
         if not folder.is_empty():
-            raise RunFolderError(
-                f"{path} exists already; choose another --output, or continue that run with --resume {path}"
-            )
+            advice = f", or continue that run with --resume {path}" if folder.recipe.exists() else ""
+            raise RunFolderError(f"{path} exists already; choose another --output{advice}")
         yield folder
 
 
@@ -230,6 +229,8 @@ def open_existing(path: Path) -> RunFolder:
         RunFolderError: it is not a run folder.
     """
     folder = RunFolder(path)
+    if not path.exists():
+        raise RunFolderError(f"there is no run folder {path}; give the folder of a run, such as runs/NAME")
     if not folder.recipe.exists():
         raise RunFolderError(f"{path} is not a run folder, because it has no recipe.yaml")
     return folder

@@ -45,8 +45,7 @@ def import_timm() -> Any:
         import timm
     except ModuleNotFoundError as error:
         raise ValueError(
-            f"a backbone named {PREFIX}... is one of timm's models, and timm is not installed; run "
-            "`pip install 'gdetkd[timm]'`"
+            f"a backbone named {PREFIX}... is one of timm's models, and timm is not installed; run `pip install timm`"
         ) from error
     return timm
 

@@ -91,7 +91,14 @@ def load_data(source: str) -> Data:
         RecipeError: the recipe is not usable.
     """
     folder = Path(source)
-    return CocoData(format="coco", root=folder) if folder.is_dir() else load_recipe(source).data
+    if folder.is_dir():
+        return CocoData(format="coco", root=folder)
+    try:
+        return load_recipe(source).data
+    except RecipeError as error:
+        if folder.exists() or str(source) in {recipe.name for recipe in list_builtin()}:
+            raise
+        raise RecipeError(f"there is no folder {source}, and {error}") from error
 
 
 def dump_recipe(recipe: Recipe) -> str:

@@ -92,7 +92,9 @@ def _format_detail(detail: ErrorDetails, path: Path, data: object, schema: Mappi
             return "input should be a mapping of fields"
         case "value_error":
             return str(detail["ctx"]["error"])
-        case "bool_parsing" | "int_parsing" | "float_parsing" | "int_from_float":
+        case "int_type" | "int_parsing" | "int_from_float":
+            return "input should be a whole number"
+        case "bool_parsing" | "float_parsing":
             text = detail["msg"].partition(",")[0]
         case _:
             text = detail["msg"]

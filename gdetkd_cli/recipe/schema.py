@@ -182,7 +182,7 @@ class FactoryDetector(Strict):
 
 
 class TransformersDetector(Strict):
-    """A DETR-like detector of Hugging Face transformers; needs ``pip install 'gdetkd[transformers]'``."""
+    """A DETR-like detector of Hugging Face transformers; needs ``pip install '.[transformers]'``."""
 
     arch: Literal["transformers"]
     model: str | None = Field(

@@ -8,7 +8,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from gdetkd_cli.errors import GDetKDError
+from gdetkd_cli.errors import OutputError
 from gdetkd_cli.report.pyramid import LevelReport
 
 
@@ -16,11 +16,11 @@ def check_drawable(path: Path) -> None:
     """Checks the suffix before an image is drawn.
 
     Raises:
-        GDetKDError: matplotlib has no such format.
+        OutputError: matplotlib has no such format.
     """
     known = Figure().canvas.get_supported_filetypes()
     if path.suffix.removeprefix(".").lower() not in known:
-        raise GDetKDError(f"{path}: cannot draw a file with this suffix; expected one of {', '.join(sorted(known))}")
+        raise OutputError(f"{path}: cannot draw a file with this suffix; expected one of {', '.join(sorted(known))}")
 
 
 def draw_levels(image: Tensor, levels: Sequence[LevelReport], maps: Sequence[Tensor], path: Path) -> None:

@@ -52,5 +52,5 @@ def test_a_recipe_and_mistakes(folder: Path) -> None:
     assert result.exit_code == 2
     assert "no recipe file or built-in recipe is named absent" in result.output
     result = invoke.gdetkd("data", "mine", "--sheet", "scenes.png")
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert "scenes.png already exists; choose another file with --sheet" in result.output

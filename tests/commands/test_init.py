@@ -161,7 +161,14 @@ def test_annotations_that_cannot_be_used_are_not_passed_over(
 
 
 def test_a_retinanet_that_starts_afresh_can_learn(data: Path, teacher: str, tmp_path: Path) -> None:
-    run_init(teacher, "resnet18+retinanet", data, output=tmp_path / "r.yaml")
+    notes: list[str] = []
+    output = tmp_path / "r.yaml"
+    run_init(teacher, "resnet18+retinanet", data, output=output, observer=lambda event: notes.append(str(event)))
+    assert any("its body has fresh weights" in note for note in notes)
+    assert any(
+        "the teacher does not know 1 of the data's 1 classes (cell): it teaches by its features" in note
+        for note in notes
+    )
     student = load_recipe(tmp_path / "r.yaml").student
     assert isinstance(student, ComposedDetector) and student.arguments == {"head_norm": True}
 

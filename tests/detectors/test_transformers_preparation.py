@@ -101,5 +101,5 @@ def test_a_missing_folder_is_one_sentence(tmp_path: Path) -> None:
 
 def test_without_transformers_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(ModelError, match=r"install it with: pip install 'gdetkd\[transformers\]'"):
+    with pytest.raises(ModelError, match=r"in gdetkd's folder, run: pip install '\.\[transformers\]'"):
         transformers.build(transformers.describe_fresh(make_config("detr"), SIZE), CLASSES)

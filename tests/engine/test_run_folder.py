@@ -23,12 +23,10 @@ def test_the_default_folder_counts_up(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_an_empty_folder_is_used_and_a_filled_one_refused(tmp_path: Path) -> None:
     with start_new(tmp_path, "x") as folder:
         assert folder.path == tmp_path
-    (tmp_path / "a").touch()
-    with (
-        pytest.raises(RunFolderError, match="choose another --output, or continue that run with --resume"),
-        start_new(tmp_path, "x"),
-    ):
-        pass
+    for file, advice in (("a", "choose another --output$"), ("recipe.yaml", "or continue that run with --resume")):
+        (tmp_path / file).touch()
+        with pytest.raises(RunFolderError, match=advice), start_new(tmp_path, "x"):
+            pass
 
 
 def test_a_file_in_place_of_the_folder_is_refused(tmp_path: Path) -> None:

@@ -239,9 +239,9 @@ train:
         "17: distill.head_transfer: input should be a valid boolean or 'auto' (got 'maybe')",
         "18: distill.sgfi: input should be a mapping of fields (got 3)",
         "19: distill.ckd.queeu: unknown field; did you mean queue?",
-        "19: distill.ckd.queue: input should be a valid integer (got 'many')",
+        "19: distill.ckd.queue: input should be a whole number (got 'many')",
         "20: train.steps: this field is required",
-        "21: train.batch_size: input should be a valid integer (got 1.5)",
+        "21: train.batch_size: input should be a whole number (got 1.5)",
         (
             "22: train.lr: unknown field; expected one of: steps, batch_size, accumulate, reference_batch, optimizer, "
             "schedule, clip_norm, log_every, evaluate_every, checkpoint_every, "

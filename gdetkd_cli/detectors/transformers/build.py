@@ -65,7 +65,7 @@ def require_transformers() -> None:
         import transformers  # noqa: F401
     except ImportError as error:
         raise ModelError(
-            f"arch: transformers needs the package {error.name}; install it with: pip install 'gdetkd[transformers]'"
+            f"arch: transformers needs the package {error.name}; in gdetkd's folder, run: pip install '.[transformers]'"
         ) from error
 
 
