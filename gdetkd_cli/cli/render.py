@@ -271,7 +271,7 @@ def format_plan(plan: Plan) -> RenderableType:
     """Formats a dry run."""
     losses = "  ".join(f"{name} {value:.3g}" for name, value in plan.losses.items())
     facts = [
-        f"losses of one step: {losses}",
+        f"losses of one step, before their weights: {losses}",
         f"{plan.steps} steps of {_count(plan.batch_size, 'image')}",
         f"{plan.train_images} training images, {plan.val_images} validation images",
         f"{plan.device}, {plan.precision}, {_count(plan.threads, 'thread')}; peak memory {plan.peak_memory_mb:.0f} MB",

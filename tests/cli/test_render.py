@@ -120,7 +120,7 @@ def test_a_plan_shows_pair_pyramids_terms_and_cost(runs: Any) -> None:
     assert has_row(shown, "class_kd", "left out", "the class lists differ")
     for line in (
         "head transfer: nothing: shapes differ",
-        "losses of one step: loss 3.21  sgfi 0.5",
+        "losses of one step, before their weights: loss 3.21  sgfi 0.5",
         "600 steps of 8 images",
         "1200 training images, 200 validation images",
         "cpu, fp32, 2 threads; peak memory 812 MB",
