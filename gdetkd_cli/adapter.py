@@ -29,6 +29,7 @@ from torch.nn.functional import interpolate, pad
 from torchvision.ops import batched_nms
 
 _GREY = 114 / 255  # with which detectors of the YOLO family pad
+_MOST_CANDIDATES = 30_000  # boxes of one image before suppression, whose time grows with their square
 
 
 class TrainableModule(nn.Module):
@@ -91,7 +92,9 @@ class TrainableModule(nn.Module):
         found = []
         for own, by_class in zip(boxes.float(), scores.float(), strict=True):
             places, labels = torch.where(by_class > self.score_thresh)
-            best, at = own[places], by_class[places, labels]
+            at, order = by_class[places, labels].sort(descending=True)
+            at, order = at[:_MOST_CANDIDATES], order[:_MOST_CANDIDATES]
+            best, labels = own[places[order]], labels[order]
             kept = batched_nms(best, at, labels, self.nms_thresh)[: self.detections_per_img]
             found.append({"boxes": best[kept], "scores": at[kept], "labels": labels[kept] + 1})
         return found

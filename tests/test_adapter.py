@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from gdetkd_cli import adapter
 from gdetkd_cli.adapter import TrainableModule
 
 
@@ -94,6 +95,15 @@ def test_detections_are_suppressed_class_by_class() -> None:
     assert found["labels"].tolist() == [1]
     (found,) = TrainableModule().select_detections(boxes, scores * 0)
     assert found["boxes"].shape == (0, 4)
+
+
+def test_only_the_best_candidates_are_suppressed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(adapter, "_MOST_CANDIDATES", 2)
+    boxes = 20.0 * torch.arange(5)[None, :, None] + torch.tensor([0.0, 0, 10, 10])
+    scores = torch.tensor([[[0.1], [0.9], [0.3], [0.8], [0.2]]])
+    (found,) = TrainableModule().select_detections(boxes, scores)
+    assert found["scores"].tolist() == pytest.approx([0.9, 0.8])
+    assert found["boxes"][:, 0].tolist() == [20, 60]
 
 
 def test_what_a_subclass_must_define() -> None:

@@ -84,8 +84,11 @@ def build_detector(
     """
     if isinstance(spec, CheckpointDetector):
         built = _build_from_file(spec, class_names, seed, keep_classes=keep_classes)
-        if spec.classes and keep_classes:
-            catalog.rename_classes(built.detector, spec.classes, spec.path)
+        named = (spec.classes or None) if keep_classes else None
+        if keep_classes and (named is None or len(named) != len(built.detector.class_names)):
+            built = _leave_out_placeholders(built)
+        if named is not None:
+            catalog.rename_classes(built.detector, named, spec.path)
     elif isinstance(spec, FactoryDetector):
         built = _build_custom(spec, class_names, seed, keep_classes=keep_classes)
     elif isinstance(spec, KnowledgeDetector):
@@ -94,8 +97,7 @@ def build_detector(
         built = _build_transformers(spec, class_names, seed, keep_classes=keep_classes)
     else:
         built = _build_named(spec, class_names, seed, keep_classes=keep_classes)
-    if keep_classes and built.description.get("kind") in ("torchvision", "composed"):
-        built = _leave_out_placeholders(built)
+        built = _leave_out_placeholders(built) if keep_classes else built
     return replace(built, notes=(*built.notes, *warn_about_weights(built.detector)))
 
 
@@ -138,8 +140,12 @@ def _choose_classes(data: tuple[str, ...], own: tuple[str, ...]) -> tuple[tuple[
 
 
 def _leave_out_placeholders(built: BuiltDetector) -> BuiltDetector:
-    count = built.detector.class_names.count(catalog.PLACEHOLDER)
-    if not count:
+    """Returns a detector with torchvision's published classes without those that stand for none."""
+    names = built.detector.class_names
+    count = names.count(catalog.PLACEHOLDER)
+    if not count or built.description.get("kind") != "torchvision":
+        return built
+    if names != list_torchvision_categories("DEFAULT", built.description["name"]):
         return built
     detector = catalog.drop_placeholders(built.detector, built.description)
     note = f"{count} outputs named {catalog.PLACEHOLDER}, which were trained for no class, are left out"
@@ -170,8 +176,9 @@ def _build_from_file(
     if keep_classes or not _choose_classes(class_names, loaded.detector.class_names)[1]:
         return BuiltDetector(loaded.detector, loaded.description, loaded.notes, trained_head=True)
     torch.manual_seed(seed)
-    refitted = catalog.build(loaded.description, class_names)
-    refits = load_state(refitted.module, loaded.detector.module.state_dict(), spec.path, other_classes=True)
+    refitted, state = catalog.build(loaded.description, class_names), loaded.detector.module.state_dict()
+    layers = transformers.list_class_layers(loaded.description) if loaded.description["kind"] == "transformers" else ()
+    refits = load_state(refitted.module, state, spec.path, other_classes=True, class_layers=layers)
     return BuiltDetector(refitted, loaded.description, (*loaded.notes, *refits))
 
 
@@ -245,7 +252,8 @@ def _build_probed(spec: CheckpointDetector, path: Path, kind: Kind, *, is_teache
         levels=tuple(spec.levels or ()),
     )
     notes = [f"{path}: called with a {detector.probed.call.name}", f"{path}: {detector.probed.reason}"]
-    notes += [f"{path}: {note}" for note in detector.probed.notes]
+    padded = detector.accept_any_size()
+    notes += [f"{path}: {note}" for note in (*detector.probed.notes, *([padded] if padded else []))]
     return BuiltDetector(detector, {}, tuple(notes))
 
 

@@ -262,17 +262,20 @@ def _get_rank(accelerator: Accelerator) -> dict[str, int]:
     return {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
 
 
-def build_recipe_pair(recipe: DistillationRecipe, class_names: tuple[str, ...]) -> Pair:
+def build_recipe_pair(
+    recipe: DistillationRecipe, class_names: tuple[str, ...], teacher: BuiltDetector | None = None
+) -> Pair:
     """Builds both detectors of a recipe and their distiller on the CPU.
 
     Args:
         recipe: the pair and its terms.
         class_names: class names of the training data; empty: the teacher's.
+        teacher: the recipe's, if it is built already.
 
     Raises:
         GDetKDError: a detector cannot be built, or a term does not fit the pair.
     """
-    teacher = build_detector(recipe.teacher, class_names, recipe.seed, keep_classes=True)
+    teacher = teacher or build_detector(recipe.teacher, class_names, recipe.seed, keep_classes=True)
     student = build_detector(recipe.student, class_names or teacher.detector.class_names, recipe.seed)
     return Pair(student, teacher, _build_pair(recipe, student, teacher, device="cpu"))
 

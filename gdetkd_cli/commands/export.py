@@ -15,7 +15,7 @@ from gdetkd_cli.commands.export_images import arrange_batches, find_calibration,
 from gdetkd_cli.detectors import catalog
 from gdetkd_cli.detectors.protocol import Detector
 from gdetkd_cli.engine.events import Note, Observer, report_every, silent
-from gdetkd_cli.errors import ExportError, ModelError
+from gdetkd_cli.errors import ExportError, ModelError, OutputError
 from gdetkd_cli.evaluation.exported import OnnxDetector, ScriptedDetector
 from gdetkd_cli.evaluation.predict import Predictor
 from gdetkd_cli.export.onnx import ANY, OPSET, export_onnx
@@ -106,7 +106,8 @@ def run_export(
 
     Raises:
         ModelError: the target is not a gdetkd detector.
-        ExportError: the file exists, the detector cannot be exported, or the file differs from the detector.
+        OutputError: the file exists.
+        ExportError: the detector cannot be exported, or the file differs from the detector.
     """
     source = catalog.locate(target)
     loaded = catalog.load(source)
@@ -127,7 +128,7 @@ def run_export(
     reduced = {name: paths[0].with_suffix(f".{name}.onnx") for name in forms}
     for path in (*paths, *reduced.values()):
         if path.exists():
-            raise ExportError(f"{path} already exists; remove it, or choose another file with --output")
+            raise OutputError(f"{path} already exists; remove it, or choose another file with --output")
     images = read_parity_images(source, observer)
     if detector.family != "query":  # whose detections are always as many as its queries
         images.append(build_empty_image(detector, _EMPTY_SIZE))

@@ -28,9 +28,8 @@ from gdetkd_cli.text import show_hidden
 
 _EPOCHS = 24  # the usual "2x" schedule
 _LEAST_STEPS, _MOST_STEPS = 1000, 90_000
-_FRESH_KINDS = ("composed", "torchvision")
 _FRESH = (
-    "Its body has fresh weights. For photographs, torchvision's ImageNet weights are usually better (downloaded once): "
+    "Its body has fresh weights. For photographs, ImageNet weights are usually better (downloaded once): "
     "backbone_weights: DEFAULT"
 )
 
@@ -83,15 +82,16 @@ def run_init(
     if recipe["student"].get("head") == "retinanet" and not pair.built.transferred:
         recipe["student"]["arguments"] = {"head_norm": True}  # a fresh head hardly learns without it
         valid = require_distillation(Recipe.model_validate(recipe))
-        pair = assembly.build_recipe_pair(valid, train.class_names)
-    if recipe["student"]["arch"] in _FRESH_KINDS:
+        pair = assembly.build_recipe_pair(valid, train.class_names, pair.teacher)
+    if recipe["student"]["arch"] == "composed":
         observer(Note(f"the student: {_FRESH[0].lower()}{_FRESH[1:]}"))
     known = pair.teacher.detector.class_names
     if known and (unknown := [name for name in train.class_names if name not in known]):
         observer(
             Note(
                 f"the teacher does not know {len(unknown)} of the data's {len(train.class_names)} classes "
-                f"({', '.join(unknown[:3])}): it teaches by its features, and cannot be evaluated on these data"
+                f"({', '.join(unknown[:3])}{', …' * (len(unknown) > 3)}): it teaches by its features, and cannot be "
+                "evaluated on these data"
             )
         )
     checked = check_pair(valid, str(output), pair, (student, teacher), train, observer)
@@ -198,7 +198,7 @@ def _describe_teacher(reference: str, size: tuple[int, int], classes: Sequence[s
 
 def _format_checked(recipe: dict[str, Any], checked: CheckedRecipe, passes: float) -> str:
     """Formats the recipe with the results of probing as comments."""
-    fresh = recipe["student"]["arch"] in _FRESH_KINDS
+    fresh = recipe["student"]["arch"] == "composed"
     comments = {
         "student": _describe_report(checked.student) + [_FRESH] * fresh,
         "teacher": _describe_report(checked.teacher),

@@ -6,6 +6,7 @@ Shapes: N images, R regions; boxes xyxy.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import chain
 
 import torch
@@ -20,7 +21,7 @@ from gdetkd_cli.probing.formats.runner import RUN_ERRORS, Runner, find_reason
 from gdetkd_cli.probing.geometry import Geometry
 from gdetkd_cli.probing.inputs import ModelInput
 from gdetkd_cli.probing.outputs import OutputForm
-from gdetkd_cli.probing.pyramid import Probed, measure_image_frame, probe
+from gdetkd_cli.probing.pyramid import Probed, measure_image_frame, probe, probe_image
 from gdetkd_cli.structures import Batch, Detections, Frame, LevelSpec, Pyramid, Regions
 
 
@@ -69,6 +70,38 @@ class ProbedDetector(Detector):
             LevelSpec(level.name, level.channels, level.cells.stride, level.cells.offset, level.shape)
             for level in self.probed.levels
         )
+
+    @torch.no_grad()
+    def accept_any_size(self) -> str | None:
+        """Pads images to multiples of the coarsest stride if the model takes no others; returns a note if it does.
+
+        Many networks enlarge a coarse map and join it with a finer one, which fails where a side was rounded.
+        """
+        if self._input.fit is not None:
+            return None
+        image = probe_image((self.probed.size[0] + 21, self.probed.size[1] + 13))
+        if self._accepts(image, self._input):
+            return None
+        stride = round(max(max(level.stride) for level in self.levels))
+        for multiple in (stride, 2 * stride, 4 * stride):
+            padded = replace(self._input, multiple=multiple)
+            if self._accepts(image, padded):
+                self._input = padded
+                return (
+                    f"takes only images whose sides are multiples of {multiple} pixels, so images are padded at the "
+                    "right and the bottom"
+                )
+        return None
+
+    def _accepts(self, image: Tensor, model_input: ModelInput) -> bool:
+        prepared = [model_input.prepare(image)]
+        try:
+            with use_eval_mode(self.module):
+                self._runner.run(self.probed.call, prepared)
+                self._read(prepared)
+        except (ModelError, *RUN_ERRORS):
+            return False
+        return True
 
     @property
     def levels(self) -> tuple[LevelSpec, ...]:
@@ -174,20 +207,26 @@ class ProbedDetector(Detector):
         try:
             return self._runner.run(self.probed.call, images)
         except RUN_ERRORS as error:
-            height, width = images[0].shape[-2:]
-            raise ModelError(
-                f"{self._source} fails on an image of {height} x {width} pixels ({find_reason(error)}); if it accepts "
-                "only one size, set input.size and input.fit: true"
-            ) from error
+            raise self._describe_failure(images, error) from error
 
     def _read(self, images: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """Reads the network's input and the levels, (N, C, H, W), of prepared images that fit into one call."""
         addresses = [level.address for level in self.probed.levels]
-        network_input, values = self._runner.read(self.probed.call, images, addresses)
+        try:
+            network_input, values = self._runner.read(self.probed.call, images, addresses)
+        except RUN_ERRORS as error:
+            raise self._describe_failure(images, error) from error
         size = network_input.shape[-2:]
         return network_input, [
             level.as_map(value, size) for value, level in zip(values, self.probed.levels, strict=True)
         ]
+
+    def _describe_failure(self, images: Sequence[Tensor], error: Exception) -> ModelError:
+        height, width = images[0].shape[-2:]
+        return ModelError(
+            f"{self._source} fails on an image of {height} x {width} pixels ({find_reason(error)}); if it accepts only "
+            "some sizes, set input.size and input.fit: true"
+        )
 
     def _measure_frame(self, image: Tensor) -> Geometry:
         """The geometry of the network's input in images of this size, measured once per size."""
@@ -199,12 +238,12 @@ class ProbedDetector(Detector):
 
 
 def read_regions(pyramid: Pyramid, regions: Regions, needs: frozenset[View], *, cells_per_side: float) -> RegionView:
-    """Reads what a teacher without known heads says about regions: its levels alone.
+    """Reads what a teacher without known heads says about regions: their levels, and features pooled from these.
 
     Args:
         pyramid: the teacher's.
         regions: R of them.
-        needs: what is read.
+        needs: features are pooled only for ``pooled`` and ``embedding``.
         cells_per_side: usual side of a region on its level.
     """
     assignment = assign_levels(pyramid, regions, cells_per_side=cells_per_side)

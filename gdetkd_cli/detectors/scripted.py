@@ -111,23 +111,26 @@ def _detect_alike(scripted: Any, eager: Any) -> bool:
     """Whether both prepare an image alike, and compute the same maps and the same detections from it."""
     image = probe_image(_SIZE)
     try:
-        prepared, ours = scripted.transform([image])[0].tensors, eager.transform([image])[0].tensors
-        maps = scripted.backbone(prepared), eager.backbone(prepared)
+        prepared, ours = (module.transform([image])[0].tensors for module in (scripted, eager))
+        theirs, own = (list(module.backbone(prepared).values()) for module in (scripted, eager))
     except (AttributeError, RuntimeError):
         return False
-    theirs, own = (list(each.values()) for each in maps)
-    alike = prepared.shape == ours.shape and torch.allclose(prepared, ours, atol=1e-4)
-    alike = alike and all(torch.allclose(a, b, rtol=1e-3, atol=1e-4) for a, b in zip(theirs, own, strict=True))
-    if not alike or not _give_same_detections(scripted, eager, image):
+    pairs = list(zip([prepared, *theirs], [ours, *own], strict=False))
+    if len(theirs) != len(own) or not all(a.shape == b.shape for a, b in pairs):
+        return False
+    if not all(torch.allclose(a, b, rtol=1e-3, atol=1e-4) for a, b in pairs):
+        return False
+    if not _give_same_detections(scripted, eager, image):
         return False
     heads = [getattr(module, "roi_heads", module) for module in (scripted, eager)]
-    threshold = heads[1].score_thresh
-    for head in heads:
-        head.score_thresh = 0.0  # with their own threshold, both may detect nothing
+    thresholds = [head.score_thresh for head in heads]
     try:
+        for head in heads:
+            head.score_thresh = 0.0  # with their own threshold, both may detect nothing
         return _give_same_detections(scripted, eager, image)
     finally:
-        heads[1].score_thresh = threshold
+        for head, threshold in zip(heads, thresholds, strict=True):
+            head.score_thresh = threshold
 
 
 def _give_same_detections(scripted: Any, eager: nn.Module, image: Tensor) -> bool:

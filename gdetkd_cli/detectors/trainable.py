@@ -134,7 +134,7 @@ class TrainableDetector(ProbedDetector):
     def _call(self, outputs: Sequence[Output], *arguments: object) -> _Call:
         """Calls the module and reads its levels, with their gradients."""
         network: list[Tensor] = []
-        first = self.module.get_submodule(self.probed.first)
+        first = self.module.get_submodule(self._find_first())
         handle = first.register_forward_pre_hook(lambda _, inputs: network.append(inputs[0]))
         try:
             with Tap(self.module, list({output.module for output in outputs})) as tap:
@@ -152,6 +152,16 @@ class TrainableDetector(ProbedDetector):
         size = network[0].shape[-2:]
         maps = [level.as_map(value, size) for value, level in zip(values, self.probed.levels, strict=True)]
         return _Call(returned, network[0], maps)
+
+    def _find_first(self) -> str:
+        """Name of the module whose input is the network's: the first convolution."""
+        name = self.probed.first.partition(".parametrizations.")[0]
+        if not name:
+            raise PairError(
+                f"the first convolution of {self._source} is not a module, so its input cannot be read in training; "
+                "make it an nn.Conv2d"
+            )
+        return name
 
     def _require_output(self, level: str, output: Output | None) -> Output:
         if output is None:

@@ -7,6 +7,7 @@ import pickle
 import re
 import struct
 import warnings
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -228,17 +229,24 @@ def _list_weights(model: str | None) -> str:
     return ", ".join(weights.name for weights in get_model_weights(model))
 
 
-def find_refitted_layers(module: nn.Module, state: dict[str, Tensor]) -> list[str]:
-    """Names of the layers that were trained for another number of classes."""
+def find_refitted_layers(module: nn.Module, state: dict[str, Tensor], class_layers: Collection[str] = ()) -> list[str]:
+    """Names of the layers that were trained for another number of classes; ``class_layers``: see ``load_state``."""
     own = module.state_dict()
     return [
         name
         for name, value in state.items()
-        if name in own and value.shape != own[name].shape and name.startswith(CLASS_LAYERS)
+        if name in own and value.shape != own[name].shape and (name.startswith(CLASS_LAYERS) or name in class_layers)
     ]
 
 
-def load_state(module: nn.Module, state: dict[str, Tensor], source: str, *, other_classes: bool = False) -> list[str]:
+def load_state(
+    module: nn.Module,
+    state: dict[str, Tensor],
+    source: str,
+    *,
+    other_classes: bool = False,
+    class_layers: Collection[str] = (),
+) -> list[str]:
     """Loads weights; layers trained for other classes keep their fresh values.
 
     Args:
@@ -246,6 +254,7 @@ def load_state(module: nn.Module, state: dict[str, Tensor], source: str, *, othe
         state: by name.
         source: names the weights in messages.
         other_classes: the weights are known to be for other classes, even if their number is the same.
+        class_layers: tensors that depend on the classes, besides those of torchvision's heads.
 
     Returns:
         One sentence for each kind of tensor that was left out.
@@ -259,9 +268,14 @@ def load_state(module: nn.Module, state: dict[str, Tensor], source: str, *, othe
     if dropped:
         notes.append(f"{source}: the mask branch ({len(dropped)} tensors) is not used")
     wanted = {name: value for name, value in state.items() if name not in dropped}
-    refitted, why = find_refitted_layers(module, wanted), "another number of classes"
+    refitted, why = find_refitted_layers(module, wanted, class_layers), "another number of classes"
     if other_classes and not refitted:
-        refitted, why = [name for name in wanted if name in own and name.startswith(CLASS_LAYERS)], "other classes"
+        refitted, why = (
+            [n for n in wanted if n in own and (n.startswith(CLASS_LAYERS) or n in class_layers)],
+            "other classes",
+        )
+        if not refitted:
+            notes.append(f"{source}: trained for other classes; it is unknown which layers depend on them, so all stay")
     if refitted:
         notes.append(f"{source}: trained for {why}; these layers start fresh: {', '.join(sorted(refitted))}")
     wanted = {name: value for name, value in wanted.items() if name not in refitted}

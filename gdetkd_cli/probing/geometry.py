@@ -18,10 +18,11 @@ from gdetkd_cli.errors import ModelError
 from gdetkd_cli.probing.record import Value
 
 _POINTS = (0.2, 0.5, 0.8)  # points at which the image is changed, as fractions of each side
-# Side of a changed patch in pixels; the change peaks in the middle, so blur does not move its centre. A network that
-# reads only some pixels of a large image still reads two of a patch per axis, if its input has _READ or more per side.
+# Side of a changed patch in pixels, at least; the change peaks in the middle, so blur does not move its centre. A
+# network that reads only some pixels of a large image still reads _READ of a patch per axis.
 _PATCH = 9
-_READ = 320
+_READ = 4
+_FAINT = 0.1  # of the greatest change; a smaller one is not the patch's own
 
 
 @dataclass(frozen=True)
@@ -127,24 +128,30 @@ def _round_ratio(ratio: float) -> float:
 def measure_frame(network_input: Callable[[Tensor], Tensor], image: Tensor) -> Geometry:
     """Measures where the pixels of the network's input lie, in pixels of the image.
 
+    A drawn image takes the given one's place, so that the result depends on the size alone.
+
     Args:
         network_input: image (3, H, W) -> the first convolution's input (1, C, h, w).
-        image: (3, H, W) in 0..1.
+        image: (3, H, W), of which only the size, the kind and the device count.
 
     Raises:
         ModelError: the network's input does not depend on the image.
     """
     height, width = image.shape[-2:]
+    image = _draw_background(image)
     base = network_input(image)
-    patch_height, patch_width = (_choose_patch(side, max(height, width)) for side in (height, width))
+    shrunk = max(height / base.shape[-2], width / base.shape[-1])
+    patch_height, patch_width = (_choose_patch(side, shrunk) for side in (height, width))
     window = _bell(patch_height, image.device)[:, None] * _bell(patch_width, image.device)
     seen: list[tuple[tuple[float, float], tuple[float, float]]] = []  # (image y, x), (input y, x)
     for fraction in _POINTS:
         top, left = _place(fraction, patch_height, height), _place(fraction, patch_width, width)
         changed = image.clone()
         patch = changed[:, top : top + patch_height, left : left + patch_width]
-        patch += window * torch.where(patch.mean() > 0.5, -0.5, 0.5)
+        patch += 0.4 * window
         response = (network_input(changed) - base).abs().sum(dim=(0, 1)).double().cpu()  # (h, w)
+        # A change of the image's own mean or deviation reaches every pixel, but much less.
+        response = torch.where(response > _FAINT * response.max(), response, 0.0)
         if not torch.isfinite(response).all() or float(response.sum()) <= 0:
             raise ModelError("the network's input does not change with the image; expected a model that reads images")
         where = [
@@ -161,9 +168,21 @@ def measure_frame(network_input: Callable[[Tensor], Tensor], image: Tensor) -> G
     return Geometry(stride=(sy, sx), offset=(oy + sy / 2, ox + sx / 2))
 
 
-def _choose_patch(side: int, longest: int) -> int:
-    """Side of a patch along a side of the image, both in pixels; it leaves room to move."""
-    return max(1, min(max(_PATCH, 2 * ceil(longest / _READ) + 1), side // 2))
+def _draw_background(image: Tensor) -> Tensor:
+    """Draws an image of the same kind for models that normalise each image by its own deviation or range.
+
+    Noise gives it a deviation, weak noise lets no change be cut off, and a dark and a bright corner fix its range.
+    """
+    noise = torch.rand(image.shape, generator=torch.Generator().manual_seed(0))
+    drawn = (0.4 + 0.1 * noise).to(image)
+    height, width = (max(1, side // 8) for side in image.shape[-2:])
+    drawn[:, :height, :width], drawn[:, -height:, -width:] = 0.0, 1.0
+    return drawn
+
+
+def _choose_patch(side: int, shrunk: float) -> int:
+    """Side of a patch along a side of the image, both in pixels; ``shrunk``: image pixels per pixel of the input."""
+    return max(1, min(max(_PATCH, _READ * ceil(shrunk) + 1), side // 2))
 
 
 def _bell(length: int, device: torch.device) -> Tensor:

@@ -25,6 +25,7 @@ class ModelInput:
         mean, std: subtracted and divided by after scaling, per channel, in the model's channel order.
         fit: (height, width) of a model with a fixed input size: images are resized to fit in, and padded at the right
             and the bottom.
+        multiple: without ``fit``, images are padded at the right and the bottom to multiples of this many pixels.
         bgr: the model takes blue first, as OpenCV reads images.
         grey: the model takes one channel, the luminance; ``mean`` and ``std`` count before it.
     """
@@ -33,6 +34,7 @@ class ModelInput:
     mean: tuple[float, float, float] | None = None
     std: tuple[float, float, float] | None = None
     fit: tuple[int, int] | None = None
+    multiple: int = 1
     bgr: bool = False
     grey: bool = False
 
@@ -40,6 +42,9 @@ class ModelInput:
         """Converts an image (3, H, W) in 0..1 to the model's input, (3, H, W) or, if grey, (1, H, W)."""
         if self.fit is not None:
             image = _fit(image, self.fit)
+        elif self.multiple > 1:
+            right, bottom = (-side % self.multiple for side in (image.shape[-1], image.shape[-2]))
+            image = pad(image, (0, right, 0, bottom), value=_GREY)
         image = (image.flip(0) if self.bgr else image) * self.scale
         if self.mean is not None:
             image = image - image.new_tensor(self.mean)[:, None, None]

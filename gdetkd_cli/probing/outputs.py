@@ -53,7 +53,12 @@ def recognise_form(returned: object, size: tuple[int, int], classes: int | None)
         return ROWS
     fields = _find_fields(returned)
     if fields is not None:
-        batched = fields[0].dim() == 3
+        boxes, scores, labels = fields
+        batched = boxes.dim() == 3
+        # Boxes as fractions of the image, or labels from 1 beside an axis of images: not one of the known exports.
+        fractions = bool((scores > 0).any()) and 0 < float(boxes.max()) <= 1.5
+        if fractions or (batched and classes is not None and labels.numel() and int(labels.max()) >= classes):
+            return None
         return OutputForm(f"tensors of boxes, scores and labels{' by image' if batched else ''}", _read_fields)
     tensors = list_tensors(returned)
     if classes is None:
@@ -133,6 +138,9 @@ def _recognise_yolo(raw: Tensor, size: tuple[int, int], classes: int) -> OutputF
         return None
     # Centres cover the whole image, even before training, so their range shows whether they are fractions or pixels.
     unit = (1.0, 1.0) if float(cells[..., :2].abs().max()) > 2 else (float(size[1]), float(size[0]))
+    reach = [float(cells[..., axis].max()) * unit[axis] for axis in (0, 1)]
+    if bool((cells[..., 2:4] < 0).any()) or reach[0] < size[1] / 2 or reach[1] < size[0] / 2:
+        return None  # offsets in cells and logarithms of sizes, as YOLOX writes them without decoding
     scores = "objectness and class scores" if objectness else "class scores"
     read = partial(_read_cells, transposed=rows == 4 + classes, objectness=objectness, unit=unit)
     return OutputForm(f"box and {scores} of each cell", read)

@@ -26,7 +26,21 @@ _FRESH = frozenset(
     for kind in ("empty", "zeros", "ones", "full")
     for prefix, suffix in (("new_", ""), ("", "_like"))
 )
-_NAMES = {"_convolution": "convolution"}  # traced models use the first name for the same operator
+# Names of one operator: of traced models, and of devices. An address must hold on all of them.
+_NAMES = {
+    "_convolution": "convolution",
+    **dict.fromkeys(
+        (
+            "native_batch_norm",
+            "cudnn_batch_norm",
+            "miopen_batch_norm",
+            "_native_batch_norm_legit",
+            "_native_batch_norm_legit_no_training",
+            "_batch_norm_with_update",
+        ),
+        "batch_norm",
+    ),
+}
 
 
 @dataclass(frozen=True)

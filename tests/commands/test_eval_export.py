@@ -21,7 +21,7 @@ from gdetkd_cli.data.synthetic import draw_split
 from gdetkd_cli.detectors import catalog
 from gdetkd_cli.detectors.protocol import Detector
 from gdetkd_cli.engine.events import Event, Note
-from gdetkd_cli.errors import DataError, ExportError, ModelError, PairError, RecipeError
+from gdetkd_cli.errors import DataError, ExportError, ModelError, OutputError, PairError, RecipeError
 from gdetkd_cli.export.onnx import export_onnx
 from gdetkd_cli.export.safetensors import export_safetensors
 from gdetkd_cli.probing.formats.files import detect_kind, is_safetensors
@@ -209,7 +209,7 @@ def test_a_builtin_detector_is_written_to_the_working_directory(
 
 def test_never_overwrites(run: Path) -> None:
     (run / "student.torchscript").write_text("mine")
-    with pytest.raises(ExportError, match=r"student\.torchscript already exists; .* --output"):
+    with pytest.raises(OutputError, match=r"student\.torchscript already exists; .* --output"):
         run_export(str(run), onnx=True, torchscript=True, output=None)
     assert (run / "student.torchscript").read_text() == "mine"
     assert not (run / "student.onnx").exists()

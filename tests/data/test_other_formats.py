@@ -75,6 +75,15 @@ def test_voc_names_with_spaces_and_repeated_names(devkit: Path) -> None:
     assert [path.name for path in split.read.paths] == ["000005.jpg", "img 1.jpg", "img.jpg"]  # type: ignore[attr-defined]
 
 
+def test_voc_names_in_folders(devkit: Path) -> None:
+    for part in ("Annotations", "JPEGImages"):
+        (devkit / "VOC2007" / part / "sub.set").mkdir()
+    write_voc_image(devkit / "VOC2007", "sub.set/img.1")
+    (devkit / "VOC2007/ImageSets/Main/trainval.txt").write_text("sub.set/img.1\n")
+    split = read_voc_split(devkit, train=["VOC2007/ImageSets/Main/trainval.txt"])
+    assert [path.name for path in split.read.paths] == ["img.1.jpg"]  # type: ignore[attr-defined]
+
+
 def test_voc_other_classes(devkit: Path) -> None:
     split = read_voc_split(devkit, classes=["dog", "cat"])
     assert split.records[0].labels.tolist() == [2]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,8 @@ import own_code
 import pytest
 import torch
 import toy
+from own_code import Own
+from torch import Tensor, nn
 
 from gdetkd_cli.commands import run_compare, run_distill, run_eval, run_probe, run_train
 from gdetkd_cli.commands.probe import ProbeOptions
@@ -18,6 +20,7 @@ from gdetkd_cli.detectors import catalog
 from gdetkd_cli.detectors.factory import is_reference, make
 from gdetkd_cli.detectors.trainable import TrainableDetector
 from gdetkd_cli.errors import GDetKDError, ModelError, PairError, RecipeError
+from gdetkd_cli.probing.inputs import ModelInput
 from gdetkd_cli.recipe.distillation import Distill
 from gdetkd_cli.recipe.schema import FactoryDetector, Recipe
 from gdetkd_cli.structures import Batch, Target
@@ -161,6 +164,32 @@ def test_a_student_of_ones_own_is_distilled(name: str, tmp_path: Path) -> None:
     trust_code(False)
     with pytest.raises(ModelError, match="--trust-code"):
         run_eval(str(run), data=None)
+
+
+def test_the_first_convolution_may_be_parametrised() -> None:
+    parametrised, functional = Own(), Own()
+    first = next(name for name, part in parametrised.named_modules() if isinstance(part, nn.Conv2d))
+    nn.utils.parametrizations.weight_norm(parametrised.get_submodule(first))
+    weight = functional.get_submodule(first).weight
+    functional.set_submodule(first, Function(lambda x: nn.functional.conv2d(x, weight, None, 2, 1)))
+    images = [torch.rand(3, 64, 96)]
+    target = Target(torch.tensor([[4.0, 4, 30, 40]]), torch.tensor([1]))
+    given = Batch(images, [target], torch.tensor([1]))
+    for module in (parametrised, functional):
+        detector = TrainableDetector(
+            module=module, source="own", class_names=tuple("abcdefghi"), model_input=ModelInput(), size=(64, 96)
+        )
+        if module is parametrised:
+            assert detector.forward_train(given).losses
+        else:
+            with pytest.raises(PairError, match="the first convolution of own is not a module"):
+                detector.forward_train(given)
+
+
+class Function(nn.Module):
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.forward = function
 
 
 @pytest.mark.usefixtures("consent")

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
+import onnx
 import pytest
 import torch
 import toy
@@ -14,13 +15,16 @@ from torch.nn.functional import interpolate
 from torchvision.ops import roi_align
 from twins import NoNeck, SharedHead, TwoWay
 
+from gdetkd_cli.assembly import build_detector
 from gdetkd_cli.assembly.distillation import build_pair
 from gdetkd_cli.commands import run_distill
 from gdetkd_cli.detectors.probed import ProbedDetector
 from gdetkd_cli.errors import ModelError
 from gdetkd_cli.probing.formats.files import detect_kind, open_runner
+from gdetkd_cli.probing.formats.onnx import OnnxRunner
 from gdetkd_cli.probing.formats.runner import ModuleRunner
 from gdetkd_cli.probing.inputs import ModelInput
+from gdetkd_cli.probing.pyramid import probe
 from gdetkd_cli.recipe.distillation import Distill
 from gdetkd_cli.recipe.schema import CheckpointDetector
 from gdetkd_cli.structures import Batch, Regions
@@ -202,6 +206,59 @@ def test_a_files_maps_are_those_of_the_model(form: str, tmp_path: Path) -> None:
         assert teacher.parameter_count == pytest.approx(
             sum(p.numel() for p in build_twin(TwoWay).parameters()), rel=0.05
         )
+
+
+@pytest.mark.parametrize("form", ["traced", "exported, any size", "onnx, any size"])
+def test_images_of_sides_that_do_not_halve_are_padded(form: str, tmp_path: Path) -> None:
+    """A coarse map is enlarged and joined with a finer one, which fails where a side was rounded."""
+    path = write_model(form, tmp_path / "teacher.pt")
+    spec = CheckpointDetector.model_validate({"arch": "checkpoint", "path": str(path), "input": {"size": SIZE}})
+    built = build_detector(spec, ("a",), seed=0, keep_classes=True)
+    assert any("multiples of 32 pixels, so images are padded" in note for note in built.notes)
+    seen = built.detector.extract_features(batch((75, 125)))
+    assert [tuple(m.shape[2:]) for m in seen.pyramid.maps] == [(12, 16), (6, 8), (3, 4)]
+    torch.testing.assert_close(seen.pyramid.frame.scale, torch.ones(1, 2), rtol=1e-2, atol=0)
+    torch.testing.assert_close(seen.pyramid.frame.shift, torch.zeros(1, 2), rtol=0, atol=0.1)
+
+
+def test_a_size_that_fails_names_the_remedy(tmp_path: Path) -> None:
+    for form, message in (("traced", "fails on an image of 75 x 125"), ("onnx, any size", "onnxruntime cannot run")):
+        path = write_model(form, tmp_path / form)
+        runner = open_runner(path, FORMS[form])
+        teacher = ProbedDetector(runner=runner, source="t", kind=form, model_input=ModelInput(), size=SIZE)
+        with pytest.raises(ModelError, match=f"{message}.*set input.size and input.fit: true"):
+            teacher.extract_features(batch((75, 125)))
+
+
+def test_each_session_of_onnxruntime_is_opened_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[object] = []
+    start = OnnxRunner._open
+    monkeypatch.setattr(OnnxRunner, "_open", lambda self, model: opened.append(model) or start(self, model))
+    path = write_model("onnx, any size", tmp_path / "teacher.onnx")
+    runner = open_runner(path, "onnx")
+    teacher = ProbedDetector(runner=runner, source="t", kind="onnx", model_input=ModelInput(), size=SIZE)
+    before = len(opened)
+    for size in ((64, 96), (96, 64), (64, 64)):
+        teacher.extract_features(batch(size))
+    assert len(opened) <= before + 1
+
+
+def test_weights_in_constant_nodes_are_weights(tmp_path: Path) -> None:
+    """As Paddle's exporter writes them."""
+    path = write_model("onnx", tmp_path / "teacher.onnx")
+    expected = open_runner(path, "onnx")
+    model = onnx.load(path)
+    nodes = [onnx.helper.make_node("Constant", [], [weight.name], value=weight) for weight in model.graph.initializer]
+    rest = list(model.graph.node)
+    del model.graph.initializer[:], model.graph.node[:]
+    model.graph.node.extend([*nodes, *rest])
+    onnx.save(model, tmp_path / "constants.onnx")
+    runner = open_runner(tmp_path / "constants.onnx", "onnx")
+    found = probe(runner, SIZE, ModelInput(fit=SIZE))
+    assert [level.name for level in found.levels] == [
+        level.name for level in probe(expected, SIZE, ModelInput(fit=SIZE)).levels
+    ]
+    assert runner.parameters == pytest.approx(expected.parameters, rel=0.01)
 
 
 @pytest.mark.parametrize("form", ["exported", "onnx"])

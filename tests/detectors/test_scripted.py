@@ -12,6 +12,7 @@ import torch
 import toy
 from torch import nn
 from torchvision.models.detection import (
+    fasterrcnn_mobilenet_v3_large_320_fpn,
     fasterrcnn_mobilenet_v3_large_fpn,
     fcos_resnet50_fpn,
     ssdlite320_mobilenet_v3_large,
@@ -116,6 +117,24 @@ def test_a_detector_that_finds_nothing_proves_nothing(tmp_path: Path) -> None:
     assert not len(module([torch.rand(3, 64, 96)])[0]["scores"])
     with pytest.raises(ModelError, match=r"but other settings, because the rebuilt detector gives other"):
         load_scripted(script_module(module, tmp_path / "silent.pt"), NAMES)
+
+
+def test_detectors_with_equal_weights_are_told_apart(tmp_path: Path) -> None:
+    """Both forms of this detector have the same weights, and neither finds anything yet."""
+    torch.manual_seed(0)
+    silent = fasterrcnn_mobilenet_v3_large_320_fpn(weights=None, weights_backbone=None, num_classes=30)
+    loaded = load_scripted(script_module(silent, tmp_path / "s.pt"), ())
+    assert loaded.description["name"] == "fasterrcnn_mobilenet_v3_large_320_fpn"
+    assert silent.roi_heads.score_thresh == 0.05
+
+
+def test_a_scripted_detector_of_other_maps_is_not_rebuilt(tmp_path: Path) -> None:
+    module: Any = faster_rcnn()
+    module.backbone.fpn.extra_blocks = None  # a level less, without a weight less
+    sizes = module.rpn.anchor_generator.sizes[:2]
+    module.rpn.anchor_generator = AnchorGenerator(sizes, (module.rpn.anchor_generator.aspect_ratios[0],) * 2)
+    with pytest.raises(ModelError, match=r"but other settings, because the rebuilt detector gives other"):
+        load_scripted(script_module(module, tmp_path / "fewer.pt"), NAMES)
 
 
 def test_what_gdetkd_exported_trains_again(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from gdetkd_cli.commands import run_eval, run_export
-from gdetkd_cli.errors import ExportError
+from gdetkd_cli.errors import OutputError
 from gdetkd_cli.evaluation.exported import OnnxDetector
 from gdetkd_cli.export.onnx import export_onnx
 from gdetkd_cli.export.reduced import CalibrationImages, write_half, write_int8
@@ -99,7 +99,7 @@ def test_metadata_that_other_runtimes_read(exported: Any) -> None:
 def test_a_file_that_exists_is_kept(exported: Any, tiny_detector: Callable[..., Any]) -> None:
     exported.files[0].path.rename(exported.files[0].path.with_name("kept.onnx"))
     before = exported.files[2].path.read_bytes()
-    with pytest.raises(ExportError, match=r"t\.int8\.onnx already exists"):
+    with pytest.raises(OutputError, match=r"t\.int8\.onnx already exists"):
         run_export(TEACHER, onnx=True, torchscript=False, int8=True, output=exported.files[0].path)
     assert exported.files[2].path.read_bytes() == before
     assert not exported.files[0].path.exists()

@@ -108,6 +108,10 @@ def test_suppressed_rows() -> None:
         (torch.rand(1, 3, 4, 4), 3),
         ([torch.rand(1, 3, 9), torch.rand(1, 3, 4)], 3),  # DETR's logits and boxes
         ([], 3),
+        (torch.cat([torch.randn(1, 9, 4), torch.rand(1, 9, 3)], dim=2), 3),  # YOLOX without decoding
+        (torch.cat([torch.rand(1, 9, 4) * 3, torch.rand(1, 9, 3)], dim=2), 3),  # centres in one corner
+        ((BOXES[None] / 100, SCORES[None], torch.tensor([[1, 2, 1]])), 3),  # fractions, whose labels may start at 1
+        ((BOXES[None], SCORES[None], torch.tensor([[1, 2, 3]])), 3),  # labels from 1
         ([{"boxes": BOXES, "scores": SCORES}], 3),
         ("text", 3),
     ],

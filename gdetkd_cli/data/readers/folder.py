@@ -71,12 +71,16 @@ def check_no_labels(folder: Path) -> None:
 
 def _is_annotation(file: Path) -> bool:
     """Whether a file begins with a row of YOLO (a class and four or more numbers), or is an annotation of VOC."""
-    with file.open(errors="replace") as text:
-        start = text.read(4096)
+    try:
+        with file.open(errors="replace") as text:
+            start = text.read(4096)
+    except OSError:
+        return False
     if file.suffix == ".xml":
         return "<annotation" in start
     words = next(iter(start.splitlines()), "").split()
-    return file.suffix == ".txt" and len(words) >= 5 and all(re.fullmatch(_NUMBER, word) for word in words)
+    numbers = len(words) >= 5 and words[0].isdecimal() and all(re.fullmatch(_NUMBER, word) for word in words)
+    return file.suffix == ".txt" and numbers
 
 
 def find_images(folder: Path) -> Iterator[Path]:

@@ -15,6 +15,7 @@ from gdetkd_cli.files import name_kind, walk_files
 
 _TRAIN = ("train", "trainset", "training", "trainval")  # the first match counts
 _VAL = ("val", "valset", "valid", "validation", "test", "testset", "testing")
+_MEANT = {"annotation", "annotations", "instances", "labels", "coco", "bbox", "boxes"}  # words of a file's name
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
 
 
@@ -84,20 +85,25 @@ def check_no_annotations(root: Path) -> None:
 
 
 def _list_json(root: Path) -> list[Path]:
-    return sorted(file for file in (*root.glob("*.json"), *root.glob("*/*.json")) if file.is_file())
+    files = (*root.glob("*.json"), *root.glob("*/*.json"))
+    return sorted(file for file in files if file.is_file() and not file.name.startswith("."))
 
 
 def _find_problem(file: Path) -> str | None:
     """Describes why a file that may be meant as annotations cannot be used; None for another tool's file."""
+    words = {word.lower() for word in _WORD.findall(file.stem)}
+    meant = words & _MEANT or words <= {*_TRAIN, *_VAL}  # named like annotations, or after a split alone
     try:
         tables = json.loads(file.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
-        return f"it cannot be read ({get_first_line(error)})"
-    lists = [key for key in ("images", "annotations") if isinstance(tables, dict) and isinstance(tables.get(key), list)]
-    if len(lists) == 2:
+        return f"it cannot be read ({get_first_line(error)})" if meant else None
+    has = {key: isinstance(tables, dict) and isinstance(tables.get(key), list) for key in ("images", "annotations")}
+    if all(has.values()):
         return "its images have no file_name, or its annotations no bbox"
-    named = " and ".join({"images", "annotations"} - set(lists)) if lists else "images and annotations"
-    return f"it has no lists named {named}" if lists or _name_split(Path(file.name)) else None
+    if has["images"] and "annotations" not in tables:  # as COCO's list of unlabelled images
+        return None
+    missing = " and ".join(key for key, there in has.items() if not there)
+    return f"it has no lists named {missing}" if meant or has["annotations"] else None
 
 
 def find_bdd100k(root: Path) -> Layout | None:

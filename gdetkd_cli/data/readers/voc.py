@@ -70,19 +70,19 @@ def read_voc(
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     others: set[str] = set()
-    for file in _list_annotations(lists):
-        tree = _parse(file)
-        image = _find_image(file.parents[1] / "JPEGImages", file.stem)
+    for year, name in _list_images(lists):
+        tree = _parse(_locate(year, name))
+        image = _find_image(year / "JPEGImages", name)
         image_id = len(images) + 1
         images.append({"id": image_id, "file_name": os.path.relpath(image, root), **_read_size(tree)})
         for item in tree.iter("object"):
-            name = (item.findtext("name") or "").strip()
-            if name not in numbers:
-                others.add(name)
+            kind = (item.findtext("name") or "").strip()
+            if kind not in numbers:
+                others.add(kind)
             annotations.append(
                 {
                     "image_id": image_id,
-                    "category_id": numbers.get(name),
+                    "category_id": numbers.get(kind),
                     "bbox": _read_box(item),
                     "iscrowd": int((item.findtext("difficult") or "0").strip() == "1"),
                 }
@@ -99,17 +99,22 @@ def read_voc(
 
 def read_object_names(lists: Sequence[Path]) -> set[str]:
     """Reads the names of the objects in the listed images."""
-    trees = map(_parse, _list_annotations(lists))
+    trees = (_parse(_locate(year, name)) for year, name in _list_images(lists))
     return {(item.findtext("name") or "").strip() for tree in trees for item in tree.iter("object")}
 
 
-def _list_annotations(lists: Sequence[Path]) -> list[Path]:
-    """Lists the annotation files of the listed images, each once."""
-    return list(dict.fromkeys(file for listing in lists for file in _read_list(listing)))
+def _list_images(lists: Sequence[Path]) -> list[tuple[Path, str]]:
+    """Lists the folder of the year and the name, which may contain folders, of the listed images, each once."""
+    found = ((listing.absolute().parents[2], name) for listing in lists for name in _read_list(listing))
+    return list(dict.fromkeys(found))
 
 
-def _read_list(listing: Path) -> Iterator[Path]:
-    """Reads the annotation files of a list; from a list of one class (name, then 1, 0 or -1) those without -1."""
+def _locate(year: Path, name: str) -> Path:
+    return year / "Annotations" / f"{name}.xml"
+
+
+def _read_list(listing: Path) -> Iterator[str]:
+    """Reads a list's image names; from a list of one class (name, then 1, 0 or -1) those without -1."""
     if not listing.is_file():
         raise DataError(
             f"there is no list {listing}{name_kind(listing)}; give a file of image names, such as "
@@ -123,15 +128,15 @@ def _read_list(listing: Path) -> Iterator[Path]:
         lines = [line.strip() for line in listing.read_text(encoding="utf-8").splitlines()]
     except UnicodeDecodeError as error:
         raise DataError(f"{listing} should be a list of image names, but it is not UTF-8 text; replace it") from error
-    folder = listing.absolute().parents[2] / "Annotations"
+    year = listing.absolute().parents[2]
     for line in filter(None, lines):
         words = line.split()
-        if len(words) == 1 or os.path.isfile(folder / f"{line}.xml"):  # a name may have spaces
-            yield folder / f"{line}.xml"
+        if len(words) == 1 or os.path.isfile(_locate(year, line)):  # a name may have spaces
+            yield line
         elif len(words) > 2 or words[1] not in ("-1", "0", "1"):
             raise DataError(f"{listing} should have one image name per line, but it has {line!r}; correct the list")
         elif words[1] != "-1":
-            yield folder / f"{words[0]}.xml"
+            yield words[0]
 
 
 def _parse(file: Path) -> ElementTree.Element:

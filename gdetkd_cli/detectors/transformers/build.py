@@ -162,6 +162,16 @@ def load_pretrained(
     return _wrap(model.float(), preprocessor, names), description, names == own
 
 
+def list_class_layers(description: Mapping[str, Any]) -> frozenset[str]:
+    """Lists the tensors of a detector's module whose shape depends on the number of classes."""
+    require_transformers()
+    few, many = (
+        {name: value.shape for name, value in _list_weights(_read_config(description["config"], names)).items()}
+        for names in (("a", "b"), ("a", "b", "c"))
+    )
+    return frozenset(f"model.{name}" for name, shape in few.items() if many[name] != shape)
+
+
 def save_pretrained(detector: Detector, description: Mapping[str, Any], folder: Path) -> None:
     """Writes a folder that ``AutoModelForObjectDetection.from_pretrained`` loads without this package."""
     assert isinstance(detector, QueryDetector), "a detector of transformers"

@@ -71,9 +71,10 @@ class OnnxRunner:
         self._types = {info.name: info.type.tensor_type.elem_type for info in inferred.graph.value_info}
         self._types |= {info.name: info.type.tensor_type.elem_type for info in inferred.graph.output}
         graph = self._model.graph
+        _move_constants(graph)
         self._weights = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
         self.parameters = sum(int(np.prod(shape)) for shape in self._weights.values())
-        self._session: tuple[tuple[str, ...], onnxruntime.InferenceSession] | None = None
+        self._sessions: dict[tuple[str, ...], onnxruntime.InferenceSession] = {}  # by the names that they compute
         self._whole: onnxruntime.InferenceSession | None = None  # of the unchanged model, for its own outputs
         self._tensors: dict[Address, str] = {}
         self._network_input = ""
@@ -151,14 +152,12 @@ class OnnxRunner:
             raise NoPyramidError(NO_CONVOLUTION)
         names = (self._network_input, *(self._tensors[address] for address in addresses))
         feed = self._feed(call, images)
-        if self._session is None or self._session[0] != names:
-            computed = [name for name in dict.fromkeys(names) if name not in feed]
-            self._session = (names, self._open(self._cut_after(computed)) if computed else self._open(self._model))
-        session = self._session[1]
+        computed = tuple(name for name in dict.fromkeys(names) if name not in feed)
         known = dict(feed)
-        outputs = [output.name for output in session.get_outputs() if output.name in names]
-        if outputs:
-            known |= zip(outputs, self._run(session, feed, outputs), strict=True)
+        if computed:
+            if computed not in self._sessions:
+                self._sessions[computed] = self._open(self._cut_after(list(computed)))
+            known |= zip(computed, self._run(self._sessions[computed], feed, list(computed)), strict=True)
         device = images[0].device
         # float(): a quantised map holds 8-bit integers.
         found = [torch.from_numpy(np.asarray(known[name])).to(device).float() for name in names]
@@ -252,7 +251,7 @@ class OnnxRunner:
         except Exception as error:  # onnxruntime's errors have no common base class
             raise ModelError(
                 f"onnxruntime cannot run {self._path} on an image of shape {list(feed[self._image].shape)} "
-                f"({get_first_line(error)})"
+                f"({get_first_line(error)}); if it accepts only some sizes, set input.size and input.fit: true"
             ) from error
         return found
 
@@ -288,9 +287,25 @@ class OnnxRunner:
         return Window(*((int(p[0]), int(p[1])) for p in (kernel, stride, padding, dilation)))
 
 
+def _move_constants(graph: Any) -> None:
+    """Makes initializers of the weights that a graph computes by Constant nodes, as Paddle's exporter writes them."""
+    moved = []
+    for node in graph.node:
+        values = [a.t for a in node.attribute if a.name == "value"] if node.op_type == "Constant" else []
+        if values and values[0].dims and values[0].data_type in _MAP_TYPES:
+            weight = graph.initializer.add()
+            weight.CopyFrom(values[0])
+            weight.name = node.output[0]
+            moved.append(node)
+    for node in moved:
+        graph.node.remove(node)
+
+
 def read_bad_initializers(path: Path) -> list[str]:
     """Names of a whole file's weights with NaN or infinity."""
-    return _list_bad_initializers(onnx.load(path))
+    model = onnx.load(path)
+    _move_constants(model.graph)
+    return _list_bad_initializers(model)
 
 
 def _list_bad_initializers(model: ModelProto) -> list[str]:
