@@ -140,10 +140,11 @@ def test_annotations_of_another_format_are_not_passed_over(data: Path, teacher: 
             "but its images have no file_name, or its annotations no bbox; correct the file",
         ),
         ("labels.json", '{"annotations": []}', "but it has no lists named images;"),
-        ("my_train.json", "{}", "but it has no lists named images and annotations;"),
+        ("train.json", "{}", "but it has no lists named images and annotations;"),
         ("labels/train/0.txt", "0 0.5 0.5 1e-1 1\n", "annotations in an unsupported format"),
         ("Annotations/0.xml", "<annotation><object/></annotation>", "annotations in an unsupported format"),
         ("meta.json", '{"camera": 3}', None),
+        ("train_settings.json", "{}", None),
         ("0.txt", "five words that say something", None),
     ],
 )
