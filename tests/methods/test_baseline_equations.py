@@ -197,13 +197,20 @@ def test_channel_divergence_against_a_slow_version() -> None:
     assert float(channel_divergence(student, teacher, inside, 3.0)) == pytest.approx(expected, rel=1e-4)
 
 
+def test_cells_outside_have_no_share_however_low_the_others_are() -> None:
+    """Softmax of (-50000, -50000) is (1/2, 1/2), whatever stands beside them."""
+    inside = torch.tensor([[[True, True, False]]])
+    student, teacher = row(-50000.0, -50000.0, 3.0), row(0.0, 0.0, 0.0)
+    assert float(channel_divergence(student, teacher, inside, 1.0)) == pytest.approx(0, abs=1e-6)
+
+
 # ------------------------------------------------------------------------------------------------------------- fgd
 
 
 def test_object_masks_by_hand() -> None:
     """Cells that a box touches weigh 1 / their number; the smaller of two overlapping boxes decides."""
     boxes = [torch.tensor([[0.2, 0, 2.5, 1], [2.0, 0, 3, 2]]), torch.zeros(0, 4)]
-    objects, background = object_masks(boxes, (2, 4))
+    objects, background = object_masks(boxes, torch.ones(2, 2, 4, dtype=torch.bool))
     third, half = 1 / 3, 1 / 2
     torch.testing.assert_close(objects[0], torch.tensor([[third, third, half, 0], [0, 0, half, 0]]))
     torch.testing.assert_close(background[0], torch.tensor([[0, 0, 0, 0.25], [0.25, 0.25, 0, 0.25]]))
@@ -211,18 +218,32 @@ def test_object_masks_by_hand() -> None:
     torch.testing.assert_close(background[1], torch.full((2, 4), 1 / 8))
 
 
+def test_object_masks_count_the_cells_of_the_image() -> None:
+    inside = torch.tensor([[[True, True, True, False]]])
+    objects, background = object_masks([torch.tensor([[2.0, 0, 4, 1]])], inside)
+    assert objects.tolist() == [[[0, 0, 1, 0]]]
+    assert background.tolist() == [[[0.5, 0.5, 0, 0]]]
+
+
 def test_attention_by_hand() -> None:
     maps = torch.tensor([[[[0.0, -2.0]], [[0.0, 0.0]]]])  # one image, two channels, two cells
-    cells, channels = attention(maps, temperature=0.5)
+    cells, channels = attention(maps, everywhere(maps), temperature=0.5)
     odds = math.exp(1 / 0.5)  # mean absolute value 1 at the second cell, and in the first channel
     torch.testing.assert_close(cells, torch.tensor([[[2 / (1 + odds), 2 * odds / (1 + odds)]]]))
     torch.testing.assert_close(channels, torch.tensor([[2 * odds / (1 + odds), 2 / (1 + odds)]]))
+    # A third cell outside the image changes neither; an image without cells has no attention over cells.
+    wide, inside = torch.nn.functional.pad(maps, (0, 1), value=9.0), torch.tensor([[[True, True, False]]])
+    found = attention(wide, inside, temperature=0.5)
+    torch.testing.assert_close(found[0], torch.nn.functional.pad(cells, (0, 1)))
+    torch.testing.assert_close(found[1], channels)
+    assert attention(wide, ~torch.ones_like(inside), temperature=0.5)[0].tolist() == [[[0, 0, 0]]]
 
 
 def test_focal_losses_against_a_slow_version() -> None:
     student, teacher = random_maps(0), random_maps(1)
-    objects, background = object_masks([torch.tensor([[0.0, 0, 2, 2]]), torch.tensor([[1.0, 1, 5, 4]])], (4, 5))
-    found = focal_losses(student, teacher, objects, background, 0.5)
+    inside = everywhere(student)
+    objects, background = object_masks([torch.tensor([[0.0, 0, 2, 2]]), torch.tensor([[1.0, 1, 5, 4]])], inside)
+    found = focal_losses(student, teacher, inside, objects, background, 0.5)
     expected = [0.0, 0.0, 0.0]
     attentions = []
     for maps in (student, teacher):
@@ -250,7 +271,7 @@ def test_global_context_against_a_slow_version() -> None:
     blocks = (ContextBlock(3), ContextBlock(3))
     student, teacher = random_maps(0), random_maps(1)
     plain = float((student - teacher).square().sum()) / 2
-    assert float(global_loss(student, teacher, *blocks).detach()) == pytest.approx(plain)
+    assert float(global_loss(student, teacher, everywhere(student), *blocks).detach()) == pytest.approx(plain)
     for block in blocks:  # with weights that add something
         torch.nn.init.normal_(block.transform[-1].weight)  # type: ignore[arg-type]
     through = []
@@ -263,7 +284,9 @@ def test_global_context_against_a_slow_version() -> None:
             out[n] = maps[n] + block.transform(context)[:, None, None]
         through.append(out)
     expected = float((through[0] - through[1]).detach().square().sum()) / 2
-    assert float(global_loss(student, teacher, *blocks).detach()) == pytest.approx(expected, rel=1e-4)
+    assert float(global_loss(student, teacher, everywhere(student), *blocks).detach()) == pytest.approx(
+        expected, rel=1e-4
+    )
 
 
 def test_published_sizes_need_no_scale() -> None:
@@ -276,10 +299,13 @@ def test_published_sizes_need_no_scale() -> None:
 
 def all_parts(student: Tensor, teacher: Tensor, box: tuple[float, float, float, float], scale: Scale) -> list[float]:
     """Objects, background, attention and global loss; a box covers the same cells of both images."""
-    shape = (student.shape[-2], student.shape[-1])
-    masks = object_masks([torch.tensor([box])] * len(student), shape)
+    inside = everywhere(student)
+    masks = object_masks([torch.tensor([box])] * len(student), inside)
     blocks = (ContextBlock(student.shape[1]), ContextBlock(student.shape[1]))  # fresh: they add nothing
-    parts = (*focal_losses(student, teacher, *masks, 0.5, scale), global_loss(student, teacher, *blocks, scale))
+    parts = (
+        *focal_losses(student, teacher, inside, *masks, 0.5, scale),
+        global_loss(student, teacher, inside, *blocks, scale),
+    )
     return [float(part.detach()) for part in parts]
 
 
@@ -320,7 +346,9 @@ def test_scaled_parts_against_a_slow_version() -> None:
     found = all_parts(student, teacher, box, scale_of(student))
     expected = [0.0, 0.0, 0.0, 0.0]
     for n in range(2):
-        (cells_s, channels_s), (cells_t, channels_t) = (attention(maps[n : n + 1], 0.5) for maps in (student, teacher))
+        (cells_s, channels_s), (cells_t, channels_t) = (
+            attention(maps[n : n + 1], everywhere(maps[n : n + 1]), 0.5) for maps in (student, teacher)
+        )
         weighted = (student[n] - teacher[n]).square() * channels_t[0, :, None, None] * cells_t
         inside = torch.zeros(4, 5, dtype=torch.bool)
         inside[1:3, 1:3] = True

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from gdetkd_cli.detectors.protocol import Observation, RegionView
 from gdetkd_cli.errors import PairError
@@ -174,12 +175,45 @@ def test_fgd_against_its_equations(scaled: bool, standardized: bool) -> None:
         observed.student_seen.pyramid.maps, observed.teacher_seen.pyramid.maps, (4, 8), strict=False
     ):
         target = (teacher - teacher.mean()) / teacher.std(unbiased=False) if standardized else teacher
-        masks = object_masks([boxes / stride for boxes in BOXES], (64 // stride, 64 // stride))
+        inside = torch.ones(2, 64 // stride, 64 // stride, dtype=torch.bool)
+        masks = object_masks([boxes / stride for boxes in BOXES], inside)
         scale = Scale(256 / 6, 1000 / (16**2 + 8**2)) if scaled else Scale()
-        objects, background, attention = focal_losses(student, target, *masks, 0.5, scale)
+        objects, background, attention = focal_losses(student, target, inside, *masks, 0.5, scale)
         squares = (student - target).square().sum() / 2 * scale.channels * scale.cells
         expected += float(2 * objects + 3 * background + 5 * attention + 7 * squares)
     assert float(term(observed).detach()) == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("term", [FitNetTerm, PKDTerm, CWDTerm, FGDTerm], ids=lambda term: term.__name__)
+def test_padding_beside_a_larger_image_changes_nothing(term: type[nn.Module]) -> None:
+    """Both images are 64 x 48 pixels, alone or with 80 more columns of whatever the networks make of padding."""
+
+    def compute_loss(padding: int) -> float:
+        observed = make_pair()
+        changed: dict[str, Any] = {"batch": replace(observed.batch, images=[torch.zeros(3, 64, 48)] * 2)}
+        for name, channels, strides in (("student_seen", STUDENT, [4, 8]), ("teacher_seen", TEACHER, [4, 8, 16])):
+            seen = make_observation(channels, strides, len(channels))
+            maps = [m[..., : 48 // s] for m, s in zip(seen.pyramid.maps, strides, strict=True)]
+            wide = [pad(m, (0, padding // s), value=7.0) for m, s in zip(maps, strides, strict=True)]
+            changed[name] = replace(seen, pyramid=replace(seen.pyramid, maps=tuple(wide)))
+        module = make_term(term)
+        for parameter in module.parameters():  # also those that start with 0
+            nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(parameter.numel()))
+        return float(module(replace(observed, **changed)).detach())
+
+    assert compute_loss(80) == pytest.approx(compute_loss(0), rel=1e-4)
+
+
+def test_fgd_is_float32_in_half_precision() -> None:
+    """All but the adapters, which are networks; with equal channels there are none."""
+    observed = ObservedPair(**(vars(make_pair()) | {"student_seen": make_observation([6, 6], [4, 8], 0)}))
+    torch.manual_seed(0)
+    term = FGDTerm(MapSettings([6, 6], TEACHER, counted=[True, True]), **TERMS[FGDTerm])
+    for block in (*term.student_blocks, *term.teacher_blocks):
+        nn.init.normal_(block.transform[-1].weight)
+    expected = float(term(observed).detach())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert float(term(observed).detach()) == pytest.approx(expected, rel=1e-6)
 
 
 def test_equal_channels_are_correlated_as_they_are() -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import kl_div
 
 from gdetkd_cli.methods.base import Detectors, ObservedPair
-from gdetkd_cli.methods.baselines.maps import MapSettings, MapTerm, read_map_settings
+from gdetkd_cli.methods.baselines.maps import OUTSIDE, MapSettings, MapTerm, read_map_settings
 
 
 def channel_divergence(student: Tensor, teacher: Tensor, inside: Tensor, tau: float) -> Tensor:
@@ -23,7 +23,7 @@ def channel_divergence(student: Tensor, teacher: Tensor, inside: Tensor, tau: fl
     # If an image has no cell to compare, both distributions are uniform and it adds 0.
     outside = ~inside.flatten(1)[:, None]
     ours, theirs = (
-        (maps.flatten(2).float() / tau).masked_fill(outside, -1e4).log_softmax(dim=2)
+        (maps.flatten(2).float() / tau).masked_fill(outside, OUTSIDE).log_softmax(dim=2)
         for maps in (student, teacher.detach())
     )
     total = kl_div(ours, theirs, reduction="sum", log_target=True)

@@ -7,16 +7,19 @@ context (10 to 12). Sums over channels and cells, means over images, as publishe
 The published weights fit sums over 256 channels and images of 800 pixels. ``Scale`` brings other sums to that size.
 With e the mean squared difference of the features:
 
-- Attention over cells sums to H W, attention over channels to C. Each has mean 1 and does not change the size.
+- Attention over cells sums to the cells, attention over channels to C. Each has mean 1 and does not change the size.
 - Objects: the cells of a box weigh 1 / (cells of the box), so the sum over them is a mean. It grows as C e per object.
 - Background: the weights of its cells sum to 1. It grows as C e.
-- Attention: |A_s - A_t| summed over cells grows as H W, summed over channels as C. Each has its own factor.
-- Global: the squared difference summed over channels and cells grows as C H W e.
+- Attention: |A_s - A_t| summed over cells grows as their number, summed over channels as C. Each has its own factor.
+- Global: the squared difference summed over channels and cells grows as C times the cells times e.
 
-Sums over channels get the factor 256 / C. Sums over cells get the cells of the published levels over the cells of all
-compared levels, one factor for all levels. At the published strides this is the ratio of the images' areas, and a
-pyramid that begins finer or coarser gives the same sum. Both factors are 1 at the published size. e is not scaled, see
-``FGDTerm``.
+Sums over channels get the factor 256 / C. Sums over cells get the cells of the published levels over the image's cells
+on all compared levels, one factor for all levels. At the published strides this is the ratio of the images' areas, and
+a pyramid that begins finer or coarser gives the same sum. Both factors are 1 at the published size. e is not scaled,
+see ``FGDTerm``.
+
+The image's cells are those ``inside``. Padding counts nowhere, so an image's losses do not depend on the others of its
+batch.
 
 Shapes: N images, C channels, H x W cells, M boxes."""
 
@@ -28,12 +31,11 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import l1_loss, mse_loss
 
 from gdetkd_cli.detectors.protocol import Detector
 from gdetkd_cli.errors import PairError
 from gdetkd_cli.methods.base import Detectors, ObservedPair
-from gdetkd_cli.methods.baselines.maps import MapSettings, MapTerm, convert_boxes, read_map_settings
+from gdetkd_cli.methods.baselines.maps import OUTSIDE, MapSettings, MapTerm, convert_boxes, read_map_settings
 
 PUBLISHED_CHANNELS = 256
 
@@ -46,50 +48,65 @@ DENSE_CELLS = 100 * 136 + 50 * 68 + 25 * 34 + 13 * 17 + 7 * 9
 
 @dataclass(frozen=True)
 class Scale:
-    """Factors for sums over channels and sums over cells; 1 and 1 give the published loss."""
+    """Factors for sums over channels and sums over cells; 1 and 1 give the published loss.
+
+    Attributes:
+        channels: for all images.
+        cells: for all images, or (N,) by image.
+    """
 
     channels: float = 1.0
-    cells: float = 1.0
+    cells: float | Tensor = 1.0
 
 
-def published_scale(channels: int, cells: int, published_cells: int) -> Scale:
+def published_scale(channels: int, cells: float | Tensor, published_cells: int) -> Scale:
     """The factors that bring sums to the published size, so that the published weights apply.
 
     Args:
         channels: C of the compared maps.
-        cells: H W of all compared levels together.
+        cells: of all compared levels together; one number, or (N,) by image.
         published_cells: ``TWO_STAGE_CELLS`` or ``DENSE_CELLS``.
     """
     return Scale(channels=PUBLISHED_CHANNELS / channels, cells=published_cells / cells)
 
 
-def attention(maps: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """(N, H, W) with the sum H W, and (N, C) with the sum C: softmax of the mean absolute values."""
-    n, channels, height, width = maps.shape
-    size = maps.abs()
-    cells = (size.mean(dim=1).flatten(1) / temperature).softmax(dim=1) * (height * width)
-    return cells.view(n, height, width), (size.mean(dim=(2, 3)) / temperature).softmax(dim=1) * channels
+def attention(maps: Tensor, inside: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Softmax of the mean absolute values, over cells and over channels.
+
+    Args:
+        maps: (N, C, H, W).
+        inside: (N, H, W) bool, the image's cells.
+        temperature: of both.
+
+    Returns:
+        (N, H, W) with the sum of the image's cells, 0 outside, and (N, C) with the sum C.
+    """
+    size, count = maps.abs() * inside[:, None], inside.sum(dim=(1, 2))
+    logits = (size.mean(dim=1) / temperature).masked_fill(~inside, OUTSIDE)
+    cells = logits.flatten(1).softmax(dim=1).view_as(logits) * count[:, None, None] * inside
+    means = size.sum(dim=(2, 3)) / count.clamp(min=1)[:, None]
+    return cells, (means / temperature).softmax(dim=1) * maps.shape[1]
 
 
-def object_masks(boxes: Sequence[Tensor], shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Weights (N, H, W) of objects and of background.
+def object_masks(boxes: Sequence[Tensor], inside: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights (N, H, W) of objects and of background, 0 outside.
 
     A cell in a box weighs 1 / (cells of the box), in several boxes that of the smallest; a background cell weighs
     1 / (background cells of the image).
 
     Args:
         boxes: by image, (M, 4) xyxy in cells of the level.
-        shape: (H, W).
+        inside: (N, H, W) bool, the image's cells.
     """
-    height, width = shape
-    objects = torch.zeros(len(boxes), height, width, device=boxes[0].device)
-    for mask, corners in zip(objects, boxes, strict=True):
+    height, width = inside.shape[1:]
+    objects = torch.zeros(inside.shape, device=inside.device)
+    for mask, corners, own in zip(objects, boxes, inside, strict=True):
         if len(corners):
             columns = _mark_touched(corners[:, 0], corners[:, 2], width)[:, None, :]
             rows = _mark_touched(corners[:, 1], corners[:, 3], height)[:, :, None]
-            sizes = columns.sum(dim=(1, 2)) * rows.sum(dim=(1, 2))
-            mask.copy_(((rows & columns) / sizes[:, None, None]).amax(dim=0))
-    background = (objects == 0).float()
+            cells = rows & columns & own
+            mask.copy_((cells / cells.sum(dim=(1, 2), keepdim=True).clamp(min=1)).amax(dim=0))
+    background = ((objects == 0) & inside).float()
     return objects, background / background.sum(dim=(1, 2), keepdim=True).clamp(min=1)
 
 
@@ -104,6 +121,7 @@ def _mark_touched(low: Tensor, high: Tensor, length: int) -> Tensor:
 def focal_losses(
     student: Tensor,
     teacher: Tensor,
+    inside: Tensor,
     objects: Tensor,
     background: Tensor,
     temperature: float,
@@ -113,22 +131,23 @@ def focal_losses(
 
     Args:
         student, teacher: (N, C, H, W).
+        inside: (N, H, W) bool, the image's cells.
         objects, background: (N, H, W) weights, see ``object_masks``.
         temperature: of the attentions.
         scale: of the sums.
     """
     teacher = teacher.detach()
-    (cells_s, channels_s), (cells_t, channels_t) = (attention(maps, temperature) for maps in (student, teacher))
+    (cells_s, channels_s), (cells_t, channels_t) = (attention(maps, inside, temperature) for maps in (student, teacher))
     error = ((student - teacher).square() * channels_t[:, :, None, None]).sum(dim=1) * cells_t  # (N, H, W)
     error = scale.channels * error
+    attention_loss = scale.cells * (cells_s - cells_t).abs().sum(dim=(1, 2))  # (N,)
+    attention_loss = attention_loss + scale.channels * (channels_s - channels_t).abs().sum(dim=1)
     images = len(student)
-    attention_loss = scale.cells * l1_loss(cells_s, cells_t, reduction="sum")
-    attention_loss = attention_loss + scale.channels * l1_loss(channels_s, channels_t, reduction="sum")
-    return (error * objects).sum() / images, (error * background).sum() / images, attention_loss / images
+    return (error * objects).sum() / images, (error * background).sum() / images, attention_loss.mean()
 
 
 class ContextBlock(nn.Module):
-    """Adds GCNet's global context to a map (N, C, H, W)."""
+    """Adds GCNet's global context of the cells ``inside`` (N, H, W) to a map (N, C, H, W)."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -142,8 +161,8 @@ class ContextBlock(nn.Module):
         nn.init.zeros_(last.weight)  # as published: the block adds 0 at the start
         nn.init.zeros_(last.bias)
 
-    def forward(self, maps: Tensor) -> Tensor:
-        weights = self.attend(maps).flatten(2).softmax(dim=2)  # (N, 1, HW)
+    def forward(self, maps: Tensor, inside: Tensor) -> Tensor:
+        weights = self.attend(maps).masked_fill(~inside[:, None], OUTSIDE).flatten(2).softmax(dim=2)  # (N, 1, HW)
         context = (maps.flatten(2) * weights).sum(dim=2)
         return maps + self.transform(context)[:, :, None, None]
 
@@ -151,13 +170,14 @@ class ContextBlock(nn.Module):
 def global_loss(
     student: Tensor,
     teacher: Tensor,
+    inside: Tensor,
     student_block: ContextBlock,
     teacher_block: ContextBlock,
     scale: Scale = Scale(),
 ) -> Tensor:
     """Sum of the squared differences of both maps after their own context blocks; mean over images."""
-    total = mse_loss(student_block(student), teacher_block(teacher.detach()), reduction="sum")
-    return scale.channels * scale.cells * total / len(student)
+    error = (student_block(student, inside) - teacher_block(teacher.detach(), inside)).square().sum(dim=1)
+    return (scale.channels * scale.cells * (error * inside).sum(dim=(1, 2))).mean()
 
 
 @dataclass(frozen=True)
@@ -223,20 +243,17 @@ class FGDTerm(MapTerm):
         levels = list(self.levels(pair))
         scale = Scale()
         if self.published_cells is not None:
-            cells = sum(level.inside[0].numel() for level in levels)
+            cells = torch.stack([level.inside.sum(dim=(1, 2)) for level in levels]).sum(dim=0).clamp(min=1)  # (N,)
             scale = published_scale(levels[0].target.shape[1], cells, self.published_cells)
         losses = []
-        for level in levels:
-            objects, background = object_masks(
-                [image[level.number] for image in boxes], (level.target.shape[-2], level.target.shape[-1])
-            )
-            inside = level.inside.float()
-            # Both are 0 outside the images, so that padding affects neither attention nor context.
-            ours, theirs = (maps * inside[:, None] for maps in (level.adapted, level.target))
-            parts = focal_losses(ours, theirs, objects * inside, background * inside, self.temperature, scale)
-            blocks = (self.student_blocks[level.number], self.teacher_blocks[level.number])
-            relation = global_loss(ours, theirs, *blocks, scale)  # type: ignore[arg-type]  # they are such blocks
-            losses.append(sum(w * part for w, part in zip(self.weights, (*parts, relation), strict=True)))
+        with torch.autocast(levels[0].inside.device.type, enabled=False):
+            for level in levels:
+                objects, background = object_masks([image[level.number] for image in boxes], level.inside)
+                maps = level.adapted, level.target, level.inside
+                parts = focal_losses(*maps, objects, background, self.temperature, scale)
+                blocks = (self.student_blocks[level.number], self.teacher_blocks[level.number])
+                relation = global_loss(*maps, *blocks, scale)  # type: ignore[arg-type]  # they are such blocks
+                losses.append(sum(w * part for w, part in zip(self.weights, (*parts, relation), strict=True)))
         return torch.stack([torch.as_tensor(loss) for loss in losses]).sum()
 
 

@@ -20,6 +20,8 @@ from gdetkd_cli.methods.adapters import RunningNormalizer
 from gdetkd_cli.methods.base import Detectors, ObservedPair
 from gdetkd_cli.methods.baselines.alignment import LevelPairing, align
 
+OUTSIDE = torch.finfo(torch.float32).min  # the logit of a cell that a softmax leaves out
+
 
 @dataclass(frozen=True)
 class ComparedLevel:
