@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from gdetkd_cli.detectors.protocol import Detector, Observation, RegionView, View
 from gdetkd_cli.errors import TermNotComputedError
 from gdetkd_cli.methods.base import ObservedPair, Term, averages_regions, collect_needs
-from gdetkd_cli.methods.processes import count_processes, sum_over_processes
+from gdetkd_cli.methods.processes import compute_share
 from gdetkd_cli.methods.queue import RegionQueue
 from gdetkd_cli.structures import Batch, LossReport, Regions
 
@@ -99,7 +99,7 @@ class Distiller(nn.Module):
         weights: dict[str, float] = {}
         if self._weights:
             pair = self._observe_pair(batch, seen, seconds)
-            share = _compute_share(pair.regions)
+            share = compute_share(len(pair.regions), pair.regions.boxes.device)
             for name, weighted in self._weights.items():
                 with self._time_phase(f"term {name}", seconds, batch):
                     value: Tensor = self.terms[name](pair)
@@ -174,14 +174,6 @@ class Distiller(nn.Module):
 def _read_regions(detector: Detector, seen: Observation, regions: Regions, needs: frozenset[View]) -> RegionView:
     """A detector's region outputs; empty if none are needed."""
     return detector.region_outputs(seen, regions, needs) if needs else RegionView()
-
-
-def _compute_share(regions: Regions) -> Tensor | None:
-    """The factor that makes the average of the processes' means a mean over all regions; None for one process."""
-    if (processes := count_processes()) == 1:
-        return None
-    own = torch.full((), float(len(regions)), device=regions.boxes.device)
-    return own * processes / sum_over_processes(own).clamp(min=1)
 
 
 def synchronize(device: torch.device) -> None:

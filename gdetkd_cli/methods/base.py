@@ -78,5 +78,9 @@ def collect_needs(terms: Sequence[Term]) -> tuple[frozenset[View], frozenset[Vie
 
 
 def averages_regions(term: Term) -> bool:
-    """Whether the loss is a mean over regions: that of every term that reads outputs for regions."""
-    return bool((term.student_needs | term.teacher_needs) - {"class_maps"})
+    """Whether the loss is a mean over all regions.
+
+    That of every term that reads outputs for regions is, unless ``averages_some`` says that it leaves out some of them.
+    """
+    reads_regions = bool((term.student_needs | term.teacher_needs) - {"class_maps"})
+    return reads_regions and not getattr(term, "averages_some", False)

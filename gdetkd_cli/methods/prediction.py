@@ -14,6 +14,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits, kl_div
 from gdetkd_cli.detectors.compatibility import choose_stage_weights, match_predictions, match_queries
 from gdetkd_cli.detectors.protocol import QueryView, RegionView, StageView, View
 from gdetkd_cli.methods.base import Detectors, ObservedPair
+from gdetkd_cli.methods.processes import compute_share
 from gdetkd_cli.structures import Regions
 
 _LEAST_OVERLAP = 0.5  # of a query's box and its region
@@ -143,6 +144,7 @@ class _QueryTerm(nn.Module):
 
     student_needs: frozenset[View] = frozenset({"predictions"})
     teacher_needs: frozenset[View] = frozenset({"predictions"})
+    averages_some = True  # the regions whose queries match; see ``averages_regions``
     columns: Tensor
 
     def __init__(self, *, columns: Tensor, exclusive: bool) -> None:
@@ -185,7 +187,8 @@ class QueryClassTerm(_QueryTerm):
 
     def forward(self, pair: ObservedPair) -> Tensor:
         ours, theirs = self.read(pair)
-        return query_class_loss(ours.class_logits, theirs.class_logits, exclusive=self.exclusive)
+        loss = query_class_loss(ours.class_logits, theirs.class_logits, exclusive=self.exclusive)
+        return _average_over_processes(loss, len(ours.rows))
 
 
 class QueryBoxTerm(_QueryTerm):
@@ -195,7 +198,14 @@ class QueryBoxTerm(_QueryTerm):
         ours, theirs = self.read(pair)
         logits = theirs.class_logits.float()
         scores = logits.softmax(dim=1)[:, :-1] if self.exclusive else logits.sigmoid()
-        return query_box_loss(ours.boxes, theirs.boxes, scores.amax(dim=1))
+        loss = query_box_loss(ours.boxes, theirs.boxes, scores.amax(dim=1))
+        return _average_over_processes(loss, len(ours.rows))
+
+
+def _average_over_processes(loss: Tensor, matched: int) -> Tensor:
+    """Weights this process's mean over its matched regions, so that the processes' average is the mean over all."""
+    share = compute_share(matched, loss.device)
+    return loss if share is None else loss * share
 
 
 def _get_first_stage(regions: Regions, view: RegionView) -> StageView:

@@ -24,6 +24,19 @@ def sum_over_processes(values: Tensor) -> Tensor:
     return total
 
 
+def compute_share(count: int, device: torch.device) -> Tensor | None:
+    """The factor that makes the average of the processes' means a mean over the items of all; None for one process.
+
+    Args:
+        count: this process's items.
+        device: of the exchange.
+    """
+    if (processes := count_processes()) == 1:
+        return None
+    own = torch.full((), float(count), device=device)
+    return own * processes / sum_over_processes(own).clamp(min=1)
+
+
 def gather_counts(count: int, device: torch.device) -> list[int]:
     """Gathers ``count`` of every process in rank order; several processes wait for the device once."""
     if count_processes() == 1:

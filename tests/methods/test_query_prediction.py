@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from gdetkd_cli.detectors.protocol import QueryView
+from gdetkd_cli.methods import processes
+from gdetkd_cli.methods.base import averages_regions
 from gdetkd_cli.methods.prediction import QueryClassTerm, choose_once, query_box_loss, query_class_loss
 
 
@@ -71,6 +73,22 @@ def test_each_query_is_matched_once_where_it_overlaps_most() -> None:
     assert [one.class_logits[:, 0].tolist() for one in found] == [[1, 3, 5], [11, 13, 15]]
     # The first of equal ones.
     assert choose_once(torch.tensor([1, 1, 2]), torch.tensor([0.5, 0.5, 0.1])).tolist() == [True, False, True]
+
+
+def test_the_mean_over_matched_regions_covers_all_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both processes have three regions; one is matched here, and two are in the other process."""
+    ours = view([0, 1, 2], [1.0, 0.1, 0.1], [math.log(4), 0.0, 0.0])
+    theirs = view([0, 1, 2], [1.0, 0.1, 0.1], [0.0, 0.0, 0.0])
+    pair: Any = SimpleNamespace(
+        student_view=SimpleNamespace(queries=ours), teacher_view=SimpleNamespace(queries=theirs)
+    )
+    term = QueryClassTerm(columns=torch.tensor([0]), exclusive=False)
+    alone = float(term(pair))
+    assert alone == pytest.approx(0.5 * math.log(0.5 / 0.8) + 0.5 * math.log(0.5 / 0.2), abs=1e-6)
+    monkeypatch.setattr(processes, "count_processes", lambda: 2)
+    monkeypatch.setattr(processes, "sum_over_processes", lambda own: own + 2)
+    assert float(term(pair)) / 2 == pytest.approx(alone / 3)  # the processes' losses are averaged
+    assert not averages_regions(term)  # the number of all regions has no part in it
 
 
 def test_no_regions_cost_nothing() -> None:
