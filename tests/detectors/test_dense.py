@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from catalogue import CLASSES, all_regions
 
 from gdetkd_cli.detectors import catalog
+from gdetkd_cli.detectors.pooling import pool_all_levels
 from gdetkd_cli.detectors.protocol import Detector
 from gdetkd_cli.structures import Batch, Regions, Target
 
@@ -103,10 +105,25 @@ def test_a_box_belongs_to_the_level_that_the_head_trains_on_it(
     assert set(chosen) >= {0, 1, 2}
 
 
-def test_ssd_levels_are_those_of_its_default_boxes() -> None:
-    detector: Any = catalog.build(
-        {"kind": "torchvision", "name": "ssdlite320_mobilenet_v3_large", "arguments": {}, "norm": "batch"}, CLASSES
-    )
+@pytest.fixture(scope="module")
+def ssdlite() -> Any:
+    description = {"kind": "torchvision", "name": "ssdlite320_mobilenet_v3_large", "arguments": {}, "norm": "batch"}
+    return catalog.build(description, CLASSES)
+
+
+def test_ssd_embeds_the_mean_of_a_region(ssdlite: Any, batch: Batch) -> None:
+    """On every level, also where the region has many cells: the mean over its 7 x 7 bins."""
+    seen = ssdlite.extract_features(batch)
+    seen = replace(seen, pyramid=replace(seen.pyramid, maps=tuple(map(torch.rand_like, seen.pyramid.maps))))
+    boxes = torch.tensor([[0.0, 0, 40, 30], [5, 4, 12, 11]])
+    regions = Regions(boxes, torch.tensor([0, 1]), torch.full((2,), -1))
+    embedding = ssdlite.region_outputs(seen, regions, frozenset({"embedding"})).embedding
+    pooled = pool_all_levels(seen.pyramid, regions, size=7, sampling_ratio=2)
+    torch.testing.assert_close(embedding, torch.cat([level.mean(dim=(2, 3)) for level in pooled], dim=1))
+
+
+def test_ssd_levels_are_those_of_its_default_boxes(ssdlite: Any) -> None:
+    detector = ssdlite
     generator = detector.module.anchor_generator
     for level, cells, scale, after in zip(
         detector.levels, detector.cells_per_side, generator.scales, generator.scales[1:], strict=False

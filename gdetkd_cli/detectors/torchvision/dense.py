@@ -17,7 +17,7 @@ from torchvision.models.detection.retinanet import RetinaNet
 from torchvision.models.detection.ssd import SSD
 from torchvision.ops import clip_boxes_to_image
 
-from gdetkd_cli.detectors.pooling import assign_levels, get_channels, pool_all_levels, pool_assigned
+from gdetkd_cli.detectors.pooling import POOLED_SIZE, assign_levels, get_channels, pool_all_levels, pool_assigned
 from gdetkd_cli.detectors.protocol import Candidates, Detector, Family, Observation, RegionView, View
 from gdetkd_cli.detectors.tap import Tap
 from gdetkd_cli.detectors.torchvision import common
@@ -166,7 +166,8 @@ class DenseDetector(Detector):
 
     def _embed(self, seen: DenseObservation, regions: Regions, assignment: Tensor) -> Tensor:
         if not self._has_tower:
-            levels = pool_all_levels(seen.pyramid, regions, size=1, sampling_ratio=2)
+            # As many samples as the mean of a pooled region has; a few would miss most cells of a large region.
+            levels = pool_all_levels(seen.pyramid, regions, size=1, sampling_ratio=2 * POOLED_SIZE)
             return torch.cat([level.flatten(1) for level in levels], dim=1)
         cell = self._find_central_cells(seen.pyramid, regions, assignment)
         if seen.cell is not None:
