@@ -82,6 +82,14 @@ def test_a_finer_map_is_averaged_over_the_cell() -> None:
     assert float(found.teacher) == pytest.approx(1.0)  # picked from its middle, the cell would have 0
 
 
+def test_a_cell_is_inside_by_its_centre_however_often_the_teacher_is_sampled() -> None:
+    """Of 35 pixels at stride 8, the last cell has its centre at 36; of its two samples, one is inside."""
+    student, teacher = pyramid([torch.zeros(1, 1, 5, 5)], [8]), pyramid([torch.zeros(1, 1, 10, 10)], [4])
+    (found,) = pair_up(student, teacher, [(36, 35)])
+    assert found.inside[0, 0].tolist() == [True] * 4 + [False]
+    assert found.inside[0, :, 0].tolist() == [True] * 5
+
+
 def test_the_teacher_gets_no_gradient() -> None:
     theirs = torch.randn(1, 2, 4, 4, requires_grad=True)
     ours = torch.randn(1, 2, 4, 4, requires_grad=True)

@@ -125,8 +125,8 @@ def _align_level(
         axes.append(2 * cells / length - 1)  # grid_sample's coordinates
         same = same and bool((cells - 0.5 - torch.arange(count)).abs().max() < _SAME)
         end = image.new_tensor([size[1 - axis] for size in sizes])[:, None]
-        centre = (image >= 0) & (image <= end) & (cells >= 0) & (cells <= length)
-        insides.append(centre.unflatten(1, (count, samples)).float().mean(dim=2) >= 0.5)
+        centre, there = (places.unflatten(1, (count, samples)).mean(dim=2) for places in (image, cells))
+        insides.append((centre >= 0) & (centre <= end) & (there >= 0) & (there <= length))
     inside = copy_tensor(insides[1][:, :, None] & insides[0][:, None, :], ours)
     if same:  # usual for two detectors of one family
         return AlignedLevel(student=ours, teacher=theirs, inside=inside, teacher_level=nearest)
