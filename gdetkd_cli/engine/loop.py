@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
@@ -186,6 +187,9 @@ class Loop:
             return None
         last, main = done == self._options.steps, self._accelerator.is_main_process
         self._window.seconds = self._window.measure_seconds()  # of the steps alone
+        if self._average is None:
+            # Until the next forward, a process has the running statistics of its own images.
+            broadcast(list(self._distiller.student.buffers()))
         with nullcontext() if self._average is None else self._average.applied():
             if last and main:
                 self._write_student(self._folder.student)  # before the evaluation, so that an error in it loses nothing

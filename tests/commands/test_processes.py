@@ -19,11 +19,15 @@ import torch
 import toy
 from query_models import make_config
 
+from gdetkd_cli.assembly import build_detector, build_split
 from gdetkd_cli.commands import run_distill, run_train
+from gdetkd_cli.data.loader import load_validation_batches
 from gdetkd_cli.engine.run_folder import RunFolder
 from gdetkd_cli.errors import RunFolderError
+from gdetkd_cli.evaluation.predict import predict_split
+from gdetkd_cli.evaluation.stored import read_detections
 from gdetkd_cli.recipe.load import dump_recipe
-from gdetkd_cli.recipe.schema import Recipe
+from gdetkd_cli.recipe.schema import CheckpointDetector, Recipe
 
 STEPS = 40
 KILLS = int(os.environ.get("GDETKD_KILLS", "1"))  # more in `make restarts`
@@ -185,3 +189,12 @@ def test_a_student_that_skips_parameters_without_objects(tmp_path: Path) -> None
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     assert (tmp_path / "run" / "pretrained" / "model.safetensors").exists()
+
+    # Its batch norms are trained, and each process has its own statistics; the first one's are written.
+    data = Recipe.model_validate(recipe).data
+    student = build_detector(CheckpointDetector(arch="checkpoint", path=str(tmp_path / "run")), ("a",), seed=0)
+    student.detector.module.eval()
+    stored = read_detections(tmp_path / "run" / "detections.npz").by_image
+    batches = load_validation_batches(split=build_split(data, "val"), batch_size=1)
+    for image, found in predict_split(student.detector, batches, "cpu").items():
+        torch.testing.assert_close(stored[image].scores, found.scores, atol=1e-5, rtol=1e-4)
