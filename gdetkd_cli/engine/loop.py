@@ -25,7 +25,7 @@ from gdetkd_cli.engine.checkpoints import Checkpoint, Progress, read_random_stat
 from gdetkd_cli.engine.events import Evaluated, Observer, StepDone
 from gdetkd_cli.engine.readings import Reading, Readings, Window, average_reports, choose_interval
 from gdetkd_cli.engine.run_folder import RunFolder
-from gdetkd_cli.engine.schedule import move_schedule
+from gdetkd_cli.engine.schedule import load_optimizer, move_schedule
 from gdetkd_cli.engine.signals import StopSignals
 from gdetkd_cli.errors import NonFiniteLossError, RunFolderError, StoppedError, get_first_line
 from gdetkd_cli.evaluation.coco_metrics import CocoMetrics
@@ -359,7 +359,7 @@ class Loop:
             self._distiller.load_state_dict(state["distiller"])
             if self._average is not None:  # after the student: the average may be new since the checkpoint
                 self._average.load_state_dict(state["average"])
-            self._optimizer.load_state_dict(state["optimizer"])
+            load_optimizer(self._optimizer, state["optimizer"])
             if self._accelerator.scaler is not None:
                 self._accelerator.scaler.load_state_dict(state["scaler"])
             move_schedule(self._schedule, progress.step)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -31,6 +32,21 @@ def build_optimizer(
     if name == "sgd":
         return torch.optim.SGD(groups, lr=lr, momentum=momentum, fused=True)
     raise ValueError(f"unknown optimizer {name!r}")
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+    """Takes over a stored optimizer's state; settings such as the weight decay stay, since ``--force`` may change them.
+
+    Raises:
+        ValueError: the state is that of another kind of optimizer, or of other parameters.
+    """
+    own, stored = optimizer.state_dict()["param_groups"], state["param_groups"]
+    kinds = [{"betas", "momentum"} & group.keys() for group in (own[0], stored[0])]  # of AdamW, of SGD
+    if kinds[0] != kinds[1]:
+        raise ValueError("its optimizer was another one, whose state this one cannot use")
+    if [group["params"] for group in own] != [group["params"] for group in stored]:
+        raise ValueError("its optimizer has other parameters")
+    optimizer.load_state_dict({**state, "param_groups": own})
 
 
 def build_schedule(

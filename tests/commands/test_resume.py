@@ -24,7 +24,7 @@ from gdetkd_cli.engine.run_folder import RunFolder
 from gdetkd_cli.engine.signals import StopSignals
 from gdetkd_cli.errors import RunFolderError, StoppedError
 from gdetkd_cli.recipe.load import dump_recipe, load_recipe
-from gdetkd_cli.recipe.schema import Recipe
+from gdetkd_cli.recipe.schema import Optimizer, Recipe
 from gdetkd_cli.structures import Batch, LossReport
 
 Patch = pytest.MonkeyPatch
@@ -232,6 +232,17 @@ def test_a_changed_recipe_is_refused_without_force(tmp_path: Path, monkeypatch: 
     with pytest.raises(RunFolderError, match=r"step 2: train.clip_norm was 10.0 and is 1.0. Undo this, or add --force"):
         resume_run(run)
     assert resume_run(run, force=True).steps == 4
+
+
+def test_forced_settings_of_the_optimizer_are_used(tmp_path: Path, monkeypatch: Patch) -> None:
+    run = stop(toy.recipe(steps=4), tmp_path / "run", 1, monkeypatch)
+    change_recipe(run, optimizer=Optimizer(name="sgd"))
+    with pytest.raises(RunFolderError, match="does not fit this run: its optimizer was another one"):
+        resume_run(run, force=True)
+    change_recipe(run, optimizer=Optimizer(weight_decay=0.5))
+    resume_run(run, force=True, measure=False)
+    state = torch.load(run / "resume" / "step-00000004" / "state.pt", weights_only=True)["optimizer"]
+    assert [group["weight_decay"] for group in state["param_groups"]] == [0.5, 0.0]
 
 
 def test_changed_data_are_refused(tmp_path: Path, monkeypatch: Patch) -> None:
