@@ -150,7 +150,7 @@ def describe_countless_views(recipe: Recipe, student: Detector, teacher: Detecto
 
 def count_teacher_runs(recipe: Recipe, images: int) -> float:
     """Expected number of images on which a teacher with a full store runs, out of all that the steps show."""
-    passes = recipe.train.steps * recipe.train.batch_size / max(images, 1)
+    passes = recipe.train.steps * recipe.train.images_per_step / max(images, 1)
     shares = (1 - recipe.augment.flip, recipe.augment.flip)  # of the passes that show a view
     return images * sum(1 - (1 - share) ** passes for share in shares)
 

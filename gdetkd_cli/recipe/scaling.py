@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
 from math import ceil
 from typing import TypeVar
 
@@ -20,13 +21,15 @@ def scale_to_batch(recipe: AnyRecipe, processes: int) -> AnyRecipe:
     train = recipe.train
     if train.reference_batch is None:
         return recipe
-    factor = train.images_per_step * processes / train.reference_batch
-    optimizer = train.optimizer.model_copy(update={"lr": train.optimizer.lr * factor})
+    factor = Fraction(
+        train.images_per_step * processes, train.reference_batch
+    )  # a float would add a step here and there
+    optimizer = train.optimizer.model_copy(update={"lr": train.optimizer.lr * float(factor)})
     changed = {"reference_batch": None, "optimizer": optimizer}
     return shorten(recipe.model_copy(update={"train": train.model_copy(update=changed)}), factor)
 
 
-def shorten(recipe: AnyRecipe, factor: float) -> AnyRecipe:
+def shorten(recipe: AnyRecipe, factor: float | Fraction) -> AnyRecipe:
     """Divides the steps, the warm-ups and the evaluation interval of a recipe by a factor, and rounds up."""
     train = recipe.train
     steps = {

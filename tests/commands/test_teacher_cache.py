@@ -237,13 +237,14 @@ def test_a_dry_run_states_size_and_saving() -> None:
 
 
 def test_expected_runs_of_the_teacher() -> None:
-    def count(flip: float, steps: int) -> float:
-        return count_teacher_runs(recipe(f"augment.flip={flip}", steps=steps), images=10)
+    def count(flip: float, steps: int, **train: int) -> float:
+        return count_teacher_runs(recipe(f"augment.flip={flip}", steps=steps, **train), images=10)
 
     assert count(0.0, 5) == 10  # one pass, one view
     assert count(0.5, 5) == pytest.approx(10)
     assert count(0.5, 10) == pytest.approx(15)  # after two passes, an image was seen in both views half of the time
     assert count(0.5, 10_000) == pytest.approx(20)
+    assert count(0.5, 5, accumulate=2) == count(0.5, 10)
 
 
 def test_a_dry_run_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

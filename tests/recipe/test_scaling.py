@@ -58,6 +58,11 @@ def test_the_batches_of_a_step_count_together() -> None:
     assert count_epochs(parts, images=720) == count_epochs(larger, images=720) == 20
 
 
+def test_scaled_steps_are_exact() -> None:
+    scaled = scale_to_batch(make_recipe(steps=700, batch_size=7, reference_batch=10, evaluate_every=70), 1)
+    assert (scaled.train.steps, scaled.train.evaluate_every) == (1000, 100)  # 700 / 0.7 is 1000.0000000000001
+
+
 def test_without_a_reference_nothing_changes() -> None:
     plain = make_recipe(reference_batch=None)
     assert scale_to_batch(plain, 3) is plain
