@@ -13,7 +13,7 @@ from PIL import Image
 from pycocotools import mask as rle
 from torch import Tensor
 
-from gdetkd_cli.data.copy_paste import paste_copies
+from gdetkd_cli.data.copy_paste import _draw_mask, paste_copies
 from gdetkd_cli.data.dataset import DetectionDataset
 from gdetkd_cli.data.readers.coco import read_coco
 
@@ -103,6 +103,16 @@ def test_only_the_outline_is_pasted() -> None:
     assert solid[0] == pytest.approx(0.5, abs=0.1)
     assert solid[1] == pytest.approx(0.5, abs=0.1)
     assert solid[2] > 0.75
+
+
+def test_a_polygon_is_drawn_as_coco_draws_it() -> None:
+    """A square of 10 x 10 pixels, and a triangle above its diagonal: no background beyond the edges comes along."""
+    square = np.array([10, 10, 20, 10, 20, 20, 10, 20], dtype=np.float32)
+    drawn = _draw_mask([square], (30, 40))
+    assert drawn.sum() == drawn[10:20, 10:20].sum() == 100
+    triangle = np.array([0, 0, 20, 0, 20, 20], dtype=np.float32)
+    assert float(_draw_mask([triangle], (30, 40)).sum()) == pytest.approx(200, abs=11)
+    assert _draw_mask([square, triangle], (30, 40)).max() == 1
 
 
 def test_nothing_to_paste() -> None:
