@@ -166,10 +166,15 @@ class RememberedTeacher:
     def _shrink(self, level: LevelSpec, values: Tensor) -> dict[str, Tensor]:
         """Rounds a level (N, C, H, W) for the store."""
         greatest = values.abs().amax(dim=(2, 3), keepdim=True).float()
+        if not bool(greatest.isfinite().all()):
+            raise ModelError(
+                f"the teacher's level {level.name} has NaN or infinity in an image, which is not stored; use an earlier "
+                "checkpoint of the teacher"
+            )
         if self._int8:
             scale = (greatest / 127).clamp(min=1e-30)
             return {"": (values / scale).round().to(torch.int8).cpu(), _SCALE: scale.cpu()}
-        if not float(greatest.max()) <= _MOST:
+        if float(greatest.max()) > _MOST:
             raise ModelError(
                 f"the teacher's level {level.name} has values up to {float(greatest.max()):.3g}, but float16 ends at "
                 f"{_MOST:.0f}; set distill.teacher_cache to off"

@@ -261,6 +261,18 @@ def test_values_that_float16_cannot_hold_are_an_error(tiny_detector: TinyDetecto
         remember(frozen, memory()).extract_features(scene(SIZE))
 
 
+@pytest.mark.parametrize("int8", [False, True])
+def test_values_that_are_not_finite_are_not_stored(tiny_detector: TinyDetector, int8: bool) -> None:
+    frozen, kept = tiny_detector("faster-rcnn", seed=1), memory()
+    frozen.module.eval()
+    assert len(frozen.levels) == 5  # measured before the harm, which one image may do as well
+    with torch.no_grad():
+        frozen.module.backbone.fpn.layer_blocks[0][0].bias.fill_(float("nan"))  # type: ignore[union-attr, index]
+    with pytest.raises(ModelError, match=r"level backbone\.0 has NaN or infinity in an image"):
+        remember(frozen, kept, int8=int8).extract_features(scene(SIZE))
+    assert kept.used == 0
+
+
 def test_a_detector_that_cannot_be_rebuilt_is_refused(tiny_detector: TinyDetector) -> None:
     frozen = tiny_detector("faster-rcnn", seed=1)
     frozen.module.eval()
