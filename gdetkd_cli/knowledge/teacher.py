@@ -168,8 +168,8 @@ class RememberedTeacher:
         greatest = values.abs().amax(dim=(2, 3), keepdim=True).float()
         if not bool(greatest.isfinite().all()):
             raise ModelError(
-                f"the teacher's level {level.name} has NaN or infinity in an image, which is not stored; use an earlier "
-                "checkpoint of the teacher"
+                f"the teacher's level {level.name} has NaN or infinity in an image, which is not stored; use an "
+                "earlier checkpoint of the teacher"
             )
         if self._int8:
             scale = (greatest / 127).clamp(min=1e-30)
