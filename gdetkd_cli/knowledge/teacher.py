@@ -23,8 +23,8 @@ _MOST = 65504.0  # of float16
 class RememberedTeacher:
     """A teacher with a store. Everything but its forward is the detector's own.
 
-    A view that is not in the store is computed in float32 and alone, or with views of the same size, so that its
-    features do not depend on the other images of a batch, on the precision, or on the process that computes it.
+    A view that is not in the store is computed in float32 and alone, so that its features do not depend on the other
+    images of a batch, not even by rounding, on the precision, or on the process that computes it.
 
     Args:
         detector: the teacher, in evaluation mode.
@@ -101,17 +101,13 @@ class RememberedTeacher:
                 f"{self.source} knows nothing of {len(images)} of the images in this batch; it was taught with other "
                 "images, or without mirrored ones: run `gdetkd teach` with this recipe's data"
             )
-        results: list[Tensors] = [{}] * len(images)
-        by_size: dict[tuple[int, ...], list[int]] = {}
-        for place, image in enumerate(images):
-            by_size.setdefault(tuple(image.shape), []).append(place)
-        for places in by_size.values():
-            group = Batch([images[i] for i in places], [], torch.zeros(len(places), dtype=torch.int64))
-            with torch.autocast(images[0].device.type, enabled=False):
-                seen = self.detector.extract_features(group)
-            self._check_rebuilds(group, seen)
-            for place, packed in zip(places, self._pack(group, seen), strict=True):
-                results[place] = packed
+        results: list[Tensors] = []
+        for image in images:
+            alone = Batch([image], [], torch.zeros(1, dtype=torch.int64))
+            with torch.autocast(image.device.type, enabled=False):
+                seen = self.detector.extract_features(alone)
+            self._check_rebuilds(alone, seen)
+            results += self._pack(alone, seen)
         return results
 
     def check_detects(self) -> None:

@@ -166,6 +166,21 @@ def test_images_of_unlike_sizes_are_seen_one_by_one(head: str, tiny_detector: Ti
             assert not ours[i, :, :, width:].any()
 
 
+def test_a_view_does_not_depend_on_the_batch_to_the_last_bit(tiny_detector: TinyDetector) -> None:
+    """A resumed run computes a view beside other ones than the run before, and is still the same run."""
+    frozen = tiny_detector("faster-rcnn", seed=1)
+    frozen.module.eval()
+    batch, together, alone = scene(*[SIZE] * 8), memory(), memory()
+    remember(frozen, together).extract_features(batch)
+    for i in range(8):
+        one = Batch(batch.images[i : i + 1], [], batch.image_ids[i : i + 1], batch.views[i : i + 1])
+        remember(frozen, alone).extract_features(one)
+    for view in batch.views:
+        first, second = together.read(view.name), alone.read(view.name)
+        assert first is not None and second is not None
+        assert all(torch.equal(first[name], second[name]) for name in first)
+
+
 def test_the_teacher_sees_the_view_and_not_the_batch(tiny_detector: TinyDetector) -> None:
     """The loader jitters and resizes the image; the teacher still sees the data set's, and boxes meet its cells."""
     frozen = tiny_detector("faster-rcnn", seed=1)
