@@ -153,7 +153,7 @@ class Loop:
         return result
 
     def _take_steps(self, start: int) -> LoopResult:
-        spent = 0.0
+        spent, taken = 0.0, 0  # since the last log line before this process started
         self._forward.train()
         batches = self._batches(start)
         for step in range(start, self._options.steps):
@@ -166,8 +166,8 @@ class Loop:
                 if logs or saves:  # raises before anything is written after a fault
                     self._read()
                 if logs:
-                    spent += self._window.measure_seconds()
-                    self._log(done, start, weights, spent)
+                    spent, taken = spent + self._window.measure_seconds(), taken + self._window.steps
+                    self._log(done, weights, spent / taken)
                     self._window = Window()
                 if saves:
                     self._save(done)
@@ -275,7 +275,7 @@ class Loop:
             f"is in {self._folder.resume}"
         )
 
-    def _log(self, done: int, start: int, weights: dict[str, float], spent: float) -> None:
+    def _log(self, done: int, weights: dict[str, float], seconds_per_step: float) -> None:
         window = self._window.average_over(self._accelerator.num_processes, self._control)
         if not self._accelerator.is_main_process:
             return
@@ -293,7 +293,6 @@ class Loop:
         }
         self._folder.log(line)
         self._accelerator.log({k: v for k, v in line.items() if k != "step" and v is not None}, step=done)
-        eta = spent / (done - start) * (self._options.steps - done)
         self._observer(
             StepDone(
                 step=done,
@@ -302,7 +301,7 @@ class Loop:
                 parts=parts,
                 lr=lr,
                 images_per_second=rate,
-                eta_seconds=eta,
+                eta_seconds=seconds_per_step * (self._options.steps - done),
             )
         )
 

@@ -20,6 +20,7 @@ import toy
 from gdetkd_cli.commands import resume_run, run_distill, run_train
 from gdetkd_cli.commands.train import evaluate_split
 from gdetkd_cli.distill.distiller import Distiller
+from gdetkd_cli.engine.events import Event, StepDone
 from gdetkd_cli.engine.run_folder import RunFolder
 from gdetkd_cli.engine.signals import StopSignals
 from gdetkd_cli.errors import RunFolderError, StoppedError
@@ -183,6 +184,15 @@ def test_an_evaluation_between_two_log_lines_takes_no_time_off_the_steps(tmp_pat
     monkeypatch.setattr(Distiller, "forward", forward_slowly)
     result = run_train(toy.recipe(steps=4, log_every=4, evaluate_every=3), output=tmp_path / "run")
     assert result.seconds_per_step > 0.2
+
+
+def test_the_time_left_counts_the_steps_before_the_resume(tmp_path: Path, monkeypatch: Patch) -> None:
+    """The first log line covers steps of the stopped process, too: their time and their number."""
+    run = stop(toy.recipe(steps=5, log_every=3), tmp_path / "run", 1, monkeypatch)
+    monkeypatch.setattr("gdetkd_cli.engine.readings.Window.measure_seconds", lambda self: float(self.steps))
+    events: list[Event] = []
+    resume_run(run, observer=events.append, measure=False)
+    assert [event.eta_seconds for event in events if isinstance(event, StepDone)] == [2.0, 0.0]
 
 
 def test_a_requeued_job_starts_continues_and_ends(tmp_path: Path, monkeypatch: Patch) -> None:
