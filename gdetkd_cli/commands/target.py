@@ -100,8 +100,8 @@ def open_checkpoint(
     if before != now:
         raise RunFolderError(f"{folder.path} was trained by {before} processes; continue it with {before}, not {now}")
     own = {**checkpoint.progress.origin, "recipe": dict(checkpoint.progress.origin.get("recipe", {}))}
-    if target.steps is not None:
-        own["recipe"]["train"] = {**own["recipe"].get("train", {}), "steps": steps}
+    # An extended run that was killed before its next checkpoint has the new number in its recipe alone.
+    own["recipe"]["train"] = {**own["recipe"].get("train", {}), "steps": steps}
     differences = assembly.list_differences(own, origin)
     if differences and not target.force:
         raise RunFolderError(

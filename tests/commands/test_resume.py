@@ -222,6 +222,19 @@ def test_a_finished_run_can_be_extended(tmp_path: Path) -> None:
     assert load_recipe(run / "recipe.yaml").train.steps == 7
 
 
+def test_an_extended_run_that_is_killed_before_its_next_checkpoint_goes_on(tmp_path: Path, monkeypatch: Patch) -> None:
+    run = run_train(toy.recipe(steps=2, checkpoint_every=100), output=tmp_path / "run", measure=False).run
+
+    def fail(self: Distiller, batch: Batch) -> LossReport:
+        raise RuntimeError("killed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Distiller, "forward", fail)
+        with pytest.raises(RuntimeError, match="killed"):
+            resume_run(run, steps=3, measure=False)
+    assert resume_run(run, measure=False).steps == 3
+
+
 def test_the_learning_rate_of_an_extended_run_follows_the_new_schedule(tmp_path: Path) -> None:
     run = run_train(toy.recipe(steps=4), output=tmp_path / "run").run
     longer = run_train(toy.recipe(steps=8), output=tmp_path / "longer").run
