@@ -21,9 +21,8 @@ def scale_to_batch(recipe: AnyRecipe, processes: int) -> AnyRecipe:
     train = recipe.train
     if train.reference_batch is None:
         return recipe
-    factor = Fraction(
-        train.images_per_step * processes, train.reference_batch
-    )  # a float would add a step here and there
+    # Exact, because 700 / 0.7 is more than 1000 in floating point, and would be rounded up.
+    factor = Fraction(train.images_per_step * processes, train.reference_batch)
     optimizer = train.optimizer.model_copy(update={"lr": train.optimizer.lr * float(factor)})
     changed = {"reference_batch": None, "optimizer": optimizer}
     return shorten(recipe.model_copy(update={"train": train.model_copy(update=changed)}), factor)
