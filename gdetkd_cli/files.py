@@ -10,12 +10,13 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
+from io import BytesIO
 from pathlib import Path
 from typing import BinaryIO
 
 from gdetkd_cli.errors import DiskError
 
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _URL = re.compile(r"(^|/)[a-z][a-z0-9+.-]+:/")
 _ARCHIVES = {".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".zst", ".7z", ".rar"}
 
@@ -75,9 +76,23 @@ def write_file(path: Path, write: Callable[[BinaryIO], object], *, size: int | N
         fresh.unlink(missing_ok=True)
         # torch.save raises a RuntimeError of its own while it handles the file's error.
         reason = error if isinstance(error, OSError) else error.__context__
-        if isinstance(reason, OSError) and reason.errno in _FULL:
+        if isinstance(reason, OSError) and reason.errno in FULL:
             raise DiskError(_describe_full_disk(path, size)) from error
         raise
+
+
+def write_encoded(path: Path, encode: Callable[[BinaryIO], object]) -> None:
+    """Writes a file as ``write_file`` does, encoded in memory first.
+
+    For Pillow, which writes a JPEG past Python: a full disk cuts the file off without an error.
+
+    Args:
+        path: the file; its folder exists.
+        encode: writes the content into a buffer.
+    """
+    buffer = BytesIO()
+    encode(buffer)
+    write_file(path, lambda file: file.write(buffer.getbuffer()), size=buffer.tell())
 
 
 def write_text(path: Path, text: str) -> None:
@@ -88,10 +103,10 @@ def write_text(path: Path, text: str) -> None:
 
 def _describe_full_disk(path: Path, size: int | None) -> str:
     free = shutil.disk_usage(path.parent).free
-    needed = f"it needs {_format_bytes(size)}, " if size else ""
+    needed = f"it needs {_format_bytes(size)}, and " if size else ""
     kept = "the file of that name is unchanged" if path.exists() else "no part of the file was left"
     return (
-        f"{path} could not be written: {needed}and {_format_bytes(free)} are free (a quota may allow less); {kept}. "
+        f"{path} could not be written: {needed}{_format_bytes(free)} are free (a quota may allow less); {kept}. "
         "Free some space, then run the command again"
     )
 

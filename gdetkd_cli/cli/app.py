@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import traceback
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -30,6 +31,7 @@ from gdetkd_cli.cli.teach import teach
 from gdetkd_cli.cli.train import train
 from gdetkd_cli.cli.watch import watch
 from gdetkd_cli.errors import ComparisonError, GDetKDError
+from gdetkd_cli.files import FULL
 from gdetkd_cli.memory import describe_exhaustion
 from gdetkd_cli.text import show_hidden
 
@@ -73,7 +75,8 @@ def _print_error(kind: str, message: str, code: int) -> None:
 
     if is_first_process():
         error = {"type": kind, "message": message, "exit_code": code}
-        typer.echo(json.dumps({"schema": 1, "error": error}, indent=2))
+        with suppress(OSError):  # stdout may be what cannot be written; stderr has the message
+            typer.echo(json.dumps({"schema": 1, "error": error}, indent=2))
 
 
 def _colour(message: str) -> str:
@@ -93,6 +96,8 @@ def describe_error(error: BaseException) -> tuple[str, int]:
             return _show("; ".join([str(error) or "interrupted", *notes])), getattr(error, "exit_code", _INTERRUPTED)
         case OSError(filename=str() | Path() as path, strerror=str() as reason):
             return f"{_PREFIX}{_show(f'{path}: {reason}')}", 1
+        case OSError(errno=number, strerror=reason) if number in FULL:  # of a write, which names no file
+            return f"{_PREFIX}a file could not be written ({reason}); free some space, then run the command again", 1
         case _ if (exhausted := describe_exhaustion(error)) is not None:
             return "; ".join([f"{_PREFIX}{exhausted}", *getattr(error, "__notes__", ())]), 1
         case _:

@@ -8,6 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from gdetkd_cli.compare.table import Comparison, MethodRow
+from gdetkd_cli.report.levels import save_figure
 
 
 def draw_comparison(comparison: Comparison, path: Path) -> None:
@@ -39,8 +40,7 @@ def draw_comparison(comparison: Comparison, path: Path) -> None:
     if any(row.interval for row in rows):
         label = f"brackets: 95 % interval of the difference to {comparison.baseline}, over {comparison.interval_over}"
         figure.supxlabel(label, fontsize="small")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path, dpi=120)
 
 
 def _draw_interval(panel: Axes, place: int, row: MethodRow) -> None:

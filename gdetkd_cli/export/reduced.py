@@ -128,6 +128,8 @@ def write_int8(
             activation_type=QuantType.QUInt8,
             weight_type=QuantType.QInt8,
         )
+    except OSError:  # such as a full disk
+        raise
     except Exception as error:  # onnxruntime's errors have no common base
         raise ExportError(f"onnxruntime cannot quantise {source} ({get_first_line(error)})") from error
     finally:

@@ -14,6 +14,7 @@ from torch import Tensor
 from gdetkd_cli.data.bad_images import BadImageError
 from gdetkd_cli.data.split import Split
 from gdetkd_cli.evaluation.predict import Predictor
+from gdetkd_cli.report.levels import save_figure
 from gdetkd_cli.structures import Detections
 from gdetkd_cli.text import show_hidden
 
@@ -74,7 +75,7 @@ def draw_grid(
             )
     for axis, title in zip(axes[0], ["truth", *predictors], strict=True):
         axis.set_title(title)
-    figure.savefig(path, dpi=100)
+    save_figure(figure, path)
 
 
 def draw_sheet(split: Split, path: Path, *, count: int = 12) -> list[int]:
@@ -108,8 +109,7 @@ def draw_sheet(split: Split, path: Path, *, count: int = 12) -> list[int]:
         _draw(axis, pixels[:, ::every, ::every], record.boxes / every, record.labels, None, split.class_names, colours)
         drawn.append(index)
     if drawn:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=100)
+        save_figure(figure, path)
     return drawn
 
 

@@ -7,6 +7,7 @@ import io
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import matplotlib
@@ -16,7 +17,7 @@ from torch import Tensor
 from torchvision.utils import draw_bounding_boxes
 
 from gdetkd_cli.data.readers.coco import mark_upright
-from gdetkd_cli.files import write_text
+from gdetkd_cli.files import write_encoded, write_text
 from gdetkd_cli.structures import Detections
 from gdetkd_cli.text import show_hidden
 
@@ -65,9 +66,11 @@ def draw_detections(pixels: Tensor, detections: Detections, class_names: Sequenc
             fill_labels=True,
         )
     path.parent.mkdir(parents=True, exist_ok=True)
-    if Image.registered_extensions().get(path.suffix.lower()) not in Image.SAVE:
-        path = path.with_name(f"{path.name}.png")
-    Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(path)
+    kind = Image.registered_extensions().get(path.suffix.lower())
+    if kind not in Image.SAVE:
+        kind, path = "PNG", path.with_name(f"{path.name}.png")
+    drawn = Image.fromarray(pixels.permute(1, 2, 0).numpy())
+    write_encoded(path, partial(drawn.save, format=kind))
 
 
 def write_coco(path: Path, images: Sequence[PredictedImage], class_names: Sequence[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from typing import Any
 
@@ -29,6 +30,10 @@ def test_errors_as_json(runs: Any) -> None:
         assert (error["type"], error["exit_code"]) == ("UsageError", 2)
         assert message in error["message"]
     assert gdetkd("eval", "runs/tiny").stdout == ""
+    runs.fails = OSError(errno.ENOSPC, "No space left on device")
+    shown = gdetkd("eval", "runs/tiny", "--json")
+    assert shown.exit_code == json.loads(shown.stdout)["error"]["exit_code"] == 1
+    assert "Error: a file could not be written (No space left on device); free some space" in shown.stderr
 
 
 def test_near_names_are_suggested() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import resource
 from pathlib import Path
 
 import av
@@ -19,9 +20,9 @@ from gdetkd_cli.data.readers.coco import read_coco
 from gdetkd_cli.data.sources import find_sources
 from gdetkd_cli.data.synthetic import draw_split
 from gdetkd_cli.detectors import catalog
-from gdetkd_cli.errors import DataError, GDetKDError, ModelError
+from gdetkd_cli.errors import DataError, DiskError, GDetKDError, ModelError
 from gdetkd_cli.recipe.load import load_recipe
-from gdetkd_cli.report.predictions import PredictedImage, write_csv
+from gdetkd_cli.report.predictions import PredictedImage, draw_detections, write_csv
 from gdetkd_cli.structures import Detections
 
 TEACHER = "builtin:shapes-teacher"
@@ -79,6 +80,21 @@ def test_the_files_hold_what_the_detector_finds(photos: Path, tmp_path: Path) ->
     drawn, plain = (np.array(Image.open(root / "a.png")).astype(int) for root in (out / "drawn", photos))
     assert drawn.shape == plain.shape
     assert (drawn != plain).any()
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "a.png"])
+def test_no_drawn_image_is_cut_off_by_a_full_disk(name: str, tmp_path: Path) -> None:
+    """Pillow writes a JPEG past Python, and does not notice."""
+    pixels = draw_split(split="val", images=1, size=128, seed=3).read(0)
+    found = Detections(torch.tensor([[8.0, 8.0, 60.0, 60.0]]), torch.tensor([0.9]), torch.tensor([1]))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(DiskError, match=rf"{name} could not be written: it needs"):
+            draw_detections(pixels, found, ("cat",), tmp_path / name)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list(tmp_path.iterdir())
 
 
 def test_scores_and_classes_are_filtered(photos: Path) -> None:

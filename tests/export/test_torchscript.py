@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import subprocess
 import sys
 import warnings
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from gdetkd_cli.detectors.protocol import Detector
-from gdetkd_cli.errors import ExportError
+from gdetkd_cli.errors import DiskError, ExportError
 from gdetkd_cli.evaluation.exported import ScriptedDetector
 from gdetkd_cli.export.parity import Cut, build_empty_image, check_parity
 from gdetkd_cli.export.torchscript import export_torchscript
@@ -60,13 +61,33 @@ def test_file_loads_without_this_package(lively: Lively, images: list[Tensor], t
     assert done.stdout.split() == [str(count)] * 3
 
 
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (RuntimeError("\nUnknown type name 'Wobble':\n  a page of details"), "Unknown type name 'Wobble':"),
+        (OSError("Failed to get source for <class 'Wobble'>"), "Failed to get source for <class 'Wobble'>"),
+    ],
+)
 def test_a_detector_that_cannot_be_scripted_is_one_sentence(
-    lively: Lively, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    lively: Lively, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, reason: str
 ) -> None:
     def give_up(module: object) -> None:
-        raise RuntimeError("\nUnknown type name 'Wobble':\n  a page of details")
+        raise error
 
     detector, architecture = lively("fcos")
     monkeypatch.setattr(torch.jit, "script", give_up)
-    with pytest.raises(ExportError, match=r"cannot script this detector: Unknown type name 'Wobble':$"):
+    with pytest.raises(ExportError, match=rf"cannot script this detector: {reason}$"):
         export_torchscript(detector, tmp_path / "student.torchscript", architecture=architecture)
+
+
+def test_a_full_disk_is_one_sentence(lively: Lively, tmp_path: Path) -> None:
+    """torch's own writer would end the process."""
+    detector, architecture = lively("fcos")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(DiskError, match=r"student.torchscript could not be written: it needs"):
+            export_torchscript(detector, tmp_path / "student.torchscript", architecture=architecture)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list(tmp_path.iterdir())
