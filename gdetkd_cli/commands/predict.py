@@ -71,7 +71,8 @@ class PredictResult:
         format: as in ``EvalResult``.
         images: one per image or frame.
         per_class: number of detections by class, the most frequent first.
-        unreadable: messages about the images and videos that were left out, or cut short.
+        unreadable: messages about the images and videos that were left out, or cut short,
+            unreadable or of a size on which the detector fails.
         ms_per_image: median time of the detector alone.
         written: files and folders.
     """
@@ -98,7 +99,7 @@ def run_predict(
 
     Raises:
         ModelError, PairError: the model is no detector, its detections cannot be read, or it lacks a class.
-        DataError: there is no image, or none can be read.
+        DataError: there is no image, or none can be used.
         OutputError: a file or folder to write exists already, or cannot be written.
     """
     options = options or PredictOptions()
@@ -126,7 +127,7 @@ def run_predict(
             observer(Note(f"warning: left out: {error}"))
         progress(number)
     if not images:
-        raise DataError(f"no image could be read; the first problem: {unreadable[0]}")
+        raise DataError(f"no image could be used; the first problem: {unreadable[0]}")
     _write(images, names, options)
     listed = [_list_found(image, names) for image in images]
     return PredictResult(
@@ -161,8 +162,15 @@ def _find_class_names(data: Data) -> tuple[str, ...]:
 def _predict(
     stopwatch: Stopwatch, name: str, pixels: Tensor, class_names: Sequence[str], options: PredictOptions
 ) -> PredictedImage:
-    """Detects objects in an image (3, H, W) uint8, and draws them if the options say so."""
-    (found,) = stopwatch.predict([pixels.float() / 255])
+    """Detects objects in an image (3, H, W) uint8, and draws them if the options say so.
+
+    Raises:
+        DataError: the detector fails on this image.
+    """
+    try:
+        (found,) = stopwatch.predict([pixels.float() / 255])
+    except (DataError, ModelError) as error:
+        raise DataError(f"{name}: {error}") from error
     keep = found.scores >= options.min_score
     if options.only:
         wanted = torch.tensor([class_names.index(one) + 1 for one in options.only], device=found.labels.device)

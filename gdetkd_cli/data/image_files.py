@@ -166,4 +166,6 @@ def _convert_to_rgb(image: Image.Image) -> np.ndarray[tuple[int, ...], np.dtype[
     if image.mode.startswith("I;16"):
         grey = (np.asarray(image) >> 8).astype(np.uint8)
         return np.repeat(grey[:, :, None], 3, axis=2)
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")  # Pillow warns about the direct way, which gives the same colours
     return np.array(image.convert("RGB"))

@@ -14,6 +14,7 @@ from torch import Tensor
 from gdetkd_cli import __version__
 from gdetkd_cli.detectors.protocol import Detector
 from gdetkd_cli.errors import ModelError, get_first_line
+from gdetkd_cli.memory import describe_exhaustion
 from gdetkd_cli.probing.formats.files import DESCRIPTION_FILE, load_torchscript
 from gdetkd_cli.probing.formats.metadata import ARCHITECTURE, OWN, parse_notes, read_class_names
 from gdetkd_cli.probing.formats.runner import list_not_finite
@@ -159,7 +160,7 @@ class ScriptedDetector:
             ModelError: the file is not complete TorchScript.
         """
         files = {DESCRIPTION_FILE: ""}
-        self._module = load_torchscript(path, device, files)
+        self._path, self._module = path, load_torchscript(path, device, files)
         self.class_names = _read_class_names(path, parse_notes(files[DESCRIPTION_FILE]))
 
     def list_bad_weights(self) -> list[str]:
@@ -168,8 +169,23 @@ class ScriptedDetector:
 
     @torch.no_grad()
     def predict(self, images: list[Tensor]) -> list[Detections]:
-        """Inference on images (3, H, W) in 0..1, one at a time; boxes in each image's own pixels."""
-        return [Detections(*self._module(image)) for image in images]
+        """Inference on images (3, H, W) in 0..1, one at a time; boxes in each image's own pixels.
+
+        Raises:
+            ModelError: the file fails on an image, as on one that is too narrow for its resize.
+        """
+        return [Detections(*self._run(image)) for image in images]
+
+    def _run(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        try:
+            found: tuple[Tensor, Tensor, Tensor] = self._module(image)
+        except RuntimeError as error:
+            if describe_exhaustion(error) is not None:
+                raise
+            height, width = image.shape[-2:]
+            reason = str(error).strip().splitlines()[-1][:200]  # behind two pages of the script's own traceback
+            raise ModelError(f"{self._path} fails on an image of {height} x {width} pixels ({reason})") from error
+        return found
 
 
 def _read_class_names(path: Path, description: Mapping[str, object]) -> tuple[str, ...]:

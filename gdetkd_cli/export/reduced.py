@@ -119,7 +119,7 @@ def write_int8(
     logger.setLevel(logging.ERROR)  # it advises a preparation that fails on sizes which depend on the image
     try:
         quantize_static(
-            source,
+            onnx.load(source),  # from a path, it writes and deletes NAME-inferred.onnx beside the file
             path,
             Reader(),
             quant_format=QuantFormat.QDQ,

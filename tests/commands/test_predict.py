@@ -108,10 +108,15 @@ def test_scores_and_classes_are_filtered(photos: Path) -> None:
 
 
 def test_exported_files_find_the_same(photos: Path, tmp_path: Path) -> None:
+    Image.new("RGB", (1, 3000)).save(tmp_path / "thin.png")
+    assert run_predict(TEACHER, [str(photos), str(tmp_path / "thin.png")]).unreadable[0].startswith("thin.png: ")
     exported = run_export(TEACHER, onnx=True, torchscript=True, output=tmp_path)
     expected = run_predict(TEACHER, [str(photos / "a.png")], PredictOptions(min_score=0.5)).images
     for file in exported.files:
-        found = run_predict(str(file.path), [str(photos / "*.png")], PredictOptions(min_score=0.5)).images
+        places = [str(photos / "*.png"), str(tmp_path / "thin.png")]  # on which the detector fails
+        result = run_predict(str(file.path), places, PredictOptions(min_score=0.5))
+        assert [text.partition(": ")[0] for text in result.unreadable] == ["thin.png"]
+        found = result.images
         assert [d.name for d in found[0].detections] == [d.name for d in expected[0].detections]
         for ours, theirs in zip(found[0].detections, expected[0].detections, strict=True):
             assert ours.box == pytest.approx(theirs.box, abs=0.1)
@@ -150,7 +155,7 @@ def test_an_unreadable_image_is_left_out_and_named(photos: Path) -> None:
     assert [image.image for image in result.images] == ["a.png", "more/b.png"]
     assert "broken.png" in result.unreadable[0]
     assert any("left out" in note and "broken.png" in note for note in notes)
-    with pytest.raises(DataError, match=r"no image could be read; the first problem: .*broken\.png"):
+    with pytest.raises(DataError, match=r"no image could be used; the first problem: .*broken\.png"):
         run_predict(TEACHER, [str(photos / "broken.png")])
 
 

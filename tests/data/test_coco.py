@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -344,6 +345,15 @@ def test_sixteen_bit_grey_keeps_its_range(folder: Path) -> None:
     Image.fromarray(grey).save(folder / "images" / "a.png")
 
     assert read(folder).read(0)[:, 0, :3].tolist() == [[1, 128, 255]] * 3
+
+
+def test_transparent_palette_image_needs_no_warning(folder: Path) -> None:
+    image = Image.new("P", (20, 10), 1)
+    image.putpalette([0, 0, 0, 10, 20, 30])
+    image.save(folder / "images" / "a.png", transparency=bytes([0, 128]))
+    with warnings.catch_warnings(action="error"):
+        pixels = read(folder).read(0)
+    assert pixels[:, 0, 0].tolist() == [10, 20, 30]
 
 
 def test_floating_point_image(folder: Path) -> None:

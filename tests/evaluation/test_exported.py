@@ -57,6 +57,15 @@ def test_predicts_what_the_detector_predicts(
     assert exported.predict([]) == []
 
 
+@pytest.mark.parametrize("reader", [OnnxDetector, ScriptedDetector])
+def test_a_failure_on_an_image_is_one_sentence(
+    reader: type[OnnxDetector | ScriptedDetector], files: dict[type, Path]
+) -> None:
+    expected = rf"{files[reader].name} fails on an image of 3000 x 1 pixels \(.{{1,200}}\)$"
+    with pytest.raises(ModelError, match=expected):
+        reader(files[reader]).predict([torch.zeros(3, 3000, 1)])
+
+
 def _graph(path: Path, outputs: tuple[str, ...]) -> None:
     """Writes a valid ONNX file that returns its input."""
     values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [3]) for name in ("image", *outputs)]

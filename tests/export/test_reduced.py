@@ -82,8 +82,11 @@ def test_an_image_without_detections(tmp_path: Path, tiny_detector: Callable[...
     export_onnx(detector, tmp_path / "silent.onnx", architecture={})
     write_half(tmp_path / "silent.onnx", tmp_path / "silent-half.onnx")
     done: list[int] = []
+    beside = tmp_path / "silent-inferred.onnx"  # the name that onnxruntime writes and deletes, if it gets a path
+    beside.write_text("mine")
     write_int8(tmp_path / "silent.onnx", tmp_path / "silent-int8.onnx", draw_images(), done.append)
     assert done == [1, 2, 3]
+    assert beside.read_text() == "mine"
     for name, count in (("half", True), ("int8", True), ("silent-half", False), ("silent-int8", False)):
         (found,) = OnnxDetector(tmp_path / f"{name}.onnx").predict([torch.rand(3, 80, 72)])
         assert bool(len(found.scores)) is count, name
