@@ -7,22 +7,22 @@ class GDetKDError(Exception):
     exit_code: int = 1
 
 
-class RecipeError(GDetKDError):
+class _InputError(GDetKDError):
+    """Something that the user named cannot be used."""
+
+    exit_code = 2
+
+
+class RecipeError(_InputError):
     """A recipe is missing, unreadable or invalid."""
 
-    exit_code = 2
 
-
-class DataError(GDetKDError):
+class DataError(_InputError):
     """A data set is missing, unreadable, or unusable for the task."""
 
-    exit_code = 2
 
-
-class ModelError(GDetKDError):
+class ModelError(_InputError):
     """A detector cannot be built, or a model file cannot be read."""
-
-    exit_code = 2
 
 
 class NoPyramidError(GDetKDError):
@@ -31,38 +31,28 @@ class NoPyramidError(GDetKDError):
     exit_code = 3
 
 
-class PairError(GDetKDError):
+class PairError(_InputError):
     """A distillation term does not fit this pair of detectors."""
 
-    exit_code = 2
 
-
-class KnowledgeError(GDetKDError):
+class KnowledgeError(_InputError):
     """A teacher's stored answers are missing, damaged, or those of another teacher."""
 
-    exit_code = 2
 
-
-class RunFolderError(GDetKDError):
+class RunFolderError(_InputError):
     """A run folder already exists, is incomplete, or belongs to another recipe."""
 
-    exit_code = 2
 
-
-class OutputError(GDetKDError):
+class OutputError(_InputError):
     """A file that a command would write exists already, or cannot have this name."""
-
-    exit_code = 2
 
 
 class DiskError(GDetKDError):
     """A file does not fit on the disk."""
 
 
-class MemoryLimitError(GDetKDError):
+class MemoryLimitError(_InputError):
     """Something needs more memory than is free."""
-
-    exit_code = 2
 
 
 class LoaderError(GDetKDError):
@@ -104,10 +94,8 @@ class ComparisonError(GDetKDError):
     """A comparison of methods lacks trials."""
 
 
-class LauncherError(GDetKDError):
+class LauncherError(_InputError):
     """A launcher of trials is not installed, is not available here, or refuses its settings."""
-
-    exit_code = 2
 
 
 class ExportError(GDetKDError):
