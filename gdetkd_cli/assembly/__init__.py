@@ -4,16 +4,13 @@ from gdetkd_cli.assembly.data import (
     SPLITS,
     Which,
     build_all_folds,
-    build_batches,
     build_split,
     needs_labels,
     read_split,
-    read_unlabelled_split,
-    relabel,
     report_bad_images,
 )
 from gdetkd_cli.assembly.detector import BuiltDetector, build_detector, format_title
-from gdetkd_cli.assembly.distillation import BuiltPair, TermPlan, build_pair
+from gdetkd_cli.assembly.distillation import TermPlan, build_pair
 from gdetkd_cli.assembly.knowledge import (
     build_views,
     check_taught,
@@ -25,13 +22,11 @@ from gdetkd_cli.assembly.knowledge import (
     list_views,
 )
 from gdetkd_cli.assembly.origin import describe_origin, hash_sources, list_differences, list_recipe_differences
-from gdetkd_cli.assembly.runtime import apply_runtime, resize_again, resolve_runtime, set_memory_format
+from gdetkd_cli.assembly.runtime import apply_runtime, resize_again, resolve_runtime
 from gdetkd_cli.assembly.setup import (
-    Compute,
     Pair,
     TrainingSetup,
     adopt_runtime,
-    build_accelerator,
     build_recipe_pair,
     build_setup,
     start_compute,
@@ -40,17 +35,13 @@ from gdetkd_cli.assembly.setup import (
 __all__ = [
     "SPLITS",
     "BuiltDetector",
-    "BuiltPair",
-    "Compute",
     "Pair",
     "TermPlan",
     "TrainingSetup",
     "Which",
     "adopt_runtime",
     "apply_runtime",
-    "build_accelerator",
     "build_all_folds",
-    "build_batches",
     "build_detector",
     "build_pair",
     "build_recipe_pair",
@@ -71,11 +62,8 @@ __all__ = [
     "list_views",
     "needs_labels",
     "read_split",
-    "read_unlabelled_split",
-    "relabel",
     "report_bad_images",
     "resize_again",
     "resolve_runtime",
-    "set_memory_format",
     "start_compute",
 ]

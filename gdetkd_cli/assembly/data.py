@@ -13,7 +13,7 @@ from gdetkd_cli.data.dataset import DetectionDataset
 from gdetkd_cli.data.folds import build_fold, hold_out
 from gdetkd_cli.data.loader import load_training_batches
 from gdetkd_cli.data.readers.bdd100k import read_bdd100k
-from gdetkd_cli.data.readers.coco import align_classes, read_coco
+from gdetkd_cli.data.readers.coco import read_coco
 from gdetkd_cli.data.readers.data_yaml import read_yolo_config
 from gdetkd_cli.data.readers.folder import read_folder
 from gdetkd_cli.data.readers.voc import read_voc
@@ -21,7 +21,6 @@ from gdetkd_cli.data.readers.yolo import read_yolo
 from gdetkd_cli.data.split import DataProblem, Split
 from gdetkd_cli.data.synthetic import draw_split
 from gdetkd_cli.data.transforms import build_augmentation
-from gdetkd_cli.detectors.protocol import Detector
 from gdetkd_cli.engine.device import ComputeSettings
 from gdetkd_cli.engine.events import Note, Observer
 from gdetkd_cli.errors import DataError
@@ -207,11 +206,6 @@ def read_unlabelled_split(
 def get_image_folder(data: Unlabelled) -> Path:
     """Returns the folder from which the names of the training images start in the teacher's labels."""
     return data.root if isinstance(data, YoloData) else data.root / data.train_images
-
-
-def relabel(split: Split, detector: Detector) -> Split:
-    """Returns the split with labels that index the detector's class list."""
-    return split if split.class_names == detector.class_names else align_classes(split, detector.class_names)
 
 
 def build_batches(

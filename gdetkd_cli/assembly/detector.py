@@ -44,14 +44,7 @@ from gdetkd_cli.recipe.schema import (
 
 _KINDS = {"torchscript": "TorchScript", "exported": "an exported program", "onnx": "ONNX"}
 
-DetectorSpec = (
-    TorchvisionDetector
-    | ComposedDetector
-    | CheckpointDetector
-    | FactoryDetector
-    | TransformersDetector
-    | KnowledgeDetector
-)
+DetectorSpec = schema.Detector
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,6 @@ from gdetkd_cli.assembly.data import (
     build_split,
     needs_labels,
     read_unlabelled_split,
-    relabel,
     report_bad_images,
 )
 from gdetkd_cli.assembly.detector import BuiltDetector, build_detector, format_title
@@ -33,7 +32,7 @@ from gdetkd_cli.assembly.runtime import apply_runtime, resolve_runtime
 from gdetkd_cli.assembly.sharing import read_once
 from gdetkd_cli.assembly.trackers import check_trackers
 from gdetkd_cli.assembly.warnings import warn_about_data, warn_about_normalization, warn_about_sizes
-from gdetkd_cli.data.readers.coco import Tables
+from gdetkd_cli.data.readers.coco import Tables, align_classes
 from gdetkd_cli.data.split import Split
 from gdetkd_cli.detectors.protocol import Detector
 from gdetkd_cli.distill.distiller import Distiller
@@ -172,7 +171,7 @@ def build_setup(
         labelled = _label_splits(unlabelled, recipe, teacher.detector, compute.accelerator, most_labelled, observer)
         splits |= {which: one.split for which, one in labelled.items()}
     student = _build_student(recipe, splits["train"].class_names, compute.accelerator)
-    train, val = (relabel(splits[which], student.detector) for which in SPLITS)
+    train, val = (align_classes(splits[which], student.detector.class_names) for which in SPLITS)
     report_bad_images((train, val), observer)
     pair = None
     if isinstance(recipe, DistillationRecipe) and teacher is not None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from gdetkd_cli import assembly
 from gdetkd_cli.assembly.warnings import warn_about_data, warn_about_normalization, warn_about_sizes
 from gdetkd_cli.commands.rehearse import rehearse
+from gdetkd_cli.data.readers.coco import align_classes
 from gdetkd_cli.data.split import Split
 from gdetkd_cli.engine.events import Note, Observer, silent
 from gdetkd_cli.recipe.checks import describe_untrained_teacher, require_distillation
@@ -61,7 +62,7 @@ def check_recipe(
     titles = (assembly.format_title(recipe.student), assembly.format_title(recipe.teacher))
     pair = assembly.build_recipe_pair(recipe, train.class_names)
     checked = check_pair(recipe, source, pair, titles, train, observer)
-    train, val = (assembly.relabel(split, pair.student.detector) for split in splits)
+    train, val = (align_classes(split, pair.student.detector.class_names) for split in splits)
     for warning in [] if assembly.needs_labels(recipe.data, "train") else warn_about_data(train, val):
         observer(Note(warning))
     rehearse(pair.student, train, val, observer=observer)
