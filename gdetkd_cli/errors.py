@@ -63,7 +63,6 @@ class StoppedError(KeyboardInterrupt):
     """A signal stopped the command. Not an ``Exception``, so that no handler of errors continues after it.
 
     Args:
-        message: what was stopped.
         number: of the signal; the exit code is 128 + number, as shells and schedulers expect.
     """
 

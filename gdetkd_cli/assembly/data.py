@@ -57,7 +57,6 @@ def build_split(
 
     Args:
         data: the recipe's block; with a ``fold``, ``val`` is that fold of both splits' images, ``train`` the rest.
-        which: the split to build.
         labels: a run's folder of teacher labels.
         outlines: keep the objects' outlines, if the annotations have any.
         bad: collects the images that are left out; None: a new collection, if the recipe leaves images out.

@@ -67,9 +67,7 @@ def build_detector(
     """Builds a detector with the recipe's weights, or with fresh weights drawn from ``seed``.
 
     Args:
-        spec: the recipe's block.
         class_names: the K class names of the data.
-        seed: seed of fresh weights.
         keep_classes: keep the classes of the weights, as for a teacher; else a head for other classes starts fresh.
 
     Raises:

@@ -76,8 +76,6 @@ def build_pair(
     """Builds the distiller of a pair, and selects and checks its terms.
 
     Args:
-        config: the recipe's block.
-        student, teacher: the detectors.
         seed: seed of the terms' fresh weights and the choice of regions.
         trained_head: whether the student's head is trained; ``head_transfer: auto`` keeps such a head.
         device: device type of the run, ``cpu`` or ``cuda``; a CPU compares fewer regions by default.

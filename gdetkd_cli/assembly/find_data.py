@@ -25,7 +25,6 @@ def find_data(folder: Path, observer: Observer) -> tuple[Data, Split]:
 
     Args:
         folder: images with COCO, YOLO, VOC or BDD100K annotations, or images alone.
-        observer: receives a summary.
 
     Raises:
         DataError: the folder has no images, or its annotations have another format.

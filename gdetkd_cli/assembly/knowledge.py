@@ -48,13 +48,10 @@ def remember_teacher(
     """Returns the teacher with the store that ``distill.teacher_cache`` names, or as it is.
 
     Args:
-        recipe: the run's.
         teacher: on the run's device, in evaluation mode or not.
         student: on the run's device.
-        train: the training images.
         folder: of ``teacher_cache: disk``, if the recipe names none; None: nothing is written, memory is used.
         processes: number of this machine's processes, which share its memory.
-        tell: receives notes.
 
     Raises:
         KnowledgeError: the teacher sees countless views, the folder belongs to another teacher, or stored answers do

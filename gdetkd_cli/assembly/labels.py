@@ -72,11 +72,8 @@ def label_split(
             the teacher labels only the images without any.
         data: the recipe's block of the split.
         teacher: the detector that labels, on ``device``.
-        device: the teacher's device.
         rank: number of this process, from 0.
-        world_size: number of processes.
         most: maximum number of images to label, from the first; None: all.
-        observer: receives progress.
 
     Raises:
         DataError: the teacher lacks a class, or detects nothing.
@@ -210,8 +207,6 @@ def label_data(recipe: DistillationRecipe, folder: Path, device: str, observer: 
     Args:
         recipe: the recipe of the data and the teacher.
         folder: folder of the labels as COCO files; existing labels are reused.
-        device: the teacher's device.
-        observer: receives progress.
 
     Raises:
         GDetKDError: the teacher cannot label the images.

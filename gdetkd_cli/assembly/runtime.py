@@ -20,7 +20,6 @@ def resolve_runtime(runtime: Runtime, *, local_processes: int | None = None) -> 
     """Replaces every ``auto``.
 
     Args:
-        runtime: the recipe's block.
         local_processes: number of processes that share this machine's cores; None: those that the launcher started.
 
     Raises:

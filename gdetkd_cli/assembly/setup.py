@@ -149,12 +149,10 @@ def build_setup(
 
     Args:
         recipe: the scaled recipe from ``start_compute``.
-        compute: device and processes.
         unscaled: the recipe before scaling, for a note about the changes.
         labels: the run's folder of teacher labels; existing labels are reused.
         most_labelled: maximum number of images per split that the teacher labels; None: all.
         knowledge: the run's folder for the teacher's features; None: they are written nowhere.
-        observer: receives progress.
 
     Raises:
         GDetKDError: something that the recipe names cannot be used.

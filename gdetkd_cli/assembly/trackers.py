@@ -32,7 +32,6 @@ def start_trackers(accelerator: Accelerator, recipe: Recipe, *, name: str, folde
 
     Args:
         accelerator: built with the recipe's trackers.
-        recipe: of the run.
         name: of the run, for trackers that take one.
         folder: of the files that TensorBoard reads.
 

@@ -134,7 +134,6 @@ def plan_resume(
     """The arguments of ``resume_run``; None if the command starts from a recipe.
 
     Args:
-        resume, steps, force: the options.
         others: values of the options that start from a recipe, by name.
 
     Raises:

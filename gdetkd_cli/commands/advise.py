@@ -61,7 +61,6 @@ def run_advise(
         methods: to try beside plain training, as in ``select_method``.
         seeds, jobs: as in ``run_compare``.
         output: folder of the runs; default: ``runs/advise-NAME-STEPS``, with the steps of the short runs.
-        observer: receives progress.
 
     Raises:
         As ``run_compare``.

@@ -82,7 +82,6 @@ def run_compare(
         baseline: the method to compare the others with.
         output: folder of the trials and the table, new or existing; default: ``runs/compare-NAME``.
         launcher: the scheduler that runs each trial as a job; None: this machine runs them.
-        observer: receives progress.
 
     Raises:
         RecipeError: a method is unknown, the baseline is not in the table, the recipe has no teacher, the student has
@@ -328,8 +327,6 @@ def _measure_teacher(
     """Computes the teacher's AP on the same images, once; returns None if its detections cannot be read.
 
     Args:
-        folder: folder of the table.
-        recipe: recipe of the comparison.
         every_fold: the images of all folds; None: the validation split.
         teachers: the folds' own teachers; each is evaluated on its held-out images, and their detections are pooled.
         observer: receives the reason if there is no AP.

@@ -83,7 +83,6 @@ def run_data(source: str, *, data: Data | Path, sheet: Path | None = None, obser
         source: name of the data, for the report.
         data: the data or their folder.
         sheet: the image to write; None: ``data.png``, or ``data-2.png`` and so on if it exists.
-        observer: receives progress.
 
     Raises:
         OutputError: the sheet exists, or its suffix is unknown.

@@ -70,7 +70,6 @@ def run_demo(
         seed: seed of both students' weights and data order.
         steps: optimizer steps of each student; default: the recipe's.
         output: a new folder; default: ``runs/demo``.
-        observer: receives progress.
 
     Raises:
         GDetKDError: the folder exists, or the exported student differs from the trained one.

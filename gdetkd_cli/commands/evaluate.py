@@ -53,7 +53,6 @@ def run_eval(
         data: the data or their folder; None: the data of the recipe.yaml beside the detector.
         classes: names of the detector's classes, for a file that does not name them.
         store: a file for the detections (``write_detections``); None: they are not kept.
-        observer: receives notes and progress.
 
     Raises:
         ModelError, PairError: the target is no detector, or its detections cannot be read.

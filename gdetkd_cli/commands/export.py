@@ -94,15 +94,11 @@ def run_export(
 
     Args:
         target: a run folder, a student.pt, or builtin:NAME.
-        onnx: write an ONNX file.
-        torchscript: write a TorchScript file.
         safetensors: write its weights as a safetensors file.
         output: the file, or an existing folder; with several formats, each gets its own suffix. None: beside the
             detector, or in the working directory for builtin:NAME.
         half, int8: also write the ONNX file with float16 or 8-bit layers, as ``NAME.fp16.onnx`` and ``NAME.int8.onnx``.
-        opset: of the ONNX file.
         batch: images that the ONNX file takes together, or ``ANY`` number; None: one image without that dimension.
-        observer: receives progress.
 
     Raises:
         ModelError: the target is not a gdetkd detector.

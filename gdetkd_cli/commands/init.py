@@ -50,9 +50,7 @@ def run_init(
             ``package.module:function``.
         student: any of these, or ``BACKBONE+HEAD``, for example ``resnet18+retinanet``.
         data: folder of images with COCO, YOLO, VOC or BDD100K annotations, or of images alone for the teacher to label.
-        output: the file to write.
         classes: names of the teacher's classes, for a file that does not name them.
-        observer: receives progress.
 
     Raises:
         RecipeError: the file already exists, or classes are named for a teacher that is no file.
@@ -106,8 +104,6 @@ def run_probe_to_recipe(
 
     Args:
         model, options: as in ``run_probe``.
-        output: the file to write.
-        observer: receives progress.
 
     Raises:
         RecipeError: the file already exists.

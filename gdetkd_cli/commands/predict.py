@@ -95,7 +95,6 @@ def run_predict(
         model: a run folder, a model file with readable detections, ``builtin:NAME``, or a recipe (its teacher).
         places: image files, videos, folders, or patterns such as ``images/*.jpg``.
         options: which detections to keep and where to write them.
-        observer: receives notes and progress.
 
     Raises:
         ModelError, PairError: the model is no detector, its detections cannot be read, or it lacks a class.

@@ -59,8 +59,6 @@ def run_probe(model: str, options: ProbeOptions | None = None, *, observer: Obse
     Args:
         model: a torchvision detector's name, a run folder, a student.pt, a state_dict of a torchvision detector, a
             TorchScript, exported or ONNX file, ``builtin:NAME``, or ``package.module:function``.
-        options: how to probe it.
-        observer: receives notes.
 
     Raises:
         ModelError: the model is none of these, or it cannot be run.

@@ -67,7 +67,6 @@ def run_report(
         runs: folders; at most one distilled and one plain run, or one folder of ``compare`` or ``demo``.
         output: the HTML file; default: ``report.html`` in the distilled run's folder, or in the only one.
         teacher: evaluate the teacher on all validation images, and keep its detections in the folder.
-        observer: receives progress.
 
     Raises:
         RunFolderError: a folder is none of these, or there are two of a kind.

@@ -84,8 +84,6 @@ def write_results(
     """Writes ``metrics.json``, and some validation images with the student's detections.
 
     Args:
-        folder, setup: of the finished run.
-        metrics: of the student.
         facts: what ``metrics.json`` holds beside them.
     """
     detector = setup.student.detector

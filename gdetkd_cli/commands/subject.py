@@ -108,9 +108,6 @@ def open_file(
     """Opens a detector file by its content.
 
     Args:
-        path: the file.
-        device: to run it on.
-        observer: receives notes.
         classes: names that the user gave for its classes.
         data_classes: class names of the data, for a file without class names.
 

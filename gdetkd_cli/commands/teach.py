@@ -62,7 +62,6 @@ def run_teach(recipe: Recipe, *, output: Path, int8: bool = False, observer: Obs
         recipe: names the data, the augmentation and the teacher; the student does not matter.
         output: the folder, new or of an earlier call.
         int8: 8 bits per value instead of float16.
-        observer: receives progress.
 
     Raises:
         KnowledgeError: the folder belongs to another teacher, or this teacher's heads cannot be stored.

@@ -76,11 +76,9 @@ def run_train(
 
     Args:
         recipe: names the data and the detector.
-        detector: the one to train.
         output: the run's folder; default: ``runs/NAME``.
         requeue: continue the run in that folder, if there is one.
         measure: measure the trained student for a report.
-        observer: receives progress.
 
     Raises:
         GDetKDError: something that the recipe names cannot be used.
@@ -129,12 +127,10 @@ def resume_run(
     """Continues a stopped run with the recipe in its folder, from its newest checkpoint or, without one, anew.
 
     Args:
-        run: the run's folder.
         steps: a new number of steps; the learning rate follows the schedule for that number from here on.
         force: continue even if the recipe or the data changed since the checkpoint.
         report: write ``report.html`` at the end of a distilled run.
         measure: as in ``run_train``.
-        observer: receives progress.
 
     Raises:
         RunFolderError: the folder is not a run folder, its checkpoint is damaged or beyond the steps, or the run is

@@ -47,7 +47,6 @@ def check_recipe(
         recipe: a recipe with a teacher and a ``distill`` block.
         source: the recipe's file or name.
         changes: the ``--set`` values applied to it.
-        observer: receives notes.
 
     Raises:
         GDetKDError: something that the recipe names cannot be used.

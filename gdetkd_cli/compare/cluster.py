@@ -41,7 +41,6 @@ class Cluster:
     """Submits trials as jobs and waits for them. Thread-safe.
 
     Args:
-        launcher: the scheduler.
         folder: for the jobs' files; all machines see it.
 
     Raises:

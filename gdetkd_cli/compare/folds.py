@@ -69,8 +69,6 @@ def plan_fold_teachers(recipe: Recipe, folder: Path, folds: list[Fold]) -> dict[
 
     Args:
         recipe: the comparison's recipe, with resolved runtime settings.
-        folder: folder of the table.
-        folds: all folds.
 
     Raises:
         RecipeError: the teacher has seen these images and cannot be trained again.
@@ -119,7 +117,6 @@ def pool_teacher_ap(teachers: Mapping[Fold, tuple[Trial, Recipe]], split: Split)
     """Computes the AP in 0-100 of the folds' own teachers on their held-out images, pooled over folds.
 
     Args:
-        teachers: by fold.
         split: the images of all folds, with the classes of the comparison.
 
     Raises:

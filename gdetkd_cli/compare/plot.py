@@ -18,7 +18,6 @@ def draw_comparison(comparison: Comparison, path: Path) -> None:
 
     Args:
         comparison: the table; rows without AP are left out.
-        path: the PNG to write.
     """
     rows = comparison.rows
     budgets = list(dict.fromkeys(row.steps for row in rows))

@@ -102,7 +102,6 @@ def make_rows(
 
     Args:
         requested: budget and method of each requested row; rows of other finished trials follow.
-        finished: trials and their metrics.
         split: N validation images; with folds, the images of all folds.
         baseline: the method to compare the others with.
         folds: number of folds; None for one training and one validation split.

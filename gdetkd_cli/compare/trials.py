@@ -118,7 +118,6 @@ def find_finished_trials(folder: Path, folds: int | None = None) -> dict[Trial, 
     """Finds all finished trials and their metrics, sorted by budget, seed, method and fold.
 
     Args:
-        folder: folder of the table.
         folds: number of folds of the trials; None: trials without folds.
     """
     trials = []
@@ -154,8 +153,6 @@ def run_trials(
     """Runs the trials that are not finished, ``jobs`` at a time, on separate GPUs if there are enough.
 
     Args:
-        recipes: by trial.
-        settings: of this machine.
         jobs, observer: as in ``run_compare``.
         cluster: runs the trials instead of this machine.
         what: what the trials are, for a note.
@@ -262,7 +259,6 @@ def train_trial(
     """Trains and evaluates the trial's student in its own process, unless it is already trained.
 
     Args:
-        trial, recipe: the trial.
         environment: variables to add to this process's own.
         children: where the process is registered.
 

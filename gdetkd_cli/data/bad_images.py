@@ -13,7 +13,6 @@ class BadImageError(DataError):
     """An image cannot be read.
 
     Args:
-        path: its file.
         problem: the end of a sentence about it.
     """
 

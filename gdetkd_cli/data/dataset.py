@@ -28,7 +28,6 @@ class DetectionDataset(Dataset[Example]):
 
     Args:
         split: source of records and images.
-        augmentation: random changes, or None.
         seed: of the random changes; at least 0.
         cache_mb: MiB of decoded images that each process keeps; the first images read stay.
         copy_paste: probability of pasting a copy of an object, before the other changes.

@@ -92,7 +92,6 @@ def read_image_size(path: Path, *, annotated: tuple[int, int] | None = None) -> 
     """Reads (height, width) pixels of the upright image from the file's header, without decoding it.
 
     Args:
-        path: the file.
         annotated: size in the annotations; the image is turned upright only if it has this size then.
 
     Raises:
@@ -132,8 +131,6 @@ def read_sizes(
     """Reads (height, width) pixels of the images whose size is not known; None for one that is left out.
 
     Args:
-        paths: the files.
-        known: sizes that are known.
         bad: collects the images that cannot be read; None: such an image is an error.
         upright: give the sizes of the upright images, not the stored ones.
 

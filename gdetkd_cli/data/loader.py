@@ -39,13 +39,10 @@ def load_training_batches(
     place of one that is left out (``Split.bad``).
 
     Args:
-        dataset: training examples.
         batch_size: images per step and process.
         steps: steps of the whole run.
-        start_step: number of finished steps.
         seed: of the order of the images; at least 0.
         rank: of this process; each process gets its own share of a step's images.
-        world_size: number of training processes.
         workers: number of loader processes; they and their caches live as long as the iterator.
         pin_memory: yield page-locked tensors, which copy to a CUDA device without waiting.
 
@@ -74,10 +71,7 @@ def load_validation_batches(*, split: Split, batch_size: int, rank: int = 0, wor
     and with them the AP.
 
     Args:
-        split: to evaluate on.
         batch_size: images per batch; the last batch of a size may have fewer.
-        rank: of this process.
-        world_size: number of evaluating processes.
 
     Raises:
         DataError: an image cannot be read.
@@ -115,7 +109,6 @@ class _BatchDataset(Dataset[_Loaded]):
     """Whole batches by their keys. Returns errors, because torch adds a traceback to errors of a loader process.
 
     Args:
-        dataset: the examples.
         replace: whether the next readable image takes the place of an image that is left out.
     """
 

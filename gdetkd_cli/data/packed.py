@@ -115,11 +115,7 @@ class PackedRecords(Sequence[Record]):
 
 
 class RecordPacker:
-    """Collects annotations in any order.
-
-    Args:
-        outlines: whether outlines are kept.
-    """
+    """Collects annotations in any order."""
 
     def __init__(self, *, outlines: bool) -> None:
         self._keeps_outlines = outlines
@@ -159,7 +155,6 @@ class PackedPaths(Sequence[Path]):
     """A sequence of paths below one folder.
 
     Args:
-        folder: the folder.
         names: of the files, relative to the folder.
     """
 

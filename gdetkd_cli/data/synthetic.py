@@ -53,7 +53,6 @@ def draw_split(*, split: str, images: int, size: int, seed: int, smallest: float
         split: ``train`` or ``val``; the two never share a scene.
         images: number of scenes; the first n scenes do not depend on it.
         size: side in pixels.
-        seed: of the data set.
         smallest: outer diameter of the smallest object, as a fraction of the side.
     """
     check_memory(f"data.{split}_images: {images} scenes of {size} x {size} pixels", images * 3 * size**2)

@@ -125,9 +125,7 @@ def name_classes(
     """Names the classes that weights were trained on.
 
     Args:
-        state: the weights.
         description: of the detector they belong to.
-        data: the data's class names.
         published: names that came with the weights.
 
     Returns:
@@ -153,7 +151,6 @@ def drop_placeholders(detector: Detector, description: dict[str, Any]) -> Detect
 
     Args:
         detector: with at least one other class.
-        description: rebuilds it.
     """
     kept = [i for i, name in enumerate(detector.class_names) if name != PLACEHOLDER]
     smaller = build(description, [detector.class_names[i] for i in kept])
@@ -178,7 +175,6 @@ def rename_classes(detector: _HasClasses, names: Sequence[str], source: str) -> 
     """Gives a detector the names that the user chose for its classes.
 
     Args:
-        detector: the detector.
         names: K names in the order of its labels.
         source: the detector's name in messages.
 
@@ -233,7 +229,6 @@ def load(path: Path, class_names: tuple[str, ...] | None = None) -> Loaded:
     """Reads a file written by ``save``, or a state_dict of a torchvision detector.
 
     Args:
-        path: the file.
         class_names: names for a file without names, used if their number fits.
 
     Raises:

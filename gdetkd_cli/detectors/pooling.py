@@ -126,7 +126,6 @@ def assign_levels(
     This is the usual rule k = k0 + log2(sqrt(area) / 224) for measured strides: 224 pixels at stride 16 are 14 cells.
 
     Args:
-        pyramid: the detector's.
         regions: R of them.
         cells_per_side: usual side of a region on its level; one number, or one per level.
         among: choose from so many of the finest levels; None: from all.

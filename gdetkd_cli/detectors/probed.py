@@ -48,8 +48,6 @@ class ProbedDetector(Detector):
 
         Args:
             runner: the model, in evaluation mode, on the CPU.
-            source: name for messages.
-            kind: of its file.
             model_input: how its images are prepared, as far as the user said.
             size: (height, width) pixels of an image that it accepts.
             class_names: K names of its classes; by default those in its file.
@@ -241,7 +239,6 @@ def read_regions(pyramid: Pyramid, regions: Regions, needs: frozenset[View], *, 
     """Reads what a teacher without known heads says about regions: their levels, and features pooled from these.
 
     Args:
-        pyramid: the teacher's.
         regions: R of them.
         needs: features are pooled only for ``pooled`` and ``embedding``.
         cells_per_side: usual side of a region on its level.

@@ -43,7 +43,6 @@ def load_scripted(path: Path, class_names: tuple[str, ...]) -> catalog.Loaded:
     compute the same features and the same detections.
 
     Args:
-        path: the file.
         class_names: names for a file without names, used if their number fits.
 
     Raises:

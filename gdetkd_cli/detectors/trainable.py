@@ -62,7 +62,6 @@ class TrainableDetector(ProbedDetector):
 
         Args:
             module: on the CPU.
-            source: name for messages.
             class_names: K names of the labels 1..K.
             model_input: how its images are prepared.
             size: (height, width) pixels of an image that it accepts.

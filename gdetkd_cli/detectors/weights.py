@@ -139,9 +139,7 @@ def load_body(body: nn.Module, state: dict[str, Tensor], *, weights: str, backbo
     """Loads a classifier's weights, without the classifier, into a body; returns notes.
 
     Args:
-        body: to load into.
         state: by the body's own names.
-        weights: their name, for messages.
         backbone: the body's name, for messages.
         kind: of the bodies that have such weights, for messages.
 
@@ -250,8 +248,6 @@ def load_state(
     """Loads weights; layers trained for other classes keep their fresh values.
 
     Args:
-        module: receives the weights.
-        state: by name.
         source: names the weights in messages.
         other_classes: the weights are known to be for other classes, even if their number is the same.
         class_layers: tensors that depend on the classes, besides those of torchvision's heads.

@@ -43,9 +43,7 @@ class Distiller(nn.Module):
     checkpoint and DDP do not see it.
 
     Args:
-        student: the detector to train.
         teacher: the detector to imitate; its module must be in evaluation mode and frozen.
-        terms: distillation terms by name.
         choose_regions: (the student's observation, the batch, the step) -> regions.
         task_loss: add the student's own losses to the total; they are always reported.
     """

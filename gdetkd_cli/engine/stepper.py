@@ -19,10 +19,7 @@ class Stepper:
     """Takes training steps; logs and saves nothing.
 
     Args:
-        distiller: student, teacher and terms.
         student: the distiller's student, for plain steps.
-        optimizer: over the distiller's parameters.
-        accelerator: device, precision, processes.
         clip_norm: largest gradient norm; None: no clipping.
     """
 

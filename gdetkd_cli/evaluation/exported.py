@@ -40,7 +40,6 @@ def describe(detector: Detector, architecture: dict[str, Any], *, batch: int | N
 
     Args:
         detector: the detector in the file.
-        architecture: rebuilds it.
         batch: images per run of a batched file, 0 for any number; None: the file is not batched.
     """
     try:
@@ -71,7 +70,6 @@ class OnnxDetector:
         """Reads the file.
 
         Args:
-            path: the file.
             device: ``cpu``, or ``cuda`` to use a GPU if this onnxruntime supports it.
 
         Raises:

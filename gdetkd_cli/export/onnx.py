@@ -37,8 +37,6 @@ def export_onnx(
     (N,), the detections of each image. What is behind them is 0.
 
     Args:
-        detector: a torchvision detector.
-        path: the file to write.
         architecture: the description that rebuilds the detector, stored in the file with the class names.
         opset: version of ONNX's operators, 16 to 20.
         batch: N, or ``ANY`` for a detector of the family ``query``; None: one image without the dimension N. What

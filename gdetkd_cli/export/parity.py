@@ -91,10 +91,7 @@ def check_parity(
     cut may be missing on one side, because rounding decides whether they are reported.
 
     Args:
-        reference: the detector.
-        exported: the exported file.
         images: images (3, H, W) in 0..1.
-        cut: the detector's limits.
         relative: allowed difference of a box coordinate as a fraction of the image's long side, if that is more than
             ``BOX_TOLERANCE``.
         together: give the file all images at once, because it is batched; else one at a time.

@@ -92,8 +92,6 @@ def write_int8(
     """Writes an ONNX file whose weighted layers compute with 8 bits, by onnxruntime's static quantisation.
 
     Args:
-        source: the float32 file.
-        path: the file to write.
         images: the ranges of all values are measured on these.
         progress: gets the number of images done.
 

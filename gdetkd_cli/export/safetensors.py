@@ -19,8 +19,6 @@ def export_safetensors(detector: Detector, path: Path, *, architecture: dict[str
     A tensor that several names share is written under each of them, so that ``load_state_dict`` needs no exception.
 
     Args:
-        detector: the detector.
-        path: the file to write.
         architecture: the description that rebuilds the detector.
 
     Returns:

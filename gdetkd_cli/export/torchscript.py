@@ -21,8 +21,6 @@ def export_torchscript(detector: Detector, path: Path, *, architecture: dict[str
     """Writes the detector as TorchScript: ``image`` (3, H, W) in 0..1 -> boxes (D, 4), scores (D,), labels (D,).
 
     Args:
-        detector: a torchvision detector.
-        path: the file to write.
         architecture: the description that rebuilds the detector, stored in the file with the class names.
 
     Returns:

@@ -45,8 +45,6 @@ def check_arguments(what: str, arguments: dict[str, Any], known: dict[str, Any])
     """Rejects unknown arguments, which torchvision ignores, and wrong values, which fail in the middle of a run.
 
     Args:
-        what: the detector, for messages.
-        arguments: to check.
         known: defaults by name.
 
     Raises:

@@ -30,7 +30,6 @@ class Flow:
     """The values that depend on the first convolution. Every attribute below has one entry per value.
 
     Args:
-        values: of a record.
         stem: index of the first convolution.
         tokens: whether a sequence (1, T, C) or (T, C) is a map if it has one token per cell of the first convolution's
             map, or of this map halved several times.

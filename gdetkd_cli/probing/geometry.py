@@ -43,9 +43,7 @@ def locate_cells(values: Sequence[Value], reference: int, level: int) -> Geometr
     """Locates a level's cells in pixels of the reference; None if no chain of maps and their tokens leads to the level.
 
     Args:
-        values: the record.
         reference: index of the network's input, (N, C, H, W).
-        level: index of the level.
     """
     frame = values[reference].shape[-2:]
     trails: dict[int, _Trail] = {reference: _Trail((1.0, 1.0), (0.5, 0.5), (frame[0], frame[1]))}
@@ -73,9 +71,7 @@ def depends_on(values: Sequence[Value], source: int, result: int) -> bool:
     """Whether a value was computed from another one.
 
     Args:
-        values: the record.
         source: index of the other value.
-        result: index of the value.
     """
     reached = {source}
     for i in range(source + 1, result + 1):

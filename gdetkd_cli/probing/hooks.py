@@ -19,7 +19,6 @@ class HookReader:
     """Reads values of a recorded model that are outputs of its submodules.
 
     Args:
-        module: the model.
         values: of its record, with the submodules' outputs.
     """
 

@@ -222,7 +222,6 @@ def _step_out_of_head(flow: Flow, chains: Sequence[Sequence[int]], finals: Seque
     other levels are computed. The coarsest or finest level has no such map and steps back as far as the others.
 
     Args:
-        flow: the record.
         chains: by level, the maps of its size that its final convolutions depend on.
         finals: the final convolutions of all levels.
     """

@@ -45,7 +45,6 @@ def recognise_form(returned: object, size: tuple[int, int], classes: int | None)
     """Recognises the form of a model's output for one image; None if it is unknown.
 
     Args:
-        returned: the model's output.
         size: (height, width) pixels of the image.
         classes: K, or None if unknown; only the forms with labels are recognised without it.
     """

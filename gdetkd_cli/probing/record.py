@@ -141,7 +141,6 @@ def record(
     Args:
         call: runs the model on the inputs and returns its output; may call its argument to name values.
         weights: the model's parameters and buffers by name.
-        inputs: the model's input tensors.
         submodules: by name, the submodules whose outputs are recorded.
     """
     recorder = _Recorder(weights)
@@ -298,10 +297,6 @@ class Address:
 @torch.no_grad()
 def read(call: Callable[[], object], addresses: Sequence[Address]) -> tuple[Tensor, list[Tensor]]:
     """Reads values while ``call`` runs a model, and stops the forward after the last one.
-
-    Args:
-        call: runs the model.
-        addresses: of the values.
 
     Returns:
         The first convolution's input (N, C, H, W), and the values.

@@ -30,7 +30,6 @@ def describe_problems(error: ValidationError, data: object, model: type[BaseMode
 
     Args:
         error: the error that pydantic raised.
-        data: the validated data.
         model: the model used for validation.
     """
     schema = model.model_json_schema()

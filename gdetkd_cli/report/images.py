@@ -32,7 +32,6 @@ def draw_predictions(
         split: the first ``count`` images are drawn; images that are left out (``Split.bad``) are passed over.
         predictors: by title, left to right after the truth.
         folder: made if it is missing.
-        count: number of images.
         device: of the predictors' input.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -84,7 +83,6 @@ def draw_sheet(split: Split, path: Path, *, count: int = 12) -> list[int]:
     Args:
         split: images that cannot be decoded are passed over.
         path: the file to write, unless there is no image to draw.
-        count: maximum number of images.
 
     Returns:
         Indices of the images that are drawn.

@@ -56,7 +56,6 @@ def read_coco(
     """Reads one annotation file. Images must exist, but are decoded only on demand.
 
     Args:
-        annotations: the JSON file.
         images: the folder to which ``file_name`` is relative.
         classes: category names to use, label k for the k-th; by default all, in the order of their ids.
         outlines: whether to keep the objects' outlines.
@@ -173,7 +172,6 @@ def align_classes(split: Split, class_names: tuple[str, ...]) -> Split:
     """Returns the split with labels that refer to another class list, matched by name.
 
     Args:
-        split: any split.
         class_names: the other list; it may have more classes than the split.
 
     Raises:
@@ -298,10 +296,8 @@ def _convert_annotation(
     """Converts an annotation to the form of ``Record.truth``; None if its box is unusable.
 
     Args:
-        annotation: from the file.
         label: 1..K.
         size: (height, width) pixels of the image.
-        tally: receives the remarks.
         place: describes where the annotation is.
     """
     box = annotation.get("bbox")

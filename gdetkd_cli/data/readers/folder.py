@@ -23,7 +23,6 @@ def read_folder(folder: Path, which: Literal["train", "val", "all"] = "all", *, 
     """Reads the images in a folder and its subfolders, in the order of their paths, as a split without annotations.
 
     Args:
-        folder: to search.
         which: every tenth image is ``val``, the others are ``train``.
         bad: collects the images that cannot be read; None: such an image is an error.
 

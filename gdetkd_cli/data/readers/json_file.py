@@ -17,7 +17,6 @@ def read_json(file: Path, kind: str) -> object:
     """Reads a file of annotations.
 
     Args:
-        file: the file.
         kind: what it should be, for messages.
 
     Raises:

@@ -53,7 +53,6 @@ def read_yolo(
     whose label file is empty or missing has no objects. A polygon becomes its enclosing box.
 
     Args:
-        config: the class names.
         sources: folders, searched with their subfolders, or ``.txt`` lists of images.
         root: folder from which the names in lists may start.
         classes: names to use, in this order; default: all.
@@ -100,7 +99,6 @@ def _build_tables(
 
     Args:
         images: file, (height, width) pixels and label file of each image; an image without a size is left out.
-        config: the class names.
         tally: receives the remarks about rows that are left out.
         places: receives label file and line of each annotation.
     """

@@ -65,7 +65,6 @@ class QueryDetector(TrainableDetector):
 
         Args:
             module: on the CPU.
-            source: name for messages.
             class_names: K names.
             fixed_size: whether the module takes images of its own size only.
 

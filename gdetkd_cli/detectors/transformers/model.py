@@ -22,12 +22,7 @@ _MOST = 300  # detections per image, as transformers' own post-processing of RT-
 
 
 class QueryModel(nn.Module):
-    """In training, (images, targets) -> the model's own loss; in evaluation, images -> boxes, scores and labels.
-
-    Args:
-        model: of transformers.
-        preparation: of its images.
-    """
+    """In training, (images, targets) -> the model's own loss; in evaluation, images -> boxes, scores and labels."""
 
     def __init__(self, model: Any, preparation: Preparation) -> None:
         super().__init__()

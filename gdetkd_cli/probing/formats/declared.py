@@ -35,7 +35,6 @@ def read_declared(path: Path, shape: Sequence[object], dtype: torch.dtype) -> De
     Args:
         path: of the file, for messages.
         shape: of the input, 3 or 4 axes; an axis that is no number is free.
-        dtype: of the input.
 
     Raises:
         ModelError: the images have neither 3 channels nor 1.

@@ -158,7 +158,6 @@ class ModuleRunner:
             calls: ways of calling it, in the order of trying.
             size: (height, width) if it takes only this size.
             grey: it takes images of one channel.
-            class_names: from its file.
             inputs: its inputs in their order; None stands for the image.
             unknown: names of further inputs, for which there is no value.
         """

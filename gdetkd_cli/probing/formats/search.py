@@ -29,7 +29,6 @@ def find_size(accepts: Callable[[Size], bool], declared: Sequence[Size] = ()) ->
 
     Args:
         accepts: whether the model works on an image of a size.
-        declared: sizes to try first.
     """
     if accepts(_ORDINARY):
         return None
