@@ -69,8 +69,9 @@ def command_page() -> str:
 def _exit_codes() -> str:
     """A table of the exit codes with the errors that have them, from the docstrings of ``gdetkd_cli.errors``."""
     codes: dict[int, list[str]] = {}
+    bases = (errors.GDetKDError, errors._InputError)
     for error in vars(errors).values():
-        if isinstance(error, type) and issubclass(error, errors.GDetKDError) and error is not errors.GDetKDError:
+        if isinstance(error, type) and issubclass(error, errors.GDetKDError) and error not in bases:
             codes.setdefault(error.exit_code, []).append(str(error.__doc__).splitlines()[0])
     codes[2].append("The command line is wrong: an unknown option, a missing argument, or two that exclude each other.")
     rows = {
