@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -119,8 +118,8 @@ def run_compare(
     }
     failures += run(recipes)
     teacher = _measure_teacher(folder, recipe, split if parts else None, teachers, observer)
-    table = _Table(folder, recipe.name, split, baseline, folds)
-    return _write(table, [(trial.steps, trial.method) for trial in recipes], teacher, failures, observer)
+    requested = [(trial.steps, trial.method) for trial in recipes]
+    return _write(folder, recipe.name, split, baseline, folds, requested, teacher, failures, observer)
 
 
 def _build_trials(
@@ -152,42 +151,26 @@ def _share_teacher(recipe: Recipe, folder: Path) -> Recipe:
     return recipe.model_copy(update={"distill": distill.model_copy(update=update)})
 
 
-@dataclass(frozen=True)
-class _Table:
-    """The facts that all rows of a table share.
-
-    Attributes:
-        folder: folder of the trials.
-        recipe: name of the recipe.
-        split: the validation images; with folds, all images.
-        baseline: the method to compare the others with.
-        folds: number of folds, or None.
-    """
-
-    folder: Path
-    recipe: str
-    split: Split
-    baseline: str
-    folds: int | None
-
-
 def _write(
-    table: _Table,
+    folder: Path,
+    recipe: str,
+    split: Split,
+    baseline: str,
+    folds: int | None,
     requested: Sequence[tuple[int, str]],
     teacher: float | None,
     failures: Sequence[str],
     observer: Observer,
 ) -> Comparison:
     """Builds the table of all finished trials and writes its files; ``requested`` holds budgets and methods."""
-    folder, folds = table.folder, table.folds
     if folds is None:
         observer(Note("resampling images to estimate intervals"))
     finished = find_finished_trials(folder, folds)
-    split = select_predicted(table.split, finished)
-    rows, runs = make_rows(requested, finished, split, table.baseline, folds)
+    split = select_predicted(split, finished)
+    rows, runs = make_rows(requested, finished, split, baseline, folds)
     comparison = Comparison(
-        recipe=table.recipe,
-        baseline=table.baseline,
+        recipe=recipe,
+        baseline=baseline,
         teacher_ap=teacher,
         rows=tuple(rows),
         notes=tuple(write_notes(rows, teacher, finished, folds)),
@@ -198,11 +181,11 @@ def _write(
         folds=folds,
         interval_over=describe_interval(folds),
     )
-    write_trials(comparison.trials, table.recipe, finished, folds)
-    write_curves(folder / "curves.csv", table.recipe, finished, folds)
+    write_trials(comparison.trials, recipe, finished, folds)
+    write_curves(folder / "curves.csv", recipe, finished, folds)
     if folds:
-        write_pooled(folder / "pooled.csv", table.recipe, runs)
-    write_table(comparison.table, rows, table.baseline, len(split), folds)
+        write_pooled(folder / "pooled.csv", recipe, runs)
+    write_table(comparison.table, rows, baseline, len(split), folds)
     draw_comparison(comparison, comparison.plot)
     add_report([folder], observer)
     return comparison

@@ -13,7 +13,7 @@ from gdetkd_cli.data.loader import load_validation_batches
 from gdetkd_cli.data.readers.coco import align_classes
 from gdetkd_cli.data.split import Split
 from gdetkd_cli.detectors import catalog
-from gdetkd_cli.engine.events import Note, Observer, report_every, silent
+from gdetkd_cli.engine.events import Observer, report_every, report_notes, silent
 from gdetkd_cli.engine.run_folder import RunFolder
 from gdetkd_cli.errors import DataError
 from gdetkd_cli.evaluation.coco_metrics import CocoMetrics, evaluate_coco
@@ -74,8 +74,7 @@ def run_eval(
         split = assembly.build_split(block, "val", labels)
         subject = open_file(path, device, observer, classes=classes, data_classes=split.class_names)
     assembly.report_bad_images([split], observer)
-    for note in split.notes:
-        observer(Note(f"{split.name}: {note}"))
+    report_notes(observer, (f"{split.name}: {note}" for note in split.notes))
     if len(split) == 0:
         raise DataError(f"{split.name} has no images to evaluate on; choose other data with --data")
     split = align_classes(split, subject.class_names)

@@ -14,7 +14,7 @@ from gdetkd_cli.assembly.warnings import warn_about_weights
 from gdetkd_cli.commands.export_images import arrange_batches, find_calibration, read_parity_images
 from gdetkd_cli.detectors import catalog
 from gdetkd_cli.detectors.protocol import Detector
-from gdetkd_cli.engine.events import Note, Observer, report_every, silent
+from gdetkd_cli.engine.events import Note, Observer, report_every, report_notes, silent
 from gdetkd_cli.errors import ExportError, ModelError, OutputError
 from gdetkd_cli.evaluation.exported import OnnxDetector, ScriptedDetector
 from gdetkd_cli.evaluation.predict import Predictor
@@ -107,8 +107,7 @@ def run_export(
     """
     source = catalog.locate(target)
     loaded = catalog.load(source)
-    for note in (*loaded.notes, *warn_about_weights(loaded.detector)):
-        observer(Note(note))
+    report_notes(observer, (*loaded.notes, *warn_about_weights(loaded.detector)))
     detector, architecture = loaded.detector, loaded.description
     if onnx and batch == ANY and detector.family != "query":
         raise ExportError(
@@ -117,7 +116,8 @@ def run_export(
         )
     formats = [_Format("onnx", partial(export_onnx, opset=opset, batch=batch), OnnxDetector)] if onnx else []
     formats += [_Format("torchscript", export_torchscript, ScriptedDetector)] if torchscript else []
-    formats += [_Format("safetensors", export_safetensors, _rebuild)] if safetensors else []
+    if safetensors:
+        formats.append(_Format("safetensors", export_safetensors, lambda path: catalog.load(path).detector))
     folder = Path() if target.startswith("builtin:") else source.parent
     paths = [_choose_path(kind, folder / source.stem, output, only=len(formats) == 1) for kind in formats]
     forms = [name for name, wanted in (("fp16", half), ("int8", int8)) if wanted and onnx]
@@ -138,26 +138,9 @@ def run_export(
     return ExportResult(source=target, files=tuple(files))
 
 
-def _rebuild(path: Path) -> Predictor:
-    """The detector of a file of weights."""
-    return catalog.load(path).detector
-
-
-def try_export(source: Path) -> None:
-    """Writes a detector's file as ONNX into the file's folder, without a comparison.
-
-    Raises:
-        ExportError: the detector cannot be exported.
-    """
-    loaded = catalog.load(source)
-    export_onnx(loaded.detector, source.with_suffix(".onnx"), architecture=loaded.description)
-
-
 def _choose_path(kind: _Format, default: Path, output: Path | None, *, only: bool) -> Path:
-    if output is None:
-        return default.with_name(f"{default.name}.{kind.name}")
-    if output.is_dir():
-        return output / f"{default.name}.{kind.name}"
+    if output is None or output.is_dir():
+        return (output or default.parent) / f"{default.name}.{kind.name}"
     return output if only else output.with_suffix(f".{kind.name}")
 
 

@@ -12,7 +12,7 @@ from gdetkd_cli import assembly
 from gdetkd_cli.commands.rehearse import rehearse
 from gdetkd_cli.detectors.protocol import Detector
 from gdetkd_cli.engine.device import get_peak_memory_mb
-from gdetkd_cli.engine.events import Note, Observer, silent
+from gdetkd_cli.engine.events import Note, Observer, report_notes, silent
 from gdetkd_cli.engine.loop import seed_everything
 from gdetkd_cli.engine.stepper import Stepper, measure_seconds
 from gdetkd_cli.knowledge.store import MemoryStore, count_bytes
@@ -183,8 +183,7 @@ def prepare_steps(recipe: Recipe, observer: Observer = silent) -> tuple[assembly
     """
     compute, scaled = assembly.start_compute(recipe)
     setup = assembly.build_setup(scaled, compute, unscaled=recipe, most_labelled=MOST_LABELLED, observer=observer)
-    for note in setup.notes:
-        observer(Note(note))
+    report_notes(observer, setup.notes)
     seed_everything(recipe.seed)
     stepper = Stepper(
         distiller=setup.distiller,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from gdetkd_cli import assembly, portable
-from gdetkd_cli.commands.subject import Stopwatch, Subject, build_block, choose_device, load_teacher, open_file
+from gdetkd_cli.commands.subject import Stopwatch, build_block, choose_device, load_teacher, open_file
 from gdetkd_cli.data.sources import Source, find_sources
 from gdetkd_cli.detectors import catalog
 from gdetkd_cli.engine.events import Note, Observer, report_every, silent
@@ -107,7 +107,11 @@ def run_predict(
     if options.yolo is not None:
         _check_stems(sources)
     device = choose_device()
-    subject = _open(model, options.classes, device, observer)
+    if (found := load_teacher(model, options.classes)) is not None:
+        recipe, teacher = found
+        subject = build_block(teacher, device, _find_class_names(recipe.data), observer)
+    else:
+        subject = open_file(catalog.locate(model), device, observer, classes=options.classes)
     names = subject.class_names
     for name in options.only:
         if name not in names:
@@ -127,7 +131,12 @@ def run_predict(
         progress(number)
     if not images:
         raise DataError(f"no image could be used; the first problem: {unreadable[0]}")
-    _write(images, names, options)
+    if options.coco is not None:
+        write_coco(options.coco, images, names)
+    if options.csv is not None:
+        write_csv(options.csv, images, names)
+    if options.yolo is not None:
+        write_yolo(options.yolo, images)
     listed = [_list_found(image, names) for image in images]
     return PredictResult(
         source=model,
@@ -136,16 +145,8 @@ def run_predict(
         per_class=dict(Counter(found.name for image in listed for found in image.detections).most_common()),
         unreadable=tuple(unreadable),
         ms_per_image=stopwatch.ms_per_image,
-        written=tuple(path for path in _list_targets(options).values() if path is not None),
+        written=tuple(_list_targets(options).values()),
     )
-
-
-def _open(model: str, classes: Sequence[str], device: torch.device, observer: Observer) -> Subject:
-    found = load_teacher(model, classes)
-    if found is not None:
-        recipe, teacher = found
-        return build_block(teacher, device, _find_class_names(recipe.data), observer)
-    return open_file(catalog.locate(model), device, observer, classes=classes)
 
 
 def _find_class_names(data: Data) -> tuple[str, ...]:
@@ -188,29 +189,27 @@ def _list_found(image: PredictedImage, class_names: Sequence[str]) -> ImageResul
     return ImageResult(image.name, image.size, detections)
 
 
-def _list_targets(options: PredictOptions) -> dict[str, Path | None]:
-    return {"--save": options.save, "--coco": options.coco, "--csv": options.csv, "--yolo": options.yolo}
+def _list_targets(options: PredictOptions) -> dict[str, Path]:
+    """Files and folders to write, by option."""
+    targets = {"--save": options.save, "--coco": options.coco, "--csv": options.csv, "--yolo": options.yolo}
+    return {option: path for option, path in targets.items() if path is not None}
 
 
 def _check_new(options: PredictOptions) -> None:
     for option, path in _list_targets(options).items():
-        if path is None:
-            continue
         if path.is_dir() and option in ("--save", "--yolo") and not any(path.iterdir()):
             continue
         if path.exists():
             raise OutputError(f"{path} already exists; choose another one with {option}")
     named: dict[Path, str] = {}
     for option, path in _list_targets(options).items():
-        if path is not None and (other := named.setdefault(path.resolve(), option)) != option:
+        if (other := named.setdefault(path.resolve(), option)) != option:
             raise OutputError(f"{other} and {option} both name {path}; name two different ones")
 
 
 def _create_folders(options: PredictOptions) -> None:
     """Creates the folders to write into, so that a mistake shows before the first image."""
     for option, path in _list_targets(options).items():
-        if path is None:
-            continue
         folder = path if option in ("--save", "--yolo") else path.parent
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -227,12 +226,3 @@ def _check_stems(sources: Sequence[Source]) -> None:
         other = seen.setdefault(str(Path(source.name).with_suffix("")), source)
         if other is not source:
             raise DataError(f"{other.name} and {source.name} would share one text file; leave out one, or --yolo")
-
-
-def _write(images: Sequence[PredictedImage], class_names: Sequence[str], options: PredictOptions) -> None:
-    if options.coco is not None:
-        write_coco(options.coco, images, class_names)
-    if options.csv is not None:
-        write_csv(options.csv, images, class_names)
-    if options.yolo is not None:
-        write_yolo(options.yolo, images)

@@ -14,7 +14,7 @@ from gdetkd_cli.data.image_files import ImageFiles, read_image_size
 from gdetkd_cli.detectors import catalog
 from gdetkd_cli.detectors.factory import is_reference, make
 from gdetkd_cli.detectors.protocol import Detector
-from gdetkd_cli.engine.events import Note, Observer, silent
+from gdetkd_cli.engine.events import Note, Observer, report_notes, silent
 from gdetkd_cli.errors import ModelError
 from gdetkd_cli.files import name_kind
 from gdetkd_cli.probing.formats.files import detect_kind, open_runner
@@ -90,8 +90,7 @@ def run_probe(model: str, options: ProbeOptions | None = None, *, observer: Obse
     loaded = catalog.load(path)
     if options.classes:
         catalog.rename_classes(loaded.detector, options.classes, model)
-    for note in loaded.notes:
-        observer(Note(note))
+    report_notes(observer, loaded.notes)
     format = "torchvision" if loaded.origin == "state_dict" else loaded.origin
     return _report_detector(loaded.detector, model, format, options, observer)
 
@@ -130,8 +129,7 @@ def _report_runner(
     stated = ModelInput(scale=options.scale or 1.0, mean=options.mean, std=options.std, bgr=options.bgr)
     found = probe(runner, options.size, stated, options.levels, len(class_names) or None)
     model_input, size = found.model_input, found.size
-    for note in found.notes:
-        observer(Note(note))
+    report_notes(observer, found.notes)
     image = _read_image(options, size)
     addresses = [level.address for level in found.levels]
     network_input, values = runner.read(found.call, [model_input.prepare(image)], addresses)

@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 
 from gdetkd_cli import assembly
-from gdetkd_cli.commands.export import try_export
 from gdetkd_cli.data.bad_images import BadImageError
 from gdetkd_cli.data.image_files import ImageFiles
 from gdetkd_cli.data.loader import load_validation_batches
@@ -18,6 +17,7 @@ from gdetkd_cli.engine.events import Note, Observer, report_every
 from gdetkd_cli.errors import ExportError, ModelError, get_first_line
 from gdetkd_cli.evaluation.coco_metrics import evaluate_coco
 from gdetkd_cli.evaluation.predict import list_predicted, predict_split
+from gdetkd_cli.export.onnx import export_onnx
 
 _IMAGES = 2
 
@@ -56,8 +56,9 @@ def rehearse(
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "student.pt"
         catalog.save(file, detector, student.description)
+        loaded = catalog.load(file)
         try:
-            try_export(file)
+            export_onnx(loaded.detector, file.with_suffix(".onnx"), architecture=loaded.description)
         except ExportError as error:
             note = f"the student can be trained, but not exported to ONNX: {error}"
             observer(Note(note))

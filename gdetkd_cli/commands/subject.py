@@ -17,7 +17,7 @@ from gdetkd_cli.assembly.detector import DetectorSpec
 from gdetkd_cli.assembly.warnings import warn_about_weights
 from gdetkd_cli.detectors import catalog
 from gdetkd_cli.distill.distiller import synchronize
-from gdetkd_cli.engine.events import Note, Observer
+from gdetkd_cli.engine.events import Observer, report_notes
 from gdetkd_cli.errors import PairError, RecipeError
 from gdetkd_cli.evaluation.exported import NotOursError, OnnxDetector, ScriptedDetector
 from gdetkd_cli.evaluation.predict import Predictor
@@ -27,8 +27,6 @@ from gdetkd_cli.recipe.checks import require_trained_teacher
 from gdetkd_cli.recipe.load import load_recipe
 from gdetkd_cli.recipe.schema import CheckpointDetector, Recipe
 from gdetkd_cli.structures import Detections
-
-_FORMATS = {"query": "transformers"}  # by family
 
 
 @dataclass(frozen=True)
@@ -119,8 +117,7 @@ def open_file(
     if exported is not None:
         if classes:
             catalog.rename_classes(exported, classes, str(path))
-        for warning in warn_about_weights(exported):
-            observer(Note(warning))
+        report_notes(observer, warn_about_weights(exported))
         batch = (exported.batch or 1) if isinstance(exported, OnnxDetector) else 1
         return Subject(exported, exported.class_names, kind, None, path.stat().st_size / 1e6, batch)
     spec = CheckpointDetector(arch="checkpoint", path=str(path), classes=list(classes) or None)
@@ -143,8 +140,7 @@ def _open_exported(path: Path, kind: Kind, device: torch.device) -> OnnxDetector
 def build_block(spec: DetectorSpec, device: torch.device, class_names: tuple[str, ...], observer: Observer) -> Subject:
     """Builds a detector from a recipe's block; ``class_names`` are the data's."""
     built = assembly.build_detector(spec, class_names, seed=0, keep_classes=True)
-    for note in built.notes:
-        observer(Note(note))
+    report_notes(observer, built.notes)
     detector = built.detector
     detector.module.to(device)
     try:
@@ -157,13 +153,10 @@ def build_block(spec: DetectorSpec, device: torch.device, class_names: tuple[str
     parameters = detector.parameter_count
     file = Path(spec.path) if isinstance(spec, CheckpointDetector) else Path()
     size_mb = (file.stat().st_size if file.is_file() else 4 * parameters) / 1e6
-    return Subject(
-        detector,
-        detector.class_names,
-        detector.finding.kind if detector.finding else _FORMATS.get(detector.family, "torchvision"),
-        parameters,
-        size_mb,
-    )
+    format = "transformers" if detector.family == "query" else "torchvision"
+    if detector.finding is not None:
+        format = detector.finding.kind
+    return Subject(detector, detector.class_names, format, parameters, size_mb)
 
 
 def _fits_classes(spec: DetectorSpec, class_names: tuple[str, ...]) -> bool:

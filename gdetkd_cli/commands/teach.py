@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
@@ -19,7 +18,7 @@ from gdetkd_cli.commands.measure import IMAGES, spread_images
 from gdetkd_cli.data.loader import load_validation_batches
 from gdetkd_cli.data.split import Split
 from gdetkd_cli.detectors.protocol import Detector
-from gdetkd_cli.engine.events import Note, Observer, report_every, silent
+from gdetkd_cli.engine.events import Note, Observer, report_every, report_notes, silent
 from gdetkd_cli.errors import DiskError, KnowledgeError, PairError
 from gdetkd_cli.knowledge.folder import check_storable, write_teacher
 from gdetkd_cli.knowledge.store import DiskStore
@@ -81,8 +80,7 @@ def run_teach(recipe: Recipe, *, output: Path, int8: bool = False, observer: Obs
     splits = {which: assembly.read_split(recipe.data, which) for which in assembly.SPLITS}
     assembly.report_bad_images(splits.values(), observer)
     built = assembly.build_detector(recipe.teacher, splits["train"].class_names, recipe.seed, keep_classes=True)
-    for note in built.notes:
-        observer(Note(note))
+    report_notes(observer, built.notes)
     teacher = built.detector
     check_storable(teacher, built.description)
     teacher.module.to(accelerator.device).eval()
@@ -144,7 +142,8 @@ class _Work:
 
     def _store_features(self, pixels: list[Tensor]) -> None:
         missing = [(name, one) for one in pixels if (name := name_view(one)) not in self._teacher.store]
-        for part in _split(missing, self._batch):
+        for start in range(0, len(missing), self._batch):
+            part = missing[start : start + self._batch]
             images = [one.to(self._device).float() / 255 for _, one in part]
             for (name, _), answer in zip(part, self._teacher.compute(images), strict=True):
                 self._teacher.store.add(name, answer)
@@ -170,10 +169,6 @@ class _Work:
             level.name: float((ours - theirs).norm() / theirs.norm().clamp(min=1e-30))
             for level, ours, theirs in zip(self._teacher.levels, stored, exact, strict=True)
         }
-
-
-def _split(items: list[tuple[str, Tensor]], size: int) -> Iterator[list[tuple[str, Tensor]]]:
-    return (items[start : start + size] for start in range(0, len(items), size))
 
 
 def _find_detections(teacher: Detector, observer: Observer) -> bool:

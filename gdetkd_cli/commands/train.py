@@ -26,7 +26,7 @@ from gdetkd_cli.engine import run_folder
 from gdetkd_cli.engine.average import WeightAverage
 from gdetkd_cli.engine.checkpoints import Checkpoint
 from gdetkd_cli.engine.device import get_peak_memory_mb
-from gdetkd_cli.engine.events import Note, Observer, report_every, silent
+from gdetkd_cli.engine.events import Note, Observer, report_every, report_notes, silent
 from gdetkd_cli.engine.loop import Loop, LoopOptions, LoopResult, seed_everything
 from gdetkd_cli.engine.processes import lost_processes_reported
 from gdetkd_cli.engine.run_folder import RunFolder
@@ -327,8 +327,7 @@ def evaluate_split(
 
 
 def _announce(setup: assembly.TrainingSetup, observer: Observer) -> None:
-    for note in setup.notes:
-        observer(Note(note))
+    report_notes(observer, setup.notes)
     settings = setup.compute.settings
     observer(Note(f"{settings.device}, {settings.precision}, {settings.threads} CPU threads"))
     if setup.pair is None:

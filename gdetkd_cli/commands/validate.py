@@ -10,7 +10,7 @@ from gdetkd_cli.assembly.warnings import warn_about_data, warn_about_normalizati
 from gdetkd_cli.commands.rehearse import rehearse
 from gdetkd_cli.data.readers.coco import align_classes
 from gdetkd_cli.data.split import Split
-from gdetkd_cli.engine.events import Note, Observer, silent
+from gdetkd_cli.engine.events import Observer, report_notes, silent
 from gdetkd_cli.recipe.checks import describe_untrained_teacher, require_distillation
 from gdetkd_cli.recipe.schema import DistillationRecipe, Recipe
 from gdetkd_cli.report.pyramid import PyramidReport, describe_pyramid
@@ -54,16 +54,14 @@ def check_recipe(
     recipe = require_distillation(recipe)
     splits = [assembly.read_split(recipe.data, which) for which in assembly.SPLITS]
     assembly.report_bad_images(splits, observer)
-    for split in splits:
-        for note in split.notes:
-            observer(Note(f"{split.name}: {note}"))
+    report_notes(observer, (f"{split.name}: {note}" for split in splits for note in split.notes))
     train = splits[0]
     titles = (assembly.format_title(recipe.student), assembly.format_title(recipe.teacher))
     pair = assembly.build_recipe_pair(recipe, train.class_names)
     checked = check_pair(recipe, source, pair, titles, train, observer)
     train, val = (align_classes(split, pair.student.detector.class_names) for split in splits)
-    for warning in [] if assembly.needs_labels(recipe.data, "train") else warn_about_data(train, val):
-        observer(Note(warning))
+    if not assembly.needs_labels(recipe.data, "train"):
+        report_notes(observer, warn_about_data(train, val))
     rehearse(pair.student, train, val, observer=observer)
     return replace(checked, changes=tuple(changes))
 
@@ -82,8 +80,7 @@ def check_pair(
         teacher.detector.check_detects()
     untrained = describe_untrained_teacher(recipe)
     warnings = warn_about_normalization(student.detector) + warn_about_sizes(student.detector, teacher.detector)
-    for note in (*((untrained,) if untrained else ()), *student.notes, *teacher.notes, *warnings):
-        observer(Note(note))
+    report_notes(observer, (*((untrained,) if untrained else ()), *student.notes, *teacher.notes, *warnings))
     student_report, teacher_report = (
         describe_pyramid(built.detector, source=title, split=train)
         for title, built in zip(titles, (student, teacher), strict=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from time import perf_counter
 
@@ -86,6 +86,12 @@ Observer = Callable[[Event], None]
 
 def silent(event: Event) -> None:
     """An observer that ignores every event."""
+
+
+def report_notes(observer: Observer, texts: Iterable[str]) -> None:
+    """Reports each text as a note."""
+    for text in texts:
+        observer(Note(text))
 
 
 def report_every(observer: Observer, what: str, total: int, *, every: float = 10.0) -> Callable[[int], None]:

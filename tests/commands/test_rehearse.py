@@ -55,7 +55,7 @@ def test_a_student_that_cannot_be_exported_is_noted(recipe: Recipe, monkeypatch:
         raise ExportError("an operator is missing")
 
     assert not any("exported" in note for note in plan_distill(recipe).notes)
-    monkeypatch.setattr("gdetkd_cli.commands.rehearse.try_export", fail)
+    monkeypatch.setattr("gdetkd_cli.commands.rehearse.export_onnx", fail)
     assert plan_distill(recipe).notes[-1] == (
         "the student can be trained, but not exported to ONNX: an operator is missing"
     )
