@@ -9,6 +9,7 @@ its centre is (0.5, 0.5).
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -185,24 +186,25 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """Copies the batch to a device."""
-        return Batch(
-            images=[image.to(device, non_blocking=True) for image in self.images],
-            targets=[
-                Target(boxes=t.boxes.to(device, non_blocking=True), labels=t.labels.to(device, non_blocking=True))
-                for t in self.targets
-            ],
-            image_ids=self.image_ids.to(device, non_blocking=True),
-            views=self.views,
-        )
+        return self._copy(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> Batch:
         """Copies the batch to page-locked memory, from which copies to a CUDA device do not wait."""
-        return Batch(
-            images=[image.pin_memory() for image in self.images],
-            targets=[Target(boxes=t.boxes.pin_memory(), labels=t.labels.pin_memory()) for t in self.targets],
-            image_ids=self.image_ids.pin_memory(),
-            views=self.views,
-        )
+        return self._copy(Tensor.pin_memory)
+
+    def _copy(self, copy: Callable[[Tensor], Tensor]) -> Batch:
+        targets = [Target(boxes=copy(target.boxes), labels=copy(target.labels)) for target in self.targets]
+        return Batch([copy(image) for image in self.images], targets, copy(self.image_ids), self.views)
+
+
+def group_by_size(sizes: Iterable[tuple[int, ...]], most: int) -> Iterator[list[int]]:
+    """Yields the places of images of one size, at most ``most`` together; 0: all of a size."""
+    by_size: dict[tuple[int, ...], list[int]] = {}
+    for place, size in enumerate(sizes):
+        by_size.setdefault(size, []).append(place)
+    for places in by_size.values():
+        step = most or len(places)
+        yield from (places[start : start + step] for start in range(0, len(places), step))
 
 
 @dataclass(frozen=True)

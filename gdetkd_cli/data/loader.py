@@ -18,7 +18,7 @@ from gdetkd_cli.data.bad_images import BadImageError
 from gdetkd_cli.data.dataset import DetectionDataset, Example, Key, mix_seed
 from gdetkd_cli.data.split import Split
 from gdetkd_cli.errors import DataError, LoaderError, get_first_line
-from gdetkd_cli.structures import Batch
+from gdetkd_cli.structures import Batch, group_by_size
 
 
 def load_training_batches(
@@ -77,12 +77,9 @@ def load_validation_batches(*, split: Split, batch_size: int, rank: int = 0, wor
         DataError: an image cannot be read.
     """
     dataset = DetectionDataset(split=split, augmentation=None, seed=0, cache_mb=0)
-    by_size: dict[tuple[int, int], list[Key]] = {}
-    for index in range(rank, len(split), world_size):
-        by_size.setdefault(split.records[index].size, []).append((0, index))
-    keys = (
-        share[first : first + batch_size] for share in by_size.values() for first in range(0, len(share), batch_size)
-    )
+    own = range(rank, len(split), world_size)
+    groups = group_by_size((split.records[index].size for index in own), batch_size)
+    keys = ([(0, own[place]) for place in places] for places in groups)
     return _load(dataset, keys, workers=0, pin_memory=False, replace=False)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from gdetkd_cli.memory import describe_exhaustion
 from gdetkd_cli.probing.formats.files import DESCRIPTION_FILE, load_torchscript
 from gdetkd_cli.probing.formats.metadata import ARCHITECTURE, OWN, parse_notes, read_class_names
 from gdetkd_cli.probing.formats.runner import list_not_finite
-from gdetkd_cli.structures import Detections
+from gdetkd_cli.structures import Detections, group_by_size
 
 INPUT = "image"
 OUTPUTS = ("boxes", "scores", "labels")
@@ -39,7 +39,6 @@ def describe(detector: Detector, architecture: dict[str, Any], *, batch: int | N
     It has gdetkd's version, class names and architecture (the last two as JSON), and the keys that other runtimes read.
 
     Args:
-        detector: the detector in the file.
         batch: images per run of a batched file, 0 for any number; None: the file is not batched.
     """
     try:
@@ -131,16 +130,6 @@ class OnnxDetector:
             reason = get_first_line(error)[:200]
             raise ModelError(f"{self._path} fails on an image of {height} x {width} pixels ({reason})") from error
         return [torch.from_numpy(array) for array in outputs]
-
-
-def group_by_size(sizes: Iterable[tuple[int, ...]], most: int) -> Iterator[list[int]]:
-    """Yields the places of images of one size, at most ``most`` together; 0: all of a size."""
-    by_size: dict[tuple[int, ...], list[int]] = {}
-    for place, size in enumerate(sizes):
-        by_size.setdefault(size, []).append(place)
-    for places in by_size.values():
-        step = most or len(places)
-        yield from (places[start : start + step] for start in range(0, len(places), step))
 
 
 class ScriptedDetector:

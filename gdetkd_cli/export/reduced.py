@@ -19,7 +19,8 @@ from onnx import GraphProto, ModelProto, NodeProto, TensorProto, numpy_helper
 from torch import Tensor
 
 from gdetkd_cli.errors import ExportError, get_first_line
-from gdetkd_cli.evaluation.exported import BATCH_INPUT, INPUT, group_by_size
+from gdetkd_cli.evaluation.exported import BATCH_INPUT, INPUT
+from gdetkd_cli.structures import group_by_size
 
 _WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from gdetkd_cli.detectors.protocol import Detector, Observation
 from gdetkd_cli.errors import KnowledgeError, ModelError, PairError
 from gdetkd_cli.knowledge.store import Store, Tensors
-from gdetkd_cli.structures import Batch, Detections, Frame, ImageView, LevelSpec, Pyramid, name_view
+from gdetkd_cli.structures import Batch, Detections, Frame, ImageView, LevelSpec, Pyramid, group_by_size, name_view
 
 _LEVEL, _SCALE, _GEOMETRY = "level.", ".scale", "geometry"
 _MOST = 65504.0  # of float16
@@ -28,7 +28,6 @@ class RememberedTeacher:
 
     Args:
         detector: the teacher, in evaluation mode.
-        store: of the views.
         live: whether the detector can run; else a view that is not in the store is an error.
         detections: store of the detections by view, for a detector that cannot run.
         source: of the store, for messages.

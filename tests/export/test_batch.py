@@ -21,12 +21,13 @@ from gdetkd_cli.data.synthetic import draw_split
 from gdetkd_cli.detectors import transformers
 from gdetkd_cli.detectors.protocol import Detector
 from gdetkd_cli.errors import ExportError
-from gdetkd_cli.evaluation.exported import OnnxDetector, group_by_size
+from gdetkd_cli.evaluation.exported import OnnxDetector
 from gdetkd_cli.export.batch import _pad
 from gdetkd_cli.export.onnx import ANY, export_onnx
 from gdetkd_cli.export.parity import Cut, build_empty_image, check_parity
 from gdetkd_cli.export.reduced import CalibrationImages, write_half, write_int8
 from gdetkd_cli.recipe.schema import SyntheticData
+from gdetkd_cli.structures import group_by_size
 
 Lively = Callable[..., tuple[Detector, dict[str, Any]]]
 
