@@ -30,7 +30,6 @@ def make(reference: str, arguments: Mapping[str, Any]) -> Any:
 
     Args:
         reference: ``package.module:function``.
-        arguments: keyword arguments of the call.
 
     Raises:
         ModelError: the user did not consent, the function does not exist, it failed, or it returned something else.

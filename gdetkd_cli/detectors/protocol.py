@@ -119,9 +119,7 @@ class Finding:
 
     Attributes:
         kind: ``torchscript``, ``exported``, ``onnx`` or ``factory``.
-        call: how the model is called.
         detections: the form of its detections; None if unknown.
-        reason: why these are the levels.
         confidence: share of probed models for which this reason was right, in 0..1.
     """
 

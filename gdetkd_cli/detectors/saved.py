@@ -61,7 +61,6 @@ class SavedStudent(_Block):
         gdetkd: version of the format.
         architecture: see ``portable``.
         classes: names of the labels 1..K.
-        model: the weights by name.
     """
 
     gdetkd: Annotated[int, Field(strict=True, ge=1)]

@@ -63,7 +63,6 @@ class TrainableDetector(ProbedDetector):
         Args:
             module: on the CPU.
             class_names: K names of the labels 1..K.
-            model_input: how its images are prepared.
             size: (height, width) pixels of an image that it accepts.
             last: it takes its images as (H, W, 3).
             levels: names of the pyramid's levels, if the user named them.

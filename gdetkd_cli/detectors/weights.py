@@ -213,18 +213,12 @@ def _get_entry(name: str, model: str | None) -> WeightsEnum:
     try:
         entry: WeightsEnum = get_weight(name) if "." in name else get_model_weights(model or "")[name]
     except (ValueError, KeyError, AttributeError) as error:
-        known = _list_weights(model)
+        known = ", ".join(own.name for own in get_model_weights(model)) if model in list_models() else ""
         raise ModelError(
             f"there is no file and there are no torchvision weights named {name!r}"
             + (f"; {model} has: {known}" if known else "")
         ) from error
     return entry
-
-
-def _list_weights(model: str | None) -> str:
-    if model is None or model not in list_models():
-        return ""
-    return ", ".join(weights.name for weights in get_model_weights(model))
 
 
 def find_refitted_layers(module: nn.Module, state: dict[str, Tensor], class_layers: Collection[str] = ()) -> list[str]:

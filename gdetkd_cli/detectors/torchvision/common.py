@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from typing import Any
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from gdetkd_cli.detectors.measure import measure_levels
 from gdetkd_cli.detectors.torchvision.exact_boxes import exact_boxes
-from gdetkd_cli.structures import Batch, Detections, Frame, LevelSpec, check_resize
+from gdetkd_cli.structures import Batch, Detections, Frame, LevelSpec, Pyramid, check_resize
 
 LEVEL_PREFIX = "backbone."  # of a level's name, before its key in the backbone's output
 
@@ -81,6 +81,14 @@ def build_frame(images: Sequence[Tensor], sizes: Sequence[tuple[int, int]], padd
     before = torch.tensor([[i.shape[-1], i.shape[-2]] for i in images], dtype=torch.float32)
     after = torch.tensor([[w, h] for h, w in sizes], dtype=torch.float32)
     return Frame.of(after / before, torch.zeros_like(before), padded, images[0].device)
+
+
+def build_pyramid(
+    images: Sequence[Tensor], resized: Any, features: Mapping[str, Tensor], levels: tuple[LevelSpec, ...]
+) -> Pyramid:
+    """The pyramid of a backbone's output by key; ``resized`` is the ImageList of the N images."""
+    frame = build_frame(images, resized.image_sizes, resized.tensors.shape[-2:])
+    return Pyramid(tuple(features.values()), levels, frame)
 
 
 def convert_anchors(generator: Any, levels: Sequence[LevelSpec]) -> tuple[Tensor, ...]:

@@ -76,11 +76,7 @@ class DenseDetector(Detector):
             losses = self.module(batch.images, common.convert_targets(batch))
         images, _ = tap.output("transform")
         features = common.name_features(tap.output("backbone"))
-        pyramid = Pyramid(
-            tuple(features.values()),
-            self.levels,
-            common.build_frame(batch.images, images.image_sizes, images.tensors.shape[-2:]),
-        )
+        pyramid = common.build_pyramid(batch.images, images, features, self.levels)
         boxes, cell = None, None
         if candidates:
             boxes, cell = self._select_candidates(tap.output("head"), tap.output("anchor_generator"), pyramid, images)
@@ -95,12 +91,7 @@ class DenseDetector(Detector):
 
     def extract_features(self, batch: Batch) -> DenseObservation:
         images, features = common.extract_features(self.module, batch.images)
-        pyramid = Pyramid(
-            tuple(features.values()),
-            self.levels,
-            common.build_frame(batch.images, images.image_sizes, images.tensors.shape[-2:]),
-        )
-        return self.recall(batch, pyramid, {})
+        return self.recall(batch, common.build_pyramid(batch.images, images, features, self.levels), {})
 
     def recall(self, batch: Batch, pyramid: Pyramid, kept: Mapping[str, Tensor]) -> DenseObservation:
         return DenseObservation(losses={}, pyramid=pyramid, candidates=None, tower=None, cell=None, class_logits=None)
@@ -109,18 +100,13 @@ class DenseDetector(Detector):
         assert isinstance(seen, DenseObservation), "an observation of another detector"
         fcos = self.dense_head == "fcos"  # which looks at the side that is farthest from a cell
         assignment = assign_levels(seen.pyramid, regions, cells_per_side=self.cells_per_side, longest=fcos)
-        pooled, pooled_channels = None, None
-        if "pooled" in needs:
-            pooled = pool_assigned(seen.pyramid, regions, assignment)
-            pooled_channels = get_channels(self.levels, assignment)
-        embedding = self._embed(seen, regions, assignment) if "embedding" in needs else None
-        class_maps = self._read_class_maps(seen) if "class_maps" in needs else None
+        pooled = "pooled" in needs
         return RegionView(
-            pooled=pooled,
-            pooled_channels=pooled_channels,
-            embedding=embedding,
+            pooled=pool_assigned(seen.pyramid, regions, assignment) if pooled else None,
+            pooled_channels=get_channels(self.levels, assignment) if pooled else None,
+            embedding=self._embed(seen, regions, assignment) if "embedding" in needs else None,
             level=assignment,
-            class_maps=class_maps,
+            class_maps=self._read_class_maps(seen) if "class_maps" in needs else None,
         )
 
     def predict(self, images: list[Tensor]) -> list[Detections]:

@@ -29,7 +29,7 @@ def exact_boxes(module: nn.Module) -> Iterator[None]:
 
     Without autocast it has no effect. All hooks are removed after the block.
     """
-    if not _is_autocast_active():
+    if not any(torch.is_autocast_enabled(device) for device in ("cpu", "cuda")):
         yield
         return
     with ExitStack() as hooks:
@@ -38,12 +38,8 @@ def exact_boxes(module: nn.Module) -> Iterator[None]:
                 hooks.callback(part.register_forward_pre_hook(_cast_anchors).remove)
             head = _get_predicting_head(part)
             if head is not None:
-                hooks.callback(head.register_forward_hook(_cast_outputs).remove)
+                hooks.callback(head.register_forward_hook(lambda _, __, outputs: convert_to_fp32(outputs)).remove)
         yield
-
-
-def _is_autocast_active() -> bool:
-    return any(torch.is_autocast_enabled(device) for device in ("cpu", "cuda"))
 
 
 def _get_predicting_head(part: Any) -> nn.Module | None:
@@ -57,7 +53,3 @@ def _cast_anchors(_: nn.Module, arguments: tuple[Any, list[Tensor]]) -> tuple[An
     """Replaces the features by empty ones: generators read only their shape, dtype and device."""
     images, features = arguments
     return images, [torch.empty((), dtype=torch.float32, device=m.device).expand(m.shape) for m in features]
-
-
-def _cast_outputs(_: nn.Module, __: Any, outputs: Any) -> Any:
-    return convert_to_fp32(outputs)

@@ -89,18 +89,18 @@ class TwoStageDetector(Detector):
             losses = self.module(batch.images, common.convert_targets(batch))
         images, _ = tap.output("transform")
         features = common.name_features(tap.output("backbone"))
-        frame = common.build_frame(batch.images, images.image_sizes, images.tensors.shape[-2:])
+        pyramid = common.build_pyramid(batch.images, images, features, self.levels)
         proposals: list[Tensor] = tap.inputs(_POOL)[1]
         image_index = torch.cat([torch.full((len(p),), i, device=p.device) for i, p in enumerate(proposals)])
         with torch.no_grad():
             boxes, *refined = (
-                frame.to_image(torch.cat(tap.inputs(pool)[1]), image_index)
+                pyramid.frame.to_image(torch.cat(tap.inputs(pool)[1]), image_index)
                 for pool in (_POOL, *(f"{stage}.box_roi_pool" for stage in later))
             )
         class_logits, box_deltas = tap.output(_PREDICTOR)
         return TwoStageObservation(
             losses=losses,
-            pyramid=Pyramid(tuple(features.values()), self.levels, frame),
+            pyramid=pyramid,
             candidates=Candidates(
                 boxes=boxes, image_index=image_index, sampled=True, counts=tuple(len(p) for p in proposals)
             ),
@@ -121,11 +121,7 @@ class TwoStageDetector(Detector):
         images, features = common.extract_features(self.module, batch.images)
         return TwoStageObservation(
             losses={},
-            pyramid=Pyramid(
-                tuple(features.values()),
-                self.levels,
-                common.build_frame(batch.images, images.image_sizes, images.tensors.shape[-2:]),
-            ),
+            pyramid=common.build_pyramid(batch.images, images, features, self.levels),
             candidates=None,
             features=features,
             image_sizes=images.image_sizes,
@@ -147,17 +143,17 @@ class TwoStageDetector(Detector):
 
     def region_outputs(self, seen: Observation, regions: Regions, needs: frozenset[View]) -> RegionView:
         assert isinstance(seen, TwoStageObservation), "an observation of another detector"
-        level = self._assign(seen.pyramid, regions) if needs & {"level", "pooled"} else None
-        pooled = None
-        if "pooled" in needs:
-            # Pooling by measured geometry, as for every detector. The head's own pooling ignores the measured offset,
-            # so it reads a fraction of a cell away.
-            assert level is not None
-            pooled = pool_assigned(seen.pyramid, regions, level)
         view = RegionView()
         if needs & {"embedding", "predictions"}:
             view = self._run_head(seen, regions, predictions="predictions" in needs)
-        return replace(view, pooled=pooled, level=level)
+        if not needs & {"level", "pooled"}:
+            return view
+        level = self._assign(seen.pyramid, regions)
+        # Pooling by measured geometry, as for every detector. The head's own pooling ignores the measured offset, so it
+        # reads a fraction of a cell away.
+        return replace(
+            view, pooled=pool_assigned(seen.pyramid, regions, level) if "pooled" in needs else None, level=level
+        )
 
     def _run_head(self, seen: TwoStageObservation, regions: Regions, *, predictions: bool) -> RegionView:
         """The RoI head's embeddings and, on request, its predictions."""

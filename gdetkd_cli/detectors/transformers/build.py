@@ -158,7 +158,8 @@ def load_pretrained(
             ) from error
     if image_size is not None:
         preprocessor["size"] = {"height": image_size[0], "width": image_size[1]}
-    description = {"kind": "transformers", "config": _to_plain(config), "preprocessor": preprocessor}
+    plain = _filter(json.loads(config.to_json_string(use_diff=False)))
+    description = {"kind": "transformers", "config": plain, "preprocessor": preprocessor}
     return _wrap(model.float(), preprocessor, names), description, names == own
 
 
@@ -299,16 +300,9 @@ def _name_classes(config: Any, class_names: Sequence[str]) -> None:
     config.label2id = {name: i for i, name in enumerate(class_names)}
 
 
-def _to_plain(config: Any) -> dict[str, Any]:
-    """A configuration as plain JSON values without what ``_filter`` leaves out."""
-    plain: dict[str, Any] = _filter(json.loads(config.to_json_string(use_diff=False)))
-    return plain
-
-
 def _read_preprocessor(source: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of a model's ``preprocessor_config.json`` that decide how images are prepared."""
     from transformers import AutoImageProcessor
 
     fields = AutoImageProcessor.from_pretrained(source, **options).to_dict()
-    plain = json.loads(json.dumps({name: fields[name] for name in _PREPARATION_FIELDS if name in fields}))
-    return dict(plain)
+    return dict(json.loads(json.dumps({name: fields[name] for name in _PREPARATION_FIELDS if name in fields})))
