@@ -27,7 +27,6 @@ class Source:
     """An image file or a video.
 
     Attributes:
-        path: the file.
         name: unique among the sources; below a folder that was named, its relative path.
     """
 

@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 
 import numpy as np
 import torch
 from numpy.random import Generator
 from PIL import Image, ImageDraw
-from torch import Tensor
 
 from gdetkd_cli.data.split import Record, Split
 from gdetkd_cli.memory import check_memory
@@ -80,11 +79,7 @@ def draw_split(*, split: str, images: int, size: int, seed: int, smallest: float
                 truth=truth,
             )
         )
-    return Split(name=f"synthetic {split}", class_names=CLASS_NAMES, records=records, read=partial(_read, drawn))
-
-
-def _read(images: list[Tensor], index: int) -> Tensor:
-    return images[index]
+    return Split(name=f"synthetic {split}", class_names=CLASS_NAMES, records=records, read=drawn.__getitem__)
 
 
 def _draw_scene(rng: Generator, size: int, smallest: float) -> tuple[np.ndarray, list[list[float]], list[int]]:

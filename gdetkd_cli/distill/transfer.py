@@ -84,10 +84,7 @@ def _match_decoders(student: Detector, teacher: Detector) -> dict[str, Tensor]:
         {name: value for name, value in d.module.state_dict().items() if not _BEFORE_DECODER.search(name)}
         for d in (student, teacher)
     )
-    for name in sorted(ours.keys() | theirs.keys()):
-        shapes = [tuple(state[name].shape) if name in state else None for state in (theirs, ours)]
-        if shapes[0] != shapes[1]:
-            raise PairError(f"{name} is {shapes[0]} in the teacher and {shapes[1]} in the student")
+    _check_shapes(ours, theirs)
     return theirs
 
 
@@ -103,10 +100,12 @@ def _match_part(part: str, student: nn.Module, teacher: nn.Module) -> dict[str, 
     source, target = (
         {} if part not in dict(d.named_modules()) else d.get_submodule(part).state_dict() for d in (teacher, student)
     )
-    for name in sorted(source.keys() | target.keys()):
-        shapes = [tuple(state[name].shape) if name in state else None for state in (source, target)]
-        if shapes[0] != shapes[1]:
-            raise PairError(
-                f"{part.removeprefix('roi_heads.')}.{name} is {shapes[0]} in the teacher and {shapes[1]} in the student"
-            )
+    _check_shapes(target, source, f"{part.removeprefix('roi_heads.')}.")
     return {f"{part}.{name}": value for name, value in source.items()}
+
+
+def _check_shapes(student: dict[str, Tensor], teacher: dict[str, Tensor], prefix: str = "") -> None:
+    for name in sorted(student.keys() | teacher.keys()):
+        ours, theirs = (tuple(state[name].shape) if name in state else None for state in (student, teacher))
+        if ours != theirs:
+            raise PairError(f"{prefix}{name} is {theirs} in the teacher and {ours} in the student")

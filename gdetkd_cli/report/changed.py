@@ -20,6 +20,7 @@ from gdetkd_cli.report.accuracy import find_split
 from gdetkd_cli.report.contents import Contents
 from gdetkd_cli.report.page import Section
 from gdetkd_cli.structures import Detections
+from gdetkd_cli.text import show_hidden
 
 _MOST = 6
 _PIXELS = 400  # longest side of an image
@@ -142,7 +143,7 @@ def _add_boxes(axis: Axes, boxes: Tensor, titles: list[str], colour: str, dash: 
         axis.text(
             x0,
             y0,
-            page.show(title),
+            show_hidden(title),
             fontsize=5.5,
             color="white",
             va="bottom",

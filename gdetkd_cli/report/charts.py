@@ -49,7 +49,6 @@ def draw_lines(
 
     Args:
         panels: by title of the panel, by title of the line, its x and y.
-        alternative: the chart in words.
         marks: a marker at every point; else a few on each line.
     """
 

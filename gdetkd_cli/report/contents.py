@@ -25,7 +25,6 @@ class Shown:
         source: its run, as the user names it.
         metrics: under the names of ``CocoMetrics.to_json``; None if it was not evaluated on all images.
         detections: by image id, with the split's labels; None if there are none.
-        log: lines of metrics.jsonl.
         cost: ``parameters``, ``size_mb`` and ``ms_per_image``, as far as they are known.
     """
 
@@ -46,15 +45,12 @@ class Contents:
     """All that a report shows.
 
     Attributes:
-        title: of the page.
         shown: at most one detector of each role, in the order of ``TITLES``.
         split: the validation images that the runs could read, and their truth; None if there are none.
         without_split: why there is no split.
         table: rows of a comparison's table.csv; empty for other runs.
         trials: which trials of a comparison stand for their methods, in words.
-        measured: content of measured.json.
         pyramids: images of the pyramids, by detector.
-        environment: content of environment.json.
         recipe: text of the recipe.
         command: repeats the run.
     """

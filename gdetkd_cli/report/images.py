@@ -25,17 +25,15 @@ _SHEET_PIXELS = 500  # longest side of an image on a sheet, at least
 
 def draw_predictions(
     *, split: Split, predictors: Mapping[str, Predictor], folder: Path, count: int, device: str
-) -> list[Path]:
+) -> None:
     """Draws the truth and each predictor's boxes (score at least 0.5) side by side, one file per image.
 
     Args:
         split: the first ``count`` images are drawn; images that are left out (``Split.bad``) are passed over.
         predictors: by title, left to right after the truth.
         folder: made if it is missing.
-        device: of the predictors' input.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    written = []
     for index in range(min(count, len(split))):
         path = folder / f"{index:02d}.png"
         try:
@@ -43,9 +41,6 @@ def draw_predictions(
         except BadImageError:
             if split.bad is None:
                 raise
-            continue
-        written.append(path)
-    return written
 
 
 def draw_grid(

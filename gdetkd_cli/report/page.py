@@ -29,11 +29,6 @@ def text(value: object) -> str:
     return escape(show_hidden(str(value), keep="\n"))
 
 
-def show(value: str) -> str:
-    """Text of any source in an image."""
-    return show_hidden(value)
-
-
 def paragraph(words: str) -> str:
     return f"<p>{prose(words)}</p>\n"
 

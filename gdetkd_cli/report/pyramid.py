@@ -58,11 +58,8 @@ class PyramidReport:
         detections: the form of its detections; None if unknown.
         size: (height, width) pixels of the probe image.
         classes: class names; empty if unknown.
-        parameters: number of parameters.
-        reason: why these are the levels.
         confidence: share of the detectors in docs/reference/probed-models.md for which this reason was right, in 0..1;
             1 for a known architecture.
-        alternatives: runners-up.
     """
 
     source: str

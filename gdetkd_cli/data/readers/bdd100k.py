@@ -42,8 +42,7 @@ def read_bdd100k(
         labels: ``det_train.json`` or ``bdd100k_labels_images_train.json``.
         images: the folder of the frames, for example ``images/100k/train``.
         classes: names to use; by default the ten of the detection task.
-        bad: collects the images that cannot be read; None: such an image is an error.
-        problems: receives each annotation that is changed or dropped; None: these are only counted.
+        bad, problems: as in ``read_coco``.
 
     Raises:
         DataError: the file or images are missing, or the file has another format.

@@ -298,7 +298,6 @@ def _convert_annotation(
     Args:
         label: 1..K.
         size: (height, width) pixels of the image.
-        place: describes where the annotation is.
     """
     box = annotation.get("bbox")
     if not (isinstance(box, list) and len(box) == 4 and all(map(is_number, box))):

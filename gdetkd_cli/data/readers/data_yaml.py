@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -22,7 +22,6 @@ class YoloConfig:
     """What ``data.yaml`` states.
 
     Attributes:
-        file: the file itself.
         names: class names by class number.
         train, val: folders of images or lists of images, as written; None if the file does not name them.
         folder: ``path``, from which they start, as written.
@@ -175,11 +174,6 @@ def list_images(listing: Path, *, root: Path) -> list[Path]:
 
 
 def _find_image(entry: str, bases: Sequence[Path]) -> Path | None:
-    return next(filter(os.path.isfile, _list_candidates(entry, bases)), None)
-
-
-def _list_candidates(entry: str, bases: Iterable[Path]) -> Iterator[Path]:
-    yield from (base / entry for base in bases)
-    _, slash, rest = entry.partition("/")
-    if slash and rest:
-        yield from (base / rest.lstrip("/") for base in bases)
+    rest = entry.partition("/")[2]
+    candidates = (base / name for name in [entry, *([rest.lstrip("/")] if rest else [])] for base in bases)
+    return next(filter(os.path.isfile, candidates), None)

@@ -59,8 +59,7 @@ def read_voc(
             ``Annotations`` and ``JPEGImages`` are beside ``ImageSets``.
         root: the folder that contains all of them.
         classes: names to use; by default the twenty of Pascal VOC.
-        bad: collects the images that cannot be read; None: such an image is an error.
-        problems: receives each annotation that is changed or dropped; None: these are only counted.
+        bad, problems: as in ``read_coco``.
 
     Raises:
         DataError: a file is missing or malformed, or no object belongs to the classes.

@@ -58,8 +58,7 @@ def read_yolo(
         classes: names to use, in this order; default: all.
         needs_labels: whether it is an error if no image has a label file.
         outlines: whether to keep polygons as outlines.
-        bad: collects the images that cannot be read; None: such an image is an error.
-        problems: receives each row that is changed or dropped; None: these are only counted.
+        bad, problems: as in ``read_coco``.
 
     Raises:
         DataError: there are no images, none has a label file, or ``classes`` does not fit the names.
