@@ -42,7 +42,6 @@ class LabelledSplit:
     """A split that a teacher labelled.
 
     Attributes:
-        split: the labelled split.
         tables: the same as COCO's tables.
         images: number of images in the whole split.
         by_teacher: number of images of ``split`` that the teacher labelled; the others have annotations.

@@ -78,7 +78,6 @@ class TrainingSetup:
         labels: the teacher's labels of images without annotations, as COCO tables by split.
         optimizer, schedule: for the trainable parameters of the student and the terms.
         batches: function from a start step to this process's training batches from there to the end of the run.
-        notes: notes for the user.
     """
 
     recipe: Recipe
@@ -265,7 +264,6 @@ def build_recipe_pair(
     """Builds both detectors of a recipe and their distiller on the CPU.
 
     Args:
-        recipe: the pair and its terms.
         class_names: class names of the training data; empty: the teacher's.
         teacher: the recipe's, if it is built already.
 

@@ -28,7 +28,6 @@ class _Shared:
     """A value whose arrays lie in a file.
 
     Attributes:
-        path: the file.
         sizes: bytes of each array, in the order of the file.
         rest: the value without its arrays, pickled; it travels between processes only, never through a file.
     """

@@ -153,7 +153,6 @@ def check_alone(option: str, others: Mapping[str, object]) -> None:
     """Checks that no option excluded by ``option`` was given.
 
     Args:
-        option: the option that was given.
         others: values of the excluded options by name; None, False and an empty list count as not given.
 
     Raises:

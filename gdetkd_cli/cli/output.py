@@ -31,7 +31,6 @@ def perform(work: Work[Result], render: Callable[[Result], RenderableType], *, a
 
     Args:
         work: returns the command's result, a dataclass.
-        render: formats the result as tables.
         as_json: print one JSON document instead of tables.
 
     Returns:

@@ -28,8 +28,6 @@ class Advice:
     Attributes:
         steps: of each short run.
         full_steps: of the recipe.
-        verdict: what to expect.
-        comparison: the short runs.
         recommended: a recipe with the best method and all steps; None if no method finished.
     """
 

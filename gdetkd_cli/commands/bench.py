@@ -86,7 +86,6 @@ class Profile:
     """The time of a distillation step of one batch.
 
     Attributes:
-        steps: steps measured, after a warm-up.
         seconds: median seconds per step and phase: data, teacher, student forward, each term, backward, optimizer.
         step: median seconds of a whole distillation step with data.
         images_per_second: speed of distillation.

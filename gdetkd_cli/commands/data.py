@@ -38,7 +38,6 @@ class SplitSummary:
         crowds: number of boxes that training leaves out.
         small, medium, large: number of boxes by area, divided at 32 x 32 and 96 x 96 pixels, as in COCO's metrics.
         per_class: number of boxes by class name.
-        notes: remarks of the reader.
     """
 
     split: str
@@ -60,7 +59,6 @@ class DataReport:
     """A described data set.
 
     Attributes:
-        source: the folder or recipe.
         format: of the annotations, as in a recipe.
         data: the recipe's data block, in which only the fields found are set.
         splits: training, then validation.
@@ -81,7 +79,6 @@ def run_data(source: str, *, data: Data | Path, sheet: Path | None = None, obser
 
     Args:
         source: name of the data, for the report.
-        data: the data or their folder.
         sheet: the image to write; None: ``data.png``, or ``data-2.png`` and so on if it exists.
 
     Raises:

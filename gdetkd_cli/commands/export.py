@@ -40,10 +40,8 @@ class ExportedFile:
     """One written file.
 
     Attributes:
-        path: the file.
         format: ``onnx``, ``torchscript``, ``safetensors``, ``onnx float16`` or ``onnx int8``.
         exporter: for example ``torch.onnx TorchScript, opset 17``.
-        size_mb: of the file.
         parity: its comparison with the detector; a reduced form need not pass.
         reduced: whether the file computes with fewer bits.
     """

@@ -51,7 +51,6 @@ class Plan:
 
     Attributes:
         pair: ``homogeneous`` or ``heterogeneous``, with the families: "two-stage -> dense".
-        student, teacher: the pyramids.
         terms: each term with its weight or the reason for leaving it out.
         head_transfer: the parts copied from the teacher's head, or the reason for copying none; one sentence.
         losses: losses of one step by name.
@@ -61,7 +60,6 @@ class Plan:
         seconds_per_step: median of the timed batches with their data, times the batches of a step.
         estimated_seconds: seconds_per_step times the recipe's steps, and the teacher's passes if it is stored.
         cache: storing the teacher's features; None if it sees ever new images.
-        notes: notes from building.
     """
 
     recipe: str

@@ -74,7 +74,6 @@ class PredictResult:
         unreadable: messages about the images and videos that were left out, or cut short,
             unreadable or of a size on which the detector fails.
         ms_per_image: median time of the detector alone.
-        written: files and folders.
     """
 
     source: str

@@ -30,7 +30,6 @@ def rehearse(
     Args:
         student: on ``device``; it may be untrained.
         train, val: the splits, with labels in the student's classes.
-        device: the device of the student.
         observer: receives progress and the notes.
 
     Returns:

@@ -45,7 +45,6 @@ class _Runs:
     """The folders behind a report.
 
     Attributes:
-        home: folder of the report.
         distilled, alone: run folders, if there are any.
         command: repeats the run or the comparison.
         words: which trials of a comparison stand for their methods.

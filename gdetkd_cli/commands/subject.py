@@ -35,7 +35,6 @@ class Subject:
 
     Attributes:
         parameters: their number; None if unknown.
-        size_mb: of the file.
         batch: images that it runs on together at least; a file with a fixed number fills up with images of zeros.
     """
 

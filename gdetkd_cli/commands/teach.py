@@ -38,7 +38,6 @@ class TeachResult:
         detections: whether the teacher's detections are stored, too.
         gigabytes: size of the folder.
         added: answers that this call added; the others were there.
-        seconds: of this call.
         errors: by level, the rounding error of one image's values: its norm as a share of theirs.
     """
 

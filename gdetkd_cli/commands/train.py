@@ -49,7 +49,6 @@ class TrainResult:
 
     Attributes:
         steps: optimizer steps done.
-        metrics: the student's last evaluation.
         seconds: wall time of the run, since the last resume.
         seconds_per_step: median over the run, with data.
         peak_memory_mb: peak memory of the process (CPU) or the device (CUDA).

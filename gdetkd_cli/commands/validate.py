@@ -45,7 +45,6 @@ def check_recipe(
 
     Args:
         recipe: a recipe with a teacher and a ``distill`` block.
-        source: the recipe's file or name.
         changes: the ``--set`` values applied to it.
 
     Raises:

@@ -71,9 +71,7 @@ class Comparison:
         baseline: the method to compare the others with.
         teacher_ap: the teacher's AP on the same images; None if its detections cannot be read.
         rows: rows by budget and method, in the requested order; a row without AP has no finished trial.
-        notes: how to interpret the table.
         failures: titles of failed trials and their errors.
-        trials, table, plot: files written.
         folds: number of folds; None: one training and one validation split.
         interval_over: scope of the rows' intervals: ``seeds and images``, or ``folds``.
     """

@@ -260,7 +260,6 @@ def train_trial(
 
     Args:
         environment: variables to add to this process's own.
-        children: where the process is registered.
 
     Raises:
         GDetKDError: the process failed, or a process of an earlier call is still training.

@@ -40,7 +40,6 @@ class Verdict:
         method: the best method of the short runs; None if none finished.
         seen: its gain over plain training in the short runs, and its 95 % interval.
         expected: the gain at the full budget, if any is expected, and the range in which it was for measured pairs.
-        sentence: all of it in words.
     """
 
     kind: Kind

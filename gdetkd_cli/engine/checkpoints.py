@@ -68,7 +68,6 @@ class Checkpoints:
 
     Args:
         folder: ``resume/`` of the run.
-        keep: number of checkpoints to keep.
     """
 
     def __init__(self, folder: Path, keep: int = 1) -> None:

@@ -40,10 +40,8 @@ class ComputeSettings:
     Attributes:
         device: ``cpu`` or ``cuda``.
         precision: ``fp32``, ``bf16`` or ``fp16`` (autocast).
-        channels_last: memory format of the networks.
         compile: torch.compile the backbones.
         threads: CPU threads of this process.
-        workers: loader processes.
     """
 
     device: str

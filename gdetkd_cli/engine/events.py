@@ -32,7 +32,6 @@ class StepDone:
         steps: optimizer steps in all.
         loss: the total that was back-propagated.
         parts: unweighted losses by name.
-        lr: learning rate.
         images_per_second: over the time since the last log step.
         eta_seconds: until the last step, without evaluations.
     """

@@ -28,7 +28,6 @@ class Reading:
     Attributes:
         step: counted from 0.
         images: of this process.
-        loss: the total.
         student_norm, added_norm: gradient norms before clipping.
         scale: of half precision's gradients; 1 if they are not scaled.
         parts: unweighted losses by name.

@@ -39,9 +39,6 @@ class CocoMetrics:
         ap50, ap75: at one IoU.
         ap_small, ap_medium, ap_large: by object area in the annotations (32 x 32 and 96 x 96 pixels).
         ar: average recall with 100 detections per image.
-        per_class: AP by class name.
-        images: number of images.
-        detections: number of predicted boxes.
     """
 
     ap: float | None
@@ -71,7 +68,6 @@ def evaluate_coco(
     """Compares predictions with the truth like the COCO benchmark (crowds are neither hits nor misses).
 
     Args:
-        records: the images and their truth.
         class_names: K names; label k is ``class_names[k - 1]``.
         predictions: by image id, boxes in pixels of the stored image; a missing image has no detections.
 

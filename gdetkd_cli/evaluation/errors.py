@@ -37,7 +37,6 @@ class Matches:
         image: (P,) index of the image among the records.
         objects: (K + 1,) number of objects by label, without crowds.
         missed: (K + 1,) objects that no detection hits, and that no class or location error is about.
-        images: number of images.
     """
 
     scores: NDArray[np.float64]
@@ -83,7 +82,6 @@ def match_split(records: Sequence[Record], classes: int, predictions: Mapping[in
     """Matches all images and gives each detection its type.
 
     Args:
-        records: the images and their truth.
         classes: K.
         predictions: by image id; a missing image has no detections.
     """

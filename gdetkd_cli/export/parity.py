@@ -32,11 +32,9 @@ class Parity:
     """Result of comparing an exported file with the eager detector.
 
     Attributes:
-        images: number of images.
         empty: images without a detection.
         detections: compared boxes of all images.
         max_box_error: largest difference of a box coordinate, pixels.
-        max_score_error: largest difference of a score.
         passed: within tolerance, same number of boxes and same labels on every image.
         unmatched: boxes without a counterpart of the same class on the other side.
     """

@@ -82,7 +82,6 @@ class Probed:
     """The result of probing.
 
     Attributes:
-        call: how the model is called.
         family: two-stage if the model pools regions from maps, else unknown.
         levels: fine to coarse.
         region_embedding: name and channels of the value that a region head's predictors read, or None.

@@ -78,7 +78,6 @@ class Value:
         call: number of the operator's call. Counting restarts at 0 with the first convolution, because the calls before
             it depend on the number of images.
         output: index among the operator's outputs.
-        shape: of the tensor.
         parents: indices of the recorded values that the operator read.
         weights: names of the parameters and buffers that it read.
         window: of a convolution, pooling or padding.
@@ -86,7 +85,6 @@ class Value:
         name: in the model's file; empty if the file names only modules and operators.
         place: the innermost module that computed it, if the model's file says so; else empty.
         returned: the output of the innermost submodule that returned this value, or None.
-        result: whether the model returned it.
     """
 
     op: str
@@ -118,7 +116,6 @@ class Record:
     Attributes:
         values: floating-point values in the order of their computation; the inputs come first.
         results: for each tensor in the model's output, the index of its value, or None.
-        returned: the model's output.
     """
 
     values: tuple[Value, ...]

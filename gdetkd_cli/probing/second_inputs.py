@@ -39,7 +39,6 @@ class SecondInput:
 
     Attributes:
         name: one of ``KNOWN``.
-        dtype: of its tensor.
         batched: it has an axis of images.
     """
 

@@ -27,10 +27,6 @@ def describe_problems(error: ValidationError, data: object, model: type[BaseMode
     """Describes a failed validation, with one problem per field, in pydantic's order.
 
     Pydantic reports one error per member of a union. They become one problem; errors in a field below replace it.
-
-    Args:
-        error: the error that pydantic raised.
-        model: the model used for validation.
     """
     schema = model.model_json_schema()
     by_field: dict[Path, list[ErrorDetails]] = {}

@@ -19,11 +19,7 @@ _MOST_SAVED = 2**24  # bytes by compression; torch compresses code alone; torchv
 
 
 class Archive:
-    """The files in an archive, without its top folder.
-
-    Attributes:
-        names: of all files.
-    """
+    """The files in an archive, without its top folder."""
 
     def __init__(self, path: Path) -> None:
         """Opens an archive.

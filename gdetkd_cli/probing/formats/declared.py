@@ -19,7 +19,6 @@ class Declared:
     """An image input.
 
     Attributes:
-        call: how the model is called.
         size: (height, width) in pixels if the file fixes both, else None.
         grey: it has one channel.
     """
@@ -33,7 +32,6 @@ def read_declared(path: Path, shape: Sequence[object], dtype: torch.dtype) -> De
     """Reads the image input of a file.
 
     Args:
-        path: of the file, for messages.
         shape: of the input, 3 or 4 axes; an axis that is no number is free.
 
     Raises:

@@ -56,7 +56,6 @@ def open_runner(path: Path, kind: Kind, *, last: bool = False) -> Runner:
     """Opens a model written by another tool for probing.
 
     Args:
-        kind: of the file.
         last: whether a TorchScript model takes images as (H, W, 3); files of the other kinds contain this.
 
     Raises:

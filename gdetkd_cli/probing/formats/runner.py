@@ -41,7 +41,6 @@ class RecordedCall:
     """One forward.
 
     Attributes:
-        call: how the model was called.
         values: the values that it computed, with shapes as for one image.
         returned: its output for one image; tensors by name if the file names its outputs.
     """
@@ -63,7 +62,6 @@ class Runner(Protocol):
 
     Attributes:
         module: the weights, if they are torch's; else an empty module.
-        parameters: number of parameters.
         size: (height, width) if the model takes only this size, else None.
         bytes: whether it takes whole numbers 0..255.
         grey: whether it takes images of one channel.
