@@ -1,69 +1,35 @@
 """Builds objects from a recipe. No other package turns configuration into objects."""
 
-from gdetkd_cli.assembly.data import (
-    SPLITS,
-    Which,
-    build_all_folds,
-    build_split,
-    needs_labels,
-    read_split,
-    report_bad_images,
-)
-from gdetkd_cli.assembly.detector import BuiltDetector, build_detector, format_title
-from gdetkd_cli.assembly.distillation import TermPlan, build_pair
-from gdetkd_cli.assembly.knowledge import (
-    build_views,
-    check_taught,
-    claim_folder,
-    count_teacher_runs,
-    describe_countless_views,
-    describe_teacher,
-    estimate_bytes,
-    list_views,
-)
-from gdetkd_cli.assembly.origin import describe_origin, hash_sources, list_differences, list_recipe_differences
-from gdetkd_cli.assembly.runtime import apply_runtime, resize_again, resolve_runtime
-from gdetkd_cli.assembly.setup import (
-    Pair,
-    TrainingSetup,
-    adopt_runtime,
-    build_recipe_pair,
-    build_setup,
-    start_compute,
-)
-
-__all__ = [
-    "SPLITS",
-    "BuiltDetector",
-    "Pair",
-    "TermPlan",
-    "TrainingSetup",
-    "Which",
-    "adopt_runtime",
-    "apply_runtime",
-    "build_all_folds",
-    "build_detector",
-    "build_pair",
-    "build_recipe_pair",
-    "build_setup",
-    "build_split",
-    "build_views",
-    "check_taught",
-    "claim_folder",
-    "count_teacher_runs",
-    "describe_countless_views",
-    "describe_origin",
-    "describe_teacher",
-    "estimate_bytes",
-    "format_title",
-    "hash_sources",
-    "list_differences",
-    "list_recipe_differences",
-    "list_views",
-    "needs_labels",
-    "read_split",
-    "report_bad_images",
-    "resize_again",
-    "resolve_runtime",
-    "start_compute",
-]
+from gdetkd_cli.assembly.data import SPLITS as SPLITS
+from gdetkd_cli.assembly.data import Which as Which
+from gdetkd_cli.assembly.data import build_all_folds as build_all_folds
+from gdetkd_cli.assembly.data import build_split as build_split
+from gdetkd_cli.assembly.data import needs_labels as needs_labels
+from gdetkd_cli.assembly.data import read_split as read_split
+from gdetkd_cli.assembly.data import report_bad_images as report_bad_images
+from gdetkd_cli.assembly.detector import BuiltDetector as BuiltDetector
+from gdetkd_cli.assembly.detector import build_detector as build_detector
+from gdetkd_cli.assembly.detector import format_title as format_title
+from gdetkd_cli.assembly.distillation import TermPlan as TermPlan
+from gdetkd_cli.assembly.distillation import build_pair as build_pair
+from gdetkd_cli.assembly.knowledge import build_views as build_views
+from gdetkd_cli.assembly.knowledge import check_taught as check_taught
+from gdetkd_cli.assembly.knowledge import claim_folder as claim_folder
+from gdetkd_cli.assembly.knowledge import count_teacher_runs as count_teacher_runs
+from gdetkd_cli.assembly.knowledge import describe_countless_views as describe_countless_views
+from gdetkd_cli.assembly.knowledge import describe_teacher as describe_teacher
+from gdetkd_cli.assembly.knowledge import estimate_bytes as estimate_bytes
+from gdetkd_cli.assembly.knowledge import list_views as list_views
+from gdetkd_cli.assembly.origin import describe_origin as describe_origin
+from gdetkd_cli.assembly.origin import hash_sources as hash_sources
+from gdetkd_cli.assembly.origin import list_differences as list_differences
+from gdetkd_cli.assembly.origin import list_recipe_differences as list_recipe_differences
+from gdetkd_cli.assembly.runtime import apply_runtime as apply_runtime
+from gdetkd_cli.assembly.runtime import resize_again as resize_again
+from gdetkd_cli.assembly.runtime import resolve_runtime as resolve_runtime
+from gdetkd_cli.assembly.setup import Pair as Pair
+from gdetkd_cli.assembly.setup import TrainingSetup as TrainingSetup
+from gdetkd_cli.assembly.setup import adopt_runtime as adopt_runtime
+from gdetkd_cli.assembly.setup import build_recipe_pair as build_recipe_pair
+from gdetkd_cli.assembly.setup import build_setup as build_setup
+from gdetkd_cli.assembly.setup import start_compute as start_compute
