@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -12,13 +12,9 @@ from torch.optim.lr_scheduler import LambdaLR
 
 
 def build_optimizer(
-    *, name: str, modules: Iterable[nn.Module], lr: float, weight_decay: float, momentum: float
+    *, name: Literal["adamw", "sgd"], modules: Iterable[nn.Module], lr: float, weight_decay: float, momentum: float
 ) -> torch.optim.Optimizer:
-    """AdamW or SGD over the trainable parameters; biases and norms are not decayed.
-
-    Raises:
-        ValueError: the name is unknown.
-    """
+    """AdamW or SGD over the trainable parameters; biases and norms are not decayed."""
     decayed: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
     for module in modules:
@@ -29,9 +25,7 @@ def build_optimizer(
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
     if name == "adamw":
         return torch.optim.AdamW(groups, lr=lr, fused=True)
-    if name == "sgd":
-        return torch.optim.SGD(groups, lr=lr, momentum=momentum, fused=True)
-    raise ValueError(f"unknown optimizer {name!r}")
+    return torch.optim.SGD(groups, lr=lr, momentum=momentum, fused=True)
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from gdetkd_cli.detectors.protocol import Detector, Observation
 from gdetkd_cli.errors import KnowledgeError, ModelError, PairError
 from gdetkd_cli.knowledge.store import Store, Tensors
-from gdetkd_cli.structures import Batch, Detections, Frame, ImageView, LevelSpec, Pyramid, group_by_size, name_view
+from gdetkd_cli.structures import Batch, Detections, Frame, ImageView, LevelSpec, Pyramid, name_view
 
 _LEVEL, _SCALE, _GEOMETRY = "level.", ".scale", "geometry"
 _MOST = 65504.0  # of float16

@@ -43,8 +43,3 @@ def test_biases_and_norms_are_not_decayed_and_frozen_parameters_left_out() -> No
     assert others["weight_decay"] == 0.0
     assert [tuple(p.shape) for p in decayed["params"]] == [(3, 2)]
     assert [tuple(p.shape) for p in others["params"]] == [(3,), (3,), (3,)]
-
-
-def test_an_unknown_optimizer_is_refused() -> None:
-    with pytest.raises(ValueError, match="unknown optimizer 'lion'"):
-        build_optimizer(name="lion", modules=[nn.Linear(1, 1)], lr=0.1, weight_decay=0, momentum=0)
