@@ -112,15 +112,13 @@ def _accumulate(
     # Imported here to keep the start fast, see TYPE_CHECKING.
     from faster_coco_eval import COCO, COCOeval_faster
 
-    truth, detections = _build_annotations(records, class_names, predictions)
     with contextlib.redirect_stdout(io.StringIO()):
-        evaluation = COCOeval_faster(
-            *(_build_index(COCO, records, class_names, a) for a in (truth, detections)), "bbox"
-        )
+        truth, detections = _build_indices(COCO, records, class_names, predictions)
+        evaluation = COCOeval_faster(truth, detections, "bbox")
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
-    return evaluation, len(detections)
+    return evaluation, len(detections.dataset["annotations"])
 
 
 def match_images(
@@ -133,20 +131,16 @@ def match_images(
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
-    truth, detections = _build_annotations(records, class_names, predictions)
     with contextlib.redirect_stdout(io.StringIO()):
-        evaluation = COCOeval(*(_build_index(COCO, records, class_names, a) for a in (truth, detections)), "bbox")
+        evaluation = COCOeval(*_build_indices(COCO, records, class_names, predictions), "bbox")
         evaluation.evaluate()
     return evaluation
 
 
-Annotations = list[dict[str, object]]
-
-
-def _build_annotations(
-    records: Sequence[Record], class_names: Sequence[str], predictions: Mapping[int, Detections]
-) -> tuple[Annotations, Annotations]:
-    """Truth and detections as COCO annotations."""
+def _build_indices(
+    kind: type[Any], records: Sequence[Record], class_names: Sequence[str], predictions: Mapping[int, Detections]
+) -> tuple[Any, Any]:
+    """Truth and detections as COCO objects of either package."""
     strangers = sorted(set(predictions) - {record.image_id for record in records})
     if strangers:
         raise DataError(
@@ -157,13 +151,13 @@ def _build_annotations(
     detections = [
         item for image_id, found in predictions.items() for item in _list_items(image_id, found, classes=classes)
     ]
-    return [{**item, "image_id": record.image_id} for record in records for item in record.truth], detections
+    truth = [{**item, "image_id": record.image_id} for record in records for item in record.truth]
+    return _build_index(kind, records, class_names, truth), _build_index(kind, records, class_names, detections)
 
 
 def _build_index(
-    kind: type[Any], records: Sequence[Record], class_names: Sequence[str], annotations: Annotations
+    kind: type[Any], records: Sequence[Record], class_names: Sequence[str], annotations: list[dict[str, object]]
 ) -> Any:
-    """Builds the COCO object of either package from annotations."""
     coco = kind()
     coco.dataset = {
         "images": [{"id": record.image_id} for record in records],
