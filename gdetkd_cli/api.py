@@ -38,7 +38,6 @@ def probe(model: str | Path, options: ProbeOptions | None = None, *, observer: O
         model: a torchvision detector's name, a run folder, ``builtin:NAME``, ``package.module:function``, or a file:
             weights, TorchScript, exported program or ONNX.
         options: image size, normalisation and other settings; the defaults fit most models.
-        observer: receives progress.
 
     Raises:
         ModelError: the model is none of these, or cannot be run.
@@ -56,7 +55,6 @@ def demo(
         steps: optimizer steps of each student; default: 500.
         seed: seed of both students' weights and data order.
         output: a new folder; default: ``runs/demo``.
-        observer: receives progress.
 
     Raises:
         GDetKDError: the folder exists, or the exported student differs from the trained one.
@@ -77,7 +75,6 @@ def distill(
         recipe: a YAML file, the name of a built-in recipe, its fields, or a validated recipe.
         overrides: ``train.steps=500`` each; for a file or a built-in recipe.
         output: the run's folder; default: ``runs/NAME``.
-        observer: receives progress.
 
     Raises:
         GDetKDError: the recipe names something that cannot be used, or the two detectors do not fit.
@@ -102,7 +99,6 @@ def evaluate(
         target: a run folder, a model file whose detections can be read, ``builtin:NAME``, or a recipe (its teacher).
         data: a folder of data; default: the data of the recipe beside the detector.
         classes: names of the detector's classes, for a file that does not name them.
-        observer: receives progress.
 
     Raises:
         GDetKDError: the target is no detector, its detections cannot be read, or the data have other classes.
@@ -124,7 +120,6 @@ def predict(
         target: a run folder, a model file whose detections can be read, ``builtin:NAME``, or a recipe (its teacher).
         images: image files, videos, folders or patterns.
         options: the lowest score, the classes to keep, and files to write.
-        observer: receives progress.
 
     Raises:
         GDetKDError: the target is no detector, no image can be read, or a file to write exists.
@@ -147,12 +142,9 @@ def export(
 
     Args:
         target: a run folder, a ``student.pt``, or ``builtin:NAME``.
-        onnx: write an ONNX file.
-        torchscript: write a TorchScript file.
-        safetensors: write its weights as a safetensors file.
+        onnx, torchscript, safetensors: the formats to write; safetensors holds the weights alone.
         batch: images that the ONNX file takes together, 0 for any number; None: one image without that dimension.
         output: the file, or an existing folder; default: beside the detector.
-        observer: receives progress.
 
     Raises:
         GDetKDError: the file exists, the detector cannot be exported, or the file disagrees with it.

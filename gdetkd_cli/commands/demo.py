@@ -66,13 +66,7 @@ def run_demo(
 ) -> DemoResult:
     """Trains a student with and without its teacher, with the same seed and steps, and compares both.
 
-    Args:
-        seed: seed of both students' weights and data order.
-        steps: optimizer steps of each student; default: the recipe's.
-        output: a new folder; default: ``runs/demo``.
-
-    Raises:
-        GDetKDError: the folder exists, or the exported student differs from the trained one.
+    Arguments and errors: see ``gdetkd_cli.api.demo``.
     """
     with run_folder.start_new(output, "demo") as folder:
         return _run_demo(seed, steps, folder.path, observer)

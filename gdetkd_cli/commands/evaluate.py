@@ -49,9 +49,7 @@ def run_eval(
     It runs on one image at a time, and an ONNX file with a fixed number of images on as many.
 
     Args:
-        target: a run folder, a model file with readable detections, builtin:NAME, or a recipe (evaluates its teacher).
-        data: the data or their folder; None: the data of the recipe.yaml beside the detector.
-        classes: names of the detector's classes, for a file that does not name them.
+        target, data, classes: as in ``gdetkd_cli.api.evaluate``.
         store: a file for the detections (``write_detections``); None: they are not kept.
 
     Raises:

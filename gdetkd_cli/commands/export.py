@@ -91,8 +91,7 @@ def run_export(
     """Writes a detector in one or more formats. A file gets its final name only after the parity check.
 
     Args:
-        target: a run folder, a student.pt, or builtin:NAME.
-        safetensors: write its weights as a safetensors file.
+        target, onnx, torchscript, safetensors: as in ``gdetkd_cli.api.export``.
         output: the file, or an existing folder; with several formats, each gets its own suffix. None: beside the
             detector, or in the working directory for builtin:NAME.
         half, int8: also write the ONNX file with float16 or 8-bit layers, as ``NAME.fp16.onnx`` and ``NAME.int8.onnx``.

@@ -88,12 +88,7 @@ class PredictResult:
 def run_predict(
     model: str, places: Sequence[str], options: PredictOptions | None = None, *, observer: Observer = silent
 ) -> PredictResult:
-    """Runs a detector on images, one at a time, on the GPU if there is one.
-
-    Args:
-        model: a run folder, a model file with readable detections, ``builtin:NAME``, or a recipe (its teacher).
-        places: image files, videos, folders, or patterns such as ``images/*.jpg``.
-        options: which detections to keep and where to write them.
+    """Runs a detector on images, one at a time, on the GPU if there is one; arguments as in ``gdetkd_cli.api.predict``.
 
     Raises:
         ModelError, PairError: the model is no detector, its detections cannot be read, or it lacks a class.

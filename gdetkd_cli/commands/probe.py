@@ -54,16 +54,7 @@ class ProbeOptions:
 
 
 def run_probe(model: str, options: ProbeOptions | None = None, *, observer: Observer = silent) -> PyramidReport:
-    """Probes any detector that gdetkd can read.
-
-    Args:
-        model: a torchvision detector's name, a run folder, a student.pt, a state_dict of a torchvision detector, a
-            TorchScript, exported or ONNX file, ``builtin:NAME``, or ``package.module:function``.
-
-    Raises:
-        ModelError: the model is none of these, or it cannot be run.
-        NoPyramidError: the model has no feature pyramid.
-    """
+    """Probes any detector that gdetkd can read; arguments and errors as in ``gdetkd_cli.api.probe``."""
     options = options or ProbeOptions()
     if options.plot is not None:
         from gdetkd_cli.report.levels import check_drawable  # importing matplotlib is slow

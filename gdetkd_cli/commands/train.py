@@ -106,8 +106,7 @@ def run_distill(
         report: write ``report.html`` at the end.
 
     Raises:
-        GDetKDError: something that the recipe names cannot be used, or the pair does not fit.
-        StoppedError: a signal stopped the run; it can be continued.
+        As ``run_train``; also if the pair does not fit.
     """
     distillation = require_distillation(recipe)
     require_trained_teacher(distillation)
