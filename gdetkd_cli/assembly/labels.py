@@ -81,7 +81,9 @@ def label_split(
     teacher.check_detects()
     total = len(split)
     split = replace(split, records=split.records[:most])
-    options = _read_options(data)
+    options = data.labels
+    if not isinstance(options, TeacherLabels):
+        options = TeacherLabels(images="unlabelled" if options == "mixed" else "all")
     class_names = split.class_names or teacher.class_names
     _check_classes((*class_names, *options.per_class), teacher)
     keeps = options.images == "unlabelled"
@@ -109,12 +111,6 @@ def label_split(
     tables = _build_tables(images, folder, categories, annotations, upright=read.upright)
     labelled = build_split_from_tables(tables, source=Path(split.name), images=folder, bad=split.bad)
     return LabelledSplit(labelled, tables, total, by_teacher=len(predicted))
-
-
-def _read_options(data: Unlabelled) -> TeacherLabels:
-    if isinstance(data.labels, TeacherLabels):
-        return data.labels
-    return TeacherLabels(images="unlabelled" if data.labels == "mixed" else "all")
 
 
 def _check_classes(names: Iterable[str], teacher: Detector) -> None:

@@ -32,19 +32,17 @@ def resolve_runtime(runtime: Runtime, *, local_processes: int | None = None) -> 
     on_cuda = device == "cuda"
     if runtime.precision == "fp16" and not on_cuda:
         raise ModelError("runtime.precision is fp16, which needs CUDA; on a CPU set it to auto, bf16 or fp32")
+    precision: str = runtime.precision
+    if precision == "auto":  # bf16 only on GPUs with bf16 units (Ampere and later); emulated, it is slower than fp32
+        precision = "bf16" if on_cuda and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     return ComputeSettings(
         device=device,
-        precision=_choose_precision(on_cuda) if runtime.precision == "auto" else runtime.precision,
+        precision=precision,
         channels_last=True if runtime.channels_last == "auto" else runtime.channels_last,
         compile=runtime.compile,
         threads=choose_thread_count(local_processes) if runtime.threads == "auto" else runtime.threads,
         workers=(4 if on_cuda else 0) if runtime.workers == "auto" else runtime.workers,
     )
-
-
-def _choose_precision(on_cuda: bool) -> str:
-    """Returns bf16 on GPUs with bf16 units (Ampere and later), else fp32; emulated bf16 is slower than fp32."""
-    return "bf16" if on_cuda and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
 
 
 def apply_runtime(

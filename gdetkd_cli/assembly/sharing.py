@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from accelerate import Accelerator
 from accelerate.utils import gather_object
@@ -65,7 +65,7 @@ def read_once(read: Callable[[], Value], accelerator: Accelerator) -> Value:
             own = sent[accelerator.process_index - accelerator.local_process_index]
             if own is None:
                 raise DataError("another process of this machine cannot read the data; its message gives the reason")
-            value = _map(own)
+            value = pickle.loads(own.rest, buffers=list(_list_arrays(own)))  # noqa: S301 - from a process of this run
         accelerator.wait_for_everyone()  # the file may go now: what is mapped stays readable
     assert value is not None
     return value
@@ -82,10 +82,6 @@ def _write(value: object, folder: Path) -> _Shared:
             file.write(bytes(-raw.nbytes % _ALIGNMENT))
             sizes.append(raw.nbytes)
     return _Shared(path, tuple(sizes), rest)
-
-
-def _map(shared: _Shared) -> Any:
-    return pickle.loads(shared.rest, buffers=list(_list_arrays(shared)))  # noqa: S301 - from a process of this run
 
 
 def _list_arrays(shared: _Shared) -> Iterator[memoryview]:

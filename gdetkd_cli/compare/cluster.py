@@ -111,7 +111,7 @@ class TrialJob:
         trust_code(self.trusted)
         # In a thread, because the main thread handles the scheduler's signals and then waits for the training process.
         with StopSignals().installed(), ThreadPoolExecutor(max_workers=1) as pool:
-            work = pool.submit(self._work)
+            work = pool.submit(train_trial, self.trial, self.recipe, children=_children)
             try:
                 work.result()
             except KeyboardInterrupt:
@@ -120,9 +120,6 @@ class TrialJob:
             except (GDetKDError, OSError, RuntimeError) as error:  # RuntimeError: for example torch is out of memory
                 return str(error)
         return ""
-
-    def _work(self) -> None:
-        train_trial(self.trial, self.recipe, children=_children)
 
     def checkpoint(self) -> Any:
         """Lets the training process write a checkpoint and end; submitit calls this before it requeues the job."""

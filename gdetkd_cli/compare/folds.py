@@ -81,7 +81,8 @@ def plan_fold_teachers(recipe: Recipe, folder: Path, folds: list[Fold]) -> dict[
     own = _read_run_recipe(recipe.teacher)
     assert own is not None
     title = assembly.format_title(recipe.teacher)
-    if not _is_run(recipe.teacher):
+    # The run's student itself, not an export of it or a detector built from its weights.
+    if not isinstance(recipe.teacher, CheckpointDetector) or catalog.locate(recipe.teacher.path).name != "student.pt":
         raise RecipeError(
             f"the teacher {title} belongs to a run on these images; use the run folder as the teacher (`teacher: "
             "{arch: checkpoint, path: RUN}`), so that each fold can train it again"
@@ -153,11 +154,6 @@ def _read_run_recipe(spec: Detector) -> Recipe | None:
             return None
     beside = path.parent / "recipe.yaml"
     return load_recipe(beside) if path.is_file() and beside.exists() else None
-
-
-def _is_run(spec: Detector) -> bool:
-    """Whether a detector is a run's student itself, not an export of it or a detector built from its weights."""
-    return isinstance(spec, CheckpointDetector) and catalog.locate(spec.path).name == "student.pt"
 
 
 def _identify_images(data: Data) -> tuple[object, ...]:

@@ -122,15 +122,8 @@ class Distiller(nn.Module):
         with self._time_phase("teacher", seconds, batch), torch.no_grad():
             teacher_seen = self.teacher.extract_features(batch)
             teacher_view = _read_regions(self.teacher, teacher_seen, regions, teacher_needs)
-        return ObservedPair(
-            regions=regions,
-            image_ids=batch.image_ids[regions.image_index],
-            batch=batch,
-            student_seen=seen,
-            teacher_seen=teacher_seen,
-            student_view=student_view,
-            teacher_view=teacher_view,
-        )
+        ids = batch.image_ids[regions.image_index]
+        return ObservedPair(regions, ids, batch, seen, teacher_seen, student_view, teacher_view)
 
     @torch.no_grad()
     def observe_objects(self, batch: Batch) -> ObservedPair:
@@ -138,23 +131,17 @@ class Distiller(nn.Module):
         assert self.teacher is not None, "a pair has a teacher"
         terms: list[Term] = [self.terms[name] for name in self._weights]  # type: ignore[misc]  # modules are Terms
         level: frozenset[View] = frozenset({"level"})
-        student_needs, teacher_needs = (needs | level for needs in collect_needs(terms))
+        student_needs, teacher_needs = (
+            (needs | level) - {"class_maps", "predictions"} for needs in collect_needs(terms)
+        )
         counts = tuple(len(target.boxes) for target in batch.targets)
         boxes = torch.cat([target.boxes for target in batch.targets])
         index = torch.arange(len(batch)).repeat_interleave(torch.tensor(counts)).to(boxes.device)
         regions = Regions(boxes, index, torch.full_like(index, -1), counts=counts, all_candidates=not len(index))
         seen, teacher_seen = self._detector.extract_features(batch), self.teacher.extract_features(batch)
-        return ObservedPair(
-            regions=regions,
-            image_ids=batch.image_ids[index],
-            batch=batch,
-            student_seen=seen,
-            teacher_seen=teacher_seen,
-            student_view=_read_regions(self._detector, seen, regions, student_needs - {"class_maps", "predictions"}),
-            teacher_view=_read_regions(
-                self.teacher, teacher_seen, regions, teacher_needs - {"class_maps", "predictions"}
-            ),
-        )
+        student_view = _read_regions(self._detector, seen, regions, student_needs)
+        teacher_view = _read_regions(self.teacher, teacher_seen, regions, teacher_needs)
+        return ObservedPair(regions, batch.image_ids[index], batch, seen, teacher_seen, student_view, teacher_view)
 
     @contextmanager
     def _time_phase(self, name: str, seconds: dict[str, float], batch: Batch) -> Iterator[None]:

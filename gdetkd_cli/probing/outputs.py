@@ -215,13 +215,11 @@ def _read_cells(
 ) -> list[Detections]:
     raw = list_tensors(returned)[0].float()
     assert len(raw) == images
-    return [_suppress_cells(c, objectness, unit) for c in (raw.transpose(1, 2) if transposed else raw)]
-
-
-def _suppress_cells(cells: Tensor, objectness: bool, unit: tuple[float, float]) -> Detections:
-    """Suppresses overlapping rows (A, 4 + K or 5 + K) of centre, width, height and scores, class by class."""
-    boxes = box_convert(cells[:, :4], "cxcywh", "xyxy") * cells.new_tensor(unit * 2)
-    return _suppress_by_class(boxes, cells[:, 5:] * cells[:, 4:5] if objectness else cells[:, 4:])
+    found = []
+    for cells in raw.transpose(1, 2) if transposed else raw:  # (A, 4 + K or 5 + K): centre, width, height, scores
+        boxes = box_convert(cells[:, :4], "cxcywh", "xyxy") * cells.new_tensor(unit * 2)
+        found.append(_suppress_by_class(boxes, cells[:, 5:] * cells[:, 4:5] if objectness else cells[:, 4:]))
+    return found
 
 
 def _suppress_by_class(boxes: Tensor, by_class: Tensor) -> Detections:
