@@ -62,24 +62,3 @@ def test_recipe_commands_as_json(recipe: str) -> None:
     assert json.loads(done("recipe", "init", "new.yaml", "--json").stdout) == {"schema": 1, "path": "new.yaml"}
     shown = gdetkd("recipe", "show", "absent", "--json")
     assert json.loads(shown.stdout)["error"]["type"] == "RecipeError"
-
-
-@pytest.mark.parametrize(
-    "command",
-    [
-        [],
-        ["train"],
-        ["distill"],
-        ["eval"],
-        ["export"],
-        ["probe"],
-        ["init"],
-        ["demo"],
-        ["compare"],
-        ["bench"],
-        ["recipe"],
-        ["recipe", "init"],
-    ],
-)
-def test_every_command_explains_itself(command: list[str]) -> None:
-    assert "Usage: gdetkd" in done(*command, "--help").stdout

@@ -241,13 +241,6 @@ def test_synthetic_scenes_take_the_place_of_data_that_cannot_be_read(run: Path) 
     assert any(isinstance(event, Note) and "synthetic scenes" in event.text for event in heard)
 
 
-def test_what_is_no_detector_is_refused(run: Path, tmp_path: Path) -> None:
-    (tmp_path / "notes.txt").write_text("hello")
-    for target in (tmp_path / "notes.txt", tmp_path / "nothing"):
-        with pytest.raises(ModelError):
-            run_export(str(target), onnx=True, torchscript=False, output=None)
-
-
 # ------------------------------------------------------------------------------------------------------- evaluation
 
 

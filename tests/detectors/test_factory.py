@@ -209,11 +209,6 @@ def test_losses_of_another_form(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("consent")
-def test_plain_training_works_as_well(tmp_path: Path) -> None:
-    assert (run_train(recipe(factory("own")), output=tmp_path / "run").run / "student.pt").exists()
-
-
-@pytest.mark.usefixtures("consent")
 def test_a_teacher_of_ones_own(tmp_path: Path) -> None:
     changed = toy.recipe(steps=2).model_copy(update={"teacher": factory("bare")})
     log = (run_distill(changed, output=tmp_path / "run").run / "metrics.jsonl").read_text()
