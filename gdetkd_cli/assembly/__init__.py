@@ -4,6 +4,7 @@ from gdetkd_cli.assembly.data import SPLITS as SPLITS
 from gdetkd_cli.assembly.data import Which as Which
 from gdetkd_cli.assembly.data import build_all_folds as build_all_folds
 from gdetkd_cli.assembly.data import build_split as build_split
+from gdetkd_cli.assembly.data import check_headers as check_headers
 from gdetkd_cli.assembly.data import needs_labels as needs_labels
 from gdetkd_cli.assembly.data import read_split as read_split
 from gdetkd_cli.assembly.data import report_bad_images as report_bad_images

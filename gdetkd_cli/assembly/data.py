@@ -8,9 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal, TypeGuard
 
-from gdetkd_cli.data.bad_images import BadImages
+from gdetkd_cli.data.bad_images import BadImageError, BadImages
 from gdetkd_cli.data.dataset import DetectionDataset
 from gdetkd_cli.data.folds import build_fold, hold_out
+from gdetkd_cli.data.image_files import ImageFiles
 from gdetkd_cli.data.loader import load_training_batches
 from gdetkd_cli.data.readers.bdd100k import read_bdd100k
 from gdetkd_cli.data.readers.coco import read_coco
@@ -22,7 +23,7 @@ from gdetkd_cli.data.split import DataProblem, Split
 from gdetkd_cli.data.synthetic import draw_split
 from gdetkd_cli.data.transforms import build_augmentation
 from gdetkd_cli.engine.device import ComputeSettings
-from gdetkd_cli.engine.events import Note, Observer
+from gdetkd_cli.engine.events import Note, Observer, report_every
 from gdetkd_cli.errors import DataError
 from gdetkd_cli.memory import check_memory
 from gdetkd_cli.recipe.schema import (
@@ -167,6 +168,27 @@ def report_bad_images(splits: Iterable[Split], observer: Observer) -> None:
     for split in splits:
         if split.bad is not None:
             split.bad.report_to(lambda text: observer(Note(text)))
+
+
+def check_headers(splits: Iterable[Split], observer: Observer) -> None:
+    """Reads the header of every image file; reports the progress.
+
+    Raises:
+        DataError: an image is missing or unreadable, or has another size than its annotations.
+    """
+    files = [(split.read, split.bad) for split in splits if isinstance(split.read, ImageFiles)]
+    progress = report_every(observer, "checked", sum(len(one.paths) for one, _ in files))
+    done = 0
+    for one, bad in files:
+        for index in range(len(one.paths)):
+            try:
+                one.check_header(index)
+            except BadImageError as error:
+                if bad is None:
+                    raise
+                bad.add(error)
+            done += 1
+            progress(done)
 
 
 def needs_labels(data: Data, which: Which) -> TypeGuard[Unlabelled]:

@@ -7,13 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gdetkd_cli.assembly.data import SPLITS, Which, needs_labels, read_split
+from gdetkd_cli.assembly.data import SPLITS, Which, check_headers, needs_labels, read_split
 from gdetkd_cli.assembly.find_data import find_block
-from gdetkd_cli.data.bad_images import BadImageError, BadImages
-from gdetkd_cli.data.image_files import ImageFiles
+from gdetkd_cli.data.bad_images import BadImages
 from gdetkd_cli.data.repeats import find_repeated_images
 from gdetkd_cli.data.split import DataProblem, Split
-from gdetkd_cli.engine.events import Observer, report_every, silent
+from gdetkd_cli.engine.events import Observer, silent
 from gdetkd_cli.errors import OutputError
 from gdetkd_cli.recipe.base import MOST
 from gdetkd_cli.recipe.schema import Data
@@ -121,14 +120,7 @@ def _read_checked(data: Data, which: Which, problems: list[DataProblem], observe
     """Reads a split and the header of every image; adds all problems."""
     bad = BadImages(MOST)
     split = read_split(data, which, bad=bad, problems=problems)
-    report = report_every(observer, "checked", len(split))
-    if isinstance(split.read, ImageFiles):
-        for index in range(len(split)):
-            try:
-                split.read.check_header(index)
-            except BadImageError as error:
-                bad.add(error)
-            report(index + 1)
+    check_headers([split], observer)
     problems += [DataProblem(str(error.path), error.problem) for error in bad.errors]
     return split
 

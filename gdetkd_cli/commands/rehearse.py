@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from gdetkd_cli import assembly
-from gdetkd_cli.data.bad_images import BadImageError
-from gdetkd_cli.data.image_files import ImageFiles
 from gdetkd_cli.data.loader import load_validation_batches
 from gdetkd_cli.data.split import Split
 from gdetkd_cli.detectors import catalog
-from gdetkd_cli.engine.events import Note, Observer, report_every
+from gdetkd_cli.engine.events import Note, Observer
 from gdetkd_cli.errors import ExportError, ModelError, get_first_line
 from gdetkd_cli.evaluation.coco_metrics import evaluate_coco
 from gdetkd_cli.evaluation.predict import list_predicted, predict_split
@@ -39,7 +36,7 @@ def rehearse(
         DataError: an image is missing or unreadable, or has another size than its annotations.
         ModelError: the student fails at inference.
     """
-    _check_headers((train, val), observer)
+    assembly.check_headers((train, val), observer)
     detector = student.detector
     if detector.features_only:
         return ()
@@ -63,19 +60,3 @@ def rehearse(
             observer(Note(note))
             return (note,)
     return ()
-
-
-def _check_headers(splits: Sequence[Split], observer: Observer) -> None:
-    files = [(split.read, split.bad) for split in splits if isinstance(split.read, ImageFiles)]
-    progress = report_every(observer, "checked", sum(len(one.paths) for one, _ in files))
-    done = 0
-    for one, bad in files:
-        for index in range(len(one.paths)):
-            try:
-                one.check_header(index)
-            except BadImageError as error:
-                if bad is None:
-                    raise
-                bad.add(error)
-            done += 1
-            progress(done)
