@@ -108,8 +108,9 @@ def _draw_row(contents: Contents, index: int, pixels: Tensor) -> tuple[bytes, st
         least = contents.min_scores.get(one.role, 0.5)
         sure = own.scores >= least
         own = Detections(own.boxes[sure], own.scores[sure], own.labels[sure])
-        hits = [
-            _is_hit(matches, float(score), label) for score, label in zip(own.scores, own.labels.tolist(), strict=True)
+        hits = [  # a detection is known by its score and label
+            bool((matches.hits & (matches.scores == float(score)) & (matches.labels == label)).any())
+            for score, label in zip(own.scores, own.labels.tolist(), strict=True)
         ]
         _draw(axis, pixels, one.title)
         for hit, colour, dash in ((True, _HIT, "-"), (False, _FALSE, "--")):
@@ -120,12 +121,6 @@ def _draw_row(contents: Contents, index: int, pixels: Tensor) -> tuple[bytes, st
     jpeg = io.BytesIO()
     figure.savefig(jpeg, format="jpeg", dpi=110, pil_kwargs={"quality": 80})
     return jpeg.getvalue(), "; ".join(parts)
-
-
-def _is_hit(matches: Matches, score: float, label: int) -> bool:
-    """Whether the detection with this score and label is a hit."""
-    own = (matches.scores == score) & (matches.labels == label)
-    return bool((matches.hits & own).any())
 
 
 def _draw(axis: Axes, pixels: Tensor, title: str) -> None:

@@ -50,23 +50,15 @@ def draw_grid(
     columns = 1 + len(predictors)
     figure = Figure(figsize=(3.2 * columns, 3.2 * len(indices)), layout="constrained")
     axes = figure.subplots(len(indices), columns, squeeze=False)
-    colours = matplotlib.colormaps["tab20"].colors  # type: ignore[attr-defined]  # a ListedColormap
     for row, index in zip(axes, indices, strict=True):
         record, pixels = split.records[index], split.read(index)
-        _draw(row[0], pixels, record.boxes, record.labels, None, split.class_names, colours)
+        _draw(row[0], pixels, record.boxes, record.labels, None, split.class_names)
         image = (pixels.float() / 255).to(device)
         for axis, predictor in zip(row[1:], predictors.values(), strict=True):
             found: Detections = predictor.predict([image])[0]
             sure = (found.scores >= _MIN_SCORE).cpu()
-            _draw(
-                axis,
-                pixels,
-                found.boxes.cpu()[sure],
-                found.labels.cpu()[sure],
-                found.scores.cpu()[sure],
-                split.class_names,
-                colours,
-            )
+            boxes, labels, scores = (part.cpu()[sure] for part in (found.boxes, found.labels, found.scores))
+            _draw(axis, pixels, boxes, labels, scores, split.class_names)
     for axis, title in zip(axes[0], ["truth", *predictors], strict=True):
         axis.set_title(title)
     save_figure(figure, path)
@@ -87,7 +79,6 @@ def draw_sheet(split: Split, path: Path, *, count: int = 12) -> list[int]:
     rows = max(1, -(-len(chosen) // _SHEET_COLUMNS))
     figure = Figure(figsize=(3.2 * _SHEET_COLUMNS, 3.2 * rows), layout="constrained")
     axes = figure.subplots(rows, _SHEET_COLUMNS, squeeze=False).ravel()
-    colours = matplotlib.colormaps["tab20"].colors  # type: ignore[attr-defined]  # a ListedColormap
     drawn: list[int] = []
     for axis in axes:
         axis.set_axis_off()
@@ -99,7 +90,7 @@ def draw_sheet(split: Split, path: Path, *, count: int = 12) -> list[int]:
         record = split.records[index]
         every = max(1, max(record.size) // _SHEET_PIXELS)
         axis = axes[len(drawn)]
-        _draw(axis, pixels[:, ::every, ::every], record.boxes / every, record.labels, None, split.class_names, colours)
+        _draw(axis, pixels[:, ::every, ::every], record.boxes / every, record.labels, None, split.class_names)
         drawn.append(index)
     if drawn:
         save_figure(figure, path)
@@ -107,14 +98,9 @@ def draw_sheet(split: Split, path: Path, *, count: int = 12) -> list[int]:
 
 
 def _draw(
-    axis: Axes,
-    pixels: Tensor,
-    boxes: Tensor,
-    labels: Tensor,
-    scores: Tensor | None,
-    class_names: tuple[str, ...],
-    colours: list[tuple[float, float, float]],
+    axis: Axes, pixels: Tensor, boxes: Tensor, labels: Tensor, scores: Tensor | None, class_names: tuple[str, ...]
 ) -> None:
+    colours = matplotlib.colormaps["tab20"].colors  # type: ignore[attr-defined]  # a ListedColormap
     axis.imshow(pixels.permute(1, 2, 0).numpy())
     axis.set_axis_off()
     for i, (box, label) in enumerate(zip(boxes.tolist(), labels.tolist(), strict=True)):
