@@ -24,7 +24,7 @@ from gdetkd_cli.evaluation.predict import predict_split
 from gdetkd_cli.evaluation.stored import write_detections
 from gdetkd_cli.files import write_text
 from gdetkd_cli.knowledge.teacher import RememberedTeacher
-from gdetkd_cli.recipe.schema import CheckpointDetector, Recipe
+from gdetkd_cli.recipe.schema import CheckpointDetector
 from gdetkd_cli.report.levels import draw_levels
 from gdetkd_cli.report.pyramid import describe_on_image
 from gdetkd_cli.structures import Detections
@@ -68,8 +68,10 @@ def measure_run(setup: assembly.TrainingSetup, folder: RunFolder) -> None:
         str(device), _measure_detector(student, some, device, folder.student.stat().st_size / 1e6)[0]
     )
     if teacher is not None:
-        size = _measure_file(setup.recipe, 4 * teacher.parameter_count) / 1e6
-        cost, detections = _measure_detector(teacher, some, device, size)
+        spec, size = setup.recipe.teacher, 4 * teacher.parameter_count  # a teacher that is built from code has no file
+        if isinstance(spec, CheckpointDetector):
+            size = catalog.locate(spec.path).stat().st_size
+        cost, detections = _measure_detector(teacher, some, device, size / 1e6)
         if detections:
             write_detections(folder.teacher_detections, teacher.class_names, detections)
         batches = (batch.to(device) for batch in load_validation_batches(split=some, batch_size=_TOGETHER))
@@ -88,13 +90,6 @@ def spread_images(split: Split, most: int) -> Split:
     """Returns at most ``most`` images, evenly spread over the split."""
     chosen = [place * len(split) // most for place in range(most)] if len(split) > most else list(range(len(split)))
     return select_images(split, chosen)
-
-
-def _measure_file(recipe: Recipe, otherwise: int) -> int:
-    """Bytes of the teacher's file, or ``otherwise`` for a teacher that is built from code."""
-    if isinstance(recipe.teacher, CheckpointDetector):
-        return catalog.locate(recipe.teacher.path).stat().st_size
-    return otherwise
 
 
 def _measure_detector(

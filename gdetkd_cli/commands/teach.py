@@ -88,9 +88,8 @@ def run_teach(recipe: Recipe, *, output: Path, int8: bool = False, observer: Obs
     stores = {name: DiskStore(output / name, None, lambda _: None) for name in ("views", "detections")}
     asked = remember(teacher, stores["views"], int8=int8)
     _check_space(recipe, output, teacher, splits["train"], stores["views"].used, observer, int8=int8)
-    work = _Work(
-        cast(RememberedTeacher, asked), stores["detections"] if detects else None, accelerator.device, recipe, observer
-    )
+    kept = stores["detections"] if detects else None
+    work = _Work(cast(RememberedTeacher, asked), kept, accelerator.device, recipe.train.batch_size, observer)
     share = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
     views = assembly.list_views(recipe)
     work.ask(splits["train"], views, share)
@@ -112,61 +111,57 @@ def run_teach(recipe: Recipe, *, output: Path, int8: bool = False, observer: Obs
     )
 
 
+@dataclass
 class _Work:
     """The questions to a teacher, and the places of its answers."""
 
-    def __init__(
-        self,
-        teacher: RememberedTeacher,
-        detections: DiskStore | None,
-        device: torch.device,
-        recipe: Recipe,
-        observer: Observer,
-    ) -> None:
-        self.added = 0
-        self._teacher, self._detections, self._device = teacher, detections, device
-        self._batch, self._observer = recipe.train.batch_size, observer
+    teacher: RememberedTeacher
+    detections: DiskStore | None
+    device: torch.device
+    batch: int
+    observer: Observer
+    added: int = 0
 
     def ask(self, split: Split, views: tuple[bool, bool], share: dict[str, int]) -> None:
         """Stores the features of these views of a split's images, and the detections."""
-        progress = report_every(self._observer, "taught", ceil(len(split) / share["world_size"]))
+        progress = report_every(self.observer, "taught", ceil(len(split) / share["world_size"]))
         done = 0
-        for batch in load_validation_batches(split=split, batch_size=self._batch, **share):
+        for batch in load_validation_batches(split=split, batch_size=self.batch, **share):
             pixels = [to_pixels(image) for image in batch.images]
             seen = [view for one in pixels for view in assembly.build_views(one, views)]
             self._store_features(seen)
-            if self._detections is not None:
-                self._store_detections(pixels, self._detections)
+            if self.detections is not None:
+                self._store_detections(pixels, self.detections)
             progress(done := done + len(batch))
 
     def _store_features(self, pixels: list[Tensor]) -> None:
-        missing = [(name, one) for one in pixels if (name := name_view(one)) not in self._teacher.store]
-        for start in range(0, len(missing), self._batch):
-            part = missing[start : start + self._batch]
-            images = [one.to(self._device).float() / 255 for _, one in part]
-            for (name, _), answer in zip(part, self._teacher.compute(images), strict=True):
-                self._teacher.store.add(name, answer)
+        missing = [(name, one) for one in pixels if (name := name_view(one)) not in self.teacher.store]
+        for start in range(0, len(missing), self.batch):
+            part = missing[start : start + self.batch]
+            images = [one.to(self.device).float() / 255 for _, one in part]
+            for (name, _), answer in zip(part, self.teacher.compute(images), strict=True):
+                self.teacher.store.add(name, answer)
                 self.added += 1
 
     def _store_detections(self, pixels: list[Tensor], store: DiskStore) -> None:
         missing = [(name, one) for one in pixels if (name := name_view(one)) not in store]
         if not missing:
             return
-        found = self._teacher.predict([one.to(self._device).float() / 255 for _, one in missing])
+        found = self.teacher.predict([one.to(self.device).float() / 255 for _, one in missing])
         for (name, _), one in zip(missing, found, strict=True):
             store.add(name, {"boxes": one.boxes.cpu(), "scores": one.scores.cpu(), "labels": one.labels.cpu()})
 
     def measure_errors(self, train: Split) -> dict[str, float]:
         """The rounding error of the middle training image by level."""
-        image = train.read_first().to(self._device).float() / 255
+        image = train.read_first().to(self.device).float() / 255
         batch = Batch([image], [], torch.zeros(1, dtype=torch.int64))
         with torch.no_grad():
-            exact = self._teacher.detector.extract_features(batch).pyramid.maps
+            exact = self.teacher.detector.extract_features(batch).pyramid.maps
             named = Batch([image], [], batch.image_ids, (ImageView(name_view(to_pixels(image))),))
-            stored = self._teacher.extract_features(named).pyramid.maps
+            stored = self.teacher.extract_features(named).pyramid.maps
         return {
             level.name: float((ours - theirs).norm() / theirs.norm().clamp(min=1e-30))
-            for level, ours, theirs in zip(self._teacher.levels, stored, exact, strict=True)
+            for level, ours, theirs in zip(self.teacher.levels, stored, exact, strict=True)
         }
 
 

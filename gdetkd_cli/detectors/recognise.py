@@ -42,7 +42,8 @@ def recognise(state: dict[str, Tensor], source: str) -> Recognised:
     scores: dict[str, tuple[int, int]] = {}  # tensors in common, tensors of the detector
     fitting = []
     for name in portable.TORCHVISION_DETECTORS:
-        own = _build_shapes(name)
+        with torch.device("meta"):  # only names and shapes are needed
+            own = _select_shapes(portable.build({"kind": "torchvision", "name": name}, 1).state_dict())
         scores[name] = (sum(shapes.get(key) == shape for key, shape in own.items()), len(own))
         # A Mask R-CNN without its mask branch is the Faster R-CNN.
         if own == shapes and name.startswith("maskrcnn") == masked:
@@ -79,9 +80,3 @@ def _select_shapes(state: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
         for name, value in state.items()
         if not name.endswith(BATCH_COUNT) and not _is_mask(name)
     }
-
-
-def _build_shapes(name: str) -> dict[str, tuple[int, ...]]:
-    with torch.device("meta"):  # only names and shapes are needed
-        module = portable.build({"kind": "torchvision", "name": name}, 1)
-    return _select_shapes(module.state_dict())

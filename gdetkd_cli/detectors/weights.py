@@ -260,10 +260,8 @@ def load_state(
     wanted = {name: value for name, value in state.items() if name not in dropped}
     refitted, why = find_refitted_layers(module, wanted, class_layers), "another number of classes"
     if other_classes and not refitted:
-        refitted, why = (
-            [n for n in wanted if n in own and (n.startswith(CLASS_LAYERS) or n in class_layers)],
-            "other classes",
-        )
+        refitted = [n for n in wanted if n in own and (n.startswith(CLASS_LAYERS) or n in class_layers)]
+        why = "other classes"
         if not refitted:
             notes.append(f"{source}: trained for other classes; it is unknown which layers depend on them, so all stay")
     if refitted:

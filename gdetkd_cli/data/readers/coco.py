@@ -88,7 +88,7 @@ def build_split_from_tables(
     bad: BadImages | None = None,
     tally: Tally | None = None,
     describe_place: Callable[[int], str] | None = None,
-    annotated: Collection[int] | None = None,
+    annotated: Collection[int | None] | None = None,
 ) -> Split:
     """Builds a split from COCO's three tables.
 
@@ -125,7 +125,8 @@ def build_split_from_tables(
             if item is not None:
                 packer.add(row, item, _convert_outline(annotation.get("segmentation"), size) if outlines else None)
 
-    annotated = _list_annotated(tables) if annotated is None else annotated
+    if annotated is None:
+        annotated = {_read_id(annotation.get("image_id")) for annotation in tables["annotations"]}  # usable or not
     records = packer.build(ids, sizes, (image_id in annotated for image_id in ids))
     tally.add(_NEGATIVE, records.count_empty())
     return Split(
@@ -146,12 +147,6 @@ def mark_upright(tables: Tables) -> Tables:
 def _is_upright(tables: Tables) -> bool:
     info = tables.get("info")
     return isinstance(info, dict) and info.get("upright") is True
-
-
-def _list_annotated(tables: Tables) -> set[int]:
-    """Lists the ids of the images that have annotations, usable or not."""
-    ids = (_read_id(annotation.get("image_id")) for annotation in tables["annotations"])
-    return {image_id for image_id in ids if image_id is not None}
 
 
 def _describe_place(source: Path, image: str | None, index: int) -> str:
