@@ -98,11 +98,7 @@ def parse(text: str) -> tuple[object, Node | None]:
 
 
 def _count_nodes(node: Node, counts: dict[int, int], depth: int = 1) -> int:
-    """Counts the nodes of a tree with its aliases written out, each node once.
-
-    Raises:
-        YamlError: the tree is too large or too deep, or contains itself.
-    """
+    """Counts the nodes of a tree with its aliases written out; raises a YamlError if there are too many or no end."""
     line = node.start_mark.line + 1
     if counts.get(id(node)) == 0:
         raise YamlError("a block contains itself through its anchor", line)

@@ -125,11 +125,7 @@ def freeze(detector: Detector) -> None:
 
 
 def _build_terms(config: Distill, pair: Detectors, fresh_warmup: int) -> tuple[list[TermPlan], dict[str, WeightedTerm]]:
-    """Builds the recipe's terms, and plans of all terms.
-
-    Raises:
-        PairError: a term in the recipe does not fit the pair.
-    """
+    """Builds the recipe's terms, and plans of all terms; raises a PairError if one of the recipe does not fit."""
     plans: list[TermPlan] = []
     terms: dict[str, WeightedTerm] = {}
     for name in BUILDERS:

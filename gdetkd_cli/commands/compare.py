@@ -285,11 +285,7 @@ def _claim(
 
 
 def _check_sources(folder: Path, recipe: Recipe, train: Split, val: Split) -> None:
-    """Checks that the data and the teacher's file are those of the folder's trials, and stores their hashes.
-
-    Raises:
-        RunFolderError: one of them has changed.
-    """
+    """Stores hashes of the data and the teacher's file; raises a RunFolderError if the folder's trials had others."""
     kept, now = folder / _SOURCES, assembly.hash_sources(recipe, train, val)
     if not kept.exists():
         write_text(kept, json.dumps(now))

@@ -169,11 +169,7 @@ def _load(
 
 
 def _read_on(loader: DataLoader[_Loaded]) -> Iterator[_Loaded]:
-    """Yields what the loader yields, and names a process of it that ended.
-
-    Raises:
-        LoaderError: the system or the user ended a loader process.
-    """
+    """Yields what the loader yields; raises a LoaderError that names a process of it that ended."""
     child_ended = getattr(signal, "SIGCHLD", None)
     before = None if child_ended is None else signal.getsignal(child_ended)
     found = iter(loader)

@@ -131,11 +131,7 @@ class ProbedDetector(Detector):
         )
 
     def _require_form(self) -> OutputForm:
-        """The form of its detections.
-
-        Raises:
-            PairError: the detections cannot be read, or their classes are unknown.
-        """
+        """The form of its detections; raises a PairError if they cannot be read, or their classes are unknown."""
         form = self.probed.detections
         if form is None:
             known = f"{len(self.class_names)} classes" if self.class_names else "unknown classes"

@@ -92,11 +92,7 @@ _MATCHERS = {"two-stage": _match_roi_heads, "dense": _match_dense_head, "query":
 
 
 def _match_part(part: str, student: nn.Module, teacher: nn.Module) -> dict[str, Tensor]:
-    """The teacher's parameters under ``part``, by name.
-
-    Raises:
-        PairError: the student's have another name or shape.
-    """
+    """The teacher's parameters under ``part``, by name; raises a PairError if the student's differ in name or shape."""
     source, target = (
         {} if part not in dict(d.named_modules()) else d.get_submodule(part).state_dict() for d in (teacher, student)
     )

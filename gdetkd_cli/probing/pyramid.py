@@ -286,11 +286,7 @@ def _name_call(value: Value) -> str:
 
 
 def _find_values(values: Sequence[Value], names: Sequence[str]) -> list[int]:
-    """Finds the indices of the named values.
-
-    Raises:
-        ModelError: a name matches no value, or several.
-    """
+    """Finds the indices of the named values; raises a ModelError if a name matches no value, or several."""
     known: dict[str, list[int]] = {}
     for i, value in enumerate(values):
         own = {value.name, value.returned.name if value.returned else ""}

@@ -156,11 +156,7 @@ class _Program(nn.Module):
 
 
 def _read_inputs(path: Path, program: ExportedProgram) -> dict[str, Any]:
-    """Returns ``ModuleRunner``'s arguments, from a program's inputs.
-
-    Raises:
-        ModelError: it does not take images, or takes more than them.
-    """
+    """Returns ``ModuleRunner``'s arguments; raises a ModelError if the program takes no images, or more than them."""
     given = set(program.graph_signature.user_inputs)
     inputs = {n.name: n.meta["val"] for n in program.graph.nodes if n.op == "placeholder" and n.name in given}
     images = {name: value for name, value in inputs.items() if name not in KNOWN or not isinstance(value, Tensor)}
