@@ -34,7 +34,6 @@ from gdetkd_cli.assembly.trackers import check_trackers
 from gdetkd_cli.assembly.warnings import warn_about_data, warn_about_normalization, warn_about_sizes
 from gdetkd_cli.data.readers.coco import Tables, align_classes
 from gdetkd_cli.data.split import Split
-from gdetkd_cli.detectors.protocol import Detector
 from gdetkd_cli.distill.distiller import Distiller
 from gdetkd_cli.engine.device import ComputeSettings
 from gdetkd_cli.engine.events import Note, Observer, silent
@@ -158,6 +157,7 @@ def build_setup(
     """
     recipe = narrow_recipe(recipe)
     device = compute.accelerator.device
+    rank = {"rank": compute.accelerator.process_index, "world_size": compute.accelerator.num_processes}
     splits, unlabelled = read_once(partial(_read_splits, recipe, labels), compute.accelerator)
     teacher = None
     labelled: dict[Which, LabelledSplit] = {}
@@ -165,7 +165,11 @@ def build_setup(
         names = (splits.get("train") or unlabelled["train"]).class_names
         teacher = build_detector(recipe.teacher, names, recipe.seed, keep_classes=True)
         teacher.detector.module.to(device)  # so that its levels are measured on the run's device
-        labelled = _label_splits(unlabelled, recipe, teacher.detector, compute.accelerator, most_labelled, observer)
+        for which, split in unlabelled.items():  # on all processes together
+            assert isinstance(recipe.data, Unlabelled)
+            labelled[which] = label_split(
+                split, recipe.data, teacher.detector, device=device, most=most_labelled, observer=observer, **rank
+            )
         splits |= {which: one.split for which, one in labelled.items()}
     student = _build_student(recipe, splits["train"].class_names, compute.accelerator)
     train, val = (align_classes(splits[which], student.detector.class_names) for which in SPLITS)
@@ -203,7 +207,7 @@ def build_setup(
             train,
             compute.settings,
             views=teacher is not None and isinstance(teacher.detector, RememberedTeacher),
-            **_get_rank(compute.accelerator),
+            **rank,
         ),
         notes=_collect_notes(unscaled, recipe, (train, val), labelled.values(), student, teacher),
     )
@@ -228,34 +232,6 @@ def _collect_notes(
         *(f"teacher: {note}" for note in (teacher.notes if teacher else ())),
         *(warn_about_sizes(student.detector, teacher.detector) if teacher else ()),
     )
-
-
-def _label_splits(
-    splits: dict[Which, Split],
-    recipe: DistillationRecipe,
-    teacher: Detector,
-    accelerator: Accelerator,
-    most: int | None,
-    observer: Observer,
-) -> dict[Which, LabelledSplit]:
-    """Labels the splits that have no annotations, on all processes together."""
-    labelled: dict[Which, LabelledSplit] = {}
-    for which, split in splits.items():
-        assert isinstance(recipe.data, Unlabelled)
-        labelled[which] = label_split(
-            split,
-            recipe.data,
-            teacher,
-            device=accelerator.device,
-            most=most,
-            observer=observer,
-            **_get_rank(accelerator),
-        )
-    return labelled
-
-
-def _get_rank(accelerator: Accelerator) -> dict[str, int]:
-    return {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
 
 
 def build_recipe_pair(
