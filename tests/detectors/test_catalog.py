@@ -15,18 +15,16 @@ from gdetkd_cli.detectors import catalog
 from gdetkd_cli.errors import ModelError
 
 pytestmark = pytest.mark.usefixtures("small")
+KEYS = [
+    "faster-rcnn on resnet18, levels 2-6, batch",
+    "retinanet on resnet18, levels 3-7, frozen",
+    "fcos on resnet18, levels 3-7, batch",
+    "ssd300_vgg16",
+    "ssdlite320_mobilenet_v3_large",
+]
 
 
-@pytest.mark.parametrize(
-    "key",
-    [
-        "faster-rcnn on resnet18, levels 2-6, batch",
-        "retinanet on resnet18, levels 3-7, frozen",
-        "fcos on resnet18, levels 3-7, batch",
-        "ssd300_vgg16",
-        "ssdlite320_mobilenet_v3_large",
-    ],
-)
+@pytest.mark.parametrize("key", KEYS)
 def test_classes_of_weights(key: str) -> None:
     description = SPECS[key].description
     five, four = tuple("abcde"), tuple("wxyz")
@@ -44,9 +42,6 @@ def test_classes_of_weights_by_the_data_and_of_other_weights() -> None:
 
     assert catalog.name_classes(state, description, tuple("abcde"), tuple("wxyz")) == tuple("abcde")
     assert catalog.name_classes({"other": torch.ones(1)}, description, tuple("wxyz"), None) == tuple("wxyz")
-
-
-# ------------------------------------------------------------------------------------------------------------ errors
 
 
 @pytest.mark.parametrize(
@@ -126,19 +121,7 @@ def test_slim_and_shallow_resnets() -> None:
     assert isinstance(body.conv1.weight, Tensor)
 
 
-# ------------------------------------------------------------------------------------------------------ placeholders
-
-
-@pytest.mark.parametrize(
-    "key",
-    [
-        "faster-rcnn on resnet18, levels 2-6, batch",
-        "retinanet on resnet18, levels 3-7, frozen",
-        "fcos on resnet18, levels 3-7, batch",
-        "ssd300_vgg16",
-        "ssdlite320_mobilenet_v3_large",
-    ],
-)
+@pytest.mark.parametrize("key", KEYS)
 def test_outputs_without_a_class_are_left_out(key: str) -> None:
     torch.manual_seed(0)
     names = ("a", "N/A", "b", "N/A", "c")
