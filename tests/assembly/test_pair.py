@@ -150,9 +150,6 @@ def test_the_weight_of_contrast_suits_the_student(
     assert pair.distiller(tiny_batch).weights["ckd"] == weight
 
 
-# ----------------------------------------------------------------------------------------------------- other methods
-
-
 @pytest.mark.parametrize(
     ("student", "published"),
     [

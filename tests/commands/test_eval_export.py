@@ -306,9 +306,6 @@ def test_files_that_are_no_detector_are_refused(run: Path, data: CocoData) -> No
             run_eval(str(run / name), data=data)
 
 
-# ------------------------------------------------------------------------------------------------------ safetensors
-
-
 def test_safetensors_hold_the_weights_the_classes_and_the_description(run: Path, detector: Detector) -> None:
     (file,) = run_export(str(run), onnx=False, torchscript=False, safetensors=True, output=None).files
     assert (file.path, file.format) == (run / "student.safetensors", "safetensors")

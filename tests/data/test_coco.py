@@ -363,9 +363,6 @@ def test_floating_point_image(folder: Path) -> None:
         read(folder, lambda content: content["images"][0].update(file_name="a.tif")).read(0)
 
 
-# ------------------------------------------------------------------------------------------------- align_classes
-
-
 def test_align_classes_by_name(folder: Path) -> None:
     split = align_classes(read(folder, lambda content: content["annotations"].pop()), ("cow", "dog", "cat"))
 
@@ -392,9 +389,6 @@ def test_align_classes_leaves_the_original(folder: Path) -> None:
 def test_align_classes_needs_every_class(folder: Path) -> None:
     with pytest.raises(DataError, match=r"the classes dog, which are not among cat, cow"):
         align_classes(read(folder), ("cat", "cow"))
-
-
-# ------------------------------------------------------------------------------------------------------ real data
 
 
 @pytest.mark.skipif(not BCCD.is_dir(), reason="needs the BCCD data in ../shared/data/bccd")

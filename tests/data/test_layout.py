@@ -160,9 +160,6 @@ def test_voc_without_test_list(tmp_path: Path) -> None:
     assert find_lists(tmp_path / "none", mine=["cat_train"]) is None
 
 
-# --------------------------------------------------------------------------------------------------------------- yolo
-
-
 def write_files(root: Path, *files: str, **texts: str) -> None:
     for name in files:
         write_image(root / name)

@@ -71,9 +71,6 @@ def assert_same(first: Iterable[Batch], second: Iterable[Batch]) -> None:
             assert torch.equal(x.labels, y.labels)
 
 
-# -------------------------------------------------------------------------------------------------------- examples
-
-
 def test_unaugmented_example() -> None:
     dataset = make_dataset(augmented=False)
     image, target, image_id, view = dataset[0, 2]
@@ -170,9 +167,6 @@ def test_cached_images_do_not_change() -> None:
     assert torch.equal(dataset[0, 0][0], Noise()(0).float() / 255)
 
 
-# ------------------------------------------------------------------------------------------------- training batches
-
-
 def test_every_pass_takes_every_image_once() -> None:
     batches = ids(load_training_batches(dataset=make_dataset(6), batch_size=2, steps=9, seed=0))
     passes = [[*batches[start], *batches[start + 1], *batches[start + 2]] for start in (0, 3, 6)]
@@ -257,9 +251,6 @@ def test_pinned_batches() -> None:
 
     assert all(image.is_pinned() for image in batch.images)
     assert batch.image_ids.is_pinned()
-
-
-# ----------------------------------------------------------------------------------------------- validation batches
 
 
 def test_validation_is_in_order_and_unchanged() -> None:

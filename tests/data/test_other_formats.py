@@ -135,9 +135,6 @@ def test_voc_unusable_boxes_are_counted(devkit: Path) -> None:
     assert "no area" in notes
 
 
-# ---------------------------------------------------------------------------------------------------------- bdd100k
-
-
 def frame(name: str, *labels: dict[str, Any]) -> dict[str, Any]:
     return {"name": name, "labels": list(labels) or None}
 

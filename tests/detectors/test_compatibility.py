@@ -23,9 +23,6 @@ COLUMNS = [0, 2, 3, 1]  # of the teacher, for background, circle, square and tri
 TinyDetector = Callable[..., Detector]
 
 
-# ------------------------------------------------------------------------------------------------------------ kinds
-
-
 @pytest.mark.parametrize(
     ("student", "teacher", "kind"),
     [
@@ -37,9 +34,6 @@ TinyDetector = Callable[..., Detector]
 )
 def test_kinds(student: str, teacher: str, kind: str, tiny_detector: TinyDetector) -> None:
     assert classify_pair(tiny_detector(student), tiny_detector(teacher)) == kind
-
-
-# ---------------------------------------------------------------------------------------------------------- classes
 
 
 def test_columns_follow_the_names(tiny_detector: TinyDetector) -> None:
@@ -70,9 +64,6 @@ def test_other_classes_are_named(
         match_classes(tiny_detector("faster-rcnn", classes=student), tiny_detector("faster-rcnn", classes=teacher))
 
 
-# ------------------------------------------------------------------------------------------------------ predictions
-
-
 def test_prediction_columns(tiny_detector: TinyDetector) -> None:
     student, teacher = (tiny_detector("faster-rcnn", classes=classes) for classes in (STUDENT, TEACHER))
 
@@ -92,9 +83,6 @@ def test_box_coders_must_agree(tiny_detector: TinyDetector) -> None:
     teacher = tiny_detector("faster-rcnn", arguments={"bbox_reg_weights": (20.0, 20.0, 5.0, 5.0)})
     with pytest.raises(PairError, match=r"box coders differ: weights \(20.0, 20.0, 5.0, 5.0\) -> \(10.0, 10.0"):
         match_predictions(student, teacher)
-
-
-# ----------------------------------------------------------------------------------------------------- dense logits
 
 
 @pytest.mark.parametrize("head", ["retinanet", "fcos"])

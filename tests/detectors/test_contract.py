@@ -64,9 +64,6 @@ def assert_same_detections(first: list[Detections], second: list[Detections]) ->
         assert torch.equal(a.labels, b.labels)
 
 
-# --------------------------------------------------------------------------------------------------------- contract
-
-
 def test_declared_levels_are_the_observed_ones(case: Case, extracted: Observation) -> None:
     levels = case.detector.levels
     assert tuple(level.stride for level in levels) == tuple((float(s), float(s)) for s in case.spec.strides)

@@ -104,9 +104,6 @@ def test_measuring_leaves_the_network_and_the_random_numbers_alone() -> None:
     assert all(parameter.grad is None for parameter in network.parameters())
 
 
-# ----------------------------------------------------------------------------------------------------------- errors
-
-
 class Blind(nn.Module):
     """Returns a map of the right size that does not depend on the image."""
 

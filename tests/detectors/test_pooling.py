@@ -50,8 +50,6 @@ def make_pyramid(
     return Pyramid(maps=tuple(maps), levels=levels, frame=frame)
 
 
-# -------------------------------------------------------------------------------------------------------- RoIAlign
-
 H, W = 9, 13
 INSIDE = [[1.0, 2, 5, 7], [0.3, 0.2, 12.9, 8.8], [3.3, 3.1, 3.9, 3.6]]
 PARTLY_OUTSIDE = [[-4.0, -3, 6, 5], [8, 4, 20, 15], [-30, -30, 60, 60], [-0.9, -0.9, 1.5, 1.2]]
@@ -130,9 +128,6 @@ def test_float32_under_autocast(limit: int, monkeypatch: pytest.MonkeyPatch) -> 
     assert torch.equal(inside, outside)
 
 
-# -------------------------------------------------------------------------------------------------------- geometry
-
-
 def test_cells_by_hand() -> None:
     level = LevelSpec(name="", channels=1, stride=(4.0, 8.0), offset=(0.5, 4.0), shape=(8, 8))
     # x: (4 - 4) / 8 + 0.5 = 0.5, the centre of the first cell; (20 - 4) / 8 + 0.5 = 2.5.
@@ -189,9 +184,6 @@ def test_pooling_reads_the_same_place_on_every_level() -> None:
         torch.testing.assert_close(pooled.mean(dim=(2, 3)), torch.tensor([[60.0, 38.0], [48.0, 52.0]]))
         # The first bin's centre lies at 1/14 of the box.
         torch.testing.assert_close(pooled[0, 0, 0, 0], torch.tensor(40 + 40 / 14))
-
-
-# ------------------------------------------------------------------------------------------------------- assignment
 
 
 def pyramid_of_strides(*strides: int, channels: int = 2) -> Pyramid:

@@ -93,9 +93,6 @@ def test_frozen_normalization(tiny_description: Describe) -> None:
     assert any(isinstance(part, nn.LayerNorm) for part in without.modules())  # stays as it is
 
 
-# ---------------------------------------------------------------------------------------------------------- weights
-
-
 def spec(backbone: str, weights: str | Path | None) -> ComposedDetector:
     return ComposedDetector.model_validate(
         {

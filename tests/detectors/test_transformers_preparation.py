@@ -17,8 +17,6 @@ from gdetkd_cli.detectors import transformers
 from gdetkd_cli.detectors.transformers.preparation import Preparation, resize_in_graph
 from gdetkd_cli.errors import GDetKDError, ModelError
 
-# -------------------------------------------------------------------------------------------------- preprocessing
-
 
 @pytest.mark.parametrize("size", [(40, 60), (60, 40), (333, 100), (50, 50), (97, 131)])
 @pytest.mark.parametrize(
@@ -52,9 +50,6 @@ def test_the_resize_in_a_graph_equals_torchs(before: tuple[int, int], after: tup
     image = torch.rand(3, *before)
     expected = torch.nn.functional.interpolate(image[None], size=after, mode="bilinear", antialias=True)[0]
     assert torch.allclose(resize_in_graph(image, after), expected, atol=1e-5)
-
-
-# ------------------------------------------------------------------------------------------------------- refusals
 
 
 @pytest.mark.parametrize(

@@ -33,9 +33,6 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "weights.pth"
 
 
-# ------------------------------------------------------------------------------------------------------------ files
-
-
 def test_a_reference_scripts_checkpoint(path: Path) -> None:
     """torchvision's own scripts save the state as 'model', with the optimizer and the command line."""
     state = {"a.weight": torch.ones(2), "a.bias": torch.zeros(1)}
@@ -165,9 +162,6 @@ def test_no_file(path: Path) -> None:
             read_torch_file(missing)
 
 
-# ---------------------------------------------------------------------------------------------------------- loading
-
-
 def state_of(detector: Detector) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in detector.module.state_dict().items()}
 
@@ -262,9 +256,6 @@ def test_weights_that_do_not_fit_change_nothing(tiny_detector: TinyDetector) -> 
     with pytest.raises(ModelError, match=r"tensors are missing .*are unknown"):
         load_state(detector.module, state_of(tiny_detector("fcos")) | {"x": torch.ones(1)}, "x.pth")
     assert not find_differing(detector, before)
-
-
-# ---------------------------------------------------------------------------------------------- torchvision's names
 
 
 @pytest.fixture

@@ -33,8 +33,6 @@ from gdetkd_cli.engine.schedule import build_optimizer
 from gdetkd_cli.errors import TermNotComputedError
 from gdetkd_cli.structures import Batch, Target
 
-# ----------------------------------------------------------------------------------------------------- no distilling
-
 
 @pytest.mark.parametrize(("teacher", "student"), PAIRS)
 def test_weights_of_0_are_plain_training(
@@ -73,9 +71,6 @@ def test_a_students_only_loss_does_not_hide_the_total(
     whole = torch.stack(list(seen.losses.values())).sum()
     monkeypatch.setattr(student, "forward_train", lambda *_, **__: replace(seen, losses={"loss": whole}))
     assert forward(Distiller(student=student).train(), tiny_batch).parts == {"own": whole.detach()}
-
-
-# ------------------------------------------------------------------------------------------------------- distilling
 
 
 @pytest.mark.parametrize(("teacher", "student"), PAIRS[:2])
@@ -195,9 +190,6 @@ def test_the_pair_is_learnt(tiny_detector: TinyDetector, tiny_batch: Batch) -> N
         assert sum(values[-5:]) < 0.95 * sum(values[2:7])
 
 
-# ---------------------------------------------------------------------------------------------------------- weights
-
-
 def test_warmup_by_hand() -> None:
     weighted = WeightedTerm(nn.Identity(), weight=2.0, warmup_steps=3)
 
@@ -215,9 +207,6 @@ def test_warmup_follows_the_step(tiny_detector: TinyDetector, tiny_batch: Batch)
         assert report.weights == {"sgfi": pytest.approx(weight)}
         own = sum(value for name, value in report.parts.items() if name != "sgfi")
         torch.testing.assert_close(report.total.detach(), own + weight * report.parts["sgfi"])
-
-
-# ----------------------------------------------------------------------------------------------------------- errors
 
 
 class Forgetful(nn.Module):
@@ -240,9 +229,6 @@ def test_a_term_without_gradient_is_an_error(tiny_detector: TinyDetector, tiny_b
 
     with torch.no_grad():  # as a validation loss would be taken: nothing is to be back-propagated
         assert distiller(tiny_batch).parts["forgetful"] == 1
-
-
-# ------------------------------------------------------------------------------------------------- saving, profiling
 
 
 def test_what_distillation_adds_is_saved(tiny_detector: TinyDetector, tiny_batch: Batch) -> None:

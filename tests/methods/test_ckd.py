@@ -50,9 +50,6 @@ def test_two_views_of_one_image_in_a_batch_are_no_negatives() -> None:
     assert term._find_negatives(pair).int().tolist() == expected
 
 
-# ------------------------------------------------------------------------------------------------ contrastive loss
-
-
 def test_by_hand() -> None:
     student = torch.tensor([[2.0, 0.0], [0.0, 3.0]])
     teacher = torch.tensor([[1.0, 0.0], [0.0, 0.5]])
@@ -195,9 +192,6 @@ def test_float32_under_autocast(dtype: torch.dtype) -> None:
     assert inside.dtype == torch.float32
     assert torch.equal(inside, loss())
     assert torch.isfinite(inside)
-
-
-# ----------------------------------------------------------------------------------------------- overlap negatives
 
 
 def test_overlap_by_hand() -> None:

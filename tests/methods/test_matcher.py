@@ -18,9 +18,6 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-# -------------------------------------------------------------------------------------------------- level matching
-
-
 def make_matcher(student_channels: list[int], *, cosine: bool = True) -> LevelMatcher:
     torch.manual_seed(0)
     return LevelMatcher(student_channels=student_channels, teacher_channels=6, embed_channels=4, cosine=cosine).double()
@@ -150,9 +147,6 @@ def test_matcher_without_regions(student_channels: list[int]) -> None:
     assert weights.shape == (0, 2)
     assert all(parameter.grad is not None for parameter in matcher.adapters.parameters())
     assert all(level.grad is not None for level in levels)
-
-
-# ------------------------------------------------------------------------------------------------ standardisation
 
 
 def make_features(*, regions: int = 40, seed: int = 0) -> Tensor:

@@ -20,9 +20,6 @@ def softmax(row: list[float]) -> list[float]:
     return [value / sum(exps) for value in exps]
 
 
-# ------------------------------------------------------------------------------------------------------ class loss
-
-
 def test_class_loss_by_hand_has_the_teacher_in_front() -> None:
     teacher = torch.tensor([[0.75, 0.25]]).log()
     student = torch.tensor([[0.5, 0.5]]).log()
@@ -69,9 +66,6 @@ def test_class_loss_moves_the_student_alone() -> None:
     expected = (student.softmax(dim=1) - teacher.softmax(dim=1)) / 2
     torch.testing.assert_close(student.grad, expected.detach())
     assert teacher.grad is None
-
-
-# -------------------------------------------------------------------------------------------------------- box loss
 
 
 def test_box_loss_by_hand() -> None:
@@ -139,9 +133,6 @@ def test_box_loss_moves_the_student_alone() -> None:
     assert student.grad is not None
     assert teacher.grad is None
     assert logits.grad is None
-
-
-# ------------------------------------------------------------------------------------------------------------ both
 
 
 def test_no_regions_give_zero_with_a_gradient_path() -> None:

@@ -32,9 +32,6 @@ def list_values(queue: RegionQueue) -> list[float]:
     return embeddings[:, 0].tolist()
 
 
-# ------------------------------------------------------------------------------------------------------------ ring
-
-
 def test_fills_up_then_overwrites_the_oldest() -> None:
     queue = RegionQueue(size=4, channels=2)
     assert list_values(queue) == []
@@ -114,9 +111,6 @@ def test_is_saved_with_the_run() -> None:
     add(queue, 6)
     add(restored, 6)
     assert list_values(restored) == list_values(queue) == [5, 6, 3, 4]
-
-
-# ------------------------------------------------------------------------------------------------------- processes
 
 
 def test_gather_rows_of_one_process() -> None:

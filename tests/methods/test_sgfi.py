@@ -10,8 +10,6 @@ from torch import Tensor
 
 from gdetkd_cli.methods.sgfi import imitation_loss, level_attention, level_prior, scale_to_unit
 
-# ------------------------------------------------------------------------------------------------------- attention
-
 
 def slow_attention(keys: Tensor, queries: Tensor, tau: float, prior: Tensor | None = None) -> Tensor:
     """Region by region, level by level, in Python's doubles."""
@@ -103,9 +101,6 @@ def test_a_region_does_not_depend_on_the_others() -> None:
 
 def test_attention_of_no_regions() -> None:
     assert level_attention(torch.zeros(0, 3, 5), torch.zeros(0, 5), torch.tensor(1.0)).shape == (0, 3)
-
-
-# -------------------------------------------------------------------------------------------------- imitation loss
 
 
 def slow_imitation(imitation: Tensor, target: Tensor, channels: list[int]) -> float:

@@ -66,9 +66,6 @@ def make_pair(
     )
 
 
-# ------------------------------------------------------------------------------------------------------------- SGFI
-
-
 def make_sgfi(**changes: Any) -> SGFITerm:
     torch.manual_seed(0)
     options: dict[str, Any] = {
@@ -205,9 +202,6 @@ def test_sgfi_without_regions() -> None:
     assert all(m.grad is not None for m in maps)
 
 
-# -------------------------------------------------------------------------------------------------------------- CKD
-
-
 def make_ckd(*, queue: int = 8, gamma: float = 0.2) -> CKDTerm:
     torch.manual_seed(0)
     return CKDTerm(
@@ -314,9 +308,6 @@ def test_ckd_learns_to_tell_regions_apart() -> None:
     assert losses[-1] < 0.01 < losses[0]
 
 
-# ------------------------------------------------------------------------------------------------------- prediction
-
-
 def test_class_term_permutes_the_teachers_columns() -> None:
     teacher = draw(3, 4)
     student = teacher[:, COLUMNS].clone().requires_grad_()
@@ -362,9 +353,6 @@ def test_later_stages_count_by_their_weights() -> None:
     by_stage = [class_loss(stages[i].class_logits, stages[i + 2].class_logits) for i in (0, 1)]
     torch.testing.assert_close(term(pair), 0.5 * by_stage[0] + 0.25 * by_stage[1])
     assert ClassTerm(columns=torch.arange(4))(pair).item() == pytest.approx(0, abs=1e-6)
-
-
-# ------------------------------------------------------------------------------------------------------------ needs
 
 
 def test_needs_are_those_of_all_terms() -> None:

@@ -44,9 +44,6 @@ class BoundBatch(Detecting):
         return joined[0], joined[1], joined[2]
 
 
-# ------------------------------------------------------------------------------------------------------ fixed batches
-
-
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("form", WRITERS)
 def test_a_batch_of_four(tmp_path: Path, form: str) -> None:
@@ -67,9 +64,6 @@ def test_a_batch_of_four(tmp_path: Path, form: str) -> None:
     assert "takes 4 images at a time, so fewer are filled up with copies" in probe_notes(path)
 
 
-# ---------------------------------------------------------------------------------------------------- half precision
-
-
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("form", WRITERS)
 def test_half_precision(tmp_path: Path, form: str) -> None:
@@ -83,9 +77,6 @@ def test_half_precision(tmp_path: Path, form: str) -> None:
         assert ours.dtype == torch.float32
         torch.testing.assert_close(ours, theirs.float(), rtol=0.02, atol=0.02)
     assert "takes images as float16" in probe_notes(path)
-
-
-# ----------------------------------------------------------------------------------------------------------- channels
 
 
 def build_channels(count: int) -> nn.Module:
@@ -123,9 +114,6 @@ def test_four_channels_are_refused_by_their_number(tmp_path: Path, form: str) ->
     WRITERS[form](model, path, (torch.rand(1, 4, *SIZE),))
     with pytest.raises(ModelError, match="images of 4 channels, which cannot be made from RGB"):
         run_probe(str(path))
-
-
-# ------------------------------------------------------------------------------------------------------ whole numbers
 
 
 class WholeLast(nn.Module):
@@ -187,9 +175,6 @@ def test_a_script_that_takes_no_image(tmp_path: Path, twin: type[nn.Module], rea
     script(build(twin), path, None)
     with pytest.raises(ModelError, match=reason):
         run_probe(str(path))
-
-
-# -------------------------------------------------------------------------------------------------------- fixed sizes
 
 
 class BoundSize(nn.Module):

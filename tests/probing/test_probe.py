@@ -127,9 +127,6 @@ def test_cells_among_tokens(form: str) -> None:
     assert level.geometry.offset == pytest.approx((8, 8), abs=0.1)
 
 
-# ------------------------------------------------------------------------------------------------ before the network
-
-
 class Letterbox(nn.Module):
     """Resizes to fit 128 x 128 pixels, and centres the image there."""
 
@@ -200,9 +197,6 @@ def test_explicit_padding_by_hand(form: str) -> None:
     assert fine.geometry.offset == pytest.approx((0, 0), abs=0.02)
     assert coarse.geometry.stride == pytest.approx((8, 8), rel=1e-3)
     assert coarse.geometry.offset == pytest.approx((0, 0), abs=0.02)
-
-
-# ------------------------------------------------------------------------------------------------- confidence, choice
 
 
 def test_the_runners_up_are_the_bodys_maps() -> None:

@@ -36,9 +36,6 @@ def written(tmp_path: Path, text: str) -> Path:
     return path
 
 
-# ------------------------------------------------------------------------------------------------------- reading
-
-
 def test_reads_a_file_with_defaults(recipe: Path) -> None:
     read = load_recipe(recipe)
     assert (read.name, read.train.steps, read.train.batch_size) == ("tiny", 10, 8)
@@ -126,9 +123,6 @@ def test_recipes_folder_is_the_checkout_or_the_installed_copy(tmp_path: Path, mo
     assert builtin.find_recipes_folder() == tmp_path / "gdetkd_cli" / "builtin_recipes"
 
 
-# ----------------------------------------------------------------------------------------------------- overrides
-
-
 def test_overrides_are_yaml_and_apply_in_order(recipe: Path) -> None:
     read = load_recipe(recipe, ["train.steps=5", "train.steps=7", "train.clip_norm=null", "augment.flip=0"])
     assert (read.train.steps, read.train.clip_norm, read.augment.flip) == (7, None, 0.0)
@@ -195,9 +189,6 @@ def test_mistakes_in_an_override_name_it(recipe: Path, override: str, sentence: 
 def test_a_list_has_only_its_own_indices(recipe: Path, whole: str, override: str, expected: str) -> None:
     element = f"train.schedule.milestones.{override}=1"
     assert refusal(recipe, f"train.schedule.milestones={whole}", element) == f"--set {element}: {expected}"
-
-
-# ------------------------------------------------------------------------------------------------ what can go wrong
 
 
 def test_each_problem_has_its_line_and_the_path_that_was_typed(tmp_path: Path) -> None:
