@@ -20,17 +20,10 @@ from gdetkd_cli.recipe.schema import Recipe
 def write(root: Path, **data: Any) -> Recipe:
     """A recipe of three training and two validation images, one of each torn."""
     names = [f"{i}.png" for i in range(5)]
-    toy.write_images(root / "images", names)
+    toy.write_coco(root, names, train=(0, 1, 2))
     for name in (names[1], names[4]):
         path = root / "images" / name
         path.write_bytes(path.read_bytes()[:-400])
-    for split, chosen in (("train", (0, 1, 2)), ("val", (3, 4))):
-        tables = {
-            "images": [{"id": i, "file_name": names[i], "width": 64, "height": 64} for i in chosen],
-            "categories": [{"id": k + 1, "name": name} for k, name in enumerate(toy.CLASS_NAMES)],
-            "annotations": [{"image_id": i, "category_id": 1, "bbox": [9, 9, 30, 30]} for i in chosen],
-        }
-        (root / f"{split}.json").write_text(json.dumps(tables))
     fields = toy.recipe(steps=2, log_every=1).model_dump(mode="json")
     return Recipe.model_validate(fields | {"data": {"format": "coco", "root": str(root), **data}})
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -67,22 +66,13 @@ def coco(tmp_path: Path) -> Callable[..., Recipe]:
     """(objects, repeat) -> a recipe of four images, with or without objects and with a repeated image."""
 
     def write(*, objects: bool = True, repeat: str = "") -> Recipe:
-        names = [f"{i}.png" for i in range(4)]
-        toy.write_images(tmp_path / "images", names)
+        toy.write_coco(tmp_path, [f"{i}.png" for i in range(4)], train=(0, 1), objects=objects)
         images = tmp_path / "images"
         if repeat == "copy":
             shutil.copy(images / "0.png", images / "3.png")
         if repeat == "link":
             (images / "3.png").unlink()
             (images / "3.png").symlink_to(images / "0.png")
-        for split, chosen in (("train", (0, 1)), ("val", (2, 3))):
-            boxes = [{"image_id": i, "category_id": 1, "bbox": [9, 9, 30, 30]} for i in chosen]
-            tables = {
-                "images": [{"id": i, "file_name": names[i], "width": 64, "height": 64} for i in chosen],
-                "categories": [{"id": k + 1, "name": name} for k, name in enumerate(toy.CLASS_NAMES)],
-                "annotations": boxes if objects else [],
-            }
-            (tmp_path / f"{split}.json").write_text(json.dumps(tables))
         data = {"format": "coco", "root": str(tmp_path)}
         return Recipe.model_validate(toy.recipe(steps=1).model_dump(mode="json") | {"data": data})
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Sequence
 from functools import cache
@@ -63,6 +64,19 @@ def write_images(folder: Path, names: Sequence[str]) -> None:
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(split.read(i).permute(1, 2, 0).numpy()).save(path)
+
+
+def write_coco(root: Path, names: Sequence[str], train: Sequence[int], *, objects: bool = True) -> None:
+    """Images as of ``write_images``; those in ``train`` are for training, the others not; one object in each."""
+    write_images(root / "images", names)
+    for split in ("train", "val"):
+        chosen = [i for i in range(len(names)) if (i in train) == (split == "train")]
+        tables = {
+            "images": [{"id": i, "file_name": names[i], "width": 64, "height": 64} for i in chosen],
+            "categories": [{"id": k, "name": name} for k, name in enumerate(CLASS_NAMES, start=1)],
+            "annotations": [{"image_id": i, "category_id": 1, "bbox": [9, 9, 30, 30]} for i in chosen if objects],
+        }
+        (root / f"{split}.json").write_text(json.dumps(tables))
 
 
 def recipe(*, steps: int = 6, student: str = "faster-rcnn", teacher: str = "faster-rcnn", **train: Any) -> Recipe:
