@@ -13,10 +13,11 @@ import toy
 from PIL import Image
 from twins import TwoWay
 
-from gdetkd_cli.assembly.find_data import find_block
+from gdetkd_cli.assembly.find_data import find_block, find_data
 from gdetkd_cli.commands import check_recipe, plan_distill, run_init, run_probe_to_recipe, run_train
 from gdetkd_cli.commands.probe import ProbeOptions
 from gdetkd_cli.detectors import catalog
+from gdetkd_cli.engine.events import silent
 from gdetkd_cli.errors import DataError, ModelError, RecipeError
 from gdetkd_cli.recipe.load import load_recipe
 from gdetkd_cli.recipe.schema import (
@@ -89,7 +90,7 @@ def test_images_alone_are_labelled_by_the_teacher(data: Path, tmp_path: Path) ->
     assert len(plan.student.classes) == 9
 
 
-def test_bdd100k_is_recognised(data: Path, teacher: str, tmp_path: Path) -> None:
+def test_bdd100k_is_recognised(data: Path, tmp_path: Path) -> None:
     root = tmp_path / "bdd"
     (root / "labels" / "det_20").mkdir(parents=True)
     corners = {"x1": 8, "y1": 8, "x2": 38, "y2": 48}
@@ -99,9 +100,8 @@ def test_bdd100k_is_recognised(data: Path, teacher: str, tmp_path: Path) -> None
         (data / "images" / image).rename(folder / image)
         frames = [{"name": image, "labels": [{"category": "car", "box2d": corners}]}]
         (root / "labels" / "det_20" / f"det_{split}.json").write_text(json.dumps(frames))
-    run_init(teacher, "resnet18+fcos", root, output=tmp_path / "mine.yaml")
 
-    assert load_recipe(str(tmp_path / "mine.yaml"), ()).data == Bdd100kData(format="bdd100k", root=root)
+    assert find_data(root, silent)[0] == Bdd100kData(format="bdd100k", root=root)
 
 
 def test_yolo_is_recognised(data: Path, teacher: str, tmp_path: Path) -> None:
@@ -118,8 +118,7 @@ def test_yolo_is_recognised(data: Path, teacher: str, tmp_path: Path) -> None:
     (root / "valid").rename(root / "elsewhere")  # as an export without a validation split
     (root / "elsewhere" / "images" / "3.png").rename(root / "train" / "images" / "3.png")
     notes: list[str] = []
-    run_init(teacher, "resnet18+fcos", root, output=tmp_path / "held.yaml", observer=lambda e: notes.append(str(e)))
-    assert load_recipe(str(tmp_path / "held.yaml"), ()).data == YoloData(format="yolo", root=root, val=None)
+    assert find_data(root, lambda e: notes.append(str(e)))[0] == YoloData(format="yolo", root=root, val=None)
     assert any("every tenth image is held out" in note for note in notes)
 
 
@@ -249,7 +248,7 @@ def test_a_student_that_is_nothing(data: Path, teacher: str, tmp_path: Path) -> 
     assert not (tmp_path / "mine.yaml").exists()
 
 
-def test_a_folder_of_voc_s_layout(teacher: str, tmp_path: Path) -> None:
+def test_a_folder_of_voc_s_layout(tmp_path: Path) -> None:
     root = tmp_path / "labelled"
     for part in ("Annotations", "JPEGImages", "ImageSets/Main"):
         (root / part).mkdir(parents=True)
@@ -261,9 +260,7 @@ def test_a_folder_of_voc_s_layout(teacher: str, tmp_path: Path) -> None:
         )
     for split, stem in (("train", "a"), ("val", "b"), ("trainval", "a")):
         (root / "ImageSets" / "Main" / f"{split}.txt").write_text(f"{stem}\n")
-    path = tmp_path / "voc.yaml"
-    run_init(teacher, "resnet18+fcos", root, output=path)
-    data = load_recipe(str(path), ()).data
-    assert isinstance(data, VocData)
+    data, _ = find_data(root, silent)
+    assert isinstance(data, VocData) and data.val is not None
     assert [str(p) for p in (*data.train, *data.val)] == ["ImageSets/Main/train.txt", "ImageSets/Main/val.txt"]
     assert data.classes == ["cell"]  # none of VOC's twenty
