@@ -36,8 +36,6 @@ def test_a_distilled_run_has_a_report_and_what_it_shows(runs: tuple[Path, Path])
     html = (distilled / "report.html").read_text()
 
     assert measured["pair"]["images"] == 4
-    rows = [row for row in measured["pair"]["matching"]["weights"] if row]
-    assert all(sum(row) == pytest.approx(1, abs=1e-5) for row in rows)
     assert sum(measured["pair"]["similarity"]["matched"]) == measured["pair"]["objects"]
     assert measured["teacher"]["parameters"] > measured["student"]["parameters"]
     assert "Left out" not in html

@@ -53,14 +53,8 @@ def test_a_run_leaves_everything_that_is_promised(tmp_path: Path) -> None:
     seen: list[Event] = []
     result = run_distill(toy.recipe(evaluate_every=3), output=tmp_path / "run", observer=seen.append)
     run = result.run
-    for name in (
-        "recipe.yaml",
-        "environment.json",
-        "probe.json",
-        "metrics.jsonl",
-        "metrics.json",
-        "student/__init__.py",
-    ):
+    files = ("recipe.yaml", "environment.json", "probe.json", "metrics.jsonl", "metrics.json", "student/__init__.py")
+    for name in files:
         assert (run / name).stat().st_size > 0, name
     assert list((run / "images").glob("*.png"))
     assert list(run.rglob("events.out.tfevents*"))
@@ -115,37 +109,15 @@ def test_the_student_file_holds_the_student_alone_and_needs_no_gdetkd(tmp_path: 
 
 
 def test_all_weights_zero_is_the_plain_run(tmp_path: Path) -> None:
-    overrides = {
-        "sgfi": {"weight": 0.0},
-        "ckd": {"weight": 0.0},
-        "class_kd": {"weight": 0.0},
-        "box_kd": {"weight": 0.0},
-        "head_transfer": False,
-    }
+    weights = {name: {"weight": 0.0} for name in ("sgfi", "ckd", "class_kd", "box_kd")}
     recipe = toy.recipe()
     assert recipe.distill is not None
-    zero = recipe.model_validate({**recipe.model_dump(), "distill": {**recipe.distill.model_dump(), **overrides}})
+    distill = recipe.distill.model_dump() | weights | {"head_transfer": False}
+    zero = recipe.model_validate(recipe.model_dump() | {"distill": distill})
     plain = run_train(recipe, output=tmp_path / "plain").run
     distilled = run_distill(zero, output=tmp_path / "zero").run
     assert _same(_weights(plain), _weights(distilled))
     assert not _same(_weights(plain), _weights(run_distill(recipe, output=tmp_path / "real").run))
-
-
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    forward = Distiller.forward
-
-    def poisoned(self: Distiller, batch: Batch) -> LossReport:
-        report = forward(self, batch)
-        if self.step < 4:
-            return report
-        return LossReport(total=report.total * float("nan"), parts={**report.parts, "sgfi": torch.tensor(float("nan"))})
-
-    monkeypatch.setattr(Distiller, "forward", poisoned)
-    with pytest.raises(NonFiniteLossError, match=r"nan at step 4 \(.*sgfi nan.*lower train.optimizer.lr"):
-        run_distill(toy.recipe(), output=tmp_path / "run")
-    assert RunFolder(tmp_path / "run").checkpoints().list_steps() == [3]
 
 
 class _Poison(torch.autograd.Function):
@@ -232,16 +204,10 @@ def test_a_look_at_a_teacher_of_fresh_weights_says_so() -> None:
     assert any(isinstance(note, Note) and "has no trained weights; train it" in note.text for note in told)
 
 
-def test_training_a_teacher_that_is_trained_says_so(tmp_path: Path) -> None:
+def test_training_the_teacher_of_a_recipe_that_is_trained_says_so(tmp_path: Path) -> None:
     seen: list[Event] = []
-    run_train(toy.recipe(steps=1), detector="teacher", output=tmp_path / "run", observer=seen.append)
-    assert "the teacher has weights; training continues from them" in [
-        note.text for note in seen if isinstance(note, Note)
-    ]
-
-
-def test_training_the_teacher_of_a_recipe(tmp_path: Path) -> None:
-    run = run_train(toy.recipe(steps=1), detector="teacher", output=tmp_path / "run").run
+    run = run_train(toy.recipe(steps=1), detector="teacher", output=tmp_path / "run", observer=seen.append).run
+    assert Note("the teacher has weights; training continues from them") in seen
     assert _weights(run)["backbone.body.conv1.weight"].shape[0] == 12
 
 
