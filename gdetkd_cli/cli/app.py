@@ -47,7 +47,12 @@ class _ErrorBoundary(TyperGroup):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:  # Any: the type that typer declares is private
         """Notes whether the command was asked for JSON, before an argument can be refused."""
         ctx.meta["gdetkd.json"] = "--json" in args
-        return super().parse_args(ctx, args)
+        try:
+            return super().parse_args(ctx, args)
+        except TyperException as error:  # in an option before the command
+            if ctx.meta["gdetkd.json"]:
+                _print_error("UsageError", error.format_message(), error.exit_code)
+            raise
 
     def invoke(self, ctx: Any) -> Any:
         """Runs the parsed command."""

@@ -18,7 +18,7 @@ from gdetkd_cli.data.split import Split
 from gdetkd_cli.detectors import catalog
 from gdetkd_cli.detectors.protocol import Detector
 from gdetkd_cli.distill.pair_measurement import PairMeasurement, measure_pair
-from gdetkd_cli.engine.run_folder import RunFolder
+from gdetkd_cli.engine.run_folder import RunFolder, read_json
 from gdetkd_cli.errors import PairError
 from gdetkd_cli.evaluation.predict import predict_split
 from gdetkd_cli.evaluation.stored import write_detections
@@ -83,7 +83,7 @@ def measure_run(setup: assembly.TrainingSetup, folder: RunFolder) -> None:
 
 def read_measured(folder: RunFolder) -> dict[str, Any]:
     """Reads ``measured.json``; empty if the run has none."""
-    return json.loads(folder.measured.read_text()) if folder.measured.exists() else {}
+    return read_json(folder.measured)
 
 
 def spread_images(split: Split, most: int) -> Split:

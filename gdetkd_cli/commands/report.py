@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Mapping, Sequence
 from csv import DictReader
@@ -17,7 +16,7 @@ from gdetkd_cli.compare.trials import find_finished_trials
 from gdetkd_cli.data.folds import select_images
 from gdetkd_cli.data.split import Split
 from gdetkd_cli.engine.events import Note, Observer, silent
-from gdetkd_cli.engine.run_folder import RunFolder
+from gdetkd_cli.engine.run_folder import RunFolder, read_json
 from gdetkd_cli.errors import DataError, RunFolderError
 from gdetkd_cli.evaluation.coco_metrics import evaluate_coco
 from gdetkd_cli.evaluation.stored import read_detections
@@ -68,7 +67,7 @@ def run_report(
         teacher: evaluate the teacher on all validation images, and keep its detections in the folder.
 
     Raises:
-        RunFolderError: a folder is none of these, or there are two of a kind.
+        RunFolderError: a folder is none of these, there are two of a kind, or a file in it is damaged.
         GDetKDError: the teacher cannot be evaluated.
     """
     found = _find_runs(runs)
@@ -95,7 +94,7 @@ def _find_runs(runs: Sequence[Path]) -> _Runs:
     """Finds the folders behind the given ones."""
     if len(runs) == 1 and (runs[0] / "distilled" / "recipe.yaml").exists():
         return _find_demo(runs[0])
-    if len(runs) == 1 and any(runs[0].glob("*/recipe.yaml")):
+    if len(runs) == 1 and (runs[0] / "recipe.yaml").exists() and any(runs[0].glob("*/recipe.yaml")):
         return _find_comparison(runs[0])
     kinds: dict[str, list[Path]] = {"distilled": [], "plain": []}
     for path in runs:
@@ -167,7 +166,7 @@ def _collect(found: _Runs) -> Contents:
     shown = [_show_teacher(found, measured.get("teacher"), split), *students]
     table = found.home / "table.csv"
     drawn = {} if main is None else {name: main.pyramids / f"{name}.jpg" for name in ("student", "teacher")}
-    environment = {} if main is None or not main.environment.exists() else json.loads(main.environment.read_text())
+    environment = {} if main is None else read_json(main.environment)
     return Contents(
         title=f"{recipe.name}: distillation report",
         shown=tuple(one for one in shown if one),
@@ -222,9 +221,8 @@ def _show_teacher(found: _Runs, cost: dict[str, Any] | None, split: Split | None
     teacher = load_recipe(found.distilled.recipe).teacher
     name = assembly.format_title(teacher) if teacher else ""
     shown = Shown("teacher", name, cost=cost or {})
-    kept = found.home / "teacher.json"
-    if kept.exists():
-        shown = replace(shown, metrics=json.loads(kept.read_text()))
+    if kept := read_json(found.home / "teacher.json"):
+        shown = replace(shown, metrics=kept)
     files = (found.home / "teacher.npz", found.distilled.teacher_detections)
     stored = next((path for path in files if path.exists()), None)
     if split is None or stored is None:

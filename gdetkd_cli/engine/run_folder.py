@@ -167,7 +167,19 @@ class RunFolder:
 
     def read_metrics(self) -> dict[str, Any] | None:
         """The last evaluation of a finished run; None if there is none."""
-        return json.loads(self.metrics.read_text()) if self.metrics.exists() else None
+        return read_json(self.metrics) or None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads a JSON file of a run folder; empty if there is none.
+
+    Raises:
+        RunFolderError: the file is damaged.
+    """
+    try:
+        return dict(json.loads(path.read_text())) if path.exists() else {}
+    except (ValueError, TypeError) as error:
+        raise RunFolderError(f"{path} is damaged ({error}); restore it, or remove it to go on without it") from error
 
 
 def _make_folders(path: Path) -> list[Path]:

@@ -23,7 +23,11 @@ def test_errors_as_json(runs: Any) -> None:
     assert "Error: no detector" in shown.stderr
     runs.fails = StoppedError("stopped after step 3", 15)
     assert json.loads(gdetkd("eval", "runs/tiny", "--json").stdout)["error"]["exit_code"] == 143
-    for arguments, message in ((["eval", "--json"], "Missing argument"), (["eval", "a", "--jsn", "--json"], "--jsn")):
+    for arguments, message in (
+        (["eval", "--json"], "Missing argument"),
+        (["eval", "a", "--jsn", "--json"], "--jsn"),
+        (["--json", "eval"], "--json"),
+    ):
         shown = gdetkd(*arguments)
         assert shown.exit_code == 2
         error = json.loads(shown.stdout)["error"]

@@ -111,9 +111,20 @@ def test_lost_images_leave_sections_out(
     assert "AP per size" in html
 
 
+@pytest.mark.parametrize("name", ["measured.json", "metrics.json", "environment.json"])
+@pytest.mark.parametrize("content", ["{", "[1]"])
+def test_a_damaged_file_is_named(runs: tuple[Path, Path], tmp_path: Path, name: str, content: str) -> None:
+    shutil.copytree(runs[0], tmp_path / "run", ignore=shutil.ignore_patterns("resume"))
+    (tmp_path / "run" / name).write_text(content)
+    with pytest.raises(RunFolderError, match=rf"{name} is damaged \(.*; restore it, or remove it"):
+        run_report([tmp_path / "run"])
+
+
 def test_folders_that_are_no_runs(runs: tuple[Path, Path], tmp_path: Path) -> None:
     with pytest.raises(RunFolderError, match="is no folder of a run"):
         run_report([tmp_path])
+    with pytest.raises(RunFolderError, match="is no folder of a run"):
+        run_report([runs[0].parent])  # a folder of runs is no comparison
     with pytest.raises(RunFolderError, match="both distilled runs"):
         run_report([runs[0], runs[0]])
 
