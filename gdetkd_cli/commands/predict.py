@@ -217,6 +217,7 @@ def _check_stems(sources: Sequence[Source]) -> None:
     """Checks that no two images would get the same text file."""
     seen: dict[str, Source] = {}
     for source in sources:
-        other = seen.setdefault(str(Path(source.name).with_suffix("")), source)
+        stem = source.name if source.is_video else str(Path(source.name).with_suffix(""))  # a video's frames: in a folder
+        other = seen.setdefault(stem, source)
         if other is not source:
             raise DataError(f"{other.name} and {source.name} would share one text file; leave out one, or --yolo")
