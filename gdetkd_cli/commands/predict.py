@@ -214,10 +214,10 @@ def _create_folders(options: PredictOptions) -> None:
 
 
 def _check_stems(sources: Sequence[Source]) -> None:
-    """Checks that no two images would get the same text file."""
+    """Checks that no two images would get the same text file; a video's frames have theirs in a folder."""
     seen: dict[str, Source] = {}
     for source in sources:
-        stem = source.name if source.is_video else str(Path(source.name).with_suffix(""))  # a video's frames: in a folder
+        stem = source.name if source.is_video else str(Path(source.name).with_suffix(""))
         other = seen.setdefault(stem, source)
         if other is not source:
             raise DataError(f"{other.name} and {source.name} would share one text file; leave out one, or --yolo")

@@ -136,7 +136,7 @@ def test_a_video_is_read_frame_by_frame(photos: Path, tmp_path: Path) -> None:
     means = [np.array(Image.open(tmp_path / "drawn" / image.image)).mean() for image in result.images]
     assert means == pytest.approx([40, 90, 140], abs=4)
     (photos / "broken.mp4").write_bytes(b"no video")
-    Image.new("RGB", (16, 16)).save(photos / "clip.png")  # its text file is clip.txt, those of the video are in clip.mp4
+    Image.new("RGB", (16, 16)).save(photos / "clip.png")
     run_predict(TEACHER, [str(photos / "clip.*")], PredictOptions(yolo=tmp_path / "labels"))
     written = sorted(path.relative_to(tmp_path / "labels").as_posix() for path in (tmp_path / "labels").rglob("*.txt"))
     assert written == ["clip.mp4/000001.txt", "clip.mp4/000002.txt", "clip.mp4/000003.txt", "clip.txt"]

@@ -331,11 +331,13 @@ def test_the_annotated_size_decides_about_the_orientation_tag(folder: Path) -> N
         read(folder).read(0)
 
 
-@pytest.mark.parametrize("mode", ["L", "LA", "P", "RGBA", "1"])
+@pytest.mark.parametrize("mode", ["L", "LA", "P", "P with alpha", "RGBA", "1"])
 def test_other_colour_modes(folder: Path, mode: str) -> None:
-    Image.new("L", (20, 10), 255).convert(mode).save(folder / "images" / "a.png")
+    extra = {"transparency": bytes(256)} if mode == "P with alpha" else {}
+    Image.new("L", (20, 10), 255).convert(mode.split()[0]).save(folder / "images" / "a.png", **extra)
 
-    assert read(folder).read(0).tolist() == [[[255] * 20] * 10] * 3
+    with warnings.catch_warnings(action="error"):
+        assert read(folder).read(0).tolist() == [[[255] * 20] * 10] * 3
 
 
 def test_sixteen_bit_grey_keeps_its_range(folder: Path) -> None:
@@ -345,15 +347,6 @@ def test_sixteen_bit_grey_keeps_its_range(folder: Path) -> None:
     Image.fromarray(grey).save(folder / "images" / "a.png")
 
     assert read(folder).read(0)[:, 0, :3].tolist() == [[1, 128, 255]] * 3
-
-
-def test_transparent_palette_image_needs_no_warning(folder: Path) -> None:
-    image = Image.new("P", (20, 10), 1)
-    image.putpalette([0, 0, 0, 10, 20, 30])
-    image.save(folder / "images" / "a.png", transparency=bytes([0, 128]))
-    with warnings.catch_warnings(action="error"):
-        pixels = read(folder).read(0)
-    assert pixels[:, 0, 0].tolist() == [10, 20, 30]
 
 
 def test_floating_point_image(folder: Path) -> None:
