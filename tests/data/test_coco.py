@@ -345,13 +345,11 @@ def test_sixteen_bit_grey_keeps_its_range(folder: Path) -> None:
     grey = np.zeros((10, 20), dtype=np.uint16)
     grey[0, :3] = (256, 32768, 65535)
     Image.fromarray(grey).save(folder / "images" / "a.png")
-
     assert read(folder).read(0)[:, 0, :3].tolist() == [[1, 128, 255]] * 3
 
 
 def test_floating_point_image(folder: Path) -> None:
     Image.new("F", (20, 10), 0.5).save(folder / "images" / "a.tif")
-
     with pytest.raises(DataError, match="32 bits"):
         read(folder, lambda content: content["images"][0].update(file_name="a.tif")).read(0)
 
