@@ -7,6 +7,7 @@ import random
 import shutil
 from collections.abc import Iterator
 from contextlib import chdir, contextmanager
+from inspect import isfunction
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock, patch
@@ -154,6 +155,7 @@ _OPTIONS = {
     "demo": ("--seed", "--steps", "--output"),
     "recipe": ("--set", "--deep"),
 }
+_COMMANDS = [name for name, value in vars(commands).items() if isfunction(value)]
 _FLAGS = ("--dry-run", "--force", "--onnx", "--torchscript", "--deep")
 
 
@@ -172,7 +174,7 @@ def run_command(rng: random.Random, folder: Path, recipes: list[Any]) -> None:
             values *= 3 if option in ("--mean", "--std") else 1
             arguments += values
     stop = Mock(side_effect=GDetKDError("a stand-in"))
-    with _work_in(folder / "a" / "b"), patch.multiple(commands, **dict.fromkeys(commands.__all__, stop)):
+    with _work_in(folder / "a" / "b"), patch.multiple(commands, **dict.fromkeys(_COMMANDS, stop)):
         result = CliRunner().invoke(app, arguments, prog_name="gdetkd")
     if result.exit_code == 70 or (result.exception is not None and not isinstance(result.exception, SystemExit)):
         raise RuntimeError(f"{arguments}: {result.exception!r}: {result.output[-500:]}") from result.exception
