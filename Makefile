@@ -30,12 +30,12 @@ test: env
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python tests/audit.py
-	$(BIN)/pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
 
 quick: env
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/pytest -n 2 --dist loadfile tests/recipe tests/methods tests/data tests/evaluation tests/engine tests/docs tests/test_api.py
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile tests/recipe tests/methods tests/data tests/evaluation tests/engine tests/docs tests/test_api.py
 
 restarts: env
 	GDETKD_KILLS=16 $(BIN)/pytest tests/commands/test_processes.py

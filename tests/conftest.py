@@ -37,10 +37,12 @@ settings.load_profile("fixed")
 
 @pytest.fixture(autouse=True)
 def _no_reports(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leaves out the measurements and reports at the end of runs, which take seconds, unless a test is about them."""
+    """Leaves out what runs measure, report and draw at their end, which takes seconds, unless a test is about it."""
     if request.node.get_closest_marker("reports") is None:
         for name in ("train.add_measurement", "train.add_report", "compare.add_report", "demo.add_report"):
             monkeypatch.setattr(f"gdetkd_cli.commands.{name}", lambda *_: None)
+    if request.node.get_closest_marker("draws") is None:
+        monkeypatch.setattr("gdetkd_cli.commands.run_files.draw_predictions", lambda **_: None)
 
 
 @pytest.fixture(autouse=True, scope="session")

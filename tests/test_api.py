@@ -19,6 +19,7 @@ def test_probe() -> None:
     assert not doctest.testmod(api).failed
 
 
+@pytest.mark.draws
 def test_distill_evaluate_and_export(tmp_path: Path) -> None:
     fields = toy.recipe(steps=2).model_dump(mode="json")
     trained = api.distill(fields, output=tmp_path / "run")

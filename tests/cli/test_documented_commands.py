@@ -172,8 +172,9 @@ def shorten(words: list[str]) -> list[str]:
     command = next(word for word in words if not word.startswith("-"))
     if command == "bench" and "--steps" not in words:
         words = [*words, "--steps", "1"]
-    if command == "compare" and "--seeds" not in words:
-        words = [*words, "--seeds", "1"]
+    if command == "compare":
+        for option, value in (("--seeds", "1"), ("--methods", "none,gdetkd")):
+            words = words if option in words else [*words, option, value]
     if command == "probe" and "--size" not in words:
         words = [*words, "--size", "96x128"]
     if any(word.startswith("bccd/") for word in words):

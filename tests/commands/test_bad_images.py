@@ -28,6 +28,7 @@ def write(root: Path, **data: Any) -> Recipe:
     return Recipe.model_validate(fields | {"data": {"format": "coco", "root": str(root), **data}})
 
 
+@pytest.mark.draws
 def test_a_run_without_the_torn_images(tmp_path: Path) -> None:
     recipe = write(tmp_path, on_bad_sample="skip")
     check_recipe(recipe, "toy.yaml")

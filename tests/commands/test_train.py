@@ -49,6 +49,7 @@ def _lines(run: Path) -> list[dict[str, object]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.draws
 def test_a_run_leaves_everything_that_is_promised(tmp_path: Path) -> None:
     seen: list[Event] = []
     result = run_distill(toy.recipe(evaluate_every=3), output=tmp_path / "run", observer=seen.append)
