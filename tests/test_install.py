@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from gdetkd_cli.commands import demo
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -64,6 +66,8 @@ def test_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     cells = json.loads((ROOT / "docs" / "notebooks" / "demo.ipynb").read_text())["cells"]
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TMPDIR", str(tmp_path))
+    read, small = demo.load_recipe, ("data.train_images=60", "data.val_images=20")
+    monkeypatch.setattr(demo, "load_recipe", lambda name, overrides: read(name, [*overrides, *small]))
     names: dict[str, object] = {}
     for cell in cells:
         assert not cell.get("outputs")

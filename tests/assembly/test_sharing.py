@@ -40,10 +40,10 @@ def write_coco(root: Path) -> Path:
 
 
 def describe(split: Split) -> list[object]:
-    """Every record and path, as JSON."""
-    return [split.name, split.class_names] + [
-        [str(split.read.paths[i]), r.image_id, r.size, r.boxes.tolist(), r.labels.tolist(), r.truth]  # type: ignore[attr-defined]
-        for i, r in enumerate(split.records)
+    """Every tenth record and path, as JSON."""
+    chosen = [(split.read.paths[i], split.records[i]) for i in range(0, len(split), 10)]  # type: ignore[attr-defined]
+    return [split.name, split.class_names, len(split)] + [
+        [str(path), r.image_id, r.size, r.boxes.tolist(), r.labels.tolist(), r.truth] for path, r in chosen
     ]
 
 
