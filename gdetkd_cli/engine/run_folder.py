@@ -137,11 +137,20 @@ class RunFolder:
             file.write(json.dumps(line) + "\n")
 
     def read_log(self) -> Iterator[dict[str, Any]]:
-        """The lines of metrics.jsonl; a last line that a kill cut off is left out."""
+        """The lines of metrics.jsonl; a last line that a kill cut off is left out.
+
+        Raises:
+            RunFolderError: a line is damaged.
+        """
         if self.metrics_log.exists():
-            for line in self.metrics_log.read_text().splitlines(keepends=True):
+            for number, line in enumerate(self.metrics_log.read_text().splitlines(keepends=True), start=1):
                 if line.endswith("\n"):
-                    yield json.loads(line)
+                    try:
+                        yield json.loads(line)
+                    except ValueError as error:
+                        raise RunFolderError(
+                            f"{self.metrics_log}: line {number} is damaged ({error}); restore or remove the line"
+                        ) from error
 
     def read_evaluation(self, step: int) -> CocoMetrics | None:
         """The logged evaluation after ``step``; None if there is none."""

@@ -82,3 +82,10 @@ def test_a_line_that_a_kill_cut_off_is_dropped(tmp_path: Path) -> None:
     folder.drop_log_after(5)
     folder.log({"step": 2, "loss": 0.25})
     assert [line["step"] for line in folder.read_log()] == [1, 2]
+
+
+def test_a_damaged_line_of_the_log_is_named(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.metrics_log.write_text('{"step": 1}\n{"step":\n{"step": 3}\n')
+    with pytest.raises(RunFolderError, match=r"metrics\.jsonl: line 2 is damaged \(.*; restore or remove the line"):
+        list(folder.read_log())
