@@ -71,8 +71,7 @@ class PredictResult:
         format: as in ``EvalResult``.
         images: one per image or frame.
         per_class: number of detections by class, the most frequent first.
-        unreadable: messages about the images and videos that were left out, or cut short,
-            unreadable or of a size on which the detector fails.
+        unreadable: messages about images and videos that cannot be read, are cut short, or make the detector fail.
         ms_per_image: median time of the detector alone.
     """
 
