@@ -5,6 +5,7 @@ Shapes: N images, L levels, C channels, H x W cells.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
@@ -161,7 +162,8 @@ class RememberedTeacher:
     def _shrink(self, level: LevelSpec, values: Tensor) -> dict[str, Tensor]:
         """Rounds a level (N, C, H, W) for the store."""
         greatest = values.abs().amax(dim=(2, 3), keepdim=True).float()
-        if not bool(greatest.isfinite().all()):
+        most = float(greatest.max())  # NaN, if any value is
+        if not math.isfinite(most):
             raise ModelError(
                 f"the teacher's level {level.name} has NaN or infinity in an image, which is not stored; use an "
                 "earlier checkpoint of the teacher"
@@ -169,9 +171,9 @@ class RememberedTeacher:
         if self._int8:
             scale = (greatest / 127).clamp(min=1e-30)
             return {"": (values / scale).round().to(torch.int8).cpu(), _SCALE: scale.cpu()}
-        if float(greatest.max()) > _MOST:
+        if most > _MOST:
             raise ModelError(
-                f"the teacher's level {level.name} has values up to {float(greatest.max()):.3g}, but float16 ends at "
+                f"the teacher's level {level.name} has values up to {most:.3g}, but float16 ends at "
                 f"{_MOST:.0f}; set distill.teacher_cache to off"
             )
         return {"": values.half().cpu()}
