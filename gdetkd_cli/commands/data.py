@@ -16,8 +16,8 @@ from gdetkd_cli.engine.events import Observer, silent
 from gdetkd_cli.errors import OutputError
 from gdetkd_cli.recipe.base import MOST
 from gdetkd_cli.recipe.schema import Data
+from gdetkd_cli.report.figures import check_drawable
 from gdetkd_cli.report.images import draw_sheet
-from gdetkd_cli.report.levels import check_drawable
 
 _SMALL, _MEDIUM = 32**2, 96**2  # square pixels, as in COCO's metrics
 DEFAULT_SHEET = Path("data.png")

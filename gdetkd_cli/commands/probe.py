@@ -57,7 +57,7 @@ def run_probe(model: str, options: ProbeOptions | None = None, *, observer: Obse
     """Probes any detector that gdetkd can read; arguments and errors as in ``gdetkd_cli.api.probe``."""
     options = options or ProbeOptions()
     if options.plot is not None:
-        from gdetkd_cli.report.levels import check_drawable  # importing matplotlib is slow
+        from gdetkd_cli.report.figures import check_drawable  # importing matplotlib is slow
 
         check_drawable(options.plot)
     if model in portable.TORCHVISION_DETECTORS:

@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from gdetkd_cli.compare.table import Comparison, MethodRow
-from gdetkd_cli.report.levels import save_figure
+from gdetkd_cli.report.figures import save_figure
 
 
 def draw_comparison(comparison: Comparison, path: Path) -> None:

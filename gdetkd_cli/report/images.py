@@ -14,7 +14,7 @@ from torch import Tensor
 from gdetkd_cli.data.bad_images import BadImageError
 from gdetkd_cli.data.split import Split
 from gdetkd_cli.evaluation.predict import Predictor
-from gdetkd_cli.report.levels import save_figure
+from gdetkd_cli.report.figures import save_figure
 from gdetkd_cli.structures import Detections
 from gdetkd_cli.text import show_hidden
 

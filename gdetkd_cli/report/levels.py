@@ -3,26 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from gdetkd_cli.errors import OutputError
-from gdetkd_cli.files import write_encoded
+from gdetkd_cli.report.figures import save_figure
 from gdetkd_cli.report.pyramid import LevelReport
-
-
-def check_drawable(path: Path) -> None:
-    """Checks the suffix before an image is drawn.
-
-    Raises:
-        OutputError: matplotlib has no such format.
-    """
-    known = Figure().canvas.get_supported_filetypes()
-    if path.suffix.removeprefix(".").lower() not in known:
-        raise OutputError(f"{path}: cannot draw a file with this suffix; expected one of {', '.join(sorted(known))}")
 
 
 def draw_levels(image: Tensor, levels: Sequence[LevelReport], maps: Sequence[Tensor], path: Path) -> None:
@@ -51,13 +38,3 @@ def draw_levels(image: Tensor, levels: Sequence[LevelReport], maps: Sequence[Ten
         axis.set_ylim(height, 0)
         axis.set_title(f"{level.channels} channels, stride {stride_y:.3g}")
     save_figure(figure, path)
-
-
-def save_figure(figure: Figure, path: Path, *, dpi: int = 100) -> None:
-    """Writes a figure whole, in the format that the suffix selects; makes the folder.
-
-    Raises:
-        DiskError: the disk is full.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_encoded(path, partial(figure.savefig, format=path.suffix.removeprefix(".").lower(), dpi=dpi))
