@@ -122,8 +122,15 @@ class Distiller(nn.Module):
         with self._time_phase("teacher", seconds, batch), torch.no_grad():
             teacher_seen = self.teacher.extract_features(batch)
             teacher_view = _read_regions(self.teacher, teacher_seen, regions, teacher_needs)
-        ids = batch.image_ids[regions.image_index]
-        return ObservedPair(regions, ids, batch, seen, teacher_seen, student_view, teacher_view)
+        return ObservedPair(
+            regions=regions,
+            image_ids=batch.image_ids[regions.image_index],
+            batch=batch,
+            student_seen=seen,
+            teacher_seen=teacher_seen,
+            student_view=student_view,
+            teacher_view=teacher_view,
+        )
 
     @torch.no_grad()
     def observe_objects(self, batch: Batch) -> ObservedPair:
@@ -139,9 +146,15 @@ class Distiller(nn.Module):
         index = torch.arange(len(batch)).repeat_interleave(torch.tensor(counts)).to(boxes.device)
         regions = Regions(boxes, index, torch.full_like(index, -1), counts=counts, all_candidates=not len(index))
         seen, teacher_seen = self._detector.extract_features(batch), self.teacher.extract_features(batch)
-        student_view = _read_regions(self._detector, seen, regions, student_needs)
-        teacher_view = _read_regions(self.teacher, teacher_seen, regions, teacher_needs)
-        return ObservedPair(regions, batch.image_ids[index], batch, seen, teacher_seen, student_view, teacher_view)
+        return ObservedPair(
+            regions=regions,
+            image_ids=batch.image_ids[index],
+            batch=batch,
+            student_seen=seen,
+            teacher_seen=teacher_seen,
+            student_view=_read_regions(self._detector, seen, regions, student_needs),
+            teacher_view=_read_regions(self.teacher, teacher_seen, regions, teacher_needs),
+        )
 
     @contextmanager
     def _time_phase(self, name: str, seconds: dict[str, float], batch: Batch) -> Iterator[None]:
