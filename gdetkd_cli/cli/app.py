@@ -50,8 +50,7 @@ class _ErrorBoundary(TyperGroup):
         try:
             return super().parse_args(ctx, args)
         except TyperException as error:  # in an option before the command
-            if ctx.meta["gdetkd.json"]:
-                _print_error("UsageError", error.format_message(), error.exit_code)
+            _print_usage_error(ctx, error)
             raise
 
     def invoke(self, ctx: Any) -> Any:
@@ -61,8 +60,7 @@ class _ErrorBoundary(TyperGroup):
         except (typer.Exit, typer.Abort, BrokenPipeError):
             raise  # Typer handles these: --help, a closed stdout.
         except TyperException as error:  # a mistake in the command line, which Typer explains
-            if ctx.meta["gdetkd.json"]:
-                _print_error("UsageError", error.format_message(), error.exit_code)
+            _print_usage_error(ctx, error)
             raise
         except (Exception, KeyboardInterrupt) as error:
             if ctx.params["debug"]:
@@ -72,6 +70,11 @@ class _ErrorBoundary(TyperGroup):
             if ctx.meta["gdetkd.json"] and not isinstance(error, ComparisonError):  # its result is on stdout already
                 _print_error(type(error).__name__, message.removeprefix(_PREFIX), code)
             raise typer.Exit(code) from error
+
+
+def _print_usage_error(ctx: Any, error: TyperException) -> None:
+    if ctx.meta["gdetkd.json"]:
+        _print_error("UsageError", error.format_message(), error.exit_code)
 
 
 def _print_error(kind: str, message: str, code: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -32,6 +33,7 @@ from gdetkd_cli.compare.trials import Trial, build_trial, find_finished_trials, 
 from gdetkd_cli.data.split import Split
 from gdetkd_cli.engine.device import ComputeSettings
 from gdetkd_cli.engine.events import Note, Observer, silent
+from gdetkd_cli.engine.run_folder import read_json
 from gdetkd_cli.errors import GDetKDError, PairError, RecipeError, RunFolderError
 from gdetkd_cli.files import write_text
 from gdetkd_cli.recipe.checks import require_distillation, require_trained_teacher
@@ -118,8 +120,8 @@ def run_compare(
     }
     failures += run(recipes)
     teacher = _measure_teacher(folder, recipe, split if parts else None, teachers, observer)
-    requested = [(trial.steps, trial.method) for trial in recipes]
-    return _write(folder, recipe.name, split, baseline, folds, requested, teacher, failures, observer)
+    table = _Table(folder, recipe.name, split, baseline, folds)
+    return _write(table, [(trial.steps, trial.method) for trial in recipes], teacher, failures, observer)
 
 
 def _build_trials(
@@ -151,26 +153,40 @@ def _share_teacher(recipe: Recipe, folder: Path) -> Recipe:
     return recipe.model_copy(update={"distill": distill.model_copy(update=update)})
 
 
+@dataclass(frozen=True)
+class _Table:
+    """The facts that all rows of a table share.
+
+    Attributes:
+        recipe: name of the recipe.
+        split: the validation images; with folds, all images.
+        baseline: the method to compare the others with.
+    """
+
+    folder: Path
+    recipe: str
+    split: Split
+    baseline: str
+    folds: int | None
+
+
 def _write(
-    folder: Path,
-    recipe: str,
-    split: Split,
-    baseline: str,
-    folds: int | None,
+    table: _Table,
     requested: Sequence[tuple[int, str]],
     teacher: float | None,
     failures: Sequence[str],
     observer: Observer,
 ) -> Comparison:
     """Builds the table of all finished trials and writes its files; ``requested`` holds budgets and methods."""
+    folder, folds = table.folder, table.folds
     if folds is None:
         observer(Note("resampling images to estimate intervals"))
     finished = find_finished_trials(folder, folds)
-    split = select_predicted(split, finished)
-    rows, runs = make_rows(requested, finished, split, baseline, folds)
+    split = select_predicted(table.split, finished)
+    rows, runs = make_rows(requested, finished, split, table.baseline, folds)
     comparison = Comparison(
-        recipe=recipe,
-        baseline=baseline,
+        recipe=table.recipe,
+        baseline=table.baseline,
         teacher_ap=teacher,
         rows=tuple(rows),
         notes=tuple(write_notes(rows, teacher, finished, folds)),
@@ -181,11 +197,11 @@ def _write(
         folds=folds,
         interval_over=describe_interval(folds),
     )
-    write_trials(comparison.trials, recipe, finished, folds)
-    write_curves(folder / "curves.csv", recipe, finished, folds)
+    write_trials(comparison.trials, table.recipe, finished, folds)
+    write_curves(folder / "curves.csv", table.recipe, finished, folds)
     if folds:
-        write_pooled(folder / "pooled.csv", recipe, runs)
-    write_table(comparison.table, rows, baseline, len(split), folds)
+        write_pooled(folder / "pooled.csv", table.recipe, runs)
+    write_table(comparison.table, rows, table.baseline, len(split), folds)
     draw_comparison(comparison, comparison.plot)
     add_report([folder], observer)
     return comparison
@@ -289,7 +305,7 @@ def _check_sources(folder: Path, recipe: Recipe, train: Split, val: Split) -> No
     kept, now = folder / _SOURCES, assembly.hash_sources(recipe, train, val)
     if not kept.exists():
         write_text(kept, json.dumps(now))
-    elif changed := [name for name, value in json.loads(kept.read_text()).items() if now.get(name) != value]:
+    elif changed := [name for name, value in read_json(kept).items() if now.get(name) != value]:
         raise RunFolderError(
             f"the {', '.join(changed)} changed since the first trials in {folder}, so other trials cannot be compared "
             "with them; choose another --output"
@@ -312,7 +328,7 @@ def _measure_teacher(
     """
     kept, source = folder / "teacher.json", str(folder / "recipe.yaml")
     if kept.exists():
-        return float(json.loads(kept.read_text())["AP"])
+        return float(read_json(kept)["AP"])
     try:
         if teachers:
             assert every_fold is not None

@@ -6,7 +6,6 @@ Finished trials are skipped, and interrupted ones resume.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import signal
@@ -27,7 +26,7 @@ import torch
 
 from gdetkd_cli.engine.device import ComputeSettings
 from gdetkd_cli.engine.events import Note, Observer, Phase, TrialDone
-from gdetkd_cli.engine.run_folder import RunFolder
+from gdetkd_cli.engine.run_folder import RunFolder, read_json
 from gdetkd_cli.engine.signals import StopSignals
 from gdetkd_cli.errors import GDetKDError
 from gdetkd_cli.evaluation.stored import read_detections
@@ -128,7 +127,7 @@ def find_finished_trials(folder: Path, folds: int | None = None) -> dict[Trial, 
             trials.append(build_trial(folder, method, int(steps), int(seed), fold))
     trials = [trial for trial in trials if trial.finished and (trial.fold and trial.fold.of) == folds]
     trials.sort(key=lambda trial: (trial.steps, trial.seed, trial.method, trial.fold.number if trial.fold else 0))
-    return {trial: json.loads(trial.run.metrics.read_text()) for trial in trials}
+    return {trial: read_json(trial.run.metrics) for trial in trials}
 
 
 def find_fold_counts(folder: Path) -> set[int | None]:
@@ -183,7 +182,7 @@ def run_trials(
             time_left.remove(trial)  # failed trials, too
             free.put(environment)
         left, seconds = time_left.remove(trial, perf_counter() - start if whole else None)
-        observer(TrialDone(trial.title, json.loads(trial.run.metrics.read_text())["AP"], left, seconds))
+        observer(TrialDone(trial.title, read_json(trial.run.metrics)["AP"], left, seconds))
 
     with StopSignals().installed(), ThreadPoolExecutor(max_workers=jobs) as pool:
         for trial, done in [(trial, pool.submit(work, trial)) for trial in missing]:

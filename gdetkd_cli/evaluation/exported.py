@@ -126,9 +126,7 @@ class OnnxDetector:
         try:
             outputs = self._session.run(None, {name: value.cpu().contiguous().numpy()})
         except Exception as error:  # onnxruntime's errors have no common base
-            height, width = value.shape[-2:]
-            reason = get_first_line(error)[:200]
-            raise ModelError(f"{self._path} fails on an image of {height} x {width} pixels ({reason})") from error
+            raise _describe_failure(self._path, value, get_first_line(error)) from error
         return [torch.from_numpy(array) for array in outputs]
 
 
@@ -169,10 +167,14 @@ class ScriptedDetector:
         except RuntimeError as error:
             if describe_exhaustion(error) is not None:
                 raise
-            height, width = image.shape[-2:]
-            reason = str(error).strip().splitlines()[-1][:200]  # behind two pages of the script's own traceback
-            raise ModelError(f"{self._path} fails on an image of {height} x {width} pixels ({reason})") from error
+            reason = str(error).strip().splitlines()[-1]  # behind two pages of the script's own traceback
+            raise _describe_failure(self._path, image, reason) from error
         return found
+
+
+def _describe_failure(path: Path, image: Tensor, reason: str) -> ModelError:
+    height, width = image.shape[-2:]
+    return ModelError(f"{path} fails on an image of {height} x {width} pixels ({reason[:200]})")
 
 
 def _read_class_names(path: Path, description: Mapping[str, object]) -> tuple[str, ...]:
